@@ -1,0 +1,64 @@
+"""The complete description of one training run, as a recipe returns it."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from meshpipe.checkpoint import CheckpointConfig
+from meshpipe.data import DataConfig
+from meshpipe.mesh import MeshConfig
+from meshpipe.models.model import ModelConfig
+from meshpipe.optimizer import OptimizerConfig
+from meshpipe.pipeline.config import PipelineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run: what is trained, on what, how it is laid out, and what is written.
+
+    Raises `ValueError` when the batch does not divide into microbatches, or a microbatch over the data axis.
+    """
+
+    model: ModelConfig
+    """The layers and their loss."""
+    data: DataConfig
+    """Where the examples come from."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Sizes of the mesh axes."""
+    pipeline: Annotated[PipelineConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=PipelineConfig)
+    """Schedule, microbatches, rematerialisation and stage boundaries."""
+    optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=OptimizerConfig)
+    """Optimizer and learning-rate schedule."""
+    checkpoint: Annotated[CheckpointConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CheckpointConfig)
+    """Where and how often to save, and whether to resume."""
+    steps: int = 100
+    """Updates in total, counted from step 0 also after a resume."""
+    batch_size: int = 64
+    """Examples per update, over the whole mesh."""
+    seed: int = 0
+    """Seed of the parameters, the dropout masks and the order of the data."""
+    metrics: str | None = None
+    """JSON-lines file for the metrics; appended to on resume. None writes none."""
+    eval_every: int = 0
+    """Updates between evaluations on held-out data; 0 evaluates once, after the last update."""
+    eval_batches: int = 8
+    """Batches per evaluation; 0 turns evaluation off."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 0), ("batch_size", 1), ("seed", 0), ("eval_every", 0), ("eval_batches", 0)):
+            if getattr(self, name) < low:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be at least {low}. Got {getattr(self, name)}.")
+        microbatches = self.pipeline.num_microbatches
+        if self.batch_size % (microbatches * self.mesh.data):
+            raise ValueError(
+                "--batch-size must be a multiple of --num-microbatches * --mesh.data. "
+                f"Got {self.batch_size} with {microbatches} * {self.mesh.data} = {microbatches * self.mesh.data}. "
+                f"{_nearest_batch_sizes(self.batch_size, microbatches * self.mesh.data)}"
+            )
+
+
+def _nearest_batch_sizes(batch_size: int, unit: int) -> str:
+    below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
+    return f"The nearest sizes that fit are {below} and {above}." if below else f"The smallest that fits is {above}."

@@ -1,0 +1,105 @@
+"""The named device mesh, and the submesh of each pipeline rank."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+PIPELINE = "pipeline"
+DATA = "data"
+TENSOR = "tensor"
+AXES = (PIPELINE, DATA, TENSOR)
+"""Mesh axes, outermost first: neighbours on the tensor axis are neighbouring devices, pipeline ranks are far apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product is the number of devices used."""
+
+    pipeline: int = 1
+    """Pipeline ranks: submeshes that hold different stages."""
+    data: int = 1
+    """Parts into which every microbatch is split inside a stage."""
+    tensor: int = 1
+    """Parts into which heads, hidden units and vocabulary are split inside a stage."""
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise ValueError(f"--mesh.{axis} must be at least 1. Got {getattr(self, axis)}.")
+
+    @property
+    def num_devices(self) -> int:
+        return self.pipeline * self.data * self.tensor
+
+
+def make_mesh(
+    pipeline: int = 1, data: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with axes `pipeline`, `data` and `tensor` over the first `pipeline * data * tensor` devices.
+
+    Tensor is innermost and pipeline outermost, so the chattiest axis has the nearest neighbours. Every axis has
+    `AxisType.Auto`: layers stay free of sharding calls and XLA places the collectives. Without `devices`, those of
+    `jax.devices()` are taken in order.
+    Raises `ValueError` when a size is below 1, or there are fewer devices than the product.
+    """
+    sizes = MeshConfig(pipeline=pipeline, data=data, tensor=tensor)
+    if devices is None:
+        devices = jax.devices()
+    if len(devices) < sizes.num_devices:
+        raise ValueError(
+            "pipeline * data * tensor must not exceed the number of devices. "
+            f"Got {pipeline} * {data} * {tensor} = {sizes.num_devices}, with {len(devices)} {devices[0].platform} "
+            f"device(s).{_way_out(devices[0].platform, sizes.num_devices)}"
+        )
+    grid = np.asarray(devices[: sizes.num_devices], dtype=object).reshape(pipeline, data, tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _way_out(platform: str, needed: int) -> str:
+    if platform == "cpu":
+        return f" Call meshpipe.use_cpu_devices({needed}) before anything else uses JAX."
+    return " Choose smaller axes, or add devices."
+
+
+def submeshes(mesh: Mesh) -> tuple[Mesh, ...]:
+    """The devices of each pipeline rank as a mesh of the remaining axes, in the order of the ranks.
+
+    Raises `ValueError` when the first axis of the mesh is not `pipeline`.
+    """
+    if not mesh.axis_names or mesh.axis_names[0] != PIPELINE:
+        raise ValueError(f"The first mesh axis must be {PIPELINE!r}. Got axes {mesh.axis_names}. Use meshpipe.make_mesh.")
+    names = mesh.axis_names[1:]
+    return tuple(Mesh(row, names, axis_types=(AxisType.Auto,) * len(names)) for row in mesh.devices)
+
+
+def use_cpu_devices(count: int) -> None:
+    """Gives the CPU backend `count` virtual devices; has no effect on accelerators.
+
+    Must run before JAX is first used. Raises `ValueError` when JAX has already started with fewer CPU devices.
+
+    A thread pool smaller than twice the number of devices can deadlock programs with collectives in jax 0.10 on CPU, so
+    `NPROC`, from which XLA sizes its pool, is raised as well unless the caller has set it.
+    """
+    if count > 1:
+        os.environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        started = len(jax.devices("cpu"))
+        if started < count:
+            raise ValueError(
+                f"The number of CPU devices is fixed once JAX has started. Got {count}, with {started} started. "
+                "Call meshpipe.use_cpu_devices before anything else uses JAX."
+            ) from None
+
+
+def describe(mesh: Mesh) -> str:
+    """The sizes of the axes in words, e.g. `pipeline 2 x data 2 x tensor 1 = 4 cpu devices`."""
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    count = math.prod(mesh.shape.values())
+    return f"{sizes} = {count} {mesh.devices.flat[0].platform} device{'s' if count > 1 else ''}"

@@ -1,0 +1,28 @@
+"""How one step is cut into stages and microbatches."""
+
+from dataclasses import dataclass
+
+REMAT_POLICIES = ("none", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """Schedule, microbatches, rematerialisation and stage boundaries of one step."""
+
+    schedule: str = "1f1b"
+    """Name of the schedule: the order in which each rank does its forwards and backwards."""
+    stages_per_rank: int = 1
+    """Stages that each pipeline rank holds; more than one needs a schedule that takes it."""
+    num_microbatches: int = 1
+    """Equal slices of the batch that flow through the pipeline; gradients accumulate over them."""
+    remat: str = "none"
+    """`none` keeps what backward needs; `full` keeps only stage inputs and computes forward again."""
+    boundaries: tuple[int, ...] | None = None
+    """First layer of every stage after the first, e.g. `2 4` for layers 0-1, 2-3 and 4-; None cuts evenly."""
+
+    def __post_init__(self) -> None:
+        for name in ("stages_per_rank", "num_microbatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Got {getattr(self, name)}.")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"--remat must be one of {', '.join(REMAT_POLICIES)}. Got {self.remat!r}.")
