@@ -1,7 +1,4 @@
-"""Eight virtual CPU devices for every test, taken before JAX starts.
-
-Nothing of meshpipe may be imported here: jaxtyping's hook, which checks shapes and types under pytest, starts later.
-"""
+"""Eight virtual CPU devices for every test, taken before JAX starts."""
 
 import os
 
@@ -11,4 +8,5 @@ os.environ.setdefault("NPROC", "16")
 
 import jax
 
+# Not by an environment variable: commands that tests start have to take their own devices.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,0 +1,105 @@
+"""The README and docs: their Python blocks run, and the files, links and recipes that they name exist."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "recipes" / "README.md"]
+FENCE = re.compile(r"^\s*```(\w*)")
+LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)|<img[^>]*\ssrc=\"([^\"]+)\"")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def fenced_lines(text: str) -> Iterator[tuple[str | None, str]]:
+    """Every line with the language of the block that it stands in; None outside of blocks and for the fences."""
+    language = None
+    for line in text.splitlines():
+        fence = FENCE.match(line)
+        yield (None if fence else language), line
+        if fence:
+            language = fence[1] if language is None else None
+
+
+def python_source(text: str) -> str:
+    """The Python blocks at the lines where they stand in the page, so that a traceback names the page's own line."""
+    return "\n".join(line if language == "python" else "" for language, line in fenced_lines(text))
+
+
+def prose(text: str) -> str:
+    return "\n".join(line for language, line in fenced_lines(text) if language is None)
+
+
+def anchors(text: str) -> set[str]:
+    """The names under which a page's headings can be linked to."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def tree_paths(text: str) -> list[str]:
+    """The paths in the block after the marker `<!-- tree -->`, whose folders are two spaces deeper each."""
+    block = text.split("<!-- tree -->\n```text\n")[1].split("```")[0]
+    folders: list[str] = []
+    paths = []
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name]
+        paths.append("".join(folders))
+    return paths
+
+
+@pages
+def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
+    source = python_source(page.read_text())
+    if not source.strip():
+        pytest.skip("no Python blocks")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text(source)
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, f"{page.name} stops at the line shown (lines are the page's own):\n{result.stderr}"
+
+
+@pages
+def test_relative_links_resolve(page: Path) -> None:
+    for match in LINK.finditer(prose(page.read_text())):
+        target = match[1] or match[2]
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}, which does not exist"
+        assert not anchor or anchor in anchors(file.read_text()), f"{page.name} links to {target}: no such heading"
+
+
+@pages
+def test_recipes_named_in_commands_exist(page: Path) -> None:
+    for file, function in re.findall(r"\b(recipes/\w+\.py):(\w+)", page.read_text()):
+        body = ast.parse((ROOT / file).read_text()).body
+        functions = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+        assert function in functions, f"{page.name} names {file}:{function}; the file has {sorted(functions)}"
+
+
+def test_readme_tree_names_what_exists() -> None:
+    missing = [path for path in tree_paths((ROOT / "README.md").read_text()) if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_readme_tree_leaves_no_module_out() -> None:
+    named = set(tree_paths((ROOT / "README.md").read_text()))
+    modules = [*(ROOT / "meshpipe").glob("*"), *(ROOT / "meshpipe" / "pipeline").glob("*.py")]
+    paths = {str(path.relative_to(ROOT)) + "/" * path.is_dir() for path in modules if path.name != "__pycache__"}
+    unnamed = {path for path in paths - named if not path.endswith(("__main__.py", "py.typed", "pipeline/__init__.py"))}
+    assert not unnamed
