@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 from meshpipe.pipeline.plan import Action, Op, Plan
@@ -77,7 +78,15 @@ class Program:
 
     def of_rank(self, rank: int) -> tuple[Instruction, ...]:
         """The instructions that concern the rank; a transfer concerns both of its ranks."""
-        return tuple(instruction for instruction in self.instructions if rank in _ranks(instruction))
+        return self._of_ranks[rank]
+
+    @cached_property
+    def _of_ranks(self) -> tuple[tuple[Instruction, ...], ...]:
+        rows: list[list[Instruction]] = [[] for _ in range(self.plan.num_ranks)]
+        for instruction in self.instructions:
+            for rank in _ranks(instruction):
+                rows[rank].append(instruction)
+        return tuple(map(tuple, rows))
 
     def to_text(self) -> str:
         return "".join(f"{instruction}\n" for instruction in self.instructions)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Self
 
 MESSAGE_WIDTH = 110
@@ -43,7 +43,7 @@ class Action:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        match = re.fullmatch(r"([0-9]+)([FBIW])([0-9]+)", text)
+        match = re.fullmatch(r"([0-9]{1,9})([FBIW])([0-9]{1,9})", text)
         if match is None:
             raise PlanError(
                 "An action is a stage, one of the letters F, B, I, W and a microbatch, e.g. 2F0 for the forward of "
@@ -171,15 +171,9 @@ class Plan:
         Raises `PlanError` naming the line when the text is malformed. Does not `validate`.
         """
         fields, orders = _parse_lines(text)
-        return cls(
-            schedule=fields["schedule"],
-            num_microbatches=_integers(fields["microbatches"], "microbatches", exactly=1)[0],
-            stage_ranks=_integers(fields["stage ranks"], "stage ranks"),
-            orders=orders,
-            peak_activations=_integers(fields["peak activations"], "peak activations")
-            if "peak activations" in fields
-            else None,
-        )
+        (num_microbatches,) = _integers("microbatches", fields, exactly_one=True)
+        peak_activations = _integers("peak activations", fields) if "peak activations" in fields else None
+        return cls(fields["schedule"], num_microbatches, _integers("stage ranks", fields), orders, peak_activations)
 
 
 def _parse_lines(text: str) -> tuple[dict[str, str], tuple[tuple[Action, ...], ...]]:
@@ -210,11 +204,11 @@ def _parse_lines(text: str) -> tuple[dict[str, str], tuple[tuple[Action, ...], .
     return fields, tuple(orders)
 
 
-def _integers(value: str, name: str, exactly: int | None = None) -> tuple[int, ...]:
-    words = value.split()
-    if not all(re.fullmatch("[0-9]+", word) for word in words) or exactly not in (None, len(words)):
-        what = "one whole number" if exactly == 1 else "whole numbers with spaces between them"
-        raise PlanError(f"`{name}` of a plan must be {what}. Got {value!r}.")
+def _integers(key: str, fields: dict[str, str], exactly_one: bool = False) -> tuple[int, ...]:
+    words = fields[key].split()
+    if not all(re.fullmatch("[0-9]{1,9}", word) for word in words) or (exactly_one and len(words) > 1):
+        what = "one whole number" if exactly_one else "whole numbers with spaces between them"
+        raise PlanError(f"`{key}` of a plan must be {what}. Got {fields[key]!r}.")
     return tuple(map(int, words))
 
 
@@ -284,23 +278,23 @@ def _cells(plan: Plan) -> Iterator[tuple[tuple[int, int], Action]]:
 
 def _check_sizes(plan: Plan) -> None:
     if plan.num_microbatches < 1 or plan.num_stages < 1:
-        raise _error(
-            plan,
+        message = (
             "A plan needs at least one microbatch and one stage. "
-            f"Got {plan.num_microbatches} microbatches and {plan.num_stages} stages.",
+            f"Got {plan.num_microbatches} microbatches and {plan.num_stages} stages. Correct the header."
         )
-    if set(plan.stage_ranks) != set(range(plan.num_ranks)):
-        raise _error(
-            plan,
-            f"Every rank must hold a stage and every stage be on a rank, here of 0 to {plan.num_ranks - 1}. "
-            f"Got stage ranks {' '.join(map(str, plan.stage_ranks))}. Change `stage ranks`, or add or remove ranks.",
+    elif set(plan.stage_ranks) != set(range(plan.num_ranks)):
+        message = (
+            f"Every stage must be on one of the ranks 0 to {plan.num_ranks - 1}, and every rank hold a stage. "
+            f"Got stage ranks {' '.join(map(str, plan.stage_ranks))}. Change `stage ranks`, or add or remove ranks."
         )
-    if plan.peak_activations is not None and len(plan.peak_activations) != plan.num_ranks:
-        raise _error(
-            plan,
+    elif plan.peak_activations is not None and len(plan.peak_activations) != plan.num_ranks:
+        message = (
             "`peak activations` must have one count for each rank. "
-            f"Got {len(plan.peak_activations)} counts for {plan.num_ranks} ranks. Correct or remove it.",
+            f"Got {len(plan.peak_activations)} counts for {plan.num_ranks} ranks. Correct or remove it."
         )
+    else:
+        return
+    raise _error(plan, message)
 
 
 def _check_cells(plan: Plan) -> None:
@@ -329,21 +323,19 @@ def _check_cells(plan: Plan) -> None:
 
 
 def _check_complete(plan: Plan) -> None:
-    for stage in range(plan.num_stages):
-        for microbatch in range(plan.num_microbatches):
-            ops = "".join(op for op in Op if Action(stage, op, microbatch) in plan.actions)
-            if ops in ("FB", "FIW") or (ops == "F" and plan.forward_only):
-                continue
-            present = [str(Action(stage, Op(op), microbatch)) for op in ops]
-            raise _error(
-                plan,
-                "Every stage needs, for each microbatch, an F and either a B or both an I and a W; or an F alone in "
-                f"all of the plan. Got {' '.join(present) or 'none'} for stage {stage} and microbatch {microbatch}. "
-                f"Complete it on rank {plan.stage_ranks[stage]}.",
-                (plan.stage_ranks[stage], plan.orders[plan.stage_ranks[stage]].index(Action.parse(present[-1])))
-                if present
-                else None,
-            )
+    for stage, microbatch in product(range(plan.num_stages), range(plan.num_microbatches)):
+        present = [action for op in Op if (action := Action(stage, op, microbatch)) in plan.actions]
+        ops = "".join(action.op for action in present)
+        if ops in ("FB", "FIW") or (ops == "F" and plan.forward_only):
+            continue
+        rank = plan.stage_ranks[stage]
+        raise _error(
+            plan,
+            "Every stage needs, for each microbatch, an F and either a B or both an I and a W; or, in a plan of "
+            f"forwards alone, an F. Got {' '.join(map(str, present)) or 'nothing'} for stage {stage} and microbatch "
+            f"{microbatch}. Complete it on rank {rank}.",
+            (rank, plan.orders[rank].index(present[-1])) if present else None,
+        )
 
 
 def _check_microbatch_order(plan: Plan) -> None:
@@ -354,42 +346,38 @@ def _check_microbatch_order(plan: Plan) -> None:
                 continue
             before = latest.get(action.stage)
             if before is not None and before.microbatch > action.microbatch:
-                raise _error(
-                    plan,
+                message = (
                     f"The {kind} of a stage must go in the order of the microbatches, so that state and sums of "
                     f"gradients do not depend on the schedule. Got {action} after {before} on rank {place[0]}. "
-                    "Exchange the two.",
-                    place,
+                    "Exchange the two."
                 )
+                raise _error(plan, message, place)
             latest[action.stage] = action
 
 
 def _check_progress(plan: Plan) -> None:
     started = plan.start_times()
+    if len(started) == len(plan.actions):
+        return
     heads = {
         rank: next(action for action in order if action not in started)
         for rank, order in enumerate(plan.orders)
         if any(action not in started for action in order)
     }
-    if not heads:
-        return
-    waits = {
-        rank: next(need for need in plan.dependencies(head) if need not in started) for rank, head in heads.items()
-    }
+    needs = {rank: next(n for n in plan.dependencies(head) if n not in started) for rank, head in heads.items()}
     circle = [min(heads)]
     while circle.count(circle[-1]) < 2:
-        circle.append(plan.stage_ranks[waits[circle[-1]].stage])
+        circle.append(plan.stage_ranks[needs[circle[-1]].stage])
     circle = circle[circle.index(circle[-1]) :]
-    got = "; ".join(
-        f"{heads[rank]} (rank {rank}) waits for {waits[rank]}, "
-        + (f"which comes after {heads[holder]} on rank {holder}" if waits[rank] != heads[holder] else "the next")
-        for rank, holder in pairwise(circle)
-    )
-    head = heads[circle[0]]
+    links = []
+    for rank, holder in pairwise(circle):
+        behind = f", which comes after {heads[holder]}" if needs[rank] != heads[holder] else ""
+        links.append(f"{heads[rank]} on rank {rank} waits for {needs[rank]} on rank {holder}{behind}")
     raise _error(
         plan,
-        f"No rank may wait for ever. Got a circle: {got}. Move an action so that each comes after what it waits for.",
-        (circle[0], plan.orders[circle[0]].index(head)),
+        f"No rank may wait for ever. Got a circle: {'; '.join(links)}. "
+        "Move an action so that each comes after what it waits for.",
+        (circle[0], plan.orders[circle[0]].index(heads[circle[0]])),
         timed=True,
     )
 
@@ -398,10 +386,8 @@ def _check_peak(plan: Plan) -> None:
     for rank, limit in enumerate(plan.peak_activations or ()):
         for index, live in enumerate(plan.live_activations(rank)):
             if live > limit:
-                raise _error(
-                    plan,
-                    f"Rank {rank} must hold at most {limit} activations at once, as `peak activations` promises. Got "
-                    f"{live} in {plan.orders[rank][index]}. Move a backward before it, or raise the promise.",
-                    (rank, index),
-                    timed=True,
+                message = (
+                    f"Rank {rank} must not hold more activations at once than the {limit} of `peak activations`. "
+                    f"Got {live} in {plan.orders[rank][index]}. Move a backward before it, or raise that number."
                 )
+                raise _error(plan, message, (rank, index), timed=True)
