@@ -1,12 +1,27 @@
-"""Eight virtual CPU devices for every test, taken before JAX starts."""
+"""Eight virtual CPU devices for every test, taken before JAX starts, and the types and shapes of calls checked."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA sizes its thread pool from NPROC; fewer than twice the devices can deadlock programs with collectives (jax 0.10).
 os.environ.setdefault("NPROC", "16")
 
 import jax
+from jaxtyping import install_import_hook
 
 # Not by an environment variable: commands that tests start have to take their own devices.
 jax.config.update("jax_num_cpu_devices", 8)
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = {"__init__", "plan", "schedules", "simulate", "lower"}
+"""Modules left unchecked: millions of small calls on plain data, which the check makes forty times slower."""
+
+install_import_hook(
+    [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "meshpipe").rglob("*.py")
+        if path.stem not in PLAIN
+    ],
+    "beartype.beartype",
+)
