@@ -109,27 +109,32 @@ def order_actions(plan: Plan) -> list[Action]:
 
 def name_buffers(plan: Plan, action: Action) -> Compute:
     """The action with the buffers it reads and writes; what stays on the rank is written where it will be read."""
-    stage, microbatch, ranks = action.stage, action.microbatch, plan.stage_ranks
+    stage, ranks = action.stage, plan.stage_ranks
     is_first, is_last = stage == 0, stage == plan.num_stages - 1
-
-    def buffers(*names: tuple[Kind, int, bool]) -> tuple[Buffer, ...]:
-        return tuple(Buffer(kind, of_stage, microbatch) for kind, of_stage, exists in names if exists)
-
-    reads: tuple[Buffer, ...]
-    writes: tuple[Buffer, ...]
+    reads: list[tuple[Kind, int]] = []
+    writes: list[tuple[Kind, int]] = []
     if action.op is Op.FORWARD:
-        stays = not is_last and ranks[stage + 1] == ranks[stage]
-        output: tuple[Kind, int, bool] = ("x", stage + 1, True) if stays else ("y", stage, not is_last)
-        reads = buffers(("x", stage, not is_first))
-        writes = buffers(("r", stage, not plan.forward_only), output)
+        if not is_first:
+            reads.append(("x", stage))
+        if not plan.forward_only:
+            writes.append(("r", stage))
+        if not is_last:
+            writes.append(("x", stage + 1) if ranks[stage + 1] == ranks[stage] else ("y", stage))
     elif action.op is Op.BACKWARD_WEIGHT:
-        reads, writes = buffers(("w", stage, True)), ()
+        reads.append(("w", stage))
     else:
-        stays = not is_first and ranks[stage - 1] == ranks[stage]
-        output = ("dy", stage - 1, True) if stays else ("dx", stage, not is_first)
-        reads = buffers(("r", stage, True), ("dy", stage, not is_last))
-        writes = buffers(output, ("w", stage, action.op is Op.BACKWARD_INPUT))
-    return Compute(ranks[stage], action, reads, writes)
+        reads.append(("r", stage))
+        if not is_last:
+            reads.append(("dy", stage))
+        if not is_first:
+            writes.append(("dy", stage - 1) if ranks[stage - 1] == ranks[stage] else ("dx", stage))
+        if action.op is Op.BACKWARD_INPUT:
+            writes.append(("w", stage))
+    return Compute(ranks[stage], action, _buffers(reads, action.microbatch), _buffers(writes, action.microbatch))
+
+
+def _buffers(names: list[tuple[Kind, int]], microbatch: int) -> tuple[Buffer, ...]:
+    return tuple(Buffer(kind, stage, microbatch) for kind, stage in names)
 
 
 def add_transfers(plan: Plan, computes: Iterable[Compute]) -> Iterator[Compute | Transfer]:

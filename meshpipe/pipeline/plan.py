@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
-from typing import Self
 
 MESSAGE_WIDTH = 110
 """Characters of a row of a grid drawn in an error message; of a longer plan, the part around the marked cell."""
@@ -42,7 +41,7 @@ class Action:
         return f"{self.stage}{self.op}{self.microbatch}"
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> "Action":
         match = re.fullmatch(r"([0-9]{1,9})([FBIW])([0-9]{1,9})", text)
         if match is None:
             raise PlanError(
@@ -165,7 +164,7 @@ class Plan:
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> "Plan":
         """Reads what `to_text` writes; blank lines and what follows a `#` are skipped.
 
         Raises `PlanError` naming the line when the text is malformed. Does not `validate`.

@@ -1,0 +1,220 @@
+"""Lowering, written as the text of programs, and checked by carrying random programs out on names."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshpipe.pipeline.lower import Buffer, Compute, Free, Program, Transfer, lower, order_actions
+from meshpipe.pipeline.plan import Plan, validate
+from meshpipe.pipeline.schedules import SCHEDULES, SEVERAL_STAGES, forward_only, make_plan
+
+
+def plan_of(*rows: str, stage_ranks: str, microbatches: int = 1) -> Plan:
+    ranks = "".join(f"rank {rank}: {row}\n" for rank, row in enumerate(rows))
+    plan = Plan.parse(f"schedule: mine\nmicrobatches: {microbatches}\nstage ranks: {stage_ranks}\n{ranks}")
+    validate(plan)
+    return plan
+
+
+def test_one_stage_needs_no_boundary() -> None:
+    program = lower(make_plan("1f1b", 1, 2))
+    assert (
+        program.to_text()
+        == """\
+0F0: -> r0.0
+0B0: r0.0 ->
+free r0.0
+0F1: -> r0.1
+0B1: r0.1 ->
+free r0.1
+"""
+    )
+
+
+def test_two_ranks_exchange_activations_and_gradients() -> None:
+    assert (
+        lower(make_plan("1f1b", 2, 2)).to_text()
+        == """\
+0F0: -> r0.0 y0.0
+move y0.0 -> x1.0
+free y0.0
+0F1: -> r0.1 y0.1
+move y0.1 -> x1.1
+free y0.1
+1F0: x1.0 -> r1.0
+free x1.0
+1B0: r1.0 -> dx1.0
+free r1.0
+move dx1.0 -> dy0.0
+free dx1.0
+0B0: r0.0 dy0.0 ->
+free r0.0 dy0.0
+1F1: x1.1 -> r1.1
+free x1.1
+1B1: r1.1 -> dx1.1
+free r1.1
+move dx1.1 -> dy0.1
+free dx1.1
+0B1: r0.1 dy0.1 ->
+free r0.1 dy0.1
+"""
+    )
+
+
+def test_stages_of_one_rank_hand_over_in_place() -> None:
+    assert (
+        lower(make_plan("gpipe", 1, 1, 3)).to_text()
+        == """\
+0F0: -> r0.0 x1.0
+1F0: x1.0 -> r1.0 x2.0
+free x1.0
+2F0: x2.0 -> r2.0
+free x2.0
+2B0: r2.0 -> dy1.0
+free r2.0
+1B0: r1.0 dy1.0 -> dy0.0
+free r1.0 dy1.0
+0B0: r0.0 dy0.0 ->
+free r0.0 dy0.0
+"""
+    )
+
+
+def test_a_loop_of_stages_goes_back_to_the_first_rank() -> None:
+    program = lower(make_plan("gpipe", 2, 1, 2))
+    moves = [str(instruction) for instruction in program.instructions if isinstance(instruction, Transfer)]
+    assert moves == [
+        "move y0.0 -> x1.0",
+        "move y1.0 -> x2.0",
+        "move y2.0 -> x3.0",
+        "move dx3.0 -> dy2.0",
+        "move dx2.0 -> dy1.0",
+        "move dx1.0 -> dy0.0",
+    ]
+
+
+def test_split_backward_keeps_what_the_weights_need() -> None:
+    plan = plan_of("0F0 0I0 0W0", "1F0 1I0 1W0", stage_ranks="0 1")
+    assert (
+        lower(plan).to_text()
+        == """\
+0F0: -> r0.0 y0.0
+move y0.0 -> x1.0
+free y0.0
+1F0: x1.0 -> r1.0
+free x1.0
+1I0: r1.0 -> dx1.0 w1.0
+free r1.0
+move dx1.0 -> dy0.0
+free dx1.0
+0I0: r0.0 dy0.0 -> w0.0
+free r0.0 dy0.0
+1W0: w1.0 ->
+free w1.0
+0W0: w0.0 ->
+free w0.0
+"""
+    )
+
+
+def test_forwards_alone_keep_nothing() -> None:
+    assert (
+        lower(forward_only(2, 2)).to_text()
+        == """\
+0F0: -> y0.0
+move y0.0 -> x1.0
+free y0.0
+0F1: -> y0.1
+move y0.1 -> x1.1
+free y0.1
+1F0: x1.0 ->
+free x1.0
+1F1: x1.1 ->
+free x1.1
+"""
+    )
+
+
+def test_a_rank_sees_its_work_and_both_sides_of_its_transfers() -> None:
+    program = lower(make_plan("gpipe", 3, 1))
+    assert [str(instruction) for instruction in program.of_rank(1)] == [
+        "move y0.0 -> x1.0",
+        "1F0: x1.0 -> r1.0 y1.0",
+        "free x1.0",
+        "move y1.0 -> x2.0",
+        "free y1.0",
+        "move dx2.0 -> dy1.0",
+        "1B0: r1.0 dy1.0 -> dx1.0",
+        "free r1.0 dy1.0",
+        "move dx1.0 -> dy0.0",
+        "free dx1.0",
+    ]
+
+
+def test_no_rank_is_issued_far_ahead_of_the_others() -> None:
+    actions = " ".join(map(str, order_actions(make_plan("1f1b", 3, 3))))
+    assert actions == "0F0 0F1 1F0 0F2 1F1 2F0 2B0 1B0 2F1 0B0 1F2 2B1 1B1 2F2 0B1 2B2 1B2 0B2"
+
+
+def carry_out(program: Program) -> None:
+    """Follows the program with sets of names in place of arrays: what is read is there, and at the end nothing is."""
+    held: list[set[Buffer]] = [set() for _ in range(program.plan.num_ranks)]
+    for instruction in program.instructions:
+        match instruction:
+            case Compute(rank, _, reads, writes):
+                assert held[rank].issuperset(reads)
+                assert held[rank].isdisjoint(writes)
+                held[rank].update(writes)
+            case Transfer(source, target, source_rank, target_rank):
+                assert source_rank != target_rank
+                assert source in held[source_rank]
+                assert target not in held[target_rank]
+                held[target_rank].add(target)
+            case Free(rank, buffers):
+                assert held[rank].issuperset(buffers)
+                held[rank].difference_update(buffers)
+    assert not any(held)
+
+
+@pytest.mark.parametrize("make", [*SCHEDULES.values(), forward_only], ids=[*SCHEDULES, "forward_only"])
+@settings(deadline=None, max_examples=40)
+@given(num_ranks=st.integers(1, 6), num_microbatches=st.integers(1, 10), stages_per_rank=st.integers(1, 3))
+def test_every_program_can_be_carried_out(make, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> None:
+    several = make is forward_only or any(make is SCHEDULES[name] for name in SEVERAL_STAGES)
+    program = lower(make(num_ranks, num_microbatches, stages_per_rank if several else 1))
+    carry_out(program)
+    for rank, order in enumerate(program.plan.orders):
+        computes = [i.action for i in program.of_rank(rank) if isinstance(i, Compute)]
+        assert computes == list(order)
+
+
+def test_a_transfer_directly_follows_the_action_that_makes_its_source() -> None:
+    latest = None
+    for instruction in lower(make_plan("1f1b", 4, 8)).instructions:
+        if isinstance(instruction, Compute):
+            latest = instruction
+        if isinstance(instruction, Transfer):
+            assert latest is not None
+            assert instruction.source in latest.writes
+
+
+def test_a_large_plan_is_made_and_lowered_in_seconds() -> None:
+    """64 stages and 256 microbatches take about one second; work that grew with the square would take hours."""
+    code = """
+import time
+from meshpipe.pipeline.lower import lower
+from meshpipe.pipeline.plan import validate
+from meshpipe.pipeline.schedules import make_plan
+begin = time.process_time()
+plan = make_plan("1f1b", 64, 256)
+validate(plan)
+program = lower(plan)
+assert len(program.of_rank(63)) == 256 * 7
+print(time.process_time() - begin)
+"""
+    # In a process of its own, without the checks of types that run under the tests.
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert float(result.stdout) < 4

@@ -1,0 +1,72 @@
+"""The simulator: times by hand, and what is counted from them."""
+
+import pytest
+
+from meshpipe.pipeline.plan import Action, Op, Plan, PlanError
+from meshpipe.pipeline.schedules import make_plan
+from meshpipe.pipeline.simulate import Costs, simulate
+
+
+def starts_of(plan: Plan, costs: Costs) -> dict[str, float]:
+    return {str(action): start for action, start in simulate(plan, costs).starts.items()}
+
+
+def test_times_of_two_stages_with_default_costs() -> None:
+    timeline = simulate(make_plan("1f1b", 2, 2))
+    starts = {str(action): start for action, start in timeline.starts.items()}
+    assert starts == {"0F0": 0, "0F1": 1, "0B0": 4, "0B1": 7, "1F0": 1, "1B0": 2, "1F1": 4, "1B1": 5}
+    assert timeline.ends[Action.parse("0B1")] == timeline.makespan == 9
+    assert timeline.busy == (6, 6)
+    assert timeline.bubble_fraction == pytest.approx(1 / 3)
+    assert timeline.peak_activations == (2, 1)
+
+
+def test_a_transfer_delays_only_other_ranks() -> None:
+    costs = Costs({Op.BACKWARD: 1.0}, transfer=0.25)
+    assert starts_of(make_plan("gpipe", 2, 1), costs) == {"0F0": 0, "1F0": 1.25, "1B0": 2.25, "0B0": 3.5}
+    assert starts_of(make_plan("gpipe", 1, 1, 2), costs) == {"0F0": 0, "1F0": 1, "1B0": 2, "0B0": 3}
+
+
+def test_a_cost_of_one_stage_goes_before_that_of_all() -> None:
+    costs = Costs({Op.FORWARD: 2.0, (1, Op.FORWARD): 5.0})
+    texts = ("0F0", "1F0", "0B0", "0I0", "0W0")
+    assert [costs.time_of(Action.parse(text)) for text in texts] == [2, 5, 2, 1, 1]
+
+
+def test_the_slowest_stage_sets_the_pace() -> None:
+    timeline = simulate(make_plan("1f1b", 4, 32), Costs({(2, Op.FORWARD): 3.0, (2, Op.BACKWARD): 6.0}))
+    assert timeline.busy[2] == 32 * 9
+    assert timeline.makespan == pytest.approx(2 * 1 + 32 * 9 + 2 * 2)
+
+
+def test_splitting_backward_shortens_the_step() -> None:
+    head = "schedule: mine\nmicrobatches: 2\nstage ranks: 0 1\n"
+    whole = Plan.parse(head + "rank 0: 0F0 0F1 0B0 0B1\nrank 1: 1F0 1B0 1F1 1B1\n")
+    split = Plan.parse(head + "rank 0: 0F0 0F1 0I0 0W0 0I1 0W1\nrank 1: 1F0 1I0 1F1 1I1 1W0 1W1\n")
+    assert simulate(whole).makespan == 9
+    assert simulate(split).makespan == 7
+
+
+def test_one_rank_never_idles() -> None:
+    assert simulate(make_plan("gpipe", 1, 7), Costs({Op.FORWARD: 0.1})).bubble_fraction == pytest.approx(0)
+
+
+def test_work_that_takes_no_time_has_no_bubble() -> None:
+    assert simulate(make_plan("gpipe", 2, 2), Costs({Op.FORWARD: 0.0, Op.BACKWARD: 0.0})).bubble_fraction == 0
+
+
+def test_an_invalid_plan_is_not_simulated() -> None:
+    plan = Plan.parse("schedule: mine\nmicrobatches: 1\nstage ranks: 0\nrank 0: 0B0 0F0\n")
+    with pytest.raises(PlanError, match="No rank may wait for ever"):
+        simulate(plan)
+
+
+@pytest.mark.parametrize("times", [{Op.FORWARD: -1.0}, {(0, Op.BACKWARD): float("nan")}, {Op.FORWARD: float("inf")}])
+def test_a_time_that_cannot_be_is_an_error(times: dict) -> None:
+    with pytest.raises(ValueError, match="A time must be 0 or more, and finite"):
+        Costs(times)
+
+
+def test_a_negative_transfer_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"Got -0\.5 for transfer"):
+        Costs(transfer=-0.5)
