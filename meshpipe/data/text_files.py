@@ -53,7 +53,9 @@ def package_files(package: str) -> tuple[TextFile, ...]:
         spec = None
     roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
     files = [
-        TextFile(f"{package}/{path.relative_to(root).as_posix()}", path) for root in roots for path in root.rglob("*.py")
+        TextFile(f"{package}/{path.relative_to(root).as_posix()}", path)
+        for root in roots
+        for path in root.rglob("*.py")
     ]
     if not files:
         raise ValueError(

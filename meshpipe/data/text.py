@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from meshpipe.data import DataConfig
-from meshpipe.text_files import MAX_BYTES_PER_FILE, PACKAGES, Text, folder_files, package_files, read, split
+from meshpipe.data.batches import DataConfig
+from meshpipe.data.text_files import MAX_BYTES_PER_FILE, PACKAGES, Text, folder_files, package_files, read, split
 
 Example = dict[str, np.ndarray]
 
@@ -20,7 +20,8 @@ MAX_BYTES_PER_PACKAGE = {False: 256 * 1024, True: 64 * 1024}
 class LabelledWindows:
     """Windows of bytes that follow each other without overlap; the label says which text a window comes from.
 
-    Labels take turns, and all have as many windows as the shortest text. Fields: `inputs` int32 [seq], `labels` int32 [].
+    Labels take turns, and all have as many windows as the shortest text.
+    Fields: `inputs` int32 [seq], `labels` int32 [].
     """
 
     def __init__(self, texts: Sequence[Text], sequence_length: int) -> None:
@@ -140,7 +141,8 @@ class TextFilesConfig(DataConfig):
 
     path: str | None = None
     """A text file, or a folder whose text files are taken with those of its subfolders (not hidden ones, nor files with
-    zero bytes). A file is read where needed, a folder is held in memory. None takes the source of installed packages."""
+    zero bytes). A file is read where needed, a folder is held in memory. None takes the source of installed packages.
+    """
     sequence_length: int = 128
     """Bytes that the model reads per window."""
 
@@ -183,7 +185,9 @@ def _texts_under(path: Path, *, held_out: bool) -> list[Text]:
         # An empty file cannot be mapped.
         whole = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     else:
-        raise ValueError(f"--data.path must name a text file or a folder of text files. Got {str(path)!r}, which is neither.")
+        raise ValueError(
+            f"--data.path must name a text file or a folder of text files. Got {str(path)!r}, which is neither."
+        )
     cut = whole.size * 9 // 10
     return [whole[cut:] if held_out else whole[:cut]]
 

@@ -1,0 +1,12 @@
+"""Sources of examples, and batches from them."""
+
+from meshpipe.data.batches import Batch as Batch
+from meshpipe.data.batches import BatchIterator as BatchIterator
+from meshpipe.data.batches import DataConfig as DataConfig
+from meshpipe.data.batches import Source as Source
+from meshpipe.data.batches import batches as batches
+from meshpipe.data.batches import example_batch as example_batch
+from meshpipe.data.text import LabelledWindows as LabelledWindows
+from meshpipe.data.text import PackageWindowsConfig as PackageWindowsConfig
+from meshpipe.data.text import PackedWindows as PackedWindows
+from meshpipe.data.text import TextFilesConfig as TextFilesConfig
