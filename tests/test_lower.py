@@ -215,6 +215,6 @@ program = lower(plan)
 assert len(program.of_rank(63)) == 256 * 7
 print(time.process_time() - begin)
 """
-    # In a process of its own, without the checks of types that run under the tests.
+    # In a process of its own, so that no instrumentation of the tests counts.
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert float(result.stdout) < 4

@@ -102,6 +102,7 @@ def test_grid_marks_an_action() -> None:
 def test_a_narrow_grid_is_cut_around_the_mark() -> None:
     plan = plan_of(" ".join(f"0{op}{m}" for op in "FB" for m in range(9)), stage_ranks="0", microbatches=9)
     assert plan.grid(Action.parse("0B0"), width=48) == "rank 0 ...  0F7  0F8 [0B0] 0B1  0B2  ...  <-- here\n"
+    assert plan.grid(Action.parse("0B0"), width=1) == "rank 0 ... [0B0] ...  <-- here\n"
     assert plan.grid(width=48) == "rank 0  0F0  0F1  0F2  0F3  0F4  ...\n"
 
 
@@ -256,6 +257,11 @@ rank 1  .    1F0 [1F1] 1B0  1B1  .     <-- here
 @pytest.mark.parametrize(("plan", "message"), INVALID.values(), ids=INVALID.keys())
 def test_an_invalid_plan_is_drawn(plan: Plan, message: str) -> None:
     assert error_of(plan) == message
+
+
+def test_a_negative_stage_is_no_stage() -> None:
+    plan = Plan("mine", 1, (0,), ((Action(0, Op.FORWARD, 0), Action(-1, Op.FORWARD, 0)),))
+    assert "Got -1F0 on rank 0" in error_of(plan)
 
 
 def test_the_circle_leaves_out_ranks_that_only_wait_for_it() -> None:

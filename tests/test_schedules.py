@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 RANKS, MICROBATCHES, STAGES_PER_RANK = st.integers(1, 8), st.integers(1, 16), st.integers(1, 4)
 
 sizes = settings(deadline=None, max_examples=40)
-"""The checks of types that run under the tests make every call slow, so fewer examples and no limit of time."""
+"""Random sizes, without a limit of time for each: a busy machine is no failure."""
 
 
 def accepted_stages(name: str, stages_per_rank: int) -> int:

@@ -245,6 +245,7 @@ def _draw(plan: Plan, columns: list[list[int]], place: tuple[int, int] | None, w
 def _window(length: int, centre: int | None, size: int | None) -> tuple[int, int]:
     if size is None or length <= size:
         return 0, length
+    size = max(size, 1)
     first = min(max((centre or 0) - size // 2, 0), length - size)
     return first, first + size
 
@@ -299,7 +300,7 @@ def _check_sizes(plan: Plan) -> None:
 def _check_cells(plan: Plan) -> None:
     seen: dict[Action, int] = {}
     for (rank, index), action in _cells(plan):
-        if action.stage >= plan.num_stages or action.microbatch >= plan.num_microbatches:
+        if action.stage not in range(plan.num_stages) or action.microbatch not in range(plan.num_microbatches):
             message = (
                 f"Stages go from 0 to {plan.num_stages - 1} and microbatches from 0 to {plan.num_microbatches - 1}. "
                 f"Got {action} on rank {rank}. Remove it, or raise the sizes in the header."
