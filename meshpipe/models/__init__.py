@@ -1,0 +1,7 @@
+"""Models whose layers are written to be read."""
+
+from meshpipe.models.language_model import LanguageModelConfig as LanguageModelConfig
+from meshpipe.models.model import LayerConstructor as LayerConstructor
+from meshpipe.models.model import ModelConfig as ModelConfig
+from meshpipe.models.model import SumAndWeight as SumAndWeight
+from meshpipe.models.text_classifier import TextClassifierConfig as TextClassifierConfig

@@ -1,0 +1,194 @@
+"""A language model in the shape of Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.typing import Initializer
+from jaxtyping import Array, Bool, Float, Int
+
+from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
+from meshpipe.models.transformer import (
+    EMBED,
+    HIDDEN,
+    VOCAB,
+    Attention,
+    check_at_least_one,
+    check_heads,
+    kernel_init,
+    ones_init,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(ModelConfig):
+    """Sizes of the language model; its layers are the embedding, every block, and the head.
+
+    Batch fields, each [batch, seq]: `inputs` and `targets` int32; `segment_ids` int32, equal within a document;
+    `weights` float32, 0 where a target does not count. Without `segment_ids` a window is one document.
+    """
+
+    input: ClassVar[str] = "inputs"
+
+    d_model: int = 64
+    """Features of every position between the layers."""
+    num_blocks: int = 6
+    """Transformer blocks, each a layer."""
+    num_heads: int = 4
+    """Attention heads per block; d_model must be a multiple of twice this."""
+    num_kv_heads: int = 2
+    """Key and value heads, shared by equal groups of heads; as many as heads for plain multi-head attention."""
+    d_hidden: int = 192
+    """Hidden units of every block's SwiGLU."""
+    vocab_size: int = 256
+    """Kinds of token; bytes need 256."""
+    rope_theta: float = 10_000.0
+    """Base of the wavelengths of the rotary positions, which reach up to about 6 * theta tokens."""
+    tie_embedding: bool = False
+    """Whether the head uses the embedding as its weights, or weights of its own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters are float32. bfloat16 is for accelerators."""
+
+    @classmethod
+    def debug(cls) -> "LanguageModelConfig":
+        """The smallest that has everything: 2 blocks, 2 heads sharing 1 key-value head, 30 thousand parameters."""
+        return cls(d_model=32, num_blocks=2, num_heads=2, num_kv_heads=1, d_hidden=64)
+
+    @classmethod
+    def small(cls) -> "LanguageModelConfig":
+        """0.33 million parameters: learns something within a minute on two CPU cores."""
+        return cls()
+
+    @classmethod
+    def llama_7b(cls) -> "LanguageModelConfig":
+        """6.7 billion parameters, the sizes of Llama 2 7B (arXiv 2307.09288; widths in arXiv 2302.13971, table 2).
+
+        The vocabulary is Llama's 32,000 tokens, so byte-level data uses only the first 256 of them.
+        """
+        return cls(
+            d_model=4096,
+            num_blocks=32,
+            num_heads=32,
+            num_kv_heads=32,
+            d_hidden=11_008,
+            vocab_size=32_000,
+            dtype="bfloat16",
+        )
+
+    @classmethod
+    def llama_70b(cls) -> "LanguageModelConfig":
+        """69 billion parameters, the sizes of Llama 2 70B (arXiv 2307.09288, section 2.2 on grouped-query attention).
+
+        The vocabulary is Llama's 32,000 tokens, so byte-level data uses only the first 256 of them.
+        """
+        return cls(
+            d_model=8192,
+            num_blocks=80,
+            num_heads=64,
+            num_kv_heads=8,
+            d_hidden=28_672,
+            vocab_size=32_000,
+            dtype="bfloat16",
+        )
+
+    def __post_init__(self) -> None:
+        check_at_least_one(
+            d_model=self.d_model,
+            num_blocks=self.num_blocks,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            d_hidden=self.d_hidden,
+            vocab_size=self.vocab_size,
+        )
+        check_heads(self.d_model, self.num_heads, self.num_kv_heads)
+        if self.rope_theta <= 1:
+            raise ValueError(f"--model.rope-theta must be above 1. Got {self.rope_theta}.")
+
+    def layers(self) -> list[LayerConstructor]:
+        embedding = partial(nnx.Embed, self.vocab_size, self.d_model, dtype=self.dtype, embedding_init=embedding_init())
+        blocks = [partial(DecoderBlock, self) for _ in range(self.num_blocks)]
+        return [embedding, *blocks, partial(LanguageModelHead, self)]
+
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        if not self.tie_embedding:
+            return ()
+        return (("layers/0/embedding", f"layers/{self.num_blocks + 1}/tokens/embedding"),)
+
+    def loss(self, output: Float[Array, "batch seq vocab"], batch: Mapping[str, jax.Array]) -> SumAndWeight:
+        losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), batch["targets"])
+        return (losses * batch["weights"]).sum(), batch["weights"].sum()
+
+    def metrics(
+        self, output: Float[Array, "batch seq vocab"], batch: Mapping[str, jax.Array]
+    ) -> dict[str, SumAndWeight]:
+        hits = output.argmax(axis=-1) == batch["targets"]
+        return {"accuracy": ((hits * batch["weights"]).sum(), batch["weights"].sum())}
+
+
+class DecoderBlock(nnx.Module):
+    """Attention to earlier positions of the same document, then SwiGLU, each added to its input (pre-norm)."""
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = rms_norm(config, rngs)
+        self.attention = Attention(
+            config.d_model,
+            config.num_heads,
+            config.num_kv_heads,
+            causal=True,
+            rope_theta=config.rope_theta,
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+        self.swiglu_norm = rms_norm(config, rngs)
+        self.swiglu = SwiGLU(config.d_model, config.d_hidden, dtype=config.dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch seq embed"], segment_ids: Int[Array, "batch seq"] | None = None
+    ) -> Float[Array, "batch seq embed"]:
+        mask = None if segment_ids is None else same_document(segment_ids)
+        x = x + self.attention(self.attention_norm(x), mask)
+        return x + self.swiglu(self.swiglu_norm(x))
+
+
+class SwiGLU(nnx.Module):
+    """A perceptron whose hidden units are gated by a SiLU (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_hidden: int, *, dtype: str, rngs: nnx.Rngs) -> None:
+        up_init, down_init = kernel_init(EMBED, HIDDEN), kernel_init(HIDDEN, EMBED)
+        self.gate = nnx.Linear(d_model, d_hidden, use_bias=False, dtype=dtype, kernel_init=up_init, rngs=rngs)
+        self.up = nnx.Linear(d_model, d_hidden, use_bias=False, dtype=dtype, kernel_init=up_init, rngs=rngs)
+        self.down = nnx.Linear(d_hidden, d_model, use_bias=False, dtype=dtype, kernel_init=down_init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class LanguageModelHead(nnx.Module):
+    """The last norm, and one logit per token of the vocabulary."""
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.norm = rms_norm(config, rngs)
+        # An embedding used backwards, tied or not, so that both have one shape and one path.
+        self.tokens = nnx.Embed(
+            config.vocab_size, config.d_model, dtype=config.dtype, embedding_init=embedding_init(), rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
+        return self.tokens.attend(self.norm(x))
+
+
+def same_document(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch 1 seq seq"]:
+    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+
+
+def embedding_init() -> Initializer:
+    return nnx.with_partitioning(nnx.initializers.normal(0.02), (VOCAB, EMBED))
+
+
+def rms_norm(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.d_model, epsilon=1e-5, dtype=config.dtype, scale_init=ones_init(EMBED), rngs=rngs)

@@ -1,0 +1,105 @@
+"""Parts that transformer models share: rotary positions, attention, and checks of their sizes."""
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Initializer
+from jaxtyping import Array, Bool, Float
+
+# Logical axes of parameters; meshpipe.sharding says which mesh axis each one is split over.
+EMBED, HEADS, HIDDEN, VOCAB = "embed", "heads", "hidden", "vocab"
+
+
+def kernel_init(*axes: str | None) -> Initializer:
+    """Normal with variance 1 / fan-in, for a kernel with these logical axes."""
+    return nnx.with_partitioning(nnx.initializers.lecun_normal(), axes)
+
+
+def ones_init(*axes: str | None) -> Initializer:
+    return nnx.with_partitioning(nnx.initializers.ones_init(), axes)
+
+
+def zeros_init(*axes: str | None) -> Initializer:
+    return nnx.with_partitioning(nnx.initializers.zeros_init(), axes)
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary positions; heads share key and value heads in equal groups (arXiv 2305.13245).
+
+    Heads are an array axis of their own, so that tensor parallelism can only ever split whole heads.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        causal: bool,
+        rope_theta: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.causal = causal
+        self.rope_theta = rope_theta
+        head_dim = d_model // num_heads
+
+        def project(heads: int) -> nnx.LinearGeneral:
+            init = kernel_init(EMBED, HEADS, None)
+            shape = (heads, head_dim)
+            return nnx.LinearGeneral(d_model, shape, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+
+        self.query = project(num_heads)
+        self.key = project(num_kv_heads)
+        self.value = project(num_kv_heads)
+        self.out = nnx.LinearGeneral(
+            (num_heads, head_dim),
+            d_model,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=kernel_init(HEADS, None, EMBED),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "batch seq embed"], mask: Bool[Array, "batch 1 seq seq"] | None = None
+    ) -> Float[Array, "batch seq embed"]:
+        """Position i attends to position j where `mask[:, :, i, j]`, and only to j <= i if causal."""
+        query = rotate(self.query(x), self.rope_theta)
+        key = rotate(self.key(x), self.rope_theta)
+        return self.out(jax.nn.dot_product_attention(query, key, self.value(x), mask=mask, is_causal=self.causal))
+
+
+def rotate(x: Float[Array, "batch seq heads head_dim"], theta: float) -> Float[Array, "batch seq heads head_dim"]:
+    """Turns feature pairs (i, i + head_dim / 2) by an angle that grows with the position: RoPE (arXiv 2104.09864).
+
+    Attention then sees positions only through their differences, so a document may start anywhere in a window.
+    """
+    _, seq, _, head_dim = x.shape
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = einops.einsum(jnp.arange(seq, dtype=jnp.float32), frequencies, "seq, half -> seq half")
+    cos, sin = (einops.rearrange(f(angles), "seq half -> 1 seq 1 half") for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def check_heads(d_model: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raises `ValueError` when the sizes do not give whole heads of an even number of features, in equal groups."""
+    if d_model % (2 * num_heads):
+        raise ValueError(
+            "--model.d-model must be a multiple of 2 * --model.num-heads: rotary positions turn pairs of features. "
+            f"Got {d_model} with {num_heads} heads. The next multiple is {-(-d_model // (2 * num_heads)) * 2 * num_heads}."
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            "--model.num-heads must be a multiple of --model.num-kv-heads, which equal groups of heads share. "
+            f"Got {num_heads} and {num_kv_heads}."
+        )
+
+
+def check_at_least_one(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"--model.{name.replace('_', '-')} must be at least 1. Got {size}.")
