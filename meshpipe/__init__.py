@@ -1,0 +1,17 @@
+"""Hybrid parallelism for JAX and Flax NNX on one named device mesh."""
+
+from meshpipe.layer import LayerLike as LayerLike
+from meshpipe.mesh import MeshConfig as MeshConfig
+from meshpipe.mesh import make_mesh as make_mesh
+from meshpipe.mesh import submeshes as submeshes
+from meshpipe.mesh import use_cpu_devices as use_cpu_devices
+from meshpipe.optimizer import OptimizerConfig as OptimizerConfig
+from meshpipe.pipeline.config import PipelineConfig as PipelineConfig
+from meshpipe.pipeline.plan import Action as Action
+from meshpipe.pipeline.plan import Op as Op
+from meshpipe.pipeline.plan import Plan as Plan
+from meshpipe.pipeline.schedules import make_plan as make_plan
+from meshpipe.sharding import ShardingRules as ShardingRules
+from meshpipe.trainer import NonFiniteError as NonFiniteError
+from meshpipe.trainer import StepResult as StepResult
+from meshpipe.trainer import Trainer as Trainer

@@ -1,0 +1,72 @@
+"""Creating the leaves of layers where they live, sharded from birth."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from meshpipe.layer import Layer, Leaves, path_hash
+from meshpipe.sharding import ShardingRules, abstract, replicated
+
+Placed = dict[str, jax.ShapeDtypeStruct]
+
+
+def placed(layer: Layer, mesh: Mesh, rules: ShardingRules) -> tuple[Placed, Placed]:
+    """Shapes of the layer's parameters and state with their shardings on the submesh.
+
+    Raises `ValueError` when a logical axis has no rule or does not divide by its mesh axis.
+    """
+
+    def place(leaves: Any) -> Placed:
+        return {
+            path: abstract(leaf.shape, leaf.dtype, rules.sharding(path, leaf.shape, layer.axes.get(path), mesh))
+            for path, leaf in leaves.items()
+        }
+
+    return place(layer.params), place(layer.state)
+
+
+def initialise(layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, seed: int) -> list[tuple[Leaves, Leaves]]:
+    """Parameters and state of every layer on its submesh.
+
+    What a constructor makes depends on `seed` and the layer's path alone. The values of a ready-made module are copied.
+    Layers that differ in nothing but their path share one compiled program for each submesh.
+    """
+    compiled: dict[tuple[str, Mesh], Any] = {}
+    results: list[tuple[Leaves, Leaves]] = []
+    lowered = [_lower(layer, mesh, rules) if layer.values is None else None for layer, mesh in layers]
+    wanted = {(low.as_text(), mesh): low for low, (_, mesh) in zip(lowered, layers, strict=True) if low is not None}
+    with ThreadPoolExecutor() as pool:
+        compiled = dict(zip(wanted, pool.map(lambda low: low.compile(), wanted.values()), strict=True))
+    for (layer, mesh), low in zip(layers, lowered, strict=True):
+        params, state = placed(layer, mesh, rules)
+        if low is None:
+            assert layer.values is not None
+            results.append((_copy(layer.values, params), _copy(layer.values, state)))
+            continue
+        arguments = jax.device_put((jax.random.key_data(jax.random.key(seed)), jnp.uint32(path_hash(layer.path))), replicated(mesh))
+        flat = compiled[low.as_text(), mesh](*arguments)
+        results.append((dict(zip(params, flat, strict=False)), dict(zip(state, flat[len(params) :], strict=True))))
+    return results
+
+
+def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered:
+    params, state = placed(layer, mesh, rules)
+
+    def build(seed: jax.Array, hashed: jax.Array) -> tuple[jax.Array, ...]:
+        made_params, made_state = layer.initialise(jax.random.wrap_key_data(seed), hashed)
+        return (*(made_params[path] for path in params), *(made_state[path] for path in state))
+
+    shardings = tuple(leaf.sharding for leaf in (*params.values(), *state.values()))
+    everywhere: NamedSharding = replicated(mesh)
+    seed = abstract(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, everywhere)
+    with jax.set_mesh(mesh):
+        return jax.jit(build, out_shardings=shardings).lower(seed, abstract((), jnp.uint32, everywhere))
+
+
+def _copy(values: Leaves, shapes: Placed) -> Leaves:
+    """Copies, so that donating them later leaves the user's module whole."""
+    return {path: jax.device_put(values[path], shape.sharding, may_alias=False) for path, shape in shapes.items()}

@@ -1,0 +1,233 @@
+"""A user's layers and loss cut into stages on the submeshes of a mesh, compiled and ready to run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from meshpipe.initialise import placed
+from meshpipe.layer import Layer, LayerLike, Randomness, abstract_layers
+from meshpipe.mesh import DATA, submeshes
+from meshpipe.optimizer import StageParameters
+from meshpipe.partition import partition
+from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.pipeline.executor import Executor
+from meshpipe.pipeline.lower import lower
+from meshpipe.pipeline.plan import Plan, validate
+from meshpipe.pipeline.programs import compile_stage
+from meshpipe.pipeline.schedules import forward_only, make_plan
+from meshpipe.pipeline.stage import Boundary, StageFunction, StageSpec, TracedStage
+from meshpipe.sharding import ShardingRules, replicated
+from meshpipe.tied import borrowed
+
+Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
+"""Output of the last layer and the microbatch -> sum of losses, weight."""
+Metrics = Callable[[Any, Mapping[str, jax.Array]], Mapping[str, tuple[jax.Array, jax.Array]]]
+"""Output of the last layer and the microbatch -> further sums and weights to report in evaluation."""
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One stage as a table shows it."""
+
+    index: int
+    rank: int
+    layers: range
+    submesh: Mesh
+    parameter_count: int
+    parameter_bytes: int
+    """Over the whole submesh, each array counted once."""
+
+
+class PipelineModel:
+    """What a step computes: the stages, their compiled programs and the executor. It holds no training state."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerLike],
+        loss: Loss,
+        *,
+        batch: Mapping[str, Any],
+        mesh: Mesh,
+        input: str,
+        config: PipelineConfig,
+        metrics: Metrics | None = None,
+        tied: Sequence[Sequence[str]] = (),
+        rules: ShardingRules,
+    ):
+        self.mesh, self.rules, self.config = mesh, rules, config
+        self.batch_shapes = _batch_shapes(batch, input, config.num_microbatches, mesh)
+        self.layers = abstract_layers(layers, self.batch_shapes)
+        self._loss, self._metrics, self._input = loss, metrics, input
+        ranks = submeshes(mesh)
+        self.plan: Plan = make_plan(
+            config.schedule, len(ranks), config.num_microbatches, stages_per_rank=config.stages_per_rank
+        )
+        validate(self.plan)
+        self.cuts = partition(len(self.layers), self.plan.num_stages, config.boundaries)
+        self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
+        self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
+        self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
+
+    @property
+    def layers_on_submeshes(self) -> list[tuple[Layer, Mesh]]:
+        return [(self.layers[i], mesh) for cut, mesh in zip(self.cuts, self._meshes, strict=True) for i in cut]
+
+    def compile(self, also: Sequence[Callable[[], None]] = ()) -> None:
+        """Traces the stages one after the other, then compiles them, and `also`, in threads: XLA lets go of the interpreter lock."""
+        traced = self._trace(train=True)
+        with ThreadPoolExecutor() as pool:
+            others = [pool.submit(task) for task in also]
+            programs = list(pool.map(lambda stage: compile_stage(stage, remat=self.config.remat), traced))
+            for other in others:
+                other.result()
+        self._traced = traced
+        self.executor = Executor(lower(self.plan), dict(enumerate(traced)), dict(enumerate(programs)))
+
+    @cached_property
+    def evaluation(self) -> tuple[Executor, tuple[str, ...]]:
+        """A forward-only executor, compiled at its first use, and the names of the means that it sums up."""
+        ranks = self.plan.num_ranks
+        plan = forward_only(ranks, self.config.num_microbatches, stages_per_rank=self.plan.num_stages // ranks)
+        assert plan.stage_ranks == self.plan.stage_ranks
+        names: list[str] = []
+        traced = self._trace(train=False, names=names)
+        self._evaluation_traced = traced
+        with ThreadPoolExecutor() as pool:
+            programs = list(pool.map(lambda stage: compile_stage(stage, forward_only=True), traced))
+        return Executor(lower(plan), dict(enumerate(traced)), dict(enumerate(programs))), ("loss", *names)
+
+    def place_seed(self, seed: int) -> list[jax.Array]:
+        """The seed's key data on every stage's submesh."""
+        data = jax.random.key_data(jax.random.key(seed))
+        return [jax.device_put(data, replicated(mesh)) for mesh in self._meshes]
+
+    def inputs(self, batch: Mapping[str, Any], seed: Sequence[jax.Array], step: int) -> dict[int, Any]:
+        """What every stage reads of a global batch, split into microbatches on its submesh."""
+        return self._inputs(self._traced, batch, seed, step)
+
+    def evaluation_inputs(self, batch: Mapping[str, Any], seed: Sequence[jax.Array]) -> dict[int, Any]:
+        """The same for `evaluation`."""
+        _ = self.evaluation
+        return self._inputs(self._evaluation_traced, batch, seed, 0)
+
+    def _inputs(
+        self, traced: Sequence[TracedStage], batch: Mapping[str, Any], seed: Sequence[jax.Array], step: int
+    ) -> dict[int, Any]:
+        check_batch(batch, self.batch_shapes)
+        fields = {name: self._microbatches(np.asarray(value)) for name, value in batch.items()}
+        fields["step"] = np.uint32(step)
+        wanted = [[fields[name] for name in stage.input_names if name != "seed"] for stage in traced]
+        shardings = [
+            [shape.sharding for name, shape in zip(stage.input_names, stage.inputs, strict=True) if name != "seed"]
+            for stage in traced
+        ]
+        arrays = jax.device_put(wanted, shardings)
+        return {
+            s: ((seed[s],) if "seed" in stage.input_names else ()) + tuple(arrays[s]) for s, stage in enumerate(traced)
+        }
+
+    def _microbatches(self, value: np.ndarray) -> np.ndarray:
+        return value.reshape(self.config.num_microbatches, -1, *value.shape[1:])
+
+    def _trace(self, *, train: bool, names: list[str] | None = None) -> list[TracedStage]:
+        fields = {
+            name: jax.ShapeDtypeStruct((self.config.num_microbatches, s.shape[0] // self.config.num_microbatches, *s.shape[1:]), s.dtype)
+            for name, s in self.batch_shapes.items()
+        }
+        traced: list[TracedStage] = []
+        boundary: Boundary | None = None
+        for s, (mesh, owned) in enumerate(zip(self._meshes, self.parameters, strict=True)):
+            spec = StageSpec(
+                index=s,
+                mesh=mesh,
+                function=self._function(s, train=train, names=names),
+                params=owned.params,
+                state=owned.state,
+                is_first=s == 0,
+                is_last=s == self.plan.num_stages - 1,
+            )
+            traced.append(TracedStage(spec, boundary, fields))
+            boundary = traced[-1].boundary_out
+        return traced
+
+    def _function(self, stage: int, *, train: bool, names: list[str] | None) -> StageFunction:
+        layers = [self.layers[i] for i in self.cuts[stage]]
+        is_first, is_last = stage == 0, stage == self.plan.num_stages - 1
+
+        def run(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
+            value = batch[self._input] if is_first else activation
+            for layer in layers:
+                value, after = layer(params, state, value, batch, Randomness(*randomness), train=train)
+                state = {**state, **after}
+            if is_last:
+                extra = self._metrics(value, batch) if self._metrics and names is not None else {}
+                if names is not None:
+                    names[:] = list(extra)
+                value = (*_sum_and_weight(self._loss(value, batch)), *(v for pair in extra.values() for v in pair))
+            return value, state
+
+        return run
+
+    def _parameters(self, stage: int, borrowed_leaves: frozenset[str]) -> StageParameters:
+        params: dict[str, jax.ShapeDtypeStruct] = {}
+        state: dict[str, jax.ShapeDtypeStruct] = {}
+        for index in self.cuts[stage]:
+            of_params, of_state = placed(self.layers[index], self._meshes[stage], self.rules)
+            params.update(of_params)
+            state.update(of_state)
+        return StageParameters(self._meshes[stage], params, state, borrowed_leaves & params.keys())
+
+    def _info(self, stage: int) -> StageInfo:
+        leaves = self.parameters[stage].params.values()
+        return StageInfo(
+            index=stage,
+            rank=self.plan.stage_ranks[stage],
+            layers=self.cuts[stage],
+            submesh=self._meshes[stage],
+            parameter_count=sum(leaf.size for leaf in leaves),
+            parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+        )
+
+
+def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises `ValueError` when fields or shapes differ from those that the stages were compiled for."""
+    found = {name: np.shape(value) for name, value in batch.items()}
+    expected = {name: shape.shape for name, shape in shapes.items()}
+    if found != expected:
+        raise ValueError(
+            f"Every batch must have the fields and shapes of the example batch, {expected}. Got {found}. "
+            "Drop or pad the last, smaller batch (with weight 0 in the loss)."
+        )
+
+
+def _batch_shapes(batch: Mapping[str, Any], input: str, num_microbatches: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    if input not in batch:
+        raise ValueError(f"`input` must name a field of the batch. Got {input!r}; the batch has {', '.join(batch) or 'no fields'}.")
+    sizes = {name: (np.shape(value) or (0,))[0] for name, value in batch.items()}
+    if len(set(sizes.values())) > 1 or 0 in sizes.values():
+        raise ValueError(f"Every batch field must have the same leading dim, the batch size. Got {sizes}.")
+    parts = num_microbatches * mesh.shape.get(DATA, 1)
+    if sizes[input] % parts:
+        raise ValueError(
+            f"The batch size must be a multiple of num_microbatches * data. Got {sizes[input]} with "
+            f"{num_microbatches} * {mesh.shape.get(DATA, 1)} = {parts}. Choose a multiple of {parts}."
+        )
+    return {name: jax.ShapeDtypeStruct(np.shape(v), jax.dtypes.canonicalize_dtype(v.dtype)) for name, v in batch.items()}
+
+
+def _sum_and_weight(result: Any) -> tuple[jax.Array, jax.Array]:
+    if not isinstance(result, tuple | list) or len(result) != 2 or any(np.shape(v) for v in result):
+        shapes = jax.tree.map(np.shape, result)
+        raise ValueError(
+            "A loss must return two scalars: the sum of the losses over the microbatch, and their weight (how many there are). "
+            f"Got {shapes}. Write e.g. `return losses.sum(), losses.size`."
+        )
+    return result[0], result[1]
+
+

@@ -1,0 +1,271 @@
+"""Optax on every stage, and what must cross stages: the global norm, clipping by it, and tied parameters."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from meshpipe.sharding import abstract, replicated
+
+Arrays = tuple[jax.Array, ...]
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (arXiv 1711.05101), or SGD with momentum."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate falls after the warm-up, to 0 (constant: not at all) at the last step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; leaves with fewer than two dims (norms, biases) are left alone."""
+    beta1: float = 0.9
+    """AdamW's decay rate of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay rate of the mean squared gradient."""
+    momentum: float = 0.0
+    """SGD's momentum; 0 is plain SGD."""
+    clip_norm: float | None = None
+    """Largest global gradient norm; larger gradients are scaled down to it. None clips nothing."""
+
+    def __post_init__(self) -> None:
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"--clip-norm must be above 0, or left out. Got {self.clip_norm}.")
+        if self.learning_rate < 0 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError(
+                "--learning-rate, --warmup-steps and --weight-decay must not be negative. "
+                f"Got {self.learning_rate}, {self.warmup_steps} and {self.weight_decay}."
+            )
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        """Learning rate of each update of a run of `steps` updates."""
+        after = max(steps - self.warmup_steps, 1)
+        decay: optax.Schedule
+        if self.decay == "cosine":
+            decay = optax.cosine_decay_schedule(self.learning_rate, after)
+        elif self.decay == "linear":
+            decay = optax.linear_schedule(self.learning_rate, 0.0, after)
+        else:
+            decay = optax.constant_schedule(self.learning_rate)
+        warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps + 1)
+        if not self.warmup_steps:
+            return decay
+        return optax.join_schedules([lambda count: warmup(count + 1), decay], [self.warmup_steps])
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The transformation; clipping is not part of it, since it must see every stage."""
+        rate = self.schedule(steps)
+        if self.optimizer == "adamw":
+            return optax.adamw(rate, self.beta1, self.beta2, weight_decay=self.weight_decay, mask=matrices)
+        decay = optax.add_decayed_weights(self.weight_decay, mask=matrices) if self.weight_decay else optax.identity()
+        return optax.chain(decay, optax.sgd(rate, momentum=self.momentum or None))
+
+
+def matrices(params: Any) -> Any:
+    """True for the leaves that weight decay is for: those with two or more dims."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """What the optimizer knows of a stage: where it is, its parameters and state."""
+
+    mesh: Mesh
+    params: Shapes
+    state: Shapes
+    borrowed: frozenset[str] = frozenset()
+    """Tied parameters that another leaf owns: they get the owner's value after every update."""
+
+    @property
+    def owned(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {path: shape for path, shape in self.params.items() if path not in self.borrowed}
+
+
+class Optimizer:
+    """Updates every stage's parameters where they live, from gradients of the summed loss.
+
+    The loss is normalised once, by the weight of the whole batch; the global norm counts every parameter once. A step
+    whose loss or gradients are not finite leaves parameters, optimizer and state as they were, and so do all steps
+    after it until `reset`. Raises `ValueError` for a transformation that mixes gradients of different stages.
+    """
+
+    def __init__(
+        self, transformation: optax.GradientTransformation, stages: Sequence[StageParameters], clip_norm: float | None = None
+    ):
+        check_separable(transformation, [stage.owned for stage in stages])
+        self._transformation = transformation
+        self._stages = stages
+        self._clip_norm = clip_norm
+        self._last = replicated(stages[-1].mesh)
+        self._everywhere = [replicated(stage.mesh) for stage in stages]
+        self.state_shapes = [self._state_shapes(stage) for stage in stages]
+        self.good = jax.device_put(np.bool_(True), self._last)
+
+    def _state_shapes(self, stage: StageParameters) -> Any:
+        """Optax's state of a stage, its parameter-like leaves placed like the parameters."""
+        shapes = jax.eval_shape(self._transformation.init, stage.owned)
+        everywhere = replicated(stage.mesh)
+        return optax.tree_utils.tree_map_params(
+            self._transformation,
+            lambda leaf, param: abstract(leaf.shape, leaf.dtype, param.sharding if leaf.shape == param.shape else everywhere),
+            shapes,
+            stage.owned,
+            transform_non_params=lambda leaf: abstract(leaf.shape, leaf.dtype, everywhere),
+        )
+
+    def init(self, params: Sequence[Arrays]) -> list[Any]:
+        """Optax's state of every stage, made on its submesh."""
+        states = []
+        for stage, shapes, leaves in zip(self._stages, self.state_shapes, params, strict=True):
+            shardings = jax.tree.map(lambda s: s.sharding, shapes)
+            owned = {p: leaf for p, leaf in zip(stage.params, leaves, strict=True) if p not in stage.borrowed}
+            states.append(jax.jit(self._transformation.init, out_shardings=shardings)(owned))
+        return states
+
+    def reset(self) -> None:
+        """Lets updates happen again after a step that was not finite."""
+        self.good = jax.device_put(np.bool_(True), self._last)
+
+    def compile_tasks(self) -> list[Callable[[], None]]:
+        """One call per program to compile; they may run in threads at once."""
+        self._norms: dict[int, Any] = {}
+        self._updates: dict[int, Any] = {}
+
+        def compile_stage(index: int) -> None:
+            stage = self._stages[index]
+            gradients = _accumulators(stage)
+            scalar = abstract((), jnp.float32, self._everywhere[index])
+            good = abstract((), jnp.bool_, self._everywhere[index])
+            params, state = tuple(stage.params.values()), tuple(stage.state.values())
+            shardings = jax.tree.map(lambda s: s.sharding, (params, self.state_shapes[index], state))
+            norm = jax.jit(self._sum_of_squares(stage), out_shardings=self._everywhere[index])
+            self._norms[index] = norm.lower(gradients).compile()
+            update = jax.jit(self._update(stage), donate_argnums=(0, 1), out_shardings=shardings)
+            arguments = (params, self.state_shapes[index], gradients, state, state, scalar, good)
+            self._updates[index] = update.lower(*arguments).compile()
+
+        def compile_summary() -> None:
+            scalar, good = abstract((), jnp.float32, self._last), abstract((), jnp.bool_, self._last)
+            summary = jax.jit(self._summary, out_shardings=self._last)
+            self._summarise = summary.lower((scalar,) * len(self._stages), (scalar, scalar), good).compile()
+
+        return [*(lambda i=i: compile_stage(i) for i in range(len(self._stages))), compile_summary]
+
+    def update(
+        self,
+        params: Sequence[Arrays],
+        states: Sequence[Any],
+        gradients: Sequence[Arrays],
+        before: Sequence[Arrays],
+        after: Sequence[Arrays],
+        totals: Arrays,
+    ) -> tuple[list[Arrays], list[Any], list[Arrays], tuple[jax.Array, jax.Array, jax.Array]]:
+        """New parameters, optimizer state and non-parameter state of every stage; and loss, gradient norm, whether all is finite.
+
+        `params` and `states` are donated; `before` and `after` are the non-parameter state at both ends of the step.
+        """
+        squares = jax.device_put([self._norms[i](g) for i, g in enumerate(gradients)], self._last)
+        loss, norm, scale, self.good = self._summarise(tuple(squares), totals, self.good)
+        scalars = [jax.device_put((scale, self.good), sharding) for sharding in self._everywhere]
+        results = [
+            self._updates[i](p, s, g, b, a, *scalars[i])
+            for i, (p, s, g, b, a) in enumerate(zip(params, states, gradients, before, after, strict=True))
+        ]
+        new_params, new_states, new_state = ([r[k] for r in results] for k in range(3))
+        return new_params, new_states, new_state, (loss, norm, self.good)
+
+    def _sum_of_squares(self, stage: StageParameters) -> Callable[[Arrays], jax.Array]:
+        counted = [path not in stage.borrowed for path in stage.params]
+
+        def sum_of_squares(gradients: Arrays) -> jax.Array:
+            squares = (jnp.sum(jnp.square(g.astype(jnp.float32))) for g, c in zip(gradients, counted, strict=True) if c)
+            return sum(squares, start=jnp.zeros((), jnp.float32))
+
+        return sum_of_squares
+
+    def _summary(
+        self, squares: Arrays, totals: Arrays, good: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        total, weight = totals
+        loss, norm = total / weight, jnp.sqrt(sum(squares[1:], start=squares[0])) / weight
+        clip = self._clip_norm
+        factor = jnp.ones(()) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
+        return loss, norm, factor / weight, good & jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    def _update(self, stage: StageParameters) -> Callable[..., tuple[Arrays, Any, Arrays]]:
+        def update(params, opt_state, gradients, before, after, scale, good):  # type: ignore[no-untyped-def]
+            named = dict(zip(stage.params, params, strict=True))
+            owned = {path: named[path] for path in stage.owned}
+            scaled = {
+                path: (gradient * scale).astype(named[path].dtype)
+                for path, gradient in zip(stage.params, gradients, strict=True)
+                if path in owned
+            }
+            updates, new_state = self._transformation.update(scaled, opt_state, owned)
+            new = {**named, **optax.apply_updates(owned, updates)}
+
+            def keep(changed: Any, unchanged: Any) -> Any:
+                return jax.tree.map(lambda a, b: jnp.where(good, a, b), changed, unchanged)
+
+            return keep(tuple(new[p] for p in stage.params), params), keep(new_state, opt_state), keep(after, before)
+
+        return update
+
+
+def _accumulators(stage: StageParameters) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(
+        abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in stage.params.values()
+    )
+
+
+def check_separable(transformation: optax.GradientTransformation, stages: Sequence[Shapes]) -> None:
+    """Raises `ValueError` when a stage's update would need another stage's gradients, which a stage does not have."""
+    if len(stages) < 2:
+        return
+    stage_of = {path: index for index, stage in enumerate(stages) for path in stage}
+    params = {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
+    state = jax.eval_shape(transformation.init, params)
+    closed, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    sources = [frozenset((stage_of[path[0].key],)) for path in paths]
+    reached = _dependencies(closed.jaxpr, [*sources, *([frozenset()] * len(jax.tree.leaves(state))), *sources])
+    for (path, _), found in zip(jax.tree_util.tree_flatten_with_path(shapes)[0], reached, strict=True):
+        if len(found) > 1:
+            raise ValueError(
+                "An optimizer must update each parameter from its own gradient, since no stage sees another's. Got a "
+                f"transformation in which {jax.tree_util.keystr(path)} depends on stages {', '.join(map(str, sorted(found)))}. "
+                "For clipping by the global norm leave optax.clip_by_global_norm out and pass clip_norm=..., which counts every stage."
+            )
+
+
+def _dependencies(jaxpr: Any, inputs: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+    """For each output of a traced program, the union of the sources of the inputs that it depends on."""
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    nothing: frozenset[int] = frozenset()
+
+    def of(atom: Any) -> frozenset[int]:
+        return nothing if hasattr(atom, "val") else known.get(atom, nothing)
+
+    for equation in jaxpr.eqns:
+        operands = [of(atom) for atom in equation.invars]
+        name, params = equation.primitive.name, equation.params
+        if name in ("jit", "pjit", "closed_call"):
+            results = _dependencies(params["jaxpr"].jaxpr, operands)
+        elif name == "cond":
+            branches = [_dependencies(branch.jaxpr, operands[1:]) for branch in params["branches"]]
+            results = [operands[0].union(*outs) for outs in zip(*branches, strict=True)]
+        else:
+            results = [nothing.union(*operands)] * len(equation.outvars)
+        known.update(zip(equation.outvars, results, strict=True))
+    return [of(atom) for atom in jaxpr.outvars]

@@ -1,0 +1,184 @@
+"""Runs a program: the one stateful class of the engine, owner of the live buffers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshpipe.pipeline.lower import Buffer, Compute, Free, Instruction, Program, Transfer
+from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.programs import StagePrograms
+from meshpipe.pipeline.stage import Arrays, TracedStage
+from meshpipe.pipeline.transfer import transfer_to
+from meshpipe.sharding import replicated
+
+Slots = list[Any]
+Step = Callable[[Slots], None]
+
+
+class Executor:
+    """A program with its buffers resolved to slots of a list, so that a step is a walk over a flat list of calls.
+
+    `traced` and `programs` hold the stages that live here; instructions of other stages are left out, so the work per
+    step is that of the local ranks. Every slot holds a flat tuple of arrays.
+    """
+
+    def __init__(self, program: Program, traced: Mapping[int, TracedStage], programs: Mapping[int, StagePrograms]):
+        self._traced = traced
+        self._programs = programs
+        self._slots: Slots = []
+        self._named: dict[object, int] = {}
+        self._free: list[int] = []
+        self._microbatches = {
+            s: tuple(
+                jax.device_put([np.uint32(m) for m in range(program.plan.num_microbatches)], replicated(stage.spec.mesh))
+            )
+            for s, stage in traced.items()
+        }
+        for stage in traced:
+            for name in ("params", "hoisted", "state", "inputs", "accumulators", "totals"):
+                self._named[stage, name] = self._new_slot()
+        self._steps = [step for i in program.instructions if self._is_local(i) for step in self._resolve(i)]
+        self._empty = [None] * len(self._slots)
+
+    def run(
+        self, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
+    ) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays]:
+        """One batch: summed gradients and new state of every local stage, and `(loss sum, weight)` from the last.
+
+        Everything is dispatched asynchronously. Gradients are of the sum of the losses: divide by the weight.
+        """
+        slots = self._empty.copy()
+        for s, stage in self._traced.items():
+            programs = self._programs[s]
+            slots[self._named[s, "params"]] = params[s]
+            slots[self._named[s, "hoisted"]] = tuple(programs.prepare(params[s])) if programs.prepare else ()
+            slots[self._named[s, "state"]] = state[s]
+            slots[self._named[s, "inputs"]] = inputs[s]
+            slots[self._named[s, "accumulators"]] = programs.zeros()
+            slots[self._named[s, "totals"]] = _zero_totals(stage)
+        for step in self._steps:
+            step(slots)
+        last = max(self._traced)
+        return (
+            {s: slots[self._named[s, "accumulators"]] for s in self._traced},
+            {s: slots[self._named[s, "state"]] for s in self._traced},
+            slots[self._named[last, "totals"]],
+        )
+
+    def _is_local(self, instruction: Instruction) -> bool:
+        if isinstance(instruction, Compute):
+            return instruction.action.stage in self._traced
+        if isinstance(instruction, Transfer):
+            return instruction.source.stage in self._traced or instruction.target.stage in self._traced
+        return any(buffer.stage in self._traced for buffer in instruction.buffers)
+
+    def _resolve(self, instruction: Instruction) -> Sequence[Step]:
+        if isinstance(instruction, Free):
+            return [self._freed([self._named.pop(buffer) for buffer in instruction.buffers])]
+        if isinstance(instruction, Transfer):
+            return [self._transfer(instruction)]
+        resolve = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward}[instruction.action.op]
+        return [resolve(instruction)]
+
+    def _new_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        self._slots.append(None)
+        return len(self._slots) - 1
+
+    def _slot(self, buffer: Buffer) -> int:
+        """The slot of a buffer, given one at its first use."""
+        if buffer not in self._named:
+            self._named[buffer] = self._new_slot()
+        return self._named[buffer]
+
+    def _freed(self, indices: list[int]) -> Step:
+        self._free += indices
+
+        def free(slots: Slots) -> None:
+            for index in indices:
+                slots[index] = None
+
+        return free
+
+    def _transfer(self, instruction: Transfer) -> Step:
+        source, target = self._slot(instruction.source), self._slot(instruction.target)
+        receiver = self._traced[instruction.target.stage]
+        if instruction.target.kind == "x":
+            shapes = receiver.x
+        else:
+            assert receiver.boundary_out is not None
+            shapes = receiver.boundary_out.gradients_on(receiver.spec.mesh, receiver.microbatch_size)
+        move = transfer_to(tuple(s.sharding for s in shapes))
+
+        def transfer(slots: Slots) -> None:
+            slots[target] = move(slots[source])
+
+        return transfer
+
+    def _common(self, instruction: Compute) -> tuple[tuple[int, ...], jax.Array]:
+        stage, microbatch = instruction.action.stage, instruction.action.microbatch
+        names = ("params", "hoisted", "state", "inputs", "accumulators", "totals")
+        return tuple(self._named[stage, name] for name in names), self._microbatches[stage][microbatch]
+
+    def _forward(self, instruction: Compute) -> Step:
+        (params, hoisted, state, inputs, _, totals), microbatch = self._common(instruction)
+        stage = self._traced[instruction.action.stage]
+        run = self._programs[stage.spec.index].forward
+        x = self._one(instruction.reads, "x")
+        residuals = self._one(instruction.writes, "r")
+        output = self._one(instruction.writes, "y", "x")
+        keeps_all = self._programs[stage.spec.index].recompute is not None
+        kept_x = tuple(range(len(stage.x))) if keeps_all else stage.kept_x
+        kept_state = tuple(range(len(stage.state))) if keeps_all else stage.kept_state
+
+        def forward(slots: Slots) -> None:
+            before, arrays = slots[state], () if x is None else slots[x]
+            slots_output, slots[state], fresh, slots[totals] = run(
+                slots[params], slots[hoisted], before, arrays, slots[inputs], microbatch, slots[totals]
+            )
+            if output is not None:
+                slots[output] = slots_output
+            if residuals is not None:
+                kept = tuple([arrays[i] for i in kept_x]), tuple([before[i] for i in kept_state])
+                slots[residuals] = (kept, fresh)
+
+        return forward
+
+    def _backward(self, instruction: Compute) -> Step:
+        (params, hoisted, _, inputs, accumulators, _), microbatch = self._common(instruction)
+        stage = self._traced[instruction.action.stage]
+        programs = self._programs[stage.spec.index]
+        run, recompute = programs.backward, programs.recompute
+        residuals = self._one(instruction.reads, "r")
+        output_gradients = self._one(instruction.reads, "dy")
+        x_gradients = self._one(instruction.writes, "dx", "dy")
+        assert residuals is not None and run is not None
+        kept_x, kept_state = stage.kept_x, stage.kept_state
+
+        def backward(slots: Slots) -> None:
+            kept, fresh = slots[residuals]
+            if recompute is not None:
+                x, before = kept
+                fresh = recompute(slots[params], slots[hoisted], before, x, slots[inputs], microbatch)
+                kept = tuple([x[i] for i in kept_x]), tuple([before[i] for i in kept_state])
+            gradients = () if output_gradients is None else slots[output_gradients]
+            slots[accumulators], into_x = run(
+                slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, kept, fresh, gradients
+            )
+            if x_gradients is not None:
+                slots[x_gradients] = into_x
+
+        return backward
+
+    def _one(self, buffers: Sequence[Buffer], *kinds: str) -> int | None:
+        """The slot of the one buffer of these kinds, if there is one."""
+        return next((self._slot(b) for b in buffers if b.kind in kinds), None)
+
+
+def _zero_totals(stage: TracedStage) -> Arrays:
+    if not stage.spec.is_last:
+        return ()
+    return tuple(jax.device_put([np.float32(0)] * len(stage.output_vars), replicated(stage.spec.mesh)))

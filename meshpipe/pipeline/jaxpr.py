@@ -1,0 +1,109 @@
+"""Cutting traced programs: keep the equations that some outputs need, given values that are already there."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.extend.core
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+LAYOUT_PRIMITIVES = frozenset({"broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "transpose"})
+"""Operations that only rearrange an array: cheaper to repeat inside a program than to keep their result."""
+
+
+def extract(closed: ClosedJaxpr, inputs: Sequence[Var], outputs: Sequence[Var | Literal], *, effects: bool = False) -> ClosedJaxpr:
+    """The part of a traced program that computes `outputs` from `inputs`.
+
+    `inputs` may be inputs of the program or values from its middle, whose equations then stay out. `effects` keeps
+    equations with side effects (`jax.debug.print`) although no output needs them. Raises `AssertionError` when an output needs an input that is not given.
+    """
+    jaxpr = closed.jaxpr
+    given = set(inputs)
+    needed = {v for v in outputs if isinstance(v, Var)} - given
+    kept: list[JaxprEqn] = []
+    for equation in reversed(jaxpr.eqns):
+        if not any(v in needed for v in equation.outvars) and not (effects and equation.effects):
+            continue
+        kept.append(equation)
+        needed.difference_update(equation.outvars)
+        needed.update(v for v in variables(equation.invars) if v not in given)
+    missing = needed - set(jaxpr.constvars)
+    assert not missing, f"{len(missing)} values are needed but not given"
+    constants = [(v, c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True) if v in needed]
+    part = jaxpr.replace(
+        constvars=[v for v, _ in constants],
+        invars=list(inputs),
+        outvars=list(outputs),
+        eqns=kept[::-1],
+        effects=jaxpr.effects if effects else frozenset(),
+        debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
+    )
+    return ClosedJaxpr(part, [c for _, c in constants])
+
+
+def variables(atoms: Iterable[Var | Literal]) -> list[Var]:
+    """The variables among the operands of an equation, literals left out."""
+    return [a for a in atoms if isinstance(a, Var)]
+
+
+def invariant_values(jaxpr: Jaxpr, sources: Iterable[Var]) -> set[Var]:
+    """Every value that depends on nothing but `sources` and constants."""
+    invariant = set(sources) | set(jaxpr.constvars)
+    for equation in jaxpr.eqns:
+        if not equation.effects and all(v in invariant for v in variables(equation.invars)):
+            invariant.update(equation.outvars)
+    return invariant
+
+
+def hoistable_values(jaxpr: Jaxpr, sources: Sequence[Var]) -> list[Var]:
+    """Values worth computing once from `sources` instead of in every call.
+
+    Those are results of real work on the sources alone (a cast to bfloat16, a fused weight) that later equations use,
+    perhaps rearranged, and no larger than the sources that they come from. Rearrangements themselves stay in place.
+    """
+    invariant = invariant_values(jaxpr, sources)
+    origin: dict[Var, frozenset[Var]] = {v: frozenset((v,)) for v in sources}
+    for equation in jaxpr.eqns:
+        of_operands = frozenset[Var]().union(*(origin.get(v, frozenset()) for v in variables(equation.invars)))
+        origin.update(dict.fromkeys(equation.outvars, of_operands))
+    used = set(variables(jaxpr.outvars))
+    hoisted: list[Var] = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.outvars and equation.outvars[0] in invariant:
+            wanted = [v for v in equation.outvars if v in used]
+            if equation.primitive.name not in LAYOUT_PRIMITIVES and all(
+                origin[v] and nbytes([v]) <= nbytes(origin[v]) for v in wanted
+            ):
+                hoisted += wanted
+                continue
+            if not wanted:
+                continue
+        used.update(variables(equation.invars))
+    return hoisted[::-1]
+
+
+def residual_roots(jaxpr: Jaxpr, residuals: Sequence[Var], given: set[Var]) -> list[Var]:
+    """The arrays to keep so that `residuals` can be had again by rearranging them; each array is kept once.
+
+    A residual that is a rearrangement of a value in `given`, of another residual, or of something smaller (a broadcast), is replaced by it.
+    """
+    source = {e.outvars[0]: e.invars[0] for e in jaxpr.eqns if e.primitive.name in LAYOUT_PRIMITIVES}
+    kept = set(residuals)
+    roots: list[Var] = []
+    for residual in residuals:
+        root, value = residual, residual
+        while value not in given and isinstance(source.get(value), Var):
+            value = source[value]
+            if value in given or value in kept or nbytes([value]) < nbytes([root]):
+                root = value
+        roots.append(root)
+    return [v for v in dict.fromkeys(roots) if v not in given]
+
+
+def nbytes(values: Iterable[Var]) -> int:
+    """Bytes of the arrays that the values stand for."""
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in values)
+
+
+def function_of(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """The traced program as a function of flat arrays that returns a list of arrays."""
+    return jax.extend.core.jaxpr_as_fun(closed)

@@ -1,0 +1,204 @@
+"""One stage, traced once together with its derivative, and the parts that its programs are made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Var
+from jax.sharding import Mesh
+
+from meshpipe.pipeline.jaxpr import extract, function_of, hoistable_values, invariant_values, residual_roots
+from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated
+
+Arrays = tuple[jax.Array, ...]
+Shapes = tuple[jax.ShapeDtypeStruct, ...]
+
+
+class StageFunction(Protocol):
+    """What a stage computes on one microbatch, as a pure function of flat dictionaries.
+
+    The last stage's returns scalars to add up over the microbatches, the first of which is the loss to differentiate:
+    `(sum of losses, weight, ...)`. `randomness` is `(seed key data, step, microbatch)`.
+    """
+
+    def __call__(
+        self,
+        params: dict[str, jax.Array],
+        state: dict[str, jax.Array],
+        activation: Any,
+        batch: dict[str, jax.Array],
+        randomness: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[Any, dict[str, jax.Array]]: ...
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage before tracing: its function, its place, and the shapes and shardings of what it owns."""
+
+    index: int
+    mesh: Mesh
+    """Its submesh."""
+    function: StageFunction
+    params: Mapping[str, jax.ShapeDtypeStruct]
+    state: Mapping[str, jax.ShapeDtypeStruct]
+    is_first: bool
+    is_last: bool
+
+
+class Boundary:
+    """The shape of the value that crosses from one stage to the next: any pytree of arrays."""
+
+    def __init__(self, value: Any):
+        self.leaves, self.treedef = jax.tree.flatten(value)
+        self.differentiable = tuple(i for i, leaf in enumerate(self.leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+    def on(self, mesh: Mesh, microbatch_size: int) -> Shapes:
+        """Its leaves as they lie on a submesh."""
+        return tuple(abstract(v.shape, v.dtype, activation_sharding(mesh, v.shape, microbatch_size)) for v in self.leaves)
+
+    def gradients_on(self, mesh: Mesh, microbatch_size: int) -> Shapes:
+        """The gradients of its floating-point leaves as they lie on a submesh."""
+        leaves = self.on(mesh, microbatch_size)
+        return tuple(leaves[i] for i in self.differentiable)
+
+
+class TracedStage:
+    """A stage's function traced with its derivative; the user's code runs once, here.
+
+    `boundary_in` is what the previous stage hands over (None for the first), `fields` the shapes of one step's batch
+    fields, `(num_microbatches, microbatch_size, ...)`.
+    """
+
+    def __init__(self, spec: StageSpec, boundary_in: Boundary | None, fields: Mapping[str, jax.ShapeDtypeStruct]):
+        self.spec = spec
+        self.boundary_in = boundary_in or Boundary(())
+        self.fields = tuple(fields)
+        self.microbatch_size = next(iter(fields.values())).shape[1]
+        mesh = spec.mesh
+        self.params: Shapes = tuple(spec.params.values())
+        self.state: Shapes = tuple(spec.state.values())
+        self.x = self.boundary_in.on(mesh, self.microbatch_size)
+        self.microbatch = abstract((), jnp.uint32, replicated(mesh))
+        seed = abstract(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, replicated(mesh))
+        inputs = (seed, self.microbatch, *(abstract(f.shape, f.dtype, batch_sharding(mesh)) for f in fields.values()))
+
+        with jax.set_mesh(mesh):
+            self.closed, shapes = jax.make_jaxpr(self._forward_with_pullback, return_shape=True)(
+                self.params, self.state, self.x, inputs, self.microbatch
+            )
+        (output, new_state), pullback = shapes
+        self.boundary_out = None if spec.is_last else Boundary(output)
+        self.pullback = jax.tree.structure(pullback)
+        self._slice_variables(inputs, len(jax.tree.leaves(output)), len(new_state))
+
+    def _forward_with_pullback(
+        self, params: Arrays, state: Arrays, x: Arrays, inputs: Arrays, microbatch: jax.Array
+    ) -> tuple[Any, Any]:
+        spec, boundary = self.spec, self.boundary_in
+        seed, step, *fields = inputs
+        batch = {
+            name: jax.lax.dynamic_index_in_dim(field, microbatch, keepdims=False)
+            for name, field in zip(self.fields, fields, strict=True)
+        }
+        state_dict = dict(zip(spec.state, state, strict=True))
+
+        def run(params: Arrays, floating: Arrays) -> tuple[Any, Any]:
+            leaves = list(x)
+            for i, leaf in zip(boundary.differentiable, floating, strict=True):
+                leaves[i] = leaf
+            activation = None if spec.is_first else jax.tree.unflatten(boundary.treedef, leaves)
+            output, new_state = spec.function(
+                dict(zip(spec.params, params, strict=True)), state_dict, activation, batch, (seed, step, microbatch)
+            )
+            if spec.is_last:
+                output = tuple(jnp.asarray(v, jnp.float32) for v in output)
+                floating_out = [output[0]]
+            else:
+                floating_out = [v for v in jax.tree.leaves(output) if jnp.issubdtype(v.dtype, jnp.inexact)]
+            return floating_out, (output, tuple(new_state[path] for path in spec.state))
+
+        floating = tuple(x[i] for i in boundary.differentiable)
+        _, pullback, results = jax.vjp(run, params, floating, has_aux=True)
+        return results, pullback
+
+    def _slice_variables(self, inputs: Shapes, num_outputs: int, num_state: int) -> None:
+        """Names the inputs and outputs of the traced program, and decides what backward keeps."""
+        jaxpr = self.closed.jaxpr
+        sizes = (len(self.params), len(self.state), len(self.x), len(inputs), 1)
+        self.param_vars, self.state_vars, self.x_vars, input_vars, (self.microbatch_var,) = split(jaxpr.invars, sizes)
+        outputs, self.new_state_vars, self.pullback_vars = split(
+            jaxpr.outvars, (num_outputs, num_state, len(jaxpr.outvars) - num_outputs - num_state)
+        )
+        self.output_vars = outputs
+        self.hoisted_vars = hoistable_values(jaxpr, self.param_vars)
+        used = {v for e in jaxpr.eqns for v in e.invars if isinstance(v, Var)}
+        kept_inputs = [i for i, v in enumerate(input_vars) if v in used]
+        self.input_vars = [input_vars[i] for i in kept_inputs]
+        self.inputs: Shapes = tuple(inputs[i] for i in kept_inputs)
+        names = ("seed", "step", *self.fields)
+        self.input_names = tuple(names[i] for i in kept_inputs)
+        """Which of `seed`, `step` and the batch fields this stage reads, in the order of its inputs."""
+
+        step_long = [*self.param_vars, *self.input_vars, self.microbatch_var]
+        free = invariant_values(jaxpr, step_long)
+        residuals = [v for v in self.pullback_vars if isinstance(v, Var) and v not in free]
+        available = free | set(self.x_vars) | set(self.state_vars)
+        self.residual_vars = residual_roots(jaxpr, residuals, available)
+        needed = _reached(self.closed, self.pullback_vars, [*self.residual_vars, *self.hoisted_vars])
+        self.kept_x = tuple(i for i, v in enumerate(self.x_vars) if v in needed)
+        self.kept_state = tuple(i for i, v in enumerate(self.state_vars) if v in needed)
+
+    def prepare(self) -> ClosedJaxpr:
+        """Parameters -> values computed from them alone, once per step (a cast to bfloat16)."""
+        return extract(self.closed, self.param_vars, self.hoisted_vars)
+
+    def forward(self, *, outputs: bool, residuals: bool) -> ClosedJaxpr:
+        """Parameters, hoisted values, state, x, inputs, microbatch -> output, state (with `outputs`), residuals."""
+        wanted = [*self.output_vars, *self.new_state_vars] if outputs else []
+        return extract(
+            self.closed,
+            [*self.param_vars, *self.hoisted_vars, *self.state_vars, *self.x_vars, *self.input_vars, self.microbatch_var],
+            [*wanted, *(self.residual_vars if residuals else [])],
+            effects=outputs,
+        )
+
+    def pull_back(
+        self,
+        params: Arrays,
+        hoisted: Arrays,
+        inputs: Arrays,
+        microbatch: jax.Array,
+        kept: tuple[Arrays, Arrays],
+        residuals: Arrays,
+        output_gradients: Arrays,
+    ) -> tuple[Arrays, Arrays]:
+        """Gradients of the parameters and of the floating-point leaves of x."""
+        kept_vars = [*(self.x_vars[i] for i in self.kept_x), *(self.state_vars[i] for i in self.kept_state)]
+        rebuild = extract(
+            self.closed,
+            [*self.param_vars, *self.hoisted_vars, *self.input_vars, self.microbatch_var, *kept_vars, *self.residual_vars],
+            self.pullback_vars,
+        )
+        leaves = function_of(rebuild)(*params, *hoisted, *inputs, microbatch, *kept[0], *kept[1], *residuals)
+        pullback = jax.tree.unflatten(self.pullback, leaves)
+        gradients, x_gradients = pullback(list(output_gradients))
+        return gradients, x_gradients
+
+
+def split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Consecutive runs of the values, of the given lengths."""
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(list(values[start : start + size]))
+        start += size
+    return parts
+
+
+def _reached(closed: ClosedJaxpr, outputs: Sequence[Any], stops: Sequence[Var]) -> set[Var]:
+    """The inputs of the program that the outputs need, when the values in `stops` are given."""
+    part = extract(closed, [*closed.jaxpr.invars, *stops], outputs)
+    return {v for e in part.jaxpr.eqns for v in e.invars if isinstance(v, Var)} | {
+        v for v in part.jaxpr.outvars if isinstance(v, Var)
+    }

@@ -1,0 +1,77 @@
+"""From the logical axes of arrays to the mesh axes inside a stage."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meshpipe.mesh import DATA, TENSOR
+
+TENSOR_RULES: Mapping[str, str | None] = MappingProxyType(
+    {"heads": TENSOR, "hidden": TENSOR, "vocab": TENSOR, "embed": None}
+)
+"""Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): heads, hidden units and vocabulary are split."""
+
+FULLY_SHARDED_RULES: Mapping[str, str | None] = MappingProxyType({**TENSOR_RULES, "embed": DATA})
+"""The same, and the embedding axis of every parameter split over `data`, gathered when used (ZeRO-3, arXiv 1910.02054)."""
+
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """Which mesh axis each logical axis of a parameter is split over; changing the strategy changes these, never the model.
+
+    A parameter names its axes with `nnx.with_partitioning(init, ("embed", "heads", None))`. A logical axis without a
+    rule may also be a mesh axis itself. A parameter without names is replicated inside its stage.
+    """
+
+    rules: Mapping[str, str | None] = field(default_factory=lambda: TENSOR_RULES)
+
+    def spec(self, axes: Sequence[str | None] | None, mesh: Mesh) -> PartitionSpec:
+        """Raises `ValueError` for a name that is neither in the rules nor a mesh axis."""
+        if not axes:
+            return PartitionSpec()
+        return PartitionSpec(*(self._mesh_axis(axis, mesh) for axis in axes))
+
+    def _mesh_axis(self, axis: str | None, mesh: Mesh) -> str | None:
+        if axis is None or axis in self.rules:
+            return self.rules[axis] if axis is not None else None
+        if axis in mesh.axis_names:
+            return axis
+        raise ValueError(
+            f"Every logical axis needs a rule or is a mesh axis. Got {axis!r}, with rules for {', '.join(self.rules)} and "
+            f"mesh axes {', '.join(mesh.axis_names)}. Add it to ShardingRules(rules={{..., {axis!r}: None}})."
+        )
+
+    def sharding(self, path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh) -> NamedSharding:
+        """Where the leaf lives on the submesh. Raises `ValueError` when a split axis does not divide by its mesh axis."""
+        spec = self.spec(axes, mesh)
+        for dim, (size, mesh_axis) in enumerate(zip(shape, spec, strict=False)):
+            parts = mesh.shape[mesh_axis] if mesh_axis is not None else 1
+            if size % parts:
+                raise ValueError(
+                    f"A split axis must divide by its mesh axis. {path} has {size} {axes[dim] if axes else ''} in dim {dim}, "
+                    f"and --mesh.{mesh_axis} is {parts}. Choose a divisor of {size}."
+                )
+        return NamedSharding(mesh, spec)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def activation_sharding(mesh: Mesh, shape: Sequence[int], microbatch_size: int) -> NamedSharding:
+    """A boundary value is split over `data` along its leading dim where that dim is the microbatch; else it is replicated."""
+    if DATA in mesh.axis_names and len(shape) > 0 and shape[0] == microbatch_size:
+        return NamedSharding(mesh, PartitionSpec(DATA))
+    return replicated(mesh)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For a batch field of shape `(num_microbatches, microbatch_size, ...)`: every microbatch is split over `data`."""
+    return NamedSharding(mesh, PartitionSpec(None, DATA) if DATA in mesh.axis_names else PartitionSpec())
+
+
+def abstract(shape: Sequence[int], dtype: jax.typing.DTypeLike, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)

@@ -1,0 +1,220 @@
+"""Training state on a mesh, one step of it, and evaluation."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from meshpipe.initialise import initialise
+from meshpipe.layer import LayerLike, Leaves
+from meshpipe.mesh import make_mesh
+from meshpipe.model_pipeline import Loss, Metrics, PipelineModel
+from meshpipe.optimizer import Optimizer
+from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.sharding import ShardingRules
+from meshpipe.tied import TiedLeaves
+
+Batch = Mapping[str, Any]
+StateTree = dict[str, dict[str, Any]]
+"""What a stage owns, by leaf path: `{"params": ..., "state": ..., "optimizer": ...}`."""
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or a gradient was not finite; the parameters are those of the last good step."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update's scalars, still on their devices; `float()` waits for them."""
+
+    step: int
+    """Number of the update, from 1."""
+    loss: jax.Array
+    """Mean loss over the whole batch, whose gradient made the update."""
+    grad_norm: jax.Array
+    """Global norm of the gradient before clipping."""
+    good: jax.Array
+    """False when the loss or the norm is not finite, and the update was therefore left out."""
+    batch: Batch
+
+
+class Trainer:
+    """Layers, a loss and an Optax transformation on a mesh: `step` updates, `evaluate` does not.
+
+    `batch` is an example of a global batch, arrays or shapes; `loss(output, microbatch)` returns the sum of the losses and their weight.
+    `input` names the batch field that the first layer is called with. Everything is compiled here, all stages at
+    once. Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerLike],
+        loss: Loss,
+        optimizer: optax.GradientTransformation,
+        *,
+        batch: Batch,
+        mesh: Mesh | None = None,
+        input: str = "inputs",
+        pipeline: PipelineConfig | None = None,
+        seed: int = 0,
+        clip_norm: float | None = None,
+        metrics: Metrics | None = None,
+        tied: Sequence[Sequence[str]] = (),
+        rules: ShardingRules | None = None,
+    ):
+        started = time.perf_counter()
+        self.model = PipelineModel(
+            layers,
+            loss,
+            batch=batch,
+            mesh=make_mesh() if mesh is None else mesh,
+            input=input,
+            config=pipeline or PipelineConfig(),
+            metrics=metrics,
+            tied=tied,
+            rules=rules or ShardingRules(),
+        )
+        self.seed = seed
+        self.step_number = 0
+        self.optimizer = Optimizer(optimizer, self.model.parameters, clip_norm)
+        self.tied = TiedLeaves(tied, self.model.parameters)
+        self.model.compile(self.optimizer.compile_tasks())
+        self._seed_data = self.model.place_seed(seed)
+        self._initialise()
+        self.compile_seconds = time.perf_counter() - started
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.model.mesh
+
+    @property
+    def plan(self) -> Any:
+        return self.model.plan
+
+    @property
+    def stages(self) -> tuple[Any, ...]:
+        return self.model.stages
+
+    def step(self, batch: Batch) -> StepResult:
+        """One update on a global batch of numpy arrays; returns as soon as the work is dispatched.
+
+        Raises `ValueError` when the batch's fields or shapes are not those of the example.
+        """
+        gradients, after, totals = self._accumulate(batch)
+        gradients = self.tied.sum_gradients(gradients)
+        self._params, self._opt_states, self._state, (loss, norm, good) = self.optimizer.update(
+            self._params, self._opt_states, gradients, self._state, after, totals
+        )
+        self._params = self.tied.share_values(self._params)
+        self.step_number += 1
+        return StepResult(self.step_number, loss, norm, good, batch)
+
+    def loss_and_gradients(self, batch: Batch) -> tuple[jax.Array, Leaves]:
+        """The loss of a batch and the gradient of every parameter, by leaf path, without an update.
+
+        A tied parameter's gradient stands under its owner's path.
+        """
+        gradients, _, (total, weight, *_) = self._accumulate(batch)
+        gradients = self.tied.sum_gradients(gradients)
+        divisor = np.float32(weight)
+        return total / divisor, {
+            path: leaf / divisor
+            for stage, leaves in zip(self.model.parameters, gradients, strict=True)
+            for path, leaf in zip(stage.params, leaves, strict=True)
+            if path not in stage.borrowed
+        }
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Means over all batches of the loss and the metrics, with layers in evaluation mode; nothing is updated.
+
+        Raises `ValueError` when there is no batch.
+        """
+        executor, names = self.model.evaluation
+        sums: list[np.ndarray] = []
+        for batch in batches:
+            inputs = self.model.evaluation_inputs(batch, self._seed_data)
+            _, _, totals = executor.run(dict(enumerate(self._params)), dict(enumerate(self._state)), inputs)
+            sums.append(np.asarray(jax.device_get(totals), np.float64))
+        if not sums:
+            raise ValueError("Evaluation needs at least one batch. Got none; lower the batch size or add data.")
+        total = np.sum(sums, axis=0)
+        return {name: float(total[2 * i] / total[2 * i + 1]) for i, name in enumerate(names)}
+
+    def check(self, result: StepResult) -> None:
+        """Waits for the step. Raises `NonFiniteError`, which names step, stage, microbatch and layer, if it was not finite.
+
+        The trainer is then as it was after the last good step, and can go on.
+        """
+        if bool(result.good):
+            return
+        from meshpipe.diagnose import first_non_finite
+
+        self.step_number = result.step - 1
+        self.optimizer.reset()
+        raise NonFiniteError(f"Step {result.step} is not finite: {first_non_finite(self, result.batch)}")
+
+    @property
+    def params(self) -> Leaves:
+        """Every parameter by leaf path, on its submesh."""
+        return {k: v for tree in self.state_tree() for k, v in tree["params"].items()}
+
+    @property
+    def state(self) -> Leaves:
+        """Batch statistics and other state by leaf path, on its submesh."""
+        return {k: v for tree in self.state_tree() for k, v in tree["state"].items()}
+
+    def state_tree(self) -> list[StateTree]:
+        """Everything that training changes, one tree a stage, for a checkpoint. The next `step` donates these arrays."""
+        return [
+            {
+                "params": dict(zip(stage.params, self._params[i], strict=True)),
+                "state": dict(zip(stage.state, self._state[i], strict=True)),
+                "optimizer": _by_path(self._opt_states[i]),
+            }
+            for i, stage in enumerate(self.model.parameters)
+        ]
+
+    def abstract_state_tree(self) -> list[StateTree]:
+        """The shapes and shardings of `state_tree`, to restore into."""
+        return [
+            {"params": dict(stage.params), "state": dict(stage.state), "optimizer": _by_path(shapes)}
+            for stage, shapes in zip(self.model.parameters, self.optimizer.state_shapes, strict=True)
+        ]
+
+    def load_state_tree(self, trees: Sequence[StateTree], step: int) -> None:
+        """Continues from restored trees as they were after update `step`."""
+        stages = self.model.parameters
+        self._params = [tuple(t["params"][p] for p in s.params) for t, s in zip(trees, stages, strict=True)]
+        self._state = [tuple(t["state"][p] for p in s.state) for t, s in zip(trees, stages, strict=True)]
+        self._opt_states = [
+            jax.tree.unflatten(jax.tree.structure(shapes), [tree["optimizer"][path] for path in _by_path(shapes)])
+            for tree, shapes in zip(trees, self.optimizer.state_shapes, strict=True)
+        ]
+        self.step_number = step
+        self.optimizer.reset()
+
+    def _initialise(self) -> None:
+        model = self.model
+        made = initialise(model.layers_on_submeshes, model.rules, self.seed)
+        params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
+        state = {path: leaf for _, layer in made for path, leaf in layer.items()}
+        self._params = self.tied.share_values([tuple(params[p] for p in s.params) for s in model.parameters])
+        self._state = [tuple(state[p] for p in s.state) for s in model.parameters]
+        self._opt_states = self.optimizer.init(self._params)
+
+    def _accumulate(self, batch: Batch) -> tuple[list[Any], list[Any], Any]:
+        inputs = self.model.inputs(batch, self._seed_data, self.step_number)
+        params, state = dict(enumerate(self._params)), dict(enumerate(self._state))
+        gradients, after, totals = self.model.executor.run(params, state, inputs)
+        return list(gradients.values()), list(after.values()), totals
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """A pytree's leaves by their path, e.g. `0/mu/layers/3/kernel`."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
