@@ -10,12 +10,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from meshpipe.config import Config
+from meshpipe.diagnose import first_non_finite
 from meshpipe.initialise import initialise
 from meshpipe.layer import LayerLike, Leaves
 from meshpipe.mesh import make_mesh
-from meshpipe.model_pipeline import Loss, Metrics, PipelineModel
+from meshpipe.staged_model import Loss, Metrics, StagedModel, StageInfo
 from meshpipe.optimizer import Optimizer
 from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.pipeline.plan import Plan
 from meshpipe.sharding import ShardingRules
 from meshpipe.tied import TiedLeaves
 
@@ -67,8 +70,7 @@ class Trainer:
         tied: Sequence[Sequence[str]] = (),
         rules: ShardingRules | None = None,
     ):
-        started = time.perf_counter()
-        self.model = PipelineModel(
+        model = StagedModel(
             layers,
             loss,
             batch=batch,
@@ -77,15 +79,35 @@ class Trainer:
             config=pipeline or PipelineConfig(),
             metrics=metrics,
             tied=tied,
-            rules=rules or ShardingRules(),
+            rules=rules,
         )
+        self._set_up(model, optimizer, seed, clip_norm)
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Trainer":
+        """A trainer for a recipe's config. Raises `ValueError` when its parts do not fit together."""
+        trainer = cls.__new__(cls)
+        optimizer = config.optimizer.build(config.steps)
+        trainer._set_up(StagedModel.from_config(config), optimizer, config.seed, config.optimizer.clip_norm)
+        return trainer
+
+    def _set_up(
+        self, model: StagedModel, optimizer: optax.GradientTransformation, seed: int, clip_norm: float | None
+    ) -> None:
+        started = time.perf_counter()
+        self.model = model
         self.seed = seed
         self.step_number = 0
-        self.optimizer = Optimizer(optimizer, self.model.parameters, clip_norm)
-        self.tied = TiedLeaves(tied, self.model.parameters)
-        self.model.compile(self.optimizer.compile_tasks())
-        self._seed_data = self.model.place_seed(seed)
-        self._initialise()
+        self.optimizer = Optimizer(optimizer, model.parameters, clip_norm)
+        self.tied = TiedLeaves(model.tied, model.parameters)
+        model.compile(self.optimizer.compile_tasks())
+        self._seed_data = model.place_seed(seed)
+        made = initialise(model.layers_on_submeshes, model.rules, seed)
+        params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
+        state = {path: leaf for _, layer in made for path, leaf in layer.items()}
+        self._params = self.tied.share_values([tuple(params[p] for p in s.params) for s in model.parameters])
+        self._state = [tuple(state[p] for p in s.state) for s in model.parameters]
+        self._opt_states = self.optimizer.init(self._params)
         self.compile_seconds = time.perf_counter() - started
 
     @property
@@ -93,11 +115,11 @@ class Trainer:
         return self.model.mesh
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> Plan:
         return self.model.plan
 
     @property
-    def stages(self) -> tuple[Any, ...]:
+    def stages(self) -> tuple[StageInfo, ...]:
         return self.model.stages
 
     def step(self, batch: Batch) -> StepResult:
@@ -146,17 +168,15 @@ class Trainer:
         return {name: float(total[2 * i] / total[2 * i + 1]) for i, name in enumerate(names)}
 
     def check(self, result: StepResult) -> None:
-        """Waits for the step. Raises `NonFiniteError`, which names step, stage, microbatch and layer, if it was not finite.
+        """Waits for the step. Raises `NonFiniteError`, which names step, stage, microbatch and layer.
 
         The trainer is then as it was after the last good step, and can go on.
         """
         if bool(result.good):
             return
-        from meshpipe.diagnose import first_non_finite
-
         self.step_number = result.step - 1
         self.optimizer.reset()
-        raise NonFiniteError(f"Step {result.step} is not finite: {first_non_finite(self, result.batch)}")
+        raise NonFiniteError(f"Step {result.step} is not finite: {first_non_finite(self.model, self.params, self.state, self.seed, result.step - 1, result.batch)}")
 
     @property
     def params(self) -> Leaves:
@@ -169,7 +189,7 @@ class Trainer:
         return {k: v for tree in self.state_tree() for k, v in tree["state"].items()}
 
     def state_tree(self) -> list[StateTree]:
-        """Everything that training changes, one tree a stage, for a checkpoint. The next `step` donates these arrays."""
+        """Everything that training changes, one tree a stage, for a checkpoint; `step` donates these arrays."""
         return [
             {
                 "params": dict(zip(stage.params, self._params[i], strict=True)),
@@ -198,15 +218,6 @@ class Trainer:
         self.step_number = step
         self.optimizer.reset()
 
-    def _initialise(self) -> None:
-        model = self.model
-        made = initialise(model.layers_on_submeshes, model.rules, self.seed)
-        params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
-        state = {path: leaf for _, layer in made for path, leaf in layer.items()}
-        self._params = self.tied.share_values([tuple(params[p] for p in s.params) for s in model.parameters])
-        self._state = [tuple(state[p] for p in s.state) for s in model.parameters]
-        self._opt_states = self.optimizer.init(self._params)
-
     def _accumulate(self, batch: Batch) -> tuple[list[Any], list[Any], Any]:
         inputs = self.model.inputs(batch, self._seed_data, self.step_number)
         params, state = dict(enumerate(self._params)), dict(enumerate(self._state))
@@ -216,5 +227,6 @@ class Trainer:
 
 def _by_path(tree: Any) -> dict[str, Any]:
     """A pytree's leaves by their path, e.g. `0/mu/layers/3/kernel`."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

@@ -40,7 +40,7 @@ class Executor:
             for name in ("params", "hoisted", "state", "inputs", "accumulators", "totals"):
                 self._named[stage, name] = self._new_slot()
         self._steps = [step for i in program.instructions if self._is_local(i) for step in self._resolve(i)]
-        self._empty = [None] * len(self._slots)
+        self._empty: Slots = [None] * len(self._slots)
 
     def run(
         self, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]

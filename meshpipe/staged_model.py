@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from meshpipe.config import Config
+from meshpipe.data import example_batch
 from meshpipe.initialise import placed
 from meshpipe.layer import Layer, LayerLike, Randomness, abstract_layers
-from meshpipe.mesh import DATA, submeshes
+from meshpipe.mesh import DATA, make_mesh, submeshes
 from meshpipe.optimizer import StageParameters
 from meshpipe.partition import partition
 from meshpipe.pipeline.config import PipelineConfig
@@ -44,7 +46,7 @@ class StageInfo:
     """Over the whole submesh, each array counted once."""
 
 
-class PipelineModel:
+class StagedModel:
     """What a step computes: the stages, their compiled programs and the executor. It holds no training state."""
 
     def __init__(
@@ -58,12 +60,12 @@ class PipelineModel:
         config: PipelineConfig,
         metrics: Metrics | None = None,
         tied: Sequence[Sequence[str]] = (),
-        rules: ShardingRules,
+        rules: ShardingRules | None = None,
     ):
-        self.mesh, self.rules, self.config = mesh, rules, config
+        self.mesh, self.rules, self.config, self.tied = mesh, rules or ShardingRules(), config, tied
         self.batch_shapes = _batch_shapes(batch, input, config.num_microbatches, mesh)
         self.layers = abstract_layers(layers, self.batch_shapes)
-        self._loss, self._metrics, self._input = loss, metrics, input
+        self.loss, self.input, self._metrics = loss, input, metrics
         ranks = submeshes(mesh)
         self.plan: Plan = make_plan(
             config.schedule, len(ranks), config.num_microbatches, stages_per_rank=config.stages_per_rank
@@ -78,9 +80,30 @@ class PipelineModel:
     def layers_on_submeshes(self) -> list[tuple[Layer, Mesh]]:
         return [(self.layers[i], mesh) for cut, mesh in zip(self.cuts, self._meshes, strict=True) for i in cut]
 
+    @classmethod
+    def from_config(cls, config: Config) -> "StagedModel":
+        """The model of a recipe on the mesh it asks for; nothing is allocated or compiled.
+
+        Raises `ValueError` when the parts of the config do not fit together or the devices are too few.
+        """
+        return cls(
+            config.model.layers(),
+            config.model.loss,
+            batch=example_batch(config.data.train_source(), config.batch_size),
+            mesh=make_mesh(config.mesh.pipeline, config.mesh.data, config.mesh.tensor),
+            input=config.model.input,
+            config=config.pipeline,
+            metrics=config.model.metrics,
+            tied=config.model.tied(),
+        )
+
+    def trace(self) -> list[TracedStage]:
+        """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps."""
+        return self._trace(train=True)
+
     def compile(self, also: Sequence[Callable[[], None]] = ()) -> None:
-        """Traces the stages one after the other, then compiles them, and `also`, in threads: XLA lets go of the interpreter lock."""
-        traced = self._trace(train=True)
+        """Traces the stages one after the other, then compiles them, and `also`, in threads, where XLA runs at once."""
+        traced = self.trace()
         with ThreadPoolExecutor() as pool:
             others = [pool.submit(task) for task in also]
             programs = list(pool.map(lambda stage: compile_stage(stage, remat=self.config.remat), traced))
@@ -120,7 +143,7 @@ class PipelineModel:
         self, traced: Sequence[TracedStage], batch: Mapping[str, Any], seed: Sequence[jax.Array], step: int
     ) -> dict[int, Any]:
         check_batch(batch, self.batch_shapes)
-        fields = {name: self._microbatches(np.asarray(value)) for name, value in batch.items()}
+        fields: dict[str, Any] = {name: self._microbatches(np.asarray(value)) for name, value in batch.items()}
         fields["step"] = np.uint32(step)
         wanted = [[fields[name] for name in stage.input_names if name != "seed"] for stage in traced]
         shardings = [
@@ -161,7 +184,7 @@ class PipelineModel:
         is_first, is_last = stage == 0, stage == self.plan.num_stages - 1
 
         def run(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
-            value = batch[self._input] if is_first else activation
+            value = batch[self.input] if is_first else activation
             for layer in layers:
                 value, after = layer(params, state, value, batch, Randomness(*randomness), train=train)
                 state = {**state, **after}
@@ -169,7 +192,7 @@ class PipelineModel:
                 extra = self._metrics(value, batch) if self._metrics and names is not None else {}
                 if names is not None:
                     names[:] = list(extra)
-                value = (*_sum_and_weight(self._loss(value, batch)), *(v for pair in extra.values() for v in pair))
+                value = (*_sum_and_weight(self.loss(value, batch)), *(v for pair in extra.values() for v in pair))
             return value, state
 
         return run
