@@ -47,7 +47,9 @@ def initialise(layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, seed:
             assert layer.values is not None
             results.append((_copy(layer.values, params), _copy(layer.values, state)))
             continue
-        arguments = jax.device_put((jax.random.key_data(jax.random.key(seed)), jnp.uint32(path_hash(layer.path))), replicated(mesh))
+        arguments = jax.device_put(
+            (jax.random.key_data(jax.random.key(seed)), jnp.uint32(path_hash(layer.path))), replicated(mesh)
+        )
         flat = compiled[low.as_text(), mesh](*arguments)
         results.append((dict(zip(params, flat, strict=False)), dict(zip(state, flat[len(params) :], strict=True))))
     return results

@@ -51,7 +51,10 @@ class Layer:
     """The values of a module that was given ready-made; None where the constructor makes them."""
 
     def initialise(self, seed: jax.Array, path_hash: jax.Array) -> tuple[Leaves, Leaves]:
-        """Parameters and state from the seed's key and `path_hash` only; to be traced under `jit`, where it allocates nothing."""
+        """Parameters and state from the seed's key and `path_hash` only.
+
+        To be traced under `jit`, where it allocates nothing.
+        """
         key = jax.random.fold_in(jax.random.fold_in(seed, _INITIALISE), path_hash)
         with nnx.use_eager_sharding(False):
             leaves = _leaves(self.path, nnx.state(self.make(nnx.Rngs(key))))
@@ -157,14 +160,18 @@ def _fields(path: str, kind: type, batch_fields: tuple[str, ...]) -> tuple[str, 
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in offered:
             raise ValueError(
-                f"After its input, a layer's __call__ may only require batch fields and `train`. {path} ({kind.__name__}) "
-                f"requires {parameter.name!r}; the batch has {', '.join(batch_fields)}. Add the field or give it a default."
+                "After its input, a layer's __call__ may only require batch fields and `train`. "
+                f"{path} ({kind.__name__}) requires {parameter.name!r}; the batch has {', '.join(batch_fields)}. "
+                "Add the field or give it a default."
             )
     return tuple(p.name for p in named if p.name in offered)
 
 
 def _random_state(path: str, variable: nnx.Variable, randomness: Randomness) -> jax.Array:
-    """Streams begin anew in every microbatch, from a key of seed, path, step and microbatch, so recomputation draws the same."""
+    """Streams begin anew in every microbatch, from a key of seed, path, step and microbatch.
+
+    So recomputation draws the same.
+    """
     abstract = variable.get_value()
     if not isinstance(variable, nnx.RngKey):
         return jnp.zeros(abstract.shape, abstract.dtype)

@@ -72,7 +72,9 @@ def submeshes(mesh: Mesh) -> tuple[Mesh, ...]:
     Raises `ValueError` when the first axis of the mesh is not `pipeline`.
     """
     if not mesh.axis_names or mesh.axis_names[0] != PIPELINE:
-        raise ValueError(f"The first mesh axis must be {PIPELINE!r}. Got axes {mesh.axis_names}. Use meshpipe.make_mesh.")
+        raise ValueError(
+            f"The first mesh axis must be {PIPELINE!r}. Got axes {mesh.axis_names}. Use meshpipe.make_mesh."
+        )
     names = mesh.axis_names[1:]
     return tuple(Mesh(row, names, axis_types=(AxisType.Auto,) * len(names)) for row in mesh.devices)
 

@@ -101,7 +101,10 @@ class Optimizer:
     """
 
     def __init__(
-        self, transformation: optax.GradientTransformation, stages: Sequence[StageParameters], clip_norm: float | None = None
+        self,
+        transformation: optax.GradientTransformation,
+        stages: Sequence[StageParameters],
+        clip_norm: float | None = None,
     ):
         check_separable(transformation, [stage.owned for stage in stages])
         self._transformation = transformation
@@ -118,7 +121,9 @@ class Optimizer:
         everywhere = replicated(stage.mesh)
         return optax.tree_utils.tree_map_params(
             self._transformation,
-            lambda leaf, param: abstract(leaf.shape, leaf.dtype, param.sharding if leaf.shape == param.shape else everywhere),
+            lambda leaf, param: abstract(
+                leaf.shape, leaf.dtype, param.sharding if leaf.shape == param.shape else everywhere
+            ),
             shapes,
             stage.owned,
             transform_non_params=lambda leaf: abstract(leaf.shape, leaf.dtype, everywhere),
@@ -171,7 +176,7 @@ class Optimizer:
         after: Sequence[Arrays],
         totals: Arrays,
     ) -> tuple[list[Arrays], list[Any], list[Arrays], tuple[jax.Array, jax.Array, jax.Array]]:
-        """New parameters, optimizer state and non-parameter state of every stage; and loss, gradient norm, whether all is finite.
+        """New parameters, optimizer state and other state of every stage; loss, gradient norm, whether all is finite.
 
         `params` and `states` are donated; `before` and `after` are the non-parameter state at both ends of the step.
         """
@@ -224,9 +229,7 @@ class Optimizer:
 
 
 def _accumulators(stage: StageParameters) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(
-        abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in stage.params.values()
-    )
+    return tuple(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in stage.params.values())
 
 
 def check_separable(transformation: optax.GradientTransformation, stages: Sequence[Shapes]) -> None:
@@ -244,8 +247,9 @@ def check_separable(transformation: optax.GradientTransformation, stages: Sequen
         if len(found) > 1:
             raise ValueError(
                 "An optimizer must update each parameter from its own gradient, since no stage sees another's. Got a "
-                f"transformation in which {jax.tree_util.keystr(path)} depends on stages {', '.join(map(str, sorted(found)))}. "
-                "For clipping by the global norm leave optax.clip_by_global_norm out and pass clip_norm=..., which counts every stage."
+                f"transformation in which {jax.tree_util.keystr(path)} depends on stages "
+                f"{', '.join(map(str, sorted(found)))}. For clipping by the global norm leave "
+                "optax.clip_by_global_norm out and pass clip_norm=..., which counts every stage."
             )
 
 

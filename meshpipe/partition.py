@@ -22,18 +22,19 @@ def partition_evenly(num_layers: int, num_stages: int) -> tuple[range, ...]:
 def partition_at(num_layers: int, num_stages: int, boundaries: Sequence[int]) -> tuple[range, ...]:
     """Runs that begin at layer 0 and at each boundary, e.g. boundaries 2 and 3 of 5 layers give 0-1, 2 and 3-4.
 
-    Raises `ValueError` when the number of boundaries is not one less than the stages, or they do not ascend within the layers.
+    Raises `ValueError` when the number of boundaries is not one less than the stages, or they do not ascend within the
+    layers.
     """
     if len(boundaries) != num_stages - 1:
         raise ValueError(
-            f"Boundaries must be one fewer than stages. Got {len(boundaries)} ({_spell(boundaries)}) for {num_stages} stages. "
-            f"Give {num_stages - 1} layer indices, or leave boundaries out to cut evenly."
+            f"Boundaries must be one fewer than stages. Got {len(boundaries)} ({_spell(boundaries)}) for {num_stages} "
+            f"stages. Give {num_stages - 1} layer indices, or leave boundaries out to cut evenly."
         )
     edges = (0, *boundaries, num_layers)
     if any(a >= b for a, b in pairwise(edges)):
         raise ValueError(
-            f"Boundaries must ascend strictly between 1 and {num_layers - 1}, the last layer. Got {_spell(boundaries)}. "
-            "Each is the first layer of a stage."
+            f"Boundaries must ascend strictly between 1 and {num_layers - 1}, the last layer. "
+            f"Got {_spell(boundaries)}. Each is the first layer of a stage."
         )
     return tuple(range(a, b) for a, b in pairwise(edges))
 

@@ -15,12 +15,13 @@ TENSOR_RULES: Mapping[str, str | None] = MappingProxyType(
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): heads, hidden units and vocabulary are split."""
 
 FULLY_SHARDED_RULES: Mapping[str, str | None] = MappingProxyType({**TENSOR_RULES, "embed": DATA})
-"""The same, and the embedding axis of every parameter split over `data`, gathered when used (ZeRO-3, arXiv 1910.02054)."""
+"""The same, and the embedding axis of every parameter split over `data`, gathered when used (ZeRO-3, arXiv
+1910.02054)."""
 
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """Which mesh axis each logical axis of a parameter is split over; changing the strategy changes these, never the model.
+    """Which mesh axis each logical axis of a parameter is split over: a strategy changes these, never the model.
 
     A parameter names its axes with `nnx.with_partitioning(init, ("embed", "heads", None))`. A logical axis without a
     rule may also be a mesh axis itself. A parameter without names is replicated inside its stage.
@@ -40,19 +41,22 @@ class ShardingRules:
         if axis in mesh.axis_names:
             return axis
         raise ValueError(
-            f"Every logical axis needs a rule or is a mesh axis. Got {axis!r}, with rules for {', '.join(self.rules)} and "
-            f"mesh axes {', '.join(mesh.axis_names)}. Add it to ShardingRules(rules={{..., {axis!r}: None}})."
+            f"Every logical axis needs a rule or is a mesh axis. Got {axis!r}, with rules for {', '.join(self.rules)} "
+            f"and mesh axes {', '.join(mesh.axis_names)}. Add it to ShardingRules(rules={{..., {axis!r}: None}})."
         )
 
     def sharding(self, path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh) -> NamedSharding:
-        """Where the leaf lives on the submesh. Raises `ValueError` when a split axis does not divide by its mesh axis."""
+        """Where the leaf lives on the submesh.
+
+        Raises `ValueError` when a split axis does not divide by its mesh axis.
+        """
         spec = self.spec(axes, mesh)
         for dim, (size, mesh_axis) in enumerate(zip(shape, spec, strict=False)):
             parts = mesh.shape[mesh_axis] if mesh_axis is not None else 1
             if size % parts:
                 raise ValueError(
-                    f"A split axis must divide by its mesh axis. {path} has {size} {axes[dim] if axes else ''} in dim {dim}, "
-                    f"and --mesh.{mesh_axis} is {parts}. Choose a divisor of {size}."
+                    f"A split axis must divide by its mesh axis. {path} has {size} {axes[dim] if axes else ''} in dim "
+                    f"{dim}, and --mesh.{mesh_axis} is {parts}. Choose a divisor of {size}."
                 )
         return NamedSharding(mesh, spec)
 
@@ -62,7 +66,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def activation_sharding(mesh: Mesh, shape: Sequence[int], microbatch_size: int) -> NamedSharding:
-    """A boundary value is split over `data` along its leading dim where that dim is the microbatch; else it is replicated."""
+    """A boundary value is split over `data` along its leading dim where that dim is the microbatch; else replicated."""
     if DATA in mesh.axis_names and len(shape) > 0 and shape[0] == microbatch_size:
         return NamedSharding(mesh, PartitionSpec(DATA))
     return replicated(mesh)

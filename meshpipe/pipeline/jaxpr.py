@@ -10,11 +10,14 @@ LAYOUT_PRIMITIVES = frozenset({"broadcast_in_dim", "copy", "expand_dims", "resha
 """Operations that only rearrange an array: cheaper to repeat inside a program than to keep their result."""
 
 
-def extract(closed: ClosedJaxpr, inputs: Sequence[Var], outputs: Sequence[Var | Literal], *, effects: bool = False) -> ClosedJaxpr:
+def extract(
+    closed: ClosedJaxpr, inputs: Sequence[Var], outputs: Sequence[Var | Literal], *, effects: bool = False
+) -> ClosedJaxpr:
     """The part of a traced program that computes `outputs` from `inputs`.
 
     `inputs` may be inputs of the program or values from its middle, whose equations then stay out. `effects` keeps
-    equations with side effects (`jax.debug.print`) although no output needs them. Raises `AssertionError` when an output needs an input that is not given.
+    equations with side effects (`jax.debug.print`) although no output needs them. Raises `AssertionError` when an
+    output needs an input that is not given.
     """
     jaxpr = closed.jaxpr
     given = set(inputs)
@@ -84,7 +87,8 @@ def hoistable_values(jaxpr: Jaxpr, sources: Sequence[Var]) -> list[Var]:
 def residual_roots(jaxpr: Jaxpr, residuals: Sequence[Var], given: set[Var]) -> list[Var]:
     """The arrays to keep so that `residuals` can be had again by rearranging them; each array is kept once.
 
-    A residual that is a rearrangement of a value in `given`, of another residual, or of something smaller (a broadcast), is replaced by it.
+    A residual that is a rearrangement of a value in `given`, of another residual, or of something smaller (a
+    broadcast), is replaced by it.
     """
     source = {e.outvars[0]: e.invars[0] for e in jaxpr.eqns if e.primitive.name in LAYOUT_PRIMITIVES}
     kept = set(residuals)

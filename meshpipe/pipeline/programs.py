@@ -25,7 +25,8 @@ class StagePrograms:
     recompute: Callable[..., Arrays] | None
     """The same up to the microbatch -> residuals, where forward does not hand them over."""
     backward: Callable[..., tuple[Arrays, Arrays]] | None
-    """Accumulators (donated), parameters, hoisted, inputs, microbatch, kept, residuals, output gradients -> accumulators, x gradients."""
+    """Accumulators (donated), parameters, hoisted, inputs, microbatch, kept, residuals, output gradients
+    -> accumulators, x gradients."""
 
 
 def compile_stage(stage: TracedStage, *, remat: str = "none", forward_only: bool = False) -> StagePrograms:
@@ -50,7 +51,9 @@ def compile_stage(stage: TracedStage, *, remat: str = "none", forward_only: bool
             recompute = again.lower(*arguments).compile()
             residuals = _like(recompute.out_info, recompute.output_shardings)
         accumulators = _accumulators(stage)
-        zeros = jax.jit(lambda: tuple(jnp.zeros(a.shape, a.dtype) for a in accumulators), out_shardings=_shardings(accumulators))
+        zeros = jax.jit(
+            lambda: tuple(jnp.zeros(a.shape, a.dtype) for a in accumulators), out_shardings=_shardings(accumulators)
+        )
         backward = _compile_backward(stage, accumulators, hoisted, residuals)
         return StagePrograms(prepare, zeros.lower().compile(), forward, recompute, backward)
 
@@ -73,7 +76,9 @@ def _compile_forward(stage: TracedStage, arguments: tuple[Any, ...], *, residual
     return jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals).compile()
 
 
-def _compile_backward(stage: TracedStage, accumulators: Shapes, hoisted: Shapes, residuals: Shapes) -> jax.stages.Compiled:
+def _compile_backward(
+    stage: TracedStage, accumulators: Shapes, hoisted: Shapes, residuals: Shapes
+) -> jax.stages.Compiled:
     mesh, boundary, size = stage.spec.mesh, stage.boundary_out, stage.microbatch_size
     output_gradients = () if boundary is None else boundary.gradients_on(mesh, size)
     x_gradients = stage.boundary_in.gradients_on(mesh, size)

@@ -56,7 +56,9 @@ class Boundary:
 
     def on(self, mesh: Mesh, microbatch_size: int) -> Shapes:
         """Its leaves as they lie on a submesh."""
-        return tuple(abstract(v.shape, v.dtype, activation_sharding(mesh, v.shape, microbatch_size)) for v in self.leaves)
+        return tuple(
+            abstract(v.shape, v.dtype, activation_sharding(mesh, v.shape, microbatch_size)) for v in self.leaves
+        )
 
     def gradients_on(self, mesh: Mesh, microbatch_size: int) -> Shapes:
         """The gradients of its floating-point leaves as they lie on a submesh."""
@@ -81,7 +83,9 @@ class TracedStage:
         self.state: Shapes = tuple(spec.state.values())
         self.x = self.boundary_in.on(mesh, self.microbatch_size)
         self.microbatch = abstract((), jnp.uint32, replicated(mesh))
-        seed = abstract(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, replicated(mesh))
+        seed = abstract(
+            jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, replicated(mesh)
+        )
         inputs = (seed, self.microbatch, *(abstract(f.shape, f.dtype, batch_sharding(mesh)) for f in fields.values()))
 
         with jax.set_mesh(mesh):
@@ -159,7 +163,14 @@ class TracedStage:
         wanted = [*self.output_vars, *self.new_state_vars] if outputs else []
         return extract(
             self.closed,
-            [*self.param_vars, *self.hoisted_vars, *self.state_vars, *self.x_vars, *self.input_vars, self.microbatch_var],
+            [
+                *self.param_vars,
+                *self.hoisted_vars,
+                *self.state_vars,
+                *self.x_vars,
+                *self.input_vars,
+                self.microbatch_var,
+            ],
             [*wanted, *(self.residual_vars if residuals else [])],
             effects=outputs,
         )
@@ -178,7 +189,14 @@ class TracedStage:
         kept_vars = [*(self.x_vars[i] for i in self.kept_x), *(self.state_vars[i] for i in self.kept_state)]
         rebuild = extract(
             self.closed,
-            [*self.param_vars, *self.hoisted_vars, *self.input_vars, self.microbatch_var, *kept_vars, *self.residual_vars],
+            [
+                *self.param_vars,
+                *self.hoisted_vars,
+                *self.input_vars,
+                self.microbatch_var,
+                *kept_vars,
+                *self.residual_vars,
+            ],
             self.pullback_vars,
         )
         leaves = function_of(rebuild)(*params, *hoisted, *inputs, microbatch, *kept[0], *kept[1], *residuals)
