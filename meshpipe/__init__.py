@@ -15,3 +15,5 @@ from meshpipe.sharding import ShardingRules as ShardingRules
 from meshpipe.trainer import NonFiniteError as NonFiniteError
 from meshpipe.trainer import StepResult as StepResult
 from meshpipe.trainer import Trainer as Trainer
+from meshpipe.verify import VerifyReport as VerifyReport
+from meshpipe.verify import verify as verify

@@ -109,7 +109,7 @@ class StagedModel:
             programs = list(pool.map(lambda stage: compile_stage(stage, remat=self.config.remat), traced))
             for other in others:
                 other.result()
-        self._traced = traced
+        self.traced = traced
         self.executor = Executor(lower(self.plan), dict(enumerate(traced)), dict(enumerate(programs)))
 
     @cached_property
@@ -132,7 +132,7 @@ class StagedModel:
 
     def inputs(self, batch: Mapping[str, Any], seed: Sequence[jax.Array], step: int) -> dict[int, Any]:
         """What every stage reads of a global batch, split into microbatches on its submesh."""
-        return self._inputs(self._traced, batch, seed, step)
+        return self._inputs(self.traced, batch, seed, step)
 
     def evaluation_inputs(self, batch: Mapping[str, Any], seed: Sequence[jax.Array]) -> dict[int, Any]:
         """The same for `evaluation`."""
