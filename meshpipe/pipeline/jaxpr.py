@@ -95,8 +95,8 @@ def residual_roots(jaxpr: Jaxpr, residuals: Sequence[Var], given: set[Var]) -> l
     roots: list[Var] = []
     for residual in residuals:
         root, value = residual, residual
-        while value not in given and isinstance(source.get(value), Var):
-            value = source[value]
+        while value not in given and isinstance(origin := source.get(value), Var):
+            value = origin
             if value in given or value in kept or nbytes([value]) < nbytes([root]):
                 root = value
         roots.append(root)
@@ -105,7 +105,7 @@ def residual_roots(jaxpr: Jaxpr, residuals: Sequence[Var], given: set[Var]) -> l
 
 def nbytes(values: Iterable[Var]) -> int:
     """Bytes of the arrays that the values stand for."""
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in values)
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in values)  # type: ignore[attr-defined]
 
 
 def function_of(closed: ClosedJaxpr) -> Callable[..., list[Any]]:

@@ -69,7 +69,7 @@ def _compile_forward(stage: TracedStage, arguments: tuple[Any, ...], *, residual
         flat = run(*params, *hoisted, *state, *x, *inputs, microbatch)
         outputs, new_state, fresh = split(flat, (num_outputs, num_state, len(flat) - num_outputs - num_state))
         if boundary is None:
-            outputs, totals = (), tuple(t + o for t, o in zip(totals, outputs, strict=True))
+            outputs, totals = [], tuple(t + o for t, o in zip(totals, outputs, strict=True))
         return tuple(outputs), tuple(new_state), tuple(fresh), totals
 
     results = (_shardings(output), _shardings(stage.state), None, _shardings(totals))
