@@ -9,17 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from flax.typing import Initializer
 from jaxtyping import Array, Bool, Float, Int
 
 from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
 from meshpipe.models.transformer import (
     EMBED,
     HIDDEN,
-    VOCAB,
     Attention,
     check_at_least_one,
     check_heads,
+    embedding_init,
     kernel_init,
     ones_init,
 )
@@ -110,7 +109,8 @@ class LanguageModelConfig(ModelConfig):
             raise ValueError(f"--model.rope-theta must be above 1. Got {self.rope_theta}.")
 
     def layers(self) -> list[LayerConstructor]:
-        embedding = partial(nnx.Embed, self.vocab_size, self.d_model, dtype=self.dtype, embedding_init=embedding_init())
+        init = embedding_init(self.d_model**-0.5 if self.tie_embedding else 1.0)
+        embedding = partial(nnx.Embed, self.vocab_size, self.d_model, dtype=self.dtype, embedding_init=init)
         blocks = [partial(DecoderBlock, self) for _ in range(self.num_blocks)]
         return [embedding, *blocks, partial(LanguageModelHead, self)]
 
@@ -134,6 +134,8 @@ class DecoderBlock(nnx.Module):
     """Attention to earlier positions of the same document, then SwiGLU, each added to its input (pre-norm)."""
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
+        # Branches start small enough that all of them together do not drown the embedding (GPT-2, section 2.3).
+        out_scale = (2 * config.num_blocks) ** -0.5
         self.attention_norm = rms_norm(config, rngs)
         self.attention = Attention(
             config.d_model,
@@ -141,11 +143,12 @@ class DecoderBlock(nnx.Module):
             config.num_kv_heads,
             causal=True,
             rope_theta=config.rope_theta,
+            out_scale=out_scale,
             dtype=config.dtype,
             rngs=rngs,
         )
         self.swiglu_norm = rms_norm(config, rngs)
-        self.swiglu = SwiGLU(config.d_model, config.d_hidden, dtype=config.dtype, rngs=rngs)
+        self.swiglu = SwiGLU(config.d_model, config.d_hidden, out_scale=out_scale, dtype=config.dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch seq embed"], segment_ids: Int[Array, "batch seq"] | None = None
@@ -158,8 +161,8 @@ class DecoderBlock(nnx.Module):
 class SwiGLU(nnx.Module):
     """A perceptron whose hidden units are gated by a SiLU (arXiv 2002.05202)."""
 
-    def __init__(self, d_model: int, d_hidden: int, *, dtype: str, rngs: nnx.Rngs) -> None:
-        up_init, down_init = kernel_init(EMBED, HIDDEN), kernel_init(HIDDEN, EMBED)
+    def __init__(self, d_model: int, d_hidden: int, *, out_scale: float, dtype: str, rngs: nnx.Rngs) -> None:
+        up_init, down_init = kernel_init(EMBED, HIDDEN), kernel_init(HIDDEN, EMBED, scale=out_scale)
         self.gate = nnx.Linear(d_model, d_hidden, use_bias=False, dtype=dtype, kernel_init=up_init, rngs=rngs)
         self.up = nnx.Linear(d_model, d_hidden, use_bias=False, dtype=dtype, kernel_init=up_init, rngs=rngs)
         self.down = nnx.Linear(d_hidden, d_model, use_bias=False, dtype=dtype, kernel_init=down_init, rngs=rngs)
@@ -174,9 +177,8 @@ class LanguageModelHead(nnx.Module):
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
         self.norm = rms_norm(config, rngs)
         # An embedding used backwards, tied or not, so that both have one shape and one path.
-        self.tokens = nnx.Embed(
-            config.vocab_size, config.d_model, dtype=config.dtype, embedding_init=embedding_init(), rngs=rngs
-        )
+        init = embedding_init(config.d_model**-0.5)
+        self.tokens = nnx.Embed(config.vocab_size, config.d_model, dtype=config.dtype, embedding_init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
         return self.tokens.attend(self.norm(x))
@@ -184,10 +186,6 @@ class LanguageModelHead(nnx.Module):
 
 def same_document(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch 1 seq seq"]:
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-
-
-def embedding_init() -> Initializer:
-    return nnx.with_partitioning(nnx.initializers.normal(0.02), (VOCAB, EMBED))
 
 
 def rms_norm(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -16,10 +16,10 @@ from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
 from meshpipe.models.transformer import (
     EMBED,
     HIDDEN,
-    VOCAB,
     Attention,
     check_at_least_one,
     check_heads,
+    embedding_init,
     kernel_init,
     ones_init,
     zeros_init,
@@ -85,8 +85,7 @@ class ConvolutionEmbedding(nnx.Module):
 
     def __init__(self, config: TextClassifierConfig, *, rngs: nnx.Rngs) -> None:
         width, dtype = config.d_model, config.dtype
-        embedding_init = nnx.with_partitioning(nnx.initializers.normal(1.0), (VOCAB, EMBED))
-        self.tokens = nnx.Embed(config.vocab_size, width, dtype=dtype, embedding_init=embedding_init, rngs=rngs)
+        self.tokens = nnx.Embed(config.vocab_size, width, dtype=dtype, embedding_init=embedding_init(1.0), rngs=rngs)
         self.widen = nnx.Conv(
             width,
             width,

@@ -11,9 +11,13 @@ from jaxtyping import Array, Bool, Float
 EMBED, HEADS, HIDDEN, VOCAB = "embed", "heads", "hidden", "vocab"
 
 
-def kernel_init(*axes: str | None) -> Initializer:
-    """Normal with variance 1 / fan-in, for a kernel with these logical axes."""
-    return nnx.with_partitioning(nnx.initializers.lecun_normal(), axes)
+def kernel_init(*axes: str | None, scale: float = 1.0) -> Initializer:
+    """Normal with standard deviation `scale` / sqrt(fan-in), for a kernel with these logical axes."""
+    return nnx.with_partitioning(nnx.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal"), axes)
+
+
+def embedding_init(stddev: float) -> Initializer:
+    return nnx.with_partitioning(nnx.initializers.normal(stddev), (VOCAB, EMBED))
 
 
 def ones_init(*axes: str | None) -> Initializer:
@@ -38,6 +42,7 @@ class Attention(nnx.Module):
         *,
         causal: bool,
         rope_theta: float,
+        out_scale: float = 1.0,
         dtype: str,
         rngs: nnx.Rngs,
     ) -> None:
@@ -59,7 +64,7 @@ class Attention(nnx.Module):
             axis=(-2, -1),
             use_bias=False,
             dtype=dtype,
-            kernel_init=kernel_init(HEADS, None, EMBED),
+            kernel_init=kernel_init(HEADS, None, EMBED, scale=out_scale),
             rngs=rngs,
         )
 
@@ -90,7 +95,8 @@ def check_heads(d_model: int, num_heads: int, num_kv_heads: int) -> None:
     if d_model % (2 * num_heads):
         raise ValueError(
             "--model.d-model must be a multiple of 2 * --model.num-heads: rotary positions turn pairs of features. "
-            f"Got {d_model} with {num_heads} heads. The next multiple is {-(-d_model // (2 * num_heads)) * 2 * num_heads}."
+            f"Got {d_model} with {num_heads} heads. "
+            f"The next multiple is {-(-d_model // (2 * num_heads)) * 2 * num_heads}."
         )
     if num_heads % num_kv_heads:
         raise ValueError(
