@@ -27,7 +27,8 @@ def first_non_finite(
     weights = []
     for microbatch in range(model.config.num_microbatches):
         fields = {
-            name: np.split(np.asarray(value), model.config.num_microbatches)[microbatch] for name, value in batch.items()
+            name: np.split(np.asarray(value), model.config.num_microbatches)[microbatch]
+            for name, value in batch.items()
         }
         for name, value in fields.items():
             if not _all_finite([value]):
@@ -59,7 +60,14 @@ def _replay(
             own = {path: params[path] for path in layer.params}
             kept = {path: state[path] for path in layer.state}
 
-            def forward(own: Leaves, value: Any, layer: Any = layer, kept: Leaves = kept, fields: Any = fields, draws: Any = draws) -> Any:
+            def forward(
+                own: Leaves,
+                value: Any,
+                layer: Any = layer,
+                kept: Leaves = kept,
+                fields: Any = fields,
+                draws: Any = draws,
+            ) -> Any:
                 return layer(own, kept, value, fields, Randomness(*draws), train=True)
 
             with jax.set_mesh(model.stages[stage].submesh):

@@ -160,7 +160,9 @@ class StagedModel:
 
     def _trace(self, *, train: bool, names: list[str] | None = None) -> list[TracedStage]:
         fields = {
-            name: jax.ShapeDtypeStruct((self.config.num_microbatches, s.shape[0] // self.config.num_microbatches, *s.shape[1:]), s.dtype)
+            name: jax.ShapeDtypeStruct(
+                (self.config.num_microbatches, s.shape[0] // self.config.num_microbatches, *s.shape[1:]), s.dtype
+            )
             for name, s in self.batch_shapes.items()
         }
         traced: list[TracedStage] = []
@@ -229,9 +231,13 @@ def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStr
         )
 
 
-def _batch_shapes(batch: Mapping[str, Any], input: str, num_microbatches: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_shapes(
+    batch: Mapping[str, Any], input: str, num_microbatches: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
     if input not in batch:
-        raise ValueError(f"`input` must name a field of the batch. Got {input!r}; the batch has {', '.join(batch) or 'no fields'}.")
+        raise ValueError(
+            f"`input` must name a field of the batch. Got {input!r}; the batch has {', '.join(batch) or 'no fields'}."
+        )
     sizes = {name: (np.shape(value) or (0,))[0] for name, value in batch.items()}
     if len(set(sizes.values())) > 1 or 0 in sizes.values():
         raise ValueError(f"Every batch field must have the same leading dim, the batch size. Got {sizes}.")
@@ -241,16 +247,16 @@ def _batch_shapes(batch: Mapping[str, Any], input: str, num_microbatches: int, m
             f"The batch size must be a multiple of num_microbatches * data. Got {sizes[input]} with "
             f"{num_microbatches} * {mesh.shape.get(DATA, 1)} = {parts}. Choose a multiple of {parts}."
         )
-    return {name: jax.ShapeDtypeStruct(np.shape(v), jax.dtypes.canonicalize_dtype(v.dtype)) for name, v in batch.items()}
+    return {
+        name: jax.ShapeDtypeStruct(np.shape(v), jax.dtypes.canonicalize_dtype(v.dtype)) for name, v in batch.items()
+    }
 
 
 def _sum_and_weight(result: Any) -> tuple[jax.Array, jax.Array]:
     if not isinstance(result, tuple | list) or len(result) != 2 or any(np.shape(v) for v in result):
         shapes = jax.tree.map(np.shape, result)
         raise ValueError(
-            "A loss must return two scalars: the sum of the losses over the microbatch, and their weight (how many there are). "
-            f"Got {shapes}. Write e.g. `return losses.sum(), losses.size`."
+            "A loss must return two scalars: the sum of the losses over the microbatch, and their weight (how many "
+            f"there are). Got {shapes}. Write e.g. `return losses.sum(), losses.size`."
         )
     return result[0], result[1]
-
-

@@ -15,11 +15,11 @@ from meshpipe.diagnose import first_non_finite
 from meshpipe.initialise import initialise
 from meshpipe.layer import LayerLike, Leaves
 from meshpipe.mesh import make_mesh
-from meshpipe.staged_model import Loss, Metrics, StagedModel, StageInfo
 from meshpipe.optimizer import Optimizer
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.plan import Plan
 from meshpipe.sharding import ShardingRules
+from meshpipe.staged_model import Loss, Metrics, StagedModel, StageInfo
 from meshpipe.tied import TiedLeaves
 
 Batch = Mapping[str, Any]
@@ -49,9 +49,9 @@ class StepResult:
 class Trainer:
     """Layers, a loss and an Optax transformation on a mesh: `step` updates, `evaluate` does not.
 
-    `batch` is an example of a global batch, arrays or shapes; `loss(output, microbatch)` returns the sum of the losses and their weight.
-    `input` names the batch field that the first layer is called with. Everything is compiled here, all stages at
-    once. Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together.
+    `batch` is an example of a global batch, arrays or shapes; `loss(output, microbatch)` returns the sum of the losses
+    and their weight. `input` names the batch field that the first layer is called with. Everything is compiled here,
+    all stages at once. Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together.
     """
 
     def __init__(
@@ -176,7 +176,8 @@ class Trainer:
             return
         self.step_number = result.step - 1
         self.optimizer.reset()
-        raise NonFiniteError(f"Step {result.step} is not finite: {first_non_finite(self.model, self.params, self.state, self.seed, result.step - 1, result.batch)}")
+        origin = first_non_finite(self.model, self.params, self.state, self.seed, result.step - 1, result.batch)
+        raise NonFiniteError(f"Step {result.step} is not finite: {origin}")
 
     @property
     def params(self) -> Leaves:
@@ -229,4 +230,3 @@ def _by_path(tree: Any) -> dict[str, Any]:
     """A pytree's leaves by their path, e.g. `0/mu/layers/3/kernel`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-

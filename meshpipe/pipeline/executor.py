@@ -32,7 +32,9 @@ class Executor:
         self._free: list[int] = []
         self._microbatches = {
             s: tuple(
-                jax.device_put([np.uint32(m) for m in range(program.plan.num_microbatches)], replicated(stage.spec.mesh))
+                jax.device_put(
+                    [np.uint32(m) for m in range(program.plan.num_microbatches)], replicated(stage.spec.mesh)
+                )
             )
             for s, stage in traced.items()
         }
