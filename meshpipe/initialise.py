@@ -40,7 +40,7 @@ def initialise(layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, seed:
     lowered = [_lower(layer, mesh, rules) if layer.values is None else None for layer, mesh in layers]
     wanted = {(low.as_text(), mesh): low for low, (_, mesh) in zip(lowered, layers, strict=True) if low is not None}
     with ThreadPoolExecutor() as pool:
-        compiled = dict(zip(wanted, pool.map(lambda low: low.compile(), wanted.values()), strict=True))
+        compiled = dict(zip(wanted, pool.map(_compile, wanted.items()), strict=True))
     for (layer, mesh), low in zip(layers, lowered, strict=True):
         params, state = placed(layer, mesh, rules)
         if low is None:
@@ -67,6 +67,13 @@ def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered
     seed = abstract(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, everywhere)
     with jax.set_mesh(mesh):
         return jax.jit(build, out_shardings=shardings).lower(seed, abstract((), jnp.uint32, everywhere))
+
+
+def _compile(item: tuple[tuple[str, Mesh], jax.stages.Lowered]) -> jax.stages.Compiled:
+    """On CPU with little optimisation: random number generation takes seconds to optimise and runs once. The values are the same."""
+    (_, mesh), lowered = item
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None)
 
 
 def _copy(values: Leaves, shapes: Placed) -> Leaves:
