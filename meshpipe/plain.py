@@ -91,6 +91,6 @@ class PlainTrainer:
         def update(params: Leaves, opt_state: Any, gradients: Leaves) -> tuple[Leaves, Any]:
             like = {path: gradients[path].astype(leaf.dtype) for path, leaf in params.items()}
             updates, opt_state = self._optimizer.update(like, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state  # type: ignore[return-value]
+            return optax.apply_updates(params, updates), opt_state
 
         return jax.jit(update)
