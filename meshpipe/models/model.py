@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from flax import nnx
 
 LayerConstructor = Callable[[nnx.Rngs], nnx.Module]
@@ -25,11 +26,16 @@ class ModelConfig(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, output: Any, batch: Mapping[str, jax.Array]) -> SumAndWeight:
-        """Sum of the per-element losses of one microbatch, and the number (or weight) of elements; both float32 scalars."""
+        """Sum of the losses of one microbatch's elements, and their number (or weight); both float32 scalars."""
 
     def metrics(self, output: Any, batch: Mapping[str, jax.Array]) -> dict[str, SumAndWeight]:
         """Further means to report in evaluation, each as a sum and a weight."""
         return {}
+
+    def tokens(self, batch: Mapping[str, np.ndarray]) -> int | None:
+        """Tokens of a batch, for the speed that is reported: the size of an input of integers [batch, seq]; else None."""
+        inputs = batch[self.input]
+        return inputs.size if inputs.ndim == 2 and np.issubdtype(inputs.dtype, np.integer) else None
 
     def tied(self) -> tuple[tuple[str, ...], ...]:
         """Groups of leaf paths that are one parameter; the first path of a group owns it."""

@@ -1,0 +1,157 @@
+"""What a run reports while it trains: a file of JSON lines, and a line for people."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Longest silence of a run whose output is not a terminal, as far as its steps allow."""
+LONGEST_LINE = 1 << 20
+"""Bytes; no line of a metrics file comes near it."""
+
+
+class MetricsFile:
+    """One JSON object a line, flushed at once. A file of None takes everything and writes nothing.
+
+    Numbers that are not finite become null, which JSON can hold.
+    """
+
+    def __init__(self, path: str | Path | None, *, append: bool = False) -> None:
+        self._file: BinaryIO | None = None
+        if path is not None:
+            if append:
+                _cut_torn_line(Path(path))
+            self._file = open(path, "ab" if append else "wb")  # noqa: SIM115 (closed by __exit__)
+
+    @staticmethod
+    def check(path: str | Path | None, *, append: bool = False) -> None:
+        """Raises `ValueError` when the file cannot be written, or holds another run; writes nothing."""
+        if path is None:
+            return
+        path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"--metrics must name a file. Got the folder {str(path)!r}. Name a file in it.")
+        if not path.parent.is_dir():
+            raise ValueError(
+                f"--metrics must name a file in a folder that exists. Got {str(path)!r}, and there is no folder "
+                f"{path.parent}. Make it, or name another file."
+            )
+        if path.exists() and not path.is_file():
+            return  # a pipe or /dev/stdout, which cannot hold an earlier run
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(
+                f"--metrics must name a file that can be written. Got {str(path)!r}, which cannot. Name another file, "
+                "or change its permissions."
+            )
+        if not append and path.exists() and path.stat().st_size:
+            raise ValueError(
+                f"--metrics must name a new file, so that two runs do not mix. Got {str(path)!r}, which is not empty. "
+                "Name another file, remove it, or go on with its run by --resume."
+            )
+
+    def write(self, event: str, values: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            line = json.dumps({"event": event} | _finite(values), allow_nan=False)
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Removes a last line without an end, which a killed run or a full disk can leave."""
+    if not path.is_file():
+        return
+    with open(path, "r+b") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE)
+        file.seek(start)
+        file.truncate(start + file.read().rfind(b"\n") + 1)
+
+
+class ProgressLine:
+    """Step, loss, speed and time left: a live line on a terminal, else a plain line every few steps."""
+
+    def __init__(self, console: Console, steps: int, start: int = 0) -> None:
+        self.console = console
+        self._steps = steps
+        self._every = lines_every(steps - start)
+        self._last_line = time.monotonic()
+        self._seconds_per_step: float | None = None
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(24),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("", total=steps, completed=start)
+            self._bar.start()
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Shows the `values` of one step event."""
+        step, seconds = values["step"], values["step_time_s"]
+        # The first step of a run is not like the others, so it is soon forgotten.
+        before = seconds if self._seconds_per_step is None else self._seconds_per_step
+        self._seconds_per_step = before + 0.3 * (seconds - before)
+        left = timedelta(seconds=round(self._seconds_per_step * (self._steps - step)))
+        text = f"loss {values['loss']:.4f}  {seconds:.3g} s/step  {speed(values)}  {left} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif self._is_due(step):
+            self._last_line = time.monotonic()
+            self.say(f"step {step}/{self._steps}  {text}")
+
+    def _is_due(self, step: int) -> bool:
+        late = time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
+        return step == 1 or step == self._steps or step % self._every == 0 or late
+
+    def say(self, text: str) -> None:
+        """Prints a line above the live one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def lines_every(steps: int) -> int:
+    """Steps between plain lines: about fifteen in a run, but at least one every hundred steps."""
+    for every in (1, 2, 5, 10, 20, 50):
+        if every * 15 >= steps:
+            return every
+    return 100
+
+
+def speed(values: Mapping[str, Any]) -> str:
+    """Tokens per second where there are tokens, else examples."""
+    unit = "tokens" if "tokens_per_s" in values else "examples"
+    return f"{values[f'{unit}_per_s']:,.0f} {unit}/s"

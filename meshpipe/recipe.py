@@ -1,0 +1,176 @@
+"""Recipes: Python functions that return the complete configuration of a run, found by name."""
+
+import ast
+import difflib
+import importlib.util
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from meshpipe.config import Config
+
+FOLDER = Path("recipes")
+"""Where short names are looked up, in the current folder."""
+
+
+class RecipeError(ValueError):
+    """A recipe that does not exist or does not work; the message says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A function of a file, not run yet."""
+
+    file: Path
+    function: str
+    summary: str = ""
+    """The first line of its docstring."""
+
+    @property
+    def name(self) -> str:
+        """What `find` takes: without folder and suffix for a recipe of `FOLDER`."""
+        file = self.file.stem if self.file.parent == FOLDER else str(self.file)
+        return f"{file}:{self.function}"
+
+    def config(self) -> Config:
+        """Runs the file and then the function.
+
+        Raises `RecipeError` with file and line when either fails or the result is not a `Config`.
+        """
+        function = getattr(_run_file(self.file), self.function)
+        try:
+            config = function()
+        except Exception as error:
+            raise RecipeError(f"The recipe {self.name} fails{_where(error, self.file)}: {error}") from error
+        if not isinstance(config, Config):
+            raise RecipeError(
+                f"A recipe returns a meshpipe.Config. Got {type(config).__name__} from {self.name}. "
+                f"Return a Config from {self.function} in {self.file}."
+            )
+        return config
+
+
+def discover(folder: Path = FOLDER) -> list[Recipe]:
+    """The recipes of a folder in the order of their files and lines; nothing is run.
+
+    A recipe is a public function without required arguments that is annotated as returning `Config`.
+    Raises `RecipeError` when the folder is missing or one of its files is not Python.
+    """
+    if not folder.is_dir():
+        raise RecipeError(
+            f"Recipes are listed from the folder {folder}/ of the current folder. Got none in {Path.cwd()}. "
+            "Change to a folder that has it, or name a recipe as FILE.py:FUNCTION."
+        )
+    files = sorted(file for file in folder.glob("*.py") if not file.name.startswith("_"))
+    return [recipe for file in files for recipe in _recipes_in(file)]
+
+
+def find(name: str) -> Recipe:
+    """The recipe of a name: `FILE.py:FUNCTION`, or `FILE:FUNCTION` for a file of `FOLDER`.
+
+    Raises `RecipeError` with the nearest names when there is none.
+    """
+    file_name, colon, function = name.rpartition(":")
+    if not colon or not file_name or not function:
+        raise RecipeError(f"A recipe is FILE.py:FUNCTION, or FILE:FUNCTION. Got {name!r}.{_suggest(name)}")
+    file = Path(file_name) if file_name.endswith(".py") else _short_name(file_name)
+    if not file.is_file():
+        raise RecipeError(f"There is no file {file}, which the recipe {name!r} names.{_suggest(name)}")
+    summaries = _functions(file)
+    if function not in summaries:
+        raise RecipeError(f"There is no function {function} in {file}.{_suggest(name, file)}")
+    return Recipe(file, function, summaries[function])
+
+
+def _short_name(name: str) -> Path:
+    # `recipes/FILE:FUNCTION` is what completion by a shell nearly gives; it can only mean one thing.
+    return Path(f"{name}.py") if Path(name).parent == FOLDER else FOLDER / f"{name}.py"
+
+
+def _suggest(name: str, file: Path | None = None) -> str:
+    """The names that could have been meant, as a sentence; those of `file`, or else of `FOLDER`."""
+    try:
+        recipes = _recipes_in(file) if file else discover()
+    except RecipeError:
+        recipes = []
+    known = {recipe.name: recipe for recipe in recipes}
+    wanted = name.rpartition("/")[2].replace(".py:", ":")
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    # A file without a function, or a function without a file.
+    near = near or [other for other in known if wanted in other.split(":")]
+    if near:
+        return f" Did you mean {' or '.join(near)}?"
+    if known and file:
+        return f" It has {', '.join(recipe.function for recipe in recipes)}."
+    if known:
+        return " `meshpipe recipes` lists what there is."
+    return f" There is no recipe in {file or f'the folder {FOLDER}/ of {Path.cwd()}'}."
+
+
+def _syntax_tree(file: Path) -> ast.Module:
+    try:
+        return ast.parse(file.read_bytes(), filename=str(file))
+    except (SyntaxError, ValueError) as error:
+        line = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise RecipeError(f"A recipe is a Python file. Got {file},{line}: {error}. Correct the file.") from error
+
+
+def _functions(file: Path) -> dict[str, str]:
+    """The names that can be called without arguments, with the first line of their docstrings."""
+    return {function.name: _summary(function) for function in _definitions(file)}
+
+
+def _recipes_in(file: Path) -> list[Recipe]:
+    return [
+        Recipe(file, function.name, _summary(function))
+        for function in _definitions(file)
+        if not function.name.startswith("_") and _returns_config(function)
+    ]
+
+
+def _definitions(file: Path) -> list[ast.FunctionDef]:
+    functions = [node for node in _syntax_tree(file).body if isinstance(node, ast.FunctionDef)]
+    return [node for node in functions if not _required_arguments(node.args)]
+
+
+def _required_arguments(arguments: ast.arguments) -> bool:
+    positional = len(arguments.posonlyargs) + len(arguments.args)
+    return positional > len(arguments.defaults) or any(default is None for default in arguments.kw_defaults)
+
+
+def _returns_config(function: ast.FunctionDef) -> bool:
+    annotation = ast.unparse(function.returns) if function.returns else ""
+    return annotation.strip("'\"").rpartition(".")[2] == "Config"
+
+
+def _summary(function: ast.FunctionDef) -> str:
+    return (ast.get_docstring(function) or "").partition("\n")[0]
+
+
+def _run_file(file: Path) -> ModuleType:
+    """Runs a recipe file as a module of its own, whose neighbours it can import as a script could."""
+    for folder in (str(file.resolve().parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(f"meshpipe_recipes.{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their annotations up in the module that defines them.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RecipeError(
+            f"The recipe file {file} fails{_where(error, file)}: {type(error).__name__}: {error}"
+        ) from error
+    return module
+
+
+def _where(error: Exception, file: Path) -> str:
+    """The last line of the recipe's own file that an error passed through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
+    return f" on line {lines[-1]}" if lines else ""
