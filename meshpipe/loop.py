@@ -1,0 +1,251 @@
+"""A run of a recipe from its first check to its exit status: data, evaluation, checkpoints, metrics and signals."""
+
+import itertools
+import sys
+import time
+import traceback
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from meshpipe.checkpoint import Checkpointer
+from meshpipe.config import Config
+from meshpipe.data import BatchIterator, Source, batches
+from meshpipe.metrics import MetricsFile, ProgressLine, speed
+from meshpipe.record import (
+    checkpoint_metadata,
+    config_values,
+    device_names,
+    layout_values,
+    saved_run,
+    versions,
+)
+from meshpipe.report import layout_lines
+from meshpipe.signals import StopRequest
+from meshpipe.trainer import NonFiniteError, StepResult, Trainer
+
+COMPLETED, FAILED = 0, 1
+
+
+def run(config: Config, recipe: str, console: Console) -> int:
+    """Trains as `config` says; returns the exit status 0, 1, 130 or 143.
+
+    Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
+    """
+    resume, folder = config.checkpoint.resume, config.checkpoint.checkpoint_dir
+    MetricsFile.check(config.metrics, append=resume)
+    saved = saved_run(config)
+    if saved is not None and saved["step"] >= config.steps:
+        console.print(f"Nothing left to do: {folder} holds step {saved['step']}, and --steps is {config.steps}.")
+        return COMPLETED
+    train_batches = batches(config.data.train_source(), config.batch_size, config.seed)
+    if saved is not None:
+        train_batches.set_state(saved["data"])
+    held_out = config.data.eval_source() if config.eval_batches else None
+    if held_out is not None:
+        batches(held_out, config.batch_size)
+    with StopRequest() as stop, ExitStack() as files:
+        trainer = Trainer.from_config(config)
+        for line in layout_lines(recipe, trainer.model):
+            console.print(line)
+        console.print(f"Compiled in {trainer.compile_seconds:.1f} s.")
+        checkpointer = None
+        if folder is not None:
+            checkpointer = files.enter_context(Checkpointer(folder, keep=config.checkpoint.checkpoint_keep))
+            if saved is not None:
+                trees = checkpointer.restore(saved["step"], trainer.abstract_state_tree())
+                trainer.load_state_tree(trees, saved["step"])
+                console.print(f"Resumed after step {saved['step']} of {folder}.")
+        metrics = files.enter_context(MetricsFile(config.metrics, append=resume))
+        files_of_run = Outputs(recipe, metrics, checkpointer, console)
+        return Loop(config, trainer, train_batches, held_out, files_of_run, stop).run()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run writes, and under which name."""
+
+    recipe: str
+    metrics: MetricsFile
+    checkpointer: Checkpointer | None
+    console: Console
+
+
+class Loop:
+    """The state of a run between two steps, of which one may be on its way while the next is handed over.
+
+    Reading a loss waits for the devices, so a step is read, checked and reported only after the next one was
+    dispatched; the devices never wait for the host.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        trainer: Trainer,
+        train_batches: BatchIterator,
+        held_out: Source | None,
+        outputs: Outputs,
+        stop: StopRequest,
+    ) -> None:
+        self._config = config
+        self._trainer = trainer
+        self._batches = train_batches
+        self._held_out = held_out
+        self._out = outputs
+        self._stop = stop
+        self._learning_rate = config.optimizer.schedule(config.steps)
+        self._on_its_way: tuple[StepResult, int | None] | None = None
+        self._good_step = trainer.step_number
+        """The last update that is known to be finite."""
+        self._values: dict[str, Any] = {}
+        """What was reported of it."""
+        self._work = {"step_time_s": 0.0, "examples": 0, "tokens": 0}
+        """Sums over the steps of this run."""
+        self._clock = time.perf_counter()
+        self._saved_step = trainer.step_number if trainer.step_number else None
+        self._evaluated_step: int | None = None
+        self._progress = ProgressLine(outputs.console, config.steps, trainer.step_number)
+
+    def run(self) -> int:
+        started = time.perf_counter()
+        self._out.metrics.write("start", self._start_values())
+        error: Exception | None = None
+        try:
+            status = self._train()
+        except Exception as exception:
+            status, error = "failed", exception
+        finally:
+            self._progress.close()
+        saved = self._newest_checkpoint()
+        end = {"status": status, "step": self._good_step, "saved_step": saved, "seconds": time.perf_counter() - started}
+        if error is not None:
+            end["error"] = f"{type(error).__name__}: {error}"
+        self._out.metrics.write("end", end)
+        if error is not None:
+            self._explain(error, saved)
+            return FAILED
+        self._say(self._last_line(status, saved))
+        return COMPLETED if status == "completed" else self._stop.exit_status
+
+    def _train(self) -> str:
+        config, trainer = self._config, self._trainer
+        while trainer.step_number < config.steps and not self._stop:
+            batch = next(self._batches)
+            result = trainer.step(batch)
+            self._finish_step()
+            self._on_its_way = result, config.model.tokens(batch)
+            if _is_due(result.step, config.checkpoint.checkpoint_every):
+                self._finish_step()
+                self._save()
+            if _is_due(result.step, config.eval_every):
+                self._finish_step()
+                self._evaluate()
+        self._finish_step()
+        self._save()
+        if self._out.checkpointer is not None:
+            self._out.checkpointer.wait()
+        if self._stop:
+            return "stopped"
+        self._evaluate()
+        return "completed"
+
+    def _finish_step(self) -> None:
+        """Waits for the step on its way, checks that it is finite, and reports it."""
+        if self._on_its_way is None:
+            return
+        (result, tokens), self._on_its_way = self._on_its_way, None
+        self._trainer.check(result)
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        self._good_step = result.step
+        self._values = {
+            "step": result.step,
+            "loss": float(result.loss),
+            "grad_norm": float(result.grad_norm),
+            # The schedule counts the updates before this one.
+            "learning_rate": float(self._learning_rate(result.step - 1)),
+            "step_time_s": seconds,
+            "examples_per_s": self._config.batch_size / seconds,
+        }
+        if tokens is not None:
+            self._values["tokens_per_s"] = tokens / seconds
+        done = {"step_time_s": seconds, "examples": self._config.batch_size, "tokens": tokens or 0}
+        self._work = {name: total + done[name] for name, total in self._work.items()}
+        self._out.metrics.write("step", self._values)
+        self._progress.step(self._values)
+
+    def _evaluate(self) -> None:
+        if self._held_out is None or self._evaluated_step == self._good_step:
+            return
+        started = time.perf_counter()
+        config = self._config
+        in_order = batches(self._held_out, config.batch_size, shuffle=False, epochs=1)
+        values = self._trainer.evaluate(itertools.islice(in_order, config.eval_batches))
+        self._evaluated_step = self._good_step
+        self._clock = time.perf_counter()
+        seconds = self._clock - started
+        self._out.metrics.write("eval", {"step": self._good_step, **values, "eval_time_s": seconds})
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self._progress.say(f"step {self._good_step}  held out: {numbers}")
+
+    def _save(self) -> None:
+        """Hands the current step to the checkpointer, which writes it while training goes on."""
+        checkpointer, step = self._out.checkpointer, self._good_step
+        if checkpointer is None or step == self._saved_step:
+            return
+        metadata = checkpoint_metadata(self._config, self._out.recipe, self._stages, step, self._batches.get_state())
+        checkpointer.save(step, self._trainer.state_tree(), metadata)
+        self._saved_step = step
+        self._clock = time.perf_counter()
+
+    @property
+    def _stages(self) -> list[range]:
+        return [stage.layers for stage in self._trainer.stages]
+
+    def _start_values(self) -> dict[str, Any]:
+        return {
+            "config": config_values(self._config),
+            "layout": layout_values(self._config, self._stages),
+            "devices": device_names(self._trainer.mesh.devices.flat),
+            "versions": versions(),
+            "step": self._good_step,
+            "recipe": self._out.recipe,
+        }
+
+    def _newest_checkpoint(self) -> int | None:
+        if self._out.checkpointer is None:
+            return None
+        try:
+            self._out.checkpointer.wait()
+        except Exception as error:
+            self._say(f"A checkpoint could not be written: {error}")
+        return self._out.checkpointer.latest()
+
+    def _last_line(self, status: str, saved: int | None) -> str:
+        parts = [f"{status.capitalize()} after step {self._good_step} of {self._config.steps}"]
+        if self._values:
+            seconds = self._work["step_time_s"]
+            mean = {f"{unit}_per_s": self._work[unit] / seconds for unit in ("examples", "tokens") if self._work[unit]}
+            parts.append(f"loss {self._values['loss']:.4f}, {speed(mean)}")
+        return "; ".join(parts) + f". {self._saved_sentence(saved)}"
+
+    def _saved_sentence(self, saved: int | None) -> str:
+        if saved is None:
+            return "Nothing was saved."
+        rest = "" if saved >= self._config.steps else "; --resume goes on from it"
+        return f"Step {saved} is saved in {self._config.checkpoint.checkpoint_dir}{rest}."
+
+    def _explain(self, error: Exception, saved: int | None) -> None:
+        """Tells a failure on standard error, last what happened, where, and what was saved."""
+        if not isinstance(error, NonFiniteError):
+            traceback.print_exception(error)
+        where = "" if isinstance(error, NonFiniteError) else f" after step {self._good_step}"
+        print(f"meshpipe: the run failed{where}: {error}\n{self._saved_sentence(saved)}", file=sys.stderr)
+
+    def _say(self, text: str) -> None:
+        self._progress.say(text)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
