@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh
 
-from meshpipe.pipeline.jaxpr import extract, function_of, hoistable_values, invariant_values, residual_roots
+from meshpipe.pipeline.jaxpr import extract, function_of, hoistable_values, invariant_values, residual_roots, variables
 from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated
 
 Arrays = tuple[jax.Array, ...]
@@ -90,9 +90,10 @@ class TracedStage:
         inputs = (seed, self.microbatch, *(abstract(f.shape, f.dtype, batch_sharding(mesh)) for f in fields.values()))
 
         with jax.set_mesh(mesh):
-            self.closed, shapes = jax.make_jaxpr(self._forward_with_pullback, return_shape=True)(
+            closed, shapes = jax.make_jaxpr(self._forward_with_pullback, return_shape=True)(
                 self.params, self.state, self.x, inputs, self.microbatch
             )
+        self.closed = extract(closed, closed.jaxpr.invars, closed.jaxpr.outvars, effects=True)
         (output, new_state), pullback = shapes
         self.boundary_out = None if spec.is_last else Boundary(output)
         self.pullback = jax.tree.structure(pullback)
@@ -138,7 +139,7 @@ class TracedStage:
         )
         self.output_vars = outputs
         self.hoisted_vars = hoistable_values(jaxpr, self.param_vars)
-        used = {v for e in jaxpr.eqns for v in e.invars if isinstance(v, Var)}
+        used = {v for e in jaxpr.eqns for v in variables(e.invars)} | set(variables(jaxpr.outvars))
         kept_inputs = [i for i, v in enumerate(input_vars) if v in used]
         self.input_vars = [input_vars[i] for i in kept_inputs]
         self.inputs: Shapes = tuple(inputs[i] for i in kept_inputs)
@@ -146,8 +147,10 @@ class TracedStage:
         self.input_names = tuple(names[i] for i in kept_inputs)
         """Which of `seed`, `step` and the batch fields this stage reads, in the order of its inputs."""
 
-        step_long = [*self.param_vars, *self.input_vars, self.microbatch_var]
-        free = invariant_values(jaxpr, step_long)
+        # A microbatch is cut from the batch again for backward; what forward computes from it is kept like the rest.
+        step_long = {*self.input_vars, self.microbatch_var}
+        slices = {v for e in jaxpr.eqns if step_long & set(variables(e.invars)) for v in e.outvars}
+        free = invariant_values(jaxpr, self.param_vars) | step_long | slices
         residuals = [v for v in self.pullback_vars if isinstance(v, Var) and v not in free]
         available = free | set(self.x_vars) | set(self.state_vars)
         self.residual_vars = residual_roots(jaxpr, residuals, available)
