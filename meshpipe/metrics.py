@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -68,7 +68,7 @@ class MetricsFile:
         if self._file is not None:
             self._file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(

@@ -90,23 +90,22 @@ def _short_name(name: str) -> Path:
 
 
 def _suggest(name: str, file: Path | None = None) -> str:
-    """The names that could have been meant, as a sentence; those of `file`, or else of `FOLDER`."""
+    """The names that could have been meant, as a sentence: functions of `file`, or else recipes of `FOLDER`."""
     try:
-        recipes = _recipes_in(file) if file else discover()
+        known = [recipe.name for recipe in (_recipes_in(file) if file else discover())]
     except RecipeError:
-        recipes = []
-    known = {recipe.name: recipe for recipe in recipes}
+        known = []
+    if not known:
+        return f" There is no recipe in {file or f'the folder {FOLDER}/ of {Path.cwd()}'}."
     wanted = name.rpartition("/")[2].replace(".py:", ":")
-    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-    # A file without a function, or a function without a file.
-    near = near or [other for other in known if wanted in other.split(":")]
-    if near:
-        return f" Did you mean {' or '.join(near)}?"
-    if known and file:
-        return f" It has {', '.join(recipe.function for recipe in recipes)}."
-    if known:
-        return " `meshpipe recipes` lists what there is."
-    return f" There is no recipe in {file or f'the folder {FOLDER}/ of {Path.cwd()}'}."
+    if file:
+        functions = {other.rpartition(":")[2]: other for other in known}
+        near = [functions[f] for f in difflib.get_close_matches(wanted.rpartition(":")[2], functions, n=1)]
+        return f" Did you mean {near[0]}?" if near else f" It has {', '.join(functions)}."
+    # A file without a function, or a function without a file; else a slip of the keyboard.
+    near = [other for other in known if wanted.removesuffix(".py") in other.split(":")]
+    near = near or difflib.get_close_matches(wanted, known, n=3)
+    return f" Did you mean {' or '.join(near)}?" if near else " `meshpipe recipes` lists what there is."
 
 
 def _syntax_tree(file: Path) -> ast.Module:

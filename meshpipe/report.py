@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import optax
 from rich.console import Console
@@ -32,6 +32,7 @@ NAMES = {
 }
 
 
+@runtime_checkable
 class Stage(Protocol):
     """What the tables need of a stage."""
 
@@ -158,6 +159,7 @@ def memory_table(ranks: Sequence[RankMemory]) -> Table:
     return table
 
 
+@runtime_checkable
 class Difference(Protocol):
     """What the table needs of a difference between a layout and one device."""
 

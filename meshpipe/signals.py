@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -37,7 +36,7 @@ class StopRequest:
         assert self.signal is not None
         return 128 + self.signal
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
