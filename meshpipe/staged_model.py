@@ -20,7 +20,7 @@ from meshpipe.partition import partition
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.pipeline.lower import lower
-from meshpipe.pipeline.plan import Plan, validate
+from meshpipe.pipeline.plan import Op, Plan, validate
 from meshpipe.pipeline.programs import compile_stage
 from meshpipe.pipeline.schedules import forward_only, make_plan
 from meshpipe.pipeline.stage import Boundary, StageFunction, StageSpec, TracedStage
@@ -104,9 +104,10 @@ class StagedModel:
     def compile(self, also: Sequence[Callable[[], None]] = ()) -> None:
         """Traces the stages one after the other, then compiles them, and `also`, in threads, where XLA runs at once."""
         traced = self.trace()
+        ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
             others = [pool.submit(task) for task in also]
-            programs = list(pool.map(lambda stage: compile_stage(stage, remat=self.config.remat), traced))
+            programs = list(pool.map(lambda stage: compile_stage(stage, ops, remat=self.config.remat), traced))
             for other in others:
                 other.result()
         self.traced = traced
@@ -122,7 +123,7 @@ class StagedModel:
         traced = self._trace(train=False, names=names)
         self._evaluation_traced = traced
         with ThreadPoolExecutor() as pool:
-            programs = list(pool.map(lambda stage: compile_stage(stage, forward_only=True), traced))
+            programs = list(pool.map(lambda stage: compile_stage(stage, {Op.FORWARD}), traced))
         return Executor(lower(plan), dict(enumerate(traced)), dict(enumerate(programs))), ("loss", *names)
 
     def place_seed(self, seed: int) -> list[jax.Array]:

@@ -81,7 +81,12 @@ class Executor:
             return [self._freed([self._named.pop(buffer) for buffer in instruction.buffers])]
         if isinstance(instruction, Transfer):
             return [self._transfer(instruction)]
-        resolve = {Op.FORWARD: self._forward, Op.BACKWARD: self._backward}[instruction.action.op]
+        resolve = {
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.BACKWARD_INPUT: self._backward_input,
+            Op.BACKWARD_WEIGHT: self._backward_weight,
+        }[instruction.action.op]
         return [resolve(instruction)]
 
     def _new_slot(self) -> int:
@@ -149,23 +154,36 @@ class Executor:
 
         return forward
 
-    def _backward(self, instruction: Compute) -> Step:
-        (params, hoisted, _, inputs, accumulators, _), microbatch = self._common(instruction)
+    def _residuals(self, instruction: Compute) -> Callable[[Slots], tuple[Any, Arrays]]:
+        """What backward needs of forward: read from its slot, or computed again."""
+        (params, hoisted, _, inputs, _, _), microbatch = self._common(instruction)
         stage = self._traced[instruction.action.stage]
-        programs = self._programs[stage.spec.index]
-        run, recompute = programs.backward, programs.recompute
+        recompute = self._programs[stage.spec.index].recompute
         residuals = self._one(instruction.reads, "r")
-        output_gradients = self._one(instruction.reads, "dy")
-        x_gradients = self._one(instruction.writes, "dx", "dy")
-        assert residuals is not None and run is not None
+        assert residuals is not None
         kept_x, kept_state = stage.kept_x, stage.kept_state
 
-        def backward(slots: Slots) -> None:
+        def handed_over(slots: Slots) -> tuple[Any, Arrays]:
             kept, fresh = slots[residuals]
-            if recompute is not None:
-                x, before = kept
-                fresh = recompute(slots[params], slots[hoisted], before, x, slots[inputs], microbatch)
-                kept = tuple([x[i] for i in kept_x]), tuple([before[i] for i in kept_state])
+            return kept, fresh
+
+        def computed_again(slots: Slots) -> tuple[Any, Arrays]:
+            x, before = slots[residuals][0]
+            fresh = recompute(slots[params], slots[hoisted], before, x, slots[inputs], microbatch)  # type: ignore[misc]
+            return (tuple([x[i] for i in kept_x]), tuple([before[i] for i in kept_state])), fresh
+
+        return handed_over if recompute is None else computed_again
+
+    def _backward(self, instruction: Compute) -> Step:
+        (params, hoisted, _, inputs, accumulators, _), microbatch = self._common(instruction)
+        run = self._programs[instruction.action.stage].backward
+        residuals = self._residuals(instruction)
+        output_gradients = self._one(instruction.reads, "dy")
+        x_gradients = self._one(instruction.writes, "dx", "dy")
+        assert run is not None
+
+        def backward(slots: Slots) -> None:
+            kept, fresh = residuals(slots)
             gradients = () if output_gradients is None else slots[output_gradients]
             slots[accumulators], into_x = run(
                 slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, kept, fresh, gradients
@@ -174,6 +192,44 @@ class Executor:
                 slots[x_gradients] = into_x
 
         return backward
+
+    def _backward_input(self, instruction: Compute) -> Step:
+        (params, hoisted, _, inputs, accumulators, _), microbatch = self._common(instruction)
+        programs = self._programs[instruction.action.stage].split
+        residuals = self._residuals(instruction)
+        output_gradients = self._one(instruction.reads, "dy")
+        x_gradients = self._one(instruction.writes, "dx", "dy")
+        for_weights = self._one(instruction.writes, "w")
+        assert programs is not None and for_weights is not None
+        run, carried = programs.input, programs.carried
+
+        def backward_input(slots: Slots) -> None:
+            kept, fresh = residuals(slots)
+            gradients = () if output_gradients is None else slots[output_gradients]
+            slots[accumulators], into_x, crossing = run(
+                slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, kept, fresh, gradients
+            )
+            if x_gradients is not None:
+                slots[x_gradients] = into_x
+            of_microbatch = (*kept[0], *kept[1], *fresh, *gradients)
+            slots[for_weights] = (tuple([of_microbatch[i] for i in carried]), crossing)
+
+        return backward_input
+
+    def _backward_weight(self, instruction: Compute) -> Step:
+        (params, hoisted, _, inputs, accumulators, _), microbatch = self._common(instruction)
+        programs = self._programs[instruction.action.stage].split
+        for_weights = self._one(instruction.reads, "w")
+        assert programs is not None and for_weights is not None
+        run = programs.weight
+
+        def backward_weight(slots: Slots) -> None:
+            if run is not None:
+                slots[accumulators] = run(
+                    slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, *slots[for_weights]
+                )
+
+        return backward_weight
 
     def _one(self, buffers: Sequence[Buffer], *kinds: str) -> int | None:
         """The slot of the one buffer of these kinds, if there is one."""

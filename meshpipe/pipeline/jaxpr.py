@@ -3,11 +3,15 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.extend.core
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal, Var
 
 LAYOUT_PRIMITIVES = frozenset({"broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "transpose"})
 """Operations that only rearrange an array: cheaper to repeat inside a program than to keep their result."""
+
+CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "remat2", "checkpoint"})
+"""Operations that only hold a program of their own."""
 
 
 def extract(
@@ -32,15 +36,27 @@ def extract(
     missing = needed - set(jaxpr.constvars)
     assert not missing, f"{len(missing)} values are needed but not given"
     constants = [(v, c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True) if v in needed]
-    part = jaxpr.replace(
-        constvars=[v for v, _ in constants],
+    part = _replace(jaxpr, [v for v, _ in constants], inputs, outputs, kept[::-1], keep_effects=effects)
+    return ClosedJaxpr(part, [c for _, c in constants])
+
+
+def _replace(
+    jaxpr: Jaxpr,
+    constants: Sequence[Var],
+    inputs: Sequence[Var],
+    outputs: Sequence[Var | Literal],
+    equations: Sequence[JaxprEqn],
+    *,
+    keep_effects: bool,
+) -> Jaxpr:
+    return jaxpr.replace(
+        constvars=list(constants),
         invars=list(inputs),
         outvars=list(outputs),
-        eqns=kept[::-1],
-        effects=jaxpr.effects if effects else frozenset(),
+        eqns=list(equations),
+        effects=jaxpr.effects if keep_effects else frozenset(),
         debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
     )
-    return ClosedJaxpr(part, [c for _, c in constants])
 
 
 def variables(atoms: Iterable[Var | Literal]) -> list[Var]:
@@ -111,3 +127,38 @@ def nbytes(values: Iterable[Var]) -> int:
 def function_of(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
     """The traced program as a function of flat arrays that returns a list of arrays."""
     return jax.extend.core.jaxpr_as_fun(closed)
+
+
+def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program without calls: nested `jit` and `jax.checkpoint` are replaced by their equations.
+
+    Loops and custom derivatives stay whole. Used on backward programs, where a checkpoint has nothing left to save.
+    """
+
+    def evaluate(jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+        values: dict[Var, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
+        values.update(zip(jaxpr.invars, arguments, strict=True))
+
+        def read(atom: Var | Literal) -> Any:
+            return values[atom] if isinstance(atom, Var) else atom.val
+
+        for equation in jaxpr.eqns:
+            operands = [read(atom) for atom in equation.invars]
+            inner = equation.params.get("jaxpr") if equation.primitive.name in CALL_PRIMITIVES else None
+            if isinstance(inner, ClosedJaxpr):
+                results = evaluate(inner.jaxpr, inner.consts, operands)
+            elif isinstance(inner, Jaxpr):
+                results = evaluate(inner, (), operands)
+            else:
+                inputs = list(dict.fromkeys(variables(equation.invars)))
+                outputs = [v for v in equation.outvars if not isinstance(v, DropVar)]
+                single = _replace(jaxpr, (), inputs, outputs, [equation], keep_effects=False)
+                values.update(zip(outputs, function_of(ClosedJaxpr(single, ()))(*map(read, inputs)), strict=True))
+                continue
+            values.update(zip(equation.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    if not any(e.primitive.name in CALL_PRIMITIVES for e in closed.jaxpr.eqns):
+        return closed
+    flat = jax.make_jaxpr(lambda *arguments: evaluate(closed.jaxpr, closed.consts, arguments))
+    return flat(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars))

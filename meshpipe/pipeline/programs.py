@@ -1,6 +1,6 @@
 """The compiled programs of a stage on its submesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from meshpipe.pipeline.jaxpr import function_of
+from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.split_backward import SplitBackward
 from meshpipe.pipeline.stage import Arrays, Shapes, TracedStage, split
 from meshpipe.sharding import abstract, replicated
 
@@ -27,14 +29,32 @@ class StagePrograms:
     backward: Callable[..., tuple[Arrays, Arrays]] | None
     """Accumulators (donated), parameters, hoisted, inputs, microbatch, kept, residuals, output gradients
     -> accumulators, x gradients."""
+    split: "SplitPrograms | None" = None
+    """Backward in two parts, where the plan has it so."""
 
 
-def compile_stage(stage: TracedStage, *, remat: str = "none", forward_only: bool = False) -> StagePrograms:
+@dataclass(frozen=True)
+class SplitPrograms:
+    """A stage's backward in two parts."""
+
+    input: Callable[..., tuple[Arrays, Arrays, Arrays]]
+    """Accumulators (donated), parameters, hoisted, inputs, microbatch, kept, residuals, output gradients
+    -> accumulators, x gradients, values that cross to the weight part."""
+    weight: Callable[..., Arrays] | None
+    """Accumulators (donated), parameters, hoisted, inputs, microbatch, carried, crossed -> accumulators.
+
+    None where the input part does it all."""
+    carried: tuple[int, ...]
+    """Which of the arrays `(*kept, *residuals, *output gradients)` the weight part reads again."""
+
+
+def compile_stage(stage: TracedStage, ops: Set[Op], *, remat: str = "none") -> StagePrograms:
     """Compiles each program of a stage once for its submesh; safe to run in a thread of its own.
 
     Forward, with the loss on the last stage, and backward stay two programs also where one follows the other at once:
-    XLA's CPU backend takes up to 1.8 times longer for both in one.
+    XLA's CPU backend takes up to 1.8 times longer for both in one. `ops` are the kinds of work that the plan asks for.
     """
+    forward_only = ops == {Op.FORWARD}
     hand_over = remat == "none" and not forward_only
     with jax.set_mesh(stage.spec.mesh):
         prepare, hoisted = _compile_prepare(stage)
@@ -54,8 +74,10 @@ def compile_stage(stage: TracedStage, *, remat: str = "none", forward_only: bool
         zeros = jax.jit(
             lambda: tuple(jnp.zeros(a.shape, a.dtype) for a in accumulators), out_shardings=_shardings(accumulators)
         )
-        backward = _compile_backward(stage, accumulators, hoisted, residuals)
-        return StagePrograms(prepare, zeros.lower().compile(), forward, recompute, backward)
+        example = _backward_arguments(stage, hoisted, residuals)
+        backward = _compile_backward(stage, accumulators, example) if Op.BACKWARD in ops else None
+        parts = _compile_split(stage, accumulators, example) if Op.BACKWARD_INPUT in ops else None
+        return StagePrograms(prepare, zeros.lower().compile(), forward, recompute, backward, parts)
 
 
 def _compile_forward(stage: TracedStage, arguments: tuple[Any, ...], *, residuals: bool) -> jax.stages.Compiled:
@@ -76,22 +98,70 @@ def _compile_forward(stage: TracedStage, arguments: tuple[Any, ...], *, residual
     return jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals).compile()
 
 
-def _compile_backward(
-    stage: TracedStage, accumulators: Shapes, hoisted: Shapes, residuals: Shapes
-) -> jax.stages.Compiled:
-    mesh, boundary, size = stage.spec.mesh, stage.boundary_out, stage.microbatch_size
-    output_gradients = () if boundary is None else boundary.gradients_on(mesh, size)
-    x_gradients = stage.boundary_in.gradients_on(mesh, size)
+def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> tuple[Any, ...]:
+    """Shapes of what a backward takes after the accumulators."""
+    boundary = stage.boundary_out
+    output_gradients = () if boundary is None else boundary.gradients_on(stage.spec.mesh, stage.microbatch_size)
     kept = tuple(stage.x[i] for i in stage.kept_x), tuple(stage.state[i] for i in stage.kept_state)
+    return stage.params, hoisted, stage.inputs, stage.microbatch, kept, residuals, output_gradients
 
-    def backward(accumulators, params, hoisted, inputs, microbatch, kept, residuals, output_gradients):  # type: ignore[no-untyped-def]
-        seeds = (jnp.ones((), jnp.float32),) if boundary is None else output_gradients
-        gradients, into_x = stage.pull_back(params, hoisted, inputs, microbatch, kept, residuals, seeds)
-        return tuple(a + g.astype(a.dtype) for a, g in zip(accumulators, gradients, strict=True)), tuple(into_x)
 
-    arguments = (accumulators, stage.params, hoisted, stage.inputs, stage.microbatch, kept, residuals, output_gradients)
-    results = (_shardings(accumulators), _shardings(x_gradients))
-    return jax.jit(backward, donate_argnums=0, out_shardings=results).lower(*arguments).compile()
+def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, Arrays]:
+    *others, output_gradients = arguments
+    seeds = (jnp.ones((), jnp.float32),) if stage.boundary_out is None else output_gradients
+    gradients, into_x = stage.pull_back(*others, seeds)
+    return tuple(gradients), tuple(into_x)
+
+
+def _compile_backward(stage: TracedStage, accumulators: Shapes, example: tuple[Any, ...]) -> jax.stages.Compiled:
+    def backward(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays]:
+        gradients, into_x = _pull_back(stage, arguments)
+        return _add(accumulators, dict(enumerate(gradients))), into_x
+
+    results = (_shardings(accumulators), _shardings(_x_gradients(stage)))
+    return jax.jit(backward, donate_argnums=0, out_shardings=results).lower(accumulators, *example).compile()
+
+
+def _compile_split(stage: TracedStage, accumulators: Shapes, example: tuple[Any, ...]) -> SplitPrograms:
+    closed = jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
+    num_step_inputs = len(jax.tree.leaves(example[:4]))
+    parts = SplitBackward(closed, len(accumulators), num_step_inputs)
+    run_input, num_x = function_of(parts.input_part()), len(_x_gradients(stage))
+
+    def backward_input(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays, Arrays]:
+        flat = run_input(*jax.tree.leaves(arguments))
+        into_x, crossing, early = split(flat, (num_x, len(parts.crossing), len(parts.early)))
+        return _add(accumulators, dict(zip(parts.early, early, strict=True))), tuple(into_x), tuple(crossing)
+
+    results = (_shardings(accumulators), _shardings(_x_gradients(stage)), None)
+    input_part = (
+        jax.jit(backward_input, donate_argnums=0, out_shardings=results).lower(accumulators, *example).compile()
+    )
+    if parts.is_whole:
+        return SplitPrograms(input_part, None, ())
+    run_weight = function_of(parts.weight_part())
+
+    def backward_weight(accumulators: Arrays, *arguments: Any) -> Arrays:
+        late = run_weight(*jax.tree.leaves(arguments))
+        return _add(accumulators, dict(zip(parts.late, late, strict=True)))
+
+    of_microbatch = jax.tree.leaves(example[4:])
+    carried = tuple(of_microbatch[i] for i in parts.carried)
+    crossed = _like(input_part.out_info[2], input_part.output_shardings[2])
+    weight_part = (
+        jax.jit(backward_weight, donate_argnums=0, out_shardings=_shardings(accumulators))
+        .lower(accumulators, *example[:4], carried, crossed)
+        .compile()
+    )
+    return SplitPrograms(input_part, weight_part, parts.carried)
+
+
+def _add(accumulators: Arrays, gradients: Mapping[int, jax.Array]) -> Arrays:
+    return tuple(a + gradients[i].astype(a.dtype) if i in gradients else a for i, a in enumerate(accumulators))
+
+
+def _x_gradients(stage: TracedStage) -> Shapes:
+    return stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)
 
 
 def _accumulators(stage: TracedStage) -> Shapes:
