@@ -13,8 +13,8 @@ from jaxtyping import UInt8
 
 Text = UInt8[np.ndarray, " bytes"]
 
-PACKAGES = ("asyncio", "email", "flax", "grain", "jax", "multiprocessing", "numpy", "optax", "orbax", "scipy")
-"""Three packages of the standard library and seven that meshpipe depends on: every machine that runs it has them."""
+PACKAGES = ("asyncio", "email", "encodings", "jax", "numpy", "optax", "orbax", "rich", "scipy", "xml")
+"""Four packages of the standard library and six that meshpipe depends on: every machine that runs it has them."""
 
 MAX_BYTES_PER_FILE = 32 * 1024
 """Of a package file; so that no class is mostly one long file."""
