@@ -20,10 +20,11 @@ from meshpipe.partition import partition
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.pipeline.lower import lower
-from meshpipe.pipeline.plan import Op, Plan, validate
+from meshpipe.pipeline.plan import Op, Plan
 from meshpipe.pipeline.programs import compile_stage
 from meshpipe.pipeline.schedules import forward_only, make_plan
 from meshpipe.pipeline.stage import Boundary, StageFunction, StageSpec, TracedStage
+from meshpipe.pipeline.validate import validate
 from meshpipe.sharding import ShardingRules, replicated
 from meshpipe.tied import borrowed
 

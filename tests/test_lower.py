@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshpipe.pipeline.lower import Buffer, Compute, Free, Program, Transfer, lower, order_actions
-from meshpipe.pipeline.plan import Plan, validate
+from meshpipe.pipeline.plan import Plan
 from meshpipe.pipeline.schedules import SCHEDULES, SEVERAL_STAGES, forward_only, make_plan
+from meshpipe.pipeline.validate import validate
 
 
 def plan_of(*rows: str, stage_ranks: str, microbatches: int = 1) -> Plan:
@@ -206,8 +207,8 @@ def test_a_large_plan_is_made_and_lowered_in_seconds() -> None:
     code = """
 import time
 from meshpipe.pipeline.lower import lower
-from meshpipe.pipeline.plan import validate
 from meshpipe.pipeline.schedules import make_plan
+from meshpipe.pipeline.validate import validate
 begin = time.process_time()
 plan = make_plan("1f1b", 64, 256)
 validate(plan)

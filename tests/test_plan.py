@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import meshpipe.pipeline.plan as plan_module
-from meshpipe.pipeline.plan import Action, Op, Plan, PlanError, validate
+from meshpipe.pipeline.plan import Action, Op, Plan, PlanError
+from meshpipe.pipeline.validate import MESSAGE_WIDTH, validate
 
 TEXT = """\
 schedule: mine
@@ -278,7 +279,7 @@ def test_a_long_plan_is_drawn_only_around_the_mistake() -> None:
     message = error_of(plan_of(" ".join(order), stage_ranks="0", microbatches=microbatches))
     drawing = message.splitlines()[-1]
     assert "[0B100]" in drawing
-    assert len(drawing) <= plan_module.MESSAGE_WIDTH
+    assert len(drawing) <= MESSAGE_WIDTH
 
 
 def test_activations_are_held_until_the_last_backward_that_needs_them() -> None:
@@ -293,7 +294,7 @@ import sys, types
 package = types.ModuleType("meshpipe")
 package.__path__ = [{str(Path(plan_module.__file__).parents[1])!r}]
 sys.modules["meshpipe"] = package
-import meshpipe.pipeline.plan, meshpipe.pipeline.schedules, meshpipe.pipeline.simulate, meshpipe.pipeline.lower
+import meshpipe.pipeline.validate, meshpipe.pipeline.schedules, meshpipe.pipeline.simulate, meshpipe.pipeline.lower
 assert not {{"jax", "jaxlib", "flax", "numpy"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshpipe.pipeline.plan import Action, Op, Plan, validate
+from meshpipe.pipeline.plan import Action, Op, Plan
 from meshpipe.pipeline.schedules import SCHEDULES, SEVERAL_STAGES, forward_only, make_plan
 from meshpipe.pipeline.simulate import Costs, simulate
+from meshpipe.pipeline.validate import validate
 
 GOLDEN = Path(__file__).parent / "golden"
 RANKS, MICROBATCHES, STAGES_PER_RANK = st.integers(1, 8), st.integers(1, 16), st.integers(1, 4)

@@ -1,14 +1,12 @@
-"""What every rank computes in one step and in which order: plain data with a text form, and the rules it must obey."""
+"""What every rank computes in one step and in which order: plain data with a text form."""
 
 import enum
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, product
 
-MESSAGE_WIDTH = 110
-"""Characters of a row of a grid drawn in an error message; of a longer plan, the part around the marked cell."""
+from meshpipe.pipeline.grid import draw, time_columns
 
 
 class PlanError(ValueError):
@@ -149,7 +147,7 @@ class Plan:
         """
         rank = None if mark is None else self.stage_ranks[mark.stage]
         place = None if rank is None or mark is None else (rank, self.orders[rank].index(mark))
-        return _draw(self, _columns(self), place, width)
+        return draw(self.orders, time_columns(self.orders, self.start_times()), place, width)
 
     def to_text(self) -> str:
         """The plan as text that `Plan.parse` reads: a few lines of header, then a line a rank."""
@@ -209,185 +207,3 @@ def _integers(key: str, fields: dict[str, str], exactly_one: bool = False) -> tu
         what = "one whole number" if exactly_one else "whole numbers with spaces between them"
         raise PlanError(f"`{key}` of a plan must be {what}. Got {fields[key]!r}.")
     return tuple(map(int, words))
-
-
-def _columns(plan: Plan) -> list[list[int]]:
-    """The column of every cell: its time with unit durations; cells that can never run follow in order, last."""
-    starts = plan.start_times()
-    stuck_from = int(max(starts.values(), default=-1)) + 1
-    columns = []
-    for order in plan.orders:
-        row: list[int] = []
-        for action in order:
-            row.append(int(starts[action]) if action in starts else max(stuck_from, row[-1] + 1 if row else 0))
-        columns.append(row)
-    return columns
-
-
-def _draw(plan: Plan, columns: list[list[int]], place: tuple[int, int] | None, width: int | None) -> str:
-    """Draws each rank's cells at the given columns, with the cell at `place` (rank, index in its order) marked."""
-    cell = max((len(str(action)) for action in plan.actions), default=1)
-    label = len(f"rank {max(plan.num_ranks - 1, 0)}")
-    last = max((column for row in columns for column in row), default=-1) + 1
-    first, after = _window(last, place and columns[place[0]][place[1]], width and (width - label - 16) // (cell + 2))
-    more_before, more_after = ("... " if first else ""), (" ..." if after < last else "")
-    lines = []
-    for rank, (order, row) in enumerate(zip(plan.orders, columns, strict=True)):
-        cells = [f" {'.':<{cell}} "] * last
-        for index, (action, column) in enumerate(zip(order, row, strict=True)):
-            text = f"{action!s:<{cell}}"
-            cells[column] = f"[{text}]" if place == (rank, index) else f" {text} "
-        here = "  <-- here" if place is not None and place[0] == rank else ""
-        lines.append(f"{f'rank {rank}':<{label}} {more_before}{''.join(cells[first:after])}{more_after}{here}".rstrip())
-    return "\n".join(lines) + "\n"
-
-
-def _window(length: int, centre: int | None, size: int | None) -> tuple[int, int]:
-    if size is None or length <= size:
-        return 0, length
-    size = max(size, 1)
-    first = min(max((centre or 0) - size // 2, 0), length - size)
-    return first, first + size
-
-
-def validate(plan: Plan) -> None:
-    """Checks a plan before anything is run by it, in time linear in the number of its actions.
-
-    Every action appears once, on the rank of its stage; no rank waits for ever; forwards, and what adds to gradients,
-    go in microbatch order within a stage, so that state and sums are the same under every plan; and no rank holds more
-    activations than promised. Forward only is a plan too. Raises `PlanError`, a `ValueError`, with the plan drawn.
-    """
-    _check_sizes(plan)
-    _check_cells(plan)
-    _check_complete(plan)
-    _check_microbatch_order(plan)
-    _check_progress(plan)
-    _check_peak(plan)
-
-
-def _error(plan: Plan, message: str, place: tuple[int, int] | None = None, *, timed: bool = False) -> PlanError:
-    columns = _columns(plan) if timed else [list(range(len(order))) for order in plan.orders]
-    return PlanError(f"{message}\n{_draw(plan, columns, place, MESSAGE_WIDTH)}")
-
-
-def _cells(plan: Plan) -> Iterator[tuple[tuple[int, int], Action]]:
-    for rank, order in enumerate(plan.orders):
-        for index, action in enumerate(order):
-            yield (rank, index), action
-
-
-def _check_sizes(plan: Plan) -> None:
-    if plan.num_microbatches < 1 or plan.num_stages < 1:
-        message = (
-            "A plan needs at least one microbatch and one stage. "
-            f"Got {plan.num_microbatches} microbatches and {plan.num_stages} stages. Correct the header."
-        )
-    elif set(plan.stage_ranks) != set(range(plan.num_ranks)):
-        message = (
-            f"Every stage must be on one of the ranks 0 to {plan.num_ranks - 1}, and every rank hold a stage. "
-            f"Got stage ranks {' '.join(map(str, plan.stage_ranks))}. Change `stage ranks`, or add or remove ranks."
-        )
-    elif plan.peak_activations is not None and len(plan.peak_activations) != plan.num_ranks:
-        message = (
-            "`peak activations` must have one count for each rank. "
-            f"Got {len(plan.peak_activations)} counts for {plan.num_ranks} ranks. Correct or remove it."
-        )
-    else:
-        return
-    raise _error(plan, message)
-
-
-def _check_cells(plan: Plan) -> None:
-    seen: dict[Action, int] = {}
-    for (rank, index), action in _cells(plan):
-        if action.stage not in range(plan.num_stages) or action.microbatch not in range(plan.num_microbatches):
-            message = (
-                f"Stages go from 0 to {plan.num_stages - 1} and microbatches from 0 to {plan.num_microbatches - 1}. "
-                f"Got {action} on rank {rank}. Remove it, or raise the sizes in the header."
-            )
-        elif plan.stage_ranks[action.stage] != rank:
-            holder = plan.stage_ranks[action.stage]
-            message = (
-                f"An action must be on the rank that holds its stage. Got {action} on rank {rank}, with stage "
-                f"{action.stage} on rank {holder}. Move it to rank {holder}, or change `stage ranks`."
-            )
-        elif action in seen:
-            message = (
-                f"Every action must appear once. Got {action} again on rank {rank}, as number {index + 1} of its order "
-                f"after number {seen[action] + 1}. Remove one of the two."
-            )
-        else:
-            seen[action] = index
-            continue
-        raise _error(plan, message, (rank, index))
-
-
-def _check_complete(plan: Plan) -> None:
-    for stage, microbatch in product(range(plan.num_stages), range(plan.num_microbatches)):
-        present = [action for op in Op if (action := Action(stage, op, microbatch)) in plan.actions]
-        ops = "".join(action.op for action in present)
-        if ops in ("FB", "FIW") or (ops == "F" and plan.forward_only):
-            continue
-        rank = plan.stage_ranks[stage]
-        raise _error(
-            plan,
-            "Every stage needs, for each microbatch, an F and either a B or both an I and a W; or, in a plan of "
-            f"forwards alone, an F. Got {' '.join(map(str, present)) or 'nothing'} for stage {stage} and microbatch "
-            f"{microbatch}. Complete it on rank {rank}.",
-            (rank, plan.orders[rank].index(present[-1])) if present else None,
-        )
-
-
-def _check_microbatch_order(plan: Plan) -> None:
-    for kind, ops in (("forwards", (Op.FORWARD,)), ("gradients (B or W)", (Op.BACKWARD, Op.BACKWARD_WEIGHT))):
-        latest: dict[int, Action] = {}
-        for place, action in _cells(plan):
-            if action.op not in ops:
-                continue
-            before = latest.get(action.stage)
-            if before is not None and before.microbatch > action.microbatch:
-                message = (
-                    f"The {kind} of a stage must go in the order of the microbatches, so that state and sums of "
-                    f"gradients do not depend on the schedule. Got {action} after {before} on rank {place[0]}. "
-                    "Exchange the two."
-                )
-                raise _error(plan, message, place)
-            latest[action.stage] = action
-
-
-def _check_progress(plan: Plan) -> None:
-    started = plan.start_times()
-    if len(started) == len(plan.actions):
-        return
-    heads = {
-        rank: next(action for action in order if action not in started)
-        for rank, order in enumerate(plan.orders)
-        if any(action not in started for action in order)
-    }
-    needs = {rank: next(n for n in plan.dependencies(head) if n not in started) for rank, head in heads.items()}
-    circle = [min(heads)]
-    while circle.count(circle[-1]) < 2:
-        circle.append(plan.stage_ranks[needs[circle[-1]].stage])
-    circle = circle[circle.index(circle[-1]) :]
-    links = []
-    for rank, holder in pairwise(circle):
-        behind = f", which comes after {heads[holder]}" if needs[rank] != heads[holder] else ""
-        links.append(f"{heads[rank]} on rank {rank} waits for {needs[rank]} on rank {holder}{behind}")
-    raise _error(
-        plan,
-        f"No rank may wait for ever. Got a circle: {'; '.join(links)}. "
-        "Move an action so that each comes after what it waits for.",
-        (circle[0], plan.orders[circle[0]].index(heads[circle[0]])),
-        timed=True,
-    )
-
-
-def _check_peak(plan: Plan) -> None:
-    for rank, limit in enumerate(plan.peak_activations or ()):
-        for index, live in enumerate(plan.live_activations(rank)):
-            if live > limit:
-                message = (
-                    f"Rank {rank} must not hold more activations at once than the {limit} of `peak activations`. "
-                    f"Got {live} in {plan.orders[rank][index]}. Move a backward before it, or raise that number."
-                )
-                raise _error(plan, message, (rank, index), timed=True)

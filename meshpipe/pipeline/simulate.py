@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from meshpipe.pipeline.plan import Action, Op, Plan, validate
+from meshpipe.pipeline.plan import Action, Op, Plan
+from meshpipe.pipeline.validate import validate
 
 DEFAULT_TIMES: Mapping[Op, float] = {
     Op.FORWARD: 1.0,

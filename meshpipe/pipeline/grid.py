@@ -1,0 +1,54 @@
+"""Draws orders of work as text: a row a rank, a column a unit of time."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+Cell = TypeVar("Cell")
+"""What prints as the text of a cell: an action."""
+
+
+def time_columns(orders: Sequence[Sequence[Cell]], starts: Mapping[Cell, float]) -> list[list[int]]:
+    """The column of every cell: its whole time; cells that never start follow each other after all that do."""
+    stuck_from = int(max(starts.values(), default=-1)) + 1
+    columns = []
+    for order in orders:
+        row: list[int] = []
+        for action in order:
+            row.append(int(starts[action]) if action in starts else max(stuck_from, row[-1] + 1 if row else 0))
+        columns.append(row)
+    return columns
+
+
+def draw(
+    orders: Sequence[Sequence[object]],
+    columns: Sequence[Sequence[int]],
+    place: tuple[int, int] | None = None,
+    width: int | None = None,
+) -> str:
+    """Draws each rank's cells at the given columns and dots between them.
+
+    `place` is a rank and an index in its order: that cell is put in brackets. `width` is the most characters in a row:
+    of longer rows only the part around the place, or else the beginning, is drawn.
+    """
+    cell = max((len(str(action)) for order in orders for action in order), default=1)
+    label = len(f"rank {max(len(orders) - 1, 0)}")
+    last = max((column for row in columns for column in row), default=-1) + 1
+    first, after = _window(last, place and columns[place[0]][place[1]], width and (width - label - 16) // (cell + 2))
+    more_before, more_after = ("... " if first else ""), (" ..." if after < last else "")
+    lines = []
+    for rank, (order, row) in enumerate(zip(orders, columns, strict=True)):
+        cells = [f" {'.':<{cell}} "] * last
+        for index, (action, column) in enumerate(zip(order, row, strict=True)):
+            text = f"{action!s:<{cell}}"
+            cells[column] = f"[{text}]" if place == (rank, index) else f" {text} "
+        here = "  <-- here" if place is not None and place[0] == rank else ""
+        lines.append(f"{f'rank {rank}':<{label}} {more_before}{''.join(cells[first:after])}{more_after}{here}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _window(length: int, centre: int | None, size: int | None) -> tuple[int, int]:
+    if size is None or length <= size:
+        return 0, length
+    size = max(size, 1)
+    first = min(max((centre or 0) - size // 2, 0), length - size)
+    return first, first + size
