@@ -17,7 +17,7 @@ from meshpipe.layer import Layer, LayerLike, Randomness, abstract_layers
 from meshpipe.mesh import DATA, make_mesh, submeshes
 from meshpipe.optimizer import StageParameters
 from meshpipe.partition import partition
-from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.pipeline.config import CHECKPOINT_POLICIES, PipelineConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.pipeline.lower import lower
 from meshpipe.pipeline.plan import Op, Plan
@@ -167,6 +167,9 @@ class StagedModel:
             )
             for name, s in self.batch_shapes.items()
         }
+        policy = (
+            getattr(jax.checkpoint_policies, self.config.remat) if self.config.remat in CHECKPOINT_POLICIES else None
+        )
         traced: list[TracedStage] = []
         boundary: Boundary | None = None
         for s, (mesh, owned) in enumerate(zip(self._meshes, self.parameters, strict=True)):
@@ -178,6 +181,7 @@ class StagedModel:
                 state=owned.state,
                 is_first=s == 0,
                 is_last=s == self.plan.num_stages - 1,
+                checkpoint_policy=policy,
             )
             traced.append(TracedStage(spec, boundary, fields))
             boundary = traced[-1].boundary_out

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-REMAT_POLICIES = ("none", "full")
+CHECKPOINT_POLICIES = (
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "checkpoint_dots",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots_with_no_batch_dims",
+)
+"""The members of `jax.checkpoint_policies` that need no arguments."""
+REMAT_POLICIES = ("none", "full", *CHECKPOINT_POLICIES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +25,8 @@ class PipelineConfig:
     num_microbatches: int = 1
     """Equal slices of the batch that flow through the pipeline; gradients accumulate over them."""
     remat: str = "none"
-    """`none` keeps what backward needs; `full` keeps only stage inputs and computes forward again."""
+    """`none` keeps what backward needs; `full` keeps only stage inputs and computes forward again; the name of a
+    `jax.checkpoint_policies` member, e.g. `dots_saveable`, keeps what that policy saves."""
     boundaries: tuple[int, ...] | None = None
     """First layer of every stage after the first, e.g. `2 4` for layers 0-1, 2-3 and 4-; None cuts evenly."""
 

@@ -55,7 +55,7 @@ def compile_stage(stage: TracedStage, ops: Set[Op], *, remat: str = "none") -> S
     XLA's CPU backend takes up to 1.8 times longer for both in one. `ops` are the kinds of work that the plan asks for.
     """
     forward_only = ops == {Op.FORWARD}
-    hand_over = remat == "none" and not forward_only
+    hand_over = remat != "full" and not forward_only
     with jax.set_mesh(stage.spec.mesh):
         prepare, hoisted = _compile_prepare(stage)
         arguments = (stage.params, hoisted, stage.state, stage.x, stage.inputs, stage.microbatch)

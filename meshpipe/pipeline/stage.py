@@ -1,6 +1,6 @@
 """One stage, traced once together with its derivative, and the parts that its programs are made of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,6 +46,8 @@ class StageSpec:
     state: Mapping[str, jax.ShapeDtypeStruct]
     is_first: bool
     is_last: bool
+    checkpoint_policy: Callable[..., bool] | None = None
+    """What `jax.checkpoint` saves of the stage's forward; None saves all that backward needs."""
 
 
 class Boundary:
@@ -126,6 +128,8 @@ class TracedStage:
             return floating_out, (output, tuple(new_state[path] for path in spec.state))
 
         floating = tuple(x[i] for i in boundary.differentiable)
+        if spec.checkpoint_policy is not None:
+            run = jax.checkpoint(run, policy=spec.checkpoint_policy)
         _, pullback, results = jax.vjp(run, params, floating, has_aux=True)
         return results, pullback
 
