@@ -1,5 +1,6 @@
 """Layers as users write them, NNX modules, seen as pure functions of flat dictionaries keyed by leaf path."""
 
+import functools
 import inspect
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -139,9 +140,17 @@ def _constructor(path: str, layer: LayerLike) -> tuple[Callable[[nnx.Rngs], nnx.
             f"A layer must be an nnx.Module or a constructor that takes nnx.Rngs. {path} is a {type(layer).__name__}. "
             "For a constructor write e.g. lambda rngs: nnx.Linear(8, 8, rngs=rngs)."
         )
-    if "rngs" in inspect.signature(layer).parameters:
+    if _names_rngs(layer):
         return lambda rngs: layer(rngs=rngs), None
     return layer, None
+
+
+def _names_rngs(constructor: Callable[..., Any]) -> bool:
+    """Whether it has a parameter called `rngs`. Of a class, `__init__` tells; its metaclass takes anything."""
+    while isinstance(constructor, functools.partial):
+        constructor = constructor.func
+    function = constructor.__init__ if isinstance(constructor, type) else constructor
+    return "rngs" in inspect.signature(function).parameters
 
 
 def _checked(path: str, module: Any) -> nnx.Module:
