@@ -14,8 +14,8 @@ from meshpipe.pipeline.jaxpr import extract, inline, invariant_values, residual_
 class SplitBackward:
     """The two parts of one backward; together they run every equation once, rearrangements aside.
 
-    `closed` computes parameter gradients, then input gradients. Its first `num_step_inputs` inputs stay at hand for the whole
-    step; those after it belong to one microbatch, and the weight part gets of them only what it reads.
+    `closed` computes parameter gradients, then input gradients. Its first `num_step_inputs` inputs stay at hand for
+    the whole step; those after it belong to one microbatch, and the weight part gets of them only what it reads.
     """
 
     def __init__(self, closed: ClosedJaxpr, num_parameters: int, num_step_inputs: int):
@@ -28,7 +28,9 @@ class SplitBackward:
 
         in_input_part = _defined_on_the_way(closed, self._input_gradients)
         self.early = tuple(i for i, v in enumerate(self._weight_gradients) if v in in_input_part)
-        """Parameters whose gradient is ready with the input's (a loop computes both at once): no weight part is left for them."""
+        """Parameters whose gradient is ready with the input's (a loop computes both at once): no weight part is left
+        for them.
+        """
         self.late = tuple(i for i in range(num_parameters) if i not in self.early)
         late = [self._weight_gradients[i] for i in self.late]
         needed = _first_reached(closed, late, in_input_part | set(jaxpr.invars))
