@@ -45,8 +45,10 @@ def trees(offset=0.0):
             "optimizer": {"0/count": on(first, np.int32(3)), "0/mu/layers/0/bias": on(first, values[1])},
         },
         {
-            "params": "
-            "{"layers/1/kernel": on(second, values * 2, "tensor"), "layers/1/empty": on(second, np.zeros((0, 3)))},
+            "params": {
+                "layers/1/kernel": on(second, values * 2, "tensor"),
+                "layers/1/empty": on(second, np.zeros((0, 3))),
+            },
             "state": {},
             "optimizer": {"0/count": on(second, np.int32(3))},
         },
@@ -177,8 +179,9 @@ def test_damage_to_any_file_is_found(saved, tmp_path, damage):
             elif damage == "truncate" or not content:
                 path.write_bytes(content[:-1] if content else b"x")
             else:
-                path.write_bytes(content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) +
-                content[len(content) // 2 + 1 :])
+                flipped = bytearray(content)
+                flipped[len(content) // 2] ^= 1
+                path.write_bytes(flipped)
             if name.name == "checksums.json" and damage == "remove":
                 assert Checkpointer(saved).steps() == []  # without its checksums it is no checkpoint
                 continue
@@ -257,8 +260,12 @@ def test_description(saved):
 
 @pytest.mark.parametrize(
     "options",
-    [{"resume": True}, {"checkpoint_every": 5}, {"checkpoint_dir": " "}, {"checkpoint_dir": "x", "checkpoint_keep":
-    -1}],
+    [
+        {"resume": True},
+        {"checkpoint_every": 5},
+        {"checkpoint_dir": " "},
+        {"checkpoint_dir": "x", "checkpoint_keep": -1},
+    ],
 )
 def test_config_that_cannot_be(options):
     with pytest.raises(ValueError, match="--"):
