@@ -21,6 +21,9 @@ class Op(enum.StrEnum):
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
 
+    # That of an enumeration is a Python function; actions are keys of every table of a plan.
+    __hash__ = str.__hash__
+
     @property
     def accumulates(self) -> bool:
         """Whether it adds to the gradients of the parameters, and is the last to need what forward kept."""
