@@ -1,9 +1,10 @@
-"""What a plan would cost: when every action runs if each kind of work takes a given time, and what idles meanwhile."""
+"""What a plan would cost: when each action runs if each kind of work takes a given time, what idles, what is held."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 from meshpipe.pipeline.plan import Action, Op, Plan
 from meshpipe.pipeline.validate import validate
@@ -32,8 +33,35 @@ class Costs:
                 raise ValueError(f"A time must be 0 or more, and finite. Got {time} for {what}.")
 
     def time_of(self, action: Action) -> float:
-        at_stage = self.times.get((action.stage, action.op))
-        return at_stage if at_stage is not None else self.times.get(action.op, DEFAULT_TIMES[action.op])
+        return self.time(action.stage, action.op)
+
+    def time(self, stage: int, op: Op) -> float:
+        at_stage = self.times.get((stage, op))
+        return at_stage if at_stage is not None else self.times.get(op, DEFAULT_TIMES[op])
+
+    @classmethod
+    def of_parts(cls, stages_per_rank: int, transfer: float = 0.0) -> "Costs":
+        """The default times for all layers of a rank, of its equal stages each: so plans for any number compare."""
+        return cls({op: time / stages_per_rank for op, time in DEFAULT_TIMES.items()}, transfer)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes that a stage keeps on each device of its rank."""
+
+    activation: float
+    """For each microbatch from F until B, or until I."""
+    kept_for_weights: float = 0.0
+    """The part of `activation` that stays until W where backward is split."""
+    made_for_weights: float = 0.0
+    """What I adds to it, until W."""
+    always: float = 0.0
+    """Parameters, their gradients, optimizer state."""
+
+    def __post_init__(self) -> None:
+        for what, count in vars(self).items():
+            if not 0 <= count < math.inf:
+                raise ValueError(f"A number of bytes must be 0 or more, and finite. Got {count} for {what}.")
 
 
 @dataclass(frozen=True)
@@ -43,10 +71,24 @@ class Timeline:
     plan: Plan
     starts: Mapping[Action, float]
     ends: Mapping[Action, float]
+    memory: Sequence[StageMemory] = ()
+    """What each stage keeps, in order; empty where it was not given."""
+
+    @classmethod
+    def of(cls, plan: Plan, costs: Costs, memory: Sequence[StageMemory] = ()) -> "Timeline":
+        """The timeline of a plan that is known to be valid."""
+        assert len(memory) in (0, plan.num_stages), "the memory of every stage, or of none"
+        starts = plan.start_times(costs.time_of, costs.transfer)
+        return cls(plan, starts, {action: start + costs.time_of(action) for action, start in starts.items()}, memory)
 
     @cached_property
     def makespan(self) -> float:
         return max(self.ends.values())
+
+    @cached_property
+    def period(self) -> float:
+        """The time from step to step if steps follow each other and no rank waits for another between them."""
+        return max(self.ends[order[-1]] - self.starts[order[0]] for order in self.plan.orders)
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
@@ -63,13 +105,44 @@ class Timeline:
         """The most activations that each rank holds at once, counted as `Plan.peak_activations` counts them."""
         return tuple(max(self.plan.live_activations(rank), default=0) for rank in range(self.plan.num_ranks))
 
+    def memory_curve(self, rank: int) -> list[tuple[float, float]]:
+        """Times at which the bytes that each device of the rank holds change, in order, with the bytes from then on.
 
-def simulate(plan: Plan, costs: Costs | None = None) -> Timeline:
+        Space is taken when an action starts and given back when it ends. The buffers of transfers, and what an action
+        needs only while it runs, are not in it.
+        """
+        assert self.memory, "simulate the plan with the memory of its stages"
+        held = sum(self.memory[stage].always for stage in self.plan.stages_of(rank))
+        changes = [(0.0, held)]
+        for action in self.plan.orders[rank]:
+            taken, given_back = bytes_of(self.memory[action.stage], action, self.plan.forward_only)
+            changes += [(self.starts[action], taken), (self.ends[action], -given_back)]
+        totals = accumulate(change for _, change in changes)
+        return [(time, total) for (time, _), total in zip(changes, totals, strict=True)]
+
+    @cached_property
+    def peak_bytes(self) -> tuple[float, ...]:
+        """The most bytes that each device of a rank holds at once."""
+        return tuple(max(held for _, held in self.memory_curve(rank)) for rank in range(self.plan.num_ranks))
+
+
+def bytes_of(memory: StageMemory, action: Action, forward_only: bool = False) -> tuple[float, float]:
+    """What an action takes when it starts, and what it gives back when it ends."""
+    match action.op:
+        case Op.FORWARD:
+            return (0.0 if forward_only else memory.activation), 0.0
+        case Op.BACKWARD:
+            return 0.0, memory.activation
+        case Op.BACKWARD_INPUT:
+            return memory.made_for_weights, memory.activation - memory.kept_for_weights
+        case Op.BACKWARD_WEIGHT:
+            return 0.0, memory.kept_for_weights + memory.made_for_weights
+
+
+def simulate(plan: Plan, costs: Costs | None = None, memory: Sequence[StageMemory] = ()) -> Timeline:
     """The timeline of a plan whose ranks start each action of their order as early as they can.
 
-    Raises `PlanError` when the plan is not valid.
+    `memory` has what each stage keeps, in order, or is left out. Raises `PlanError` when the plan is not valid.
     """
     validate(plan)
-    costs = costs or Costs()
-    starts = plan.start_times(costs.time_of, costs.transfer)
-    return Timeline(plan, starts, {action: start + costs.time_of(action) for action, start in starts.items()})
+    return Timeline.of(plan, costs or Costs(), memory)
