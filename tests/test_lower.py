@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from meshpipe.pipeline.lower import Buffer, Compute, Free, Program, Transfer, lower, order_actions
 from meshpipe.pipeline.plan import Plan
-from meshpipe.pipeline.schedules import SCHEDULES, SEVERAL_STAGES, forward_only, make_plan
+from meshpipe.pipeline.schedules import SCHEDULES, make_plan, takes_stages
 from meshpipe.pipeline.validate import validate
 
 
@@ -123,7 +123,7 @@ free w0.0
 
 def test_forwards_alone_keep_nothing() -> None:
     assert (
-        lower(forward_only(2, 2)).to_text()
+        lower(make_plan("inference", 2, 2)).to_text()
         == """\
 0F0: -> y0.0
 move y0.0 -> x1.0
@@ -180,12 +180,14 @@ def carry_out(program: Program) -> None:
     assert not any(held)
 
 
-@pytest.mark.parametrize("make", [*SCHEDULES.values(), forward_only], ids=[*SCHEDULES, "forward_only"])
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("name", SCHEDULES)
+@settings(deadline=None, max_examples=25)
 @given(num_ranks=st.integers(1, 6), num_microbatches=st.integers(1, 10), stages_per_rank=st.integers(1, 3))
-def test_every_program_can_be_carried_out(make, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> None:
-    several = make is forward_only or any(make is SCHEDULES[name] for name in SEVERAL_STAGES)
-    program = lower(make(num_ranks, num_microbatches, stages_per_rank if several else 1))
+def test_every_program_can_be_carried_out(
+    name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int
+) -> None:
+    accepted = stages_per_rank if takes_stages(name, stages_per_rank) else None
+    program = lower(make_plan(name, num_ranks, num_microbatches, accepted))
     carry_out(program)
     for rank, order in enumerate(program.plan.orders):
         computes = [i.action for i in program.of_rank(rank) if isinstance(i, Compute)]
@@ -202,20 +204,21 @@ def test_a_transfer_directly_follows_the_action_that_makes_its_source() -> None:
             assert instruction.source in latest.writes
 
 
-def test_a_large_plan_is_made_and_lowered_in_seconds() -> None:
+def test_large_plans_are_made_and_lowered_in_seconds() -> None:
     """64 stages and 256 microbatches take about one second; work that grew with the square would take hours."""
     code = """
 import time
 from meshpipe.pipeline.lower import lower
 from meshpipe.pipeline.schedules import make_plan
 from meshpipe.pipeline.validate import validate
-begin = time.process_time()
-plan = make_plan("1f1b", 64, 256)
-validate(plan)
-program = lower(plan)
-assert len(program.of_rank(63)) == 256 * 7
-print(time.process_time() - begin)
+for name, num_ranks in (("1f1b", 64), ("zb-h1", 64), ("zb-v", 32)):
+    begin = time.process_time()
+    plan = make_plan(name, num_ranks, 256)
+    validate(plan)
+    program = lower(plan)
+    assert plan.num_stages == 64
+    print(time.process_time() - begin)
 """
     # In a process of its own, so that no instrumentation of the tests counts.
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert float(result.stdout) < 4
+    assert all(float(line) < 4 for line in result.stdout.split())

@@ -4,7 +4,7 @@ import pytest
 
 from meshpipe.pipeline.plan import Action, Op, Plan, PlanError
 from meshpipe.pipeline.schedules import make_plan
-from meshpipe.pipeline.simulate import Costs, simulate
+from meshpipe.pipeline.simulate import Costs, StageMemory, simulate
 
 
 def starts_of(plan: Plan, costs: Costs) -> dict[str, float]:
@@ -70,3 +70,49 @@ def test_a_time_that_cannot_be_is_an_error(times: dict) -> None:
 def test_a_negative_transfer_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Got -0\.5 for transfer"):
         Costs(transfer=-0.5)
+
+
+def test_the_period_leaves_out_what_the_next_step_fills() -> None:
+    timeline = simulate(make_plan("zb-v", 2, 4, 2))
+    assert timeline.makespan == 4 * 2 * 3 + 1
+    assert timeline.period == 4 * 2 * 3
+    assert simulate(make_plan("1f1b", 2, 4)).period == simulate(make_plan("1f1b", 2, 4)).makespan
+
+
+def test_costs_of_parts_make_the_same_work_of_a_rank() -> None:
+    one = simulate(make_plan("gpipe", 2, 4, 1), Costs.of_parts(1))
+    three = simulate(make_plan("gpipe", 2, 4, 3), Costs.of_parts(3))
+    assert one.busy == pytest.approx(three.busy)
+    assert one.makespan - one.busy[0] == pytest.approx(3 * (three.makespan - three.busy[0]))
+
+
+def test_memory_of_whole_backwards_follows_the_live_activations() -> None:
+    plan = make_plan("1f1b", 3, 6)
+    memory = [StageMemory(activation=10.0, always=5.0)] * 3
+    assert simulate(plan, memory=memory).peak_bytes == tuple(5 + 10 * live for live in (3, 2, 1))
+
+
+def test_memory_of_a_split_backward_step_by_step() -> None:
+    head = "schedule: mine\nmicrobatches: 2\nstage ranks: 0\n"
+    plan = Plan.parse(head + "rank 0: 0F0 0I0 0F1 0W0 0B1\n")
+    memory = [StageMemory(activation=72, kept_for_weights=12, made_for_weights=20, always=100)]
+    timeline = simulate(plan, Costs({Op.BACKWARD: 3.0}), memory)
+    assert timeline.memory_curve(0) == [
+        (0, 100),  # before it begins
+        *[(0, 172), (1, 172)],  # 0F0
+        *[(1, 192), (2, 132)],  # 0I0: 20 made at its start, 60 let go of at its end
+        *[(2, 204), (3, 204)],  # 0F1
+        *[(3, 204), (4, 172)],  # 0W0
+        *[(4, 172), (7, 100)],  # 0B1
+    ]
+    assert timeline.peak_bytes == (204,)
+
+
+def test_forwards_alone_keep_nothing() -> None:
+    timeline = simulate(make_plan("inference", 2, 4), memory=[StageMemory(activation=10, always=3)] * 2)
+    assert timeline.peak_bytes == (3, 3)
+
+
+def test_memory_that_cannot_be_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"A number of bytes must be 0 or more, and finite. Got -1 for always."):
+        StageMemory(activation=1, always=-1)
