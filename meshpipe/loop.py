@@ -110,9 +110,9 @@ class Loop:
 
     def run(self) -> int:
         started = time.perf_counter()
-        self._out.metrics.write("start", self._start_values())
         error: Exception | None = None
         try:
+            self._out.metrics.write("start", self._start_values())
             status = self._train()
         except Exception as exception:
             status, error = "failed", exception
@@ -120,9 +120,12 @@ class Loop:
             self._progress.close()
         saved = self._newest_checkpoint()
         end = {"status": status, "step": self._good_step, "saved_step": saved, "seconds": time.perf_counter() - started}
-        if error is not None:
-            end["error"] = f"{type(error).__name__}: {error}"
-        self._out.metrics.write("end", end)
+        try:
+            self._out.metrics.write(
+                "end", end if error is None else end | {"error": f"{type(error).__name__}: {error}"}
+            )
+        except OSError as exception:
+            status, error = "failed", error or exception
         if error is not None:
             self._explain(error, saved)
             return FAILED

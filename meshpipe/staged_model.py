@@ -212,7 +212,7 @@ class StagedModel:
             of_params, of_state = placed(self.layers[index], self._meshes[stage], self.rules)
             params.update(of_params)
             state.update(of_state)
-        return StageParameters(self._meshes[stage], params, state, borrowed_leaves & params.keys())
+        return StageParameters(self._meshes[stage], params, state, borrowed_leaves.intersection(params))
 
     def _info(self, stage: int) -> StageInfo:
         leaves = self.parameters[stage].params.values()

@@ -1,5 +1,6 @@
 """Recipes of a model that compiles within seconds, to try the commands on; a user's own model, data and layouts."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,11 +49,13 @@ class Points:
     count: int
     width: int
     poisoned: int | None = None
+    seconds: float = 0.0
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
+        time.sleep(self.seconds)
         point = np.random.default_rng(index).normal(size=self.width).astype(np.float32)
         label = np.argmax(point).astype(np.int32)
         return {"inputs": point * np.float32(np.nan) if index == self.poisoned else point, "labels": label}
@@ -66,9 +69,11 @@ class PointsConfig(DataConfig):
     """Coordinates of a point."""
     poisoned: int | None = None
     """A point that is not a number."""
+    seconds: float = 0.0
+    """Time that it takes to read a point to learn from."""
 
     def train_source(self) -> Points:
-        return Points(self.count, self.width, self.poisoned)
+        return Points(self.count, self.width, self.poisoned, self.seconds)
 
     def eval_source(self) -> Points:
         return Points(64, self.width)
