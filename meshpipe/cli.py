@@ -153,7 +153,46 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-CHECKPOINT_COMMANDS: dict[str, Command] = {}
+def checkpoint_list(arguments: list[str]) -> int:
+    flags = tyro.cli(_Folder, args=arguments, prog="meshpipe checkpoint list", description="Lists whole checkpoints.")
+    from meshpipe.checkpoint import describe_checkpoint, list_checkpoints
+    from meshpipe.checkpoint_report import checkpoint_table
+    from meshpipe.report import make_console
+
+    steps = list_checkpoints(flags.directory)
+    make_console().print(checkpoint_table([describe_checkpoint(flags.directory, step) for step in steps]))
+    return COMPLETED
+
+
+def checkpoint_show(arguments: list[str]) -> int:
+    description = "Shows everything that is written down about one checkpoint."
+    flags = tyro.cli(_FolderAndStep, args=arguments, prog="meshpipe checkpoint show", description=description)
+    from meshpipe.checkpoint import describe_checkpoint, list_checkpoints
+    from meshpipe.checkpoint_report import print_checkpoint
+    from meshpipe.report import make_console
+
+    step = list_checkpoints(flags.directory)[-1] if flags.step is None else flags.step
+    print_checkpoint(make_console(), describe_checkpoint(flags.directory, step))
+    return COMPLETED
+
+
+def checkpoint_verify(arguments: list[str]) -> int:
+    description = "Compares every byte of the checkpoints with the checksums written when they were saved."
+    flags = tyro.cli(_FolderAndStep, args=arguments, prog="meshpipe checkpoint verify", description=description)
+    from meshpipe.checkpoint import list_checkpoints, verify_checkpoint
+
+    steps = list_checkpoints(flags.directory) if flags.step is None else [flags.step]
+    problems = {step: verify_checkpoint(flags.directory, step) for step in steps}
+    for step, found in problems.items():
+        print(f"step {step}: {'; '.join(found) if found else 'every byte is good'}")
+    return FAILED if any(problems.values()) else COMPLETED
+
+
+CHECKPOINT_COMMANDS: dict[str, Command] = {
+    "list": checkpoint_list,
+    "show": checkpoint_show,
+    "verify": checkpoint_verify,
+}
 
 
 @dataclass(frozen=True)
@@ -202,6 +241,20 @@ def _configure(command: str, arguments: list[str], description: str, extra: Any 
 
 
 _WITHOUT_PREFIX = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class _Folder:
+    directory: tyro.conf.Positional[Path]
+    """Folder of a run's checkpoints."""
+
+
+@dataclass(frozen=True)
+class _FolderAndStep:
+    directory: tyro.conf.Positional[Path]
+    """Folder of a run's checkpoints."""
+    step: int | None = None
+    """One step; without it, the newest to show, and all to verify."""
 
 
 @dataclass(frozen=True)

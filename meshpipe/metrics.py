@@ -6,9 +6,10 @@ import os
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -20,17 +21,17 @@ LONGEST_LINE = 1 << 20
 
 
 class MetricsFile:
-    """One JSON object a line, flushed at once. A file of None takes everything and writes nothing.
+    """One JSON object a line, written at once, without a buffer. A file of None takes everything and writes nothing.
 
     Numbers that are not finite become null, which JSON can hold.
     """
 
     def __init__(self, path: str | Path | None, *, append: bool = False) -> None:
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         if path is not None:
             if append:
                 _cut_torn_line(Path(path))
-            self._file = open(path, "ab" if append else "wb")  # noqa: SIM115 (closed by __exit__)
+            self._file = open(path, "ab" if append else "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
 
     @staticmethod
     def check(path: str | Path | None, *, append: bool = False) -> None:
@@ -62,7 +63,6 @@ class MetricsFile:
         if self._file is not None:
             line = json.dumps({"event": event} | _finite(values), allow_nan=False)
             self._file.write(line.encode() + b"\n")
-            self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:

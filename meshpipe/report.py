@@ -101,7 +101,7 @@ def _count(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number} {singular if number == 1 else plural or singular + 's'}"
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(count: int | float) -> str:
     """Bytes with a unit of 1000: `1.50 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

@@ -218,7 +218,9 @@ def test_sigint_gives_130_without_a_folder_to_save_in(workplace: Workplace) -> N
 
 def test_a_second_sigint_ends_at_once(workplace: Workplace) -> None:
     process = workplace.start("train", TINY, "--data.seconds", "1000", "--metrics", "waiting.jsonl")
-    workplace.wait_until(process, (workplace.folder / "waiting.jsonl").exists)
+    started_file = workplace.folder / "waiting.jsonl"
+    workplace.wait_until(process, lambda: started_file.exists() and '"start"' in started_file.read_text())
+    time.sleep(0.5)  # until it asks for its first batch
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None  # it waits for its data, and would end after this step
@@ -256,7 +258,7 @@ def test_killed_during_a_save_the_newest_listed_step_is_whole(workplace: Workpla
     process = workplace.start("train", TINY, *flags, "--steps", "1000000", "--checkpoint-every", "1")
     folder = workplace.folder / name
     workplace.wait_until(process, lambda: folder.exists() and any(p.name.isdigit() for p in folder.iterdir()))
-    workplace.wait_until(process, lambda: any("tmp" in path.name for path in folder.iterdir()))
+    workplace.wait_until(process, lambda: any("partial" in path.name for path in folder.iterdir()))
     process.kill()
     assert workplace.finish(process).code == -signal.SIGKILL
     newest = workplace.checkpoints(name)[-1]
