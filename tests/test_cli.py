@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,8 @@ def test_a_resumed_run_may_have_another_layout(whole: Result, workplace: Workpla
 
 def test_resuming_a_finished_run_only_says_so(whole: Result, workplace: Workplace) -> None:
     before = (workplace.folder / "whole.jsonl").read_bytes()
-    result = workplace.train(*"--steps 12 --metrics whole.jsonl --checkpoint-dir whole --resume".split())
+    flags = ("--steps", "12", "--metrics", "whole.jsonl", "--checkpoint-dir", "whole")
+    result = workplace.train(*flags, "--resume")
     assert "Nothing left to do: whole holds step 12, and --steps is 12." in result.out
     assert (workplace.folder / "whole.jsonl").read_bytes() == before
 
@@ -270,13 +271,13 @@ def test_killed_during_a_save_the_newest_listed_step_is_whole(workplace: Workpla
 
 
 @pytest.fixture
-def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder for commands that are called in this process, where JAX has eight devices."""
     assert jax.device_count() == 8
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "tiny.py").write_text((ROOT / "tests" / "tiny_recipes.py").read_text())
-    yield tmp_path
+    return tmp_path
 
 
 def test_recipes_lists_layouts(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
