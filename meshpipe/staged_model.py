@@ -22,7 +22,7 @@ from meshpipe.pipeline.executor import Executor
 from meshpipe.pipeline.lower import lower
 from meshpipe.pipeline.plan import Op, Plan
 from meshpipe.pipeline.programs import compile_stage
-from meshpipe.pipeline.schedules import forward_only, make_plan
+from meshpipe.pipeline.schedules import forwards_of, make_plan
 from meshpipe.pipeline.stage import Boundary, StageFunction, StageSpec, TracedStage
 from meshpipe.pipeline.validate import validate
 from meshpipe.sharding import ShardingRules, replicated
@@ -72,6 +72,10 @@ class StagedModel:
             config.schedule, len(ranks), config.num_microbatches, stages_per_rank=config.stages_per_rank
         )
         validate(self.plan)
+        if self.plan.forward_only:
+            raise ValueError(
+                f"Training needs a schedule with backwards. Got {config.schedule!r}, which has none. Choose e.g. 1f1b."
+            )
         self.cuts = partition(len(self.layers), self.plan.num_stages, config.boundaries)
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
@@ -117,9 +121,7 @@ class StagedModel:
     @cached_property
     def evaluation(self) -> tuple[Executor, tuple[str, ...]]:
         """A forward-only executor, compiled at its first use, and the names of the means that it sums up."""
-        ranks = self.plan.num_ranks
-        plan = forward_only(ranks, self.config.num_microbatches, stages_per_rank=self.plan.num_stages // ranks)
-        assert plan.stage_ranks == self.plan.stage_ranks
+        plan = forwards_of(self.plan)
         names: list[str] = []
         traced = self._trace(train=False, names=names)
         self._evaluation_traced = traced

@@ -1,4 +1,4 @@
-"""Training as anyone would write it with NNX and Optax on one device, to compare with; nothing of the engine is used."""
+"""Training as anyone would write it with NNX and Optax on one device, to compare with; the engine is not used."""
 
 import zlib
 

@@ -8,8 +8,8 @@ import small_model
 
 import meshpipe.staged_model
 from meshpipe import PipelineConfig, Trainer, make_mesh
-from meshpipe.layer import abstract_layers
 from meshpipe.initialise import initialise
+from meshpipe.layer import abstract_layers
 from meshpipe.mesh import submeshes
 from meshpipe.sharding import ShardingRules
 

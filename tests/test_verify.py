@@ -107,7 +107,7 @@ def test_normalising_each_microbatch_is_found(monkeypatch):
 
 
 def test_dividing_twice_is_found(monkeypatch):
-    """By the number of microbatches, in the update alone: the reported loss and norm look right, and Adam hides the rest."""
+    """In the update alone: the reported loss and norm look right, and Adam hides the rest."""
     original = meshpipe.optimizer.Optimizer._summary
 
     def summary(self, *arguments):

@@ -19,9 +19,10 @@ class PipelineConfig:
     """Schedule, microbatches, rematerialisation and stage boundaries of one step."""
 
     schedule: str = "1f1b"
-    """Name of the schedule: the order in which each rank does its forwards and backwards."""
-    stages_per_rank: int = 1
-    """Stages that each pipeline rank holds; more than one needs a schedule that takes it."""
+    """The order in which each rank does its forwards and backwards: the name of a schedule, or the file of a plan
+    (ending in .txt)."""
+    stages_per_rank: int | None = None
+    """Stages that each pipeline rank holds; None is the fewest that the schedule takes."""
     num_microbatches: int = 1
     """Equal slices of the batch that flow through the pipeline; gradients accumulate over them."""
     remat: str = "none"
@@ -32,7 +33,8 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         for name in ("stages_per_rank", "num_microbatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Got {value}.")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"--remat must be one of {', '.join(REMAT_POLICIES)}. Got {self.remat!r}.")
