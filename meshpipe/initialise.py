@@ -70,7 +70,10 @@ def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered
 
 
 def _compile(item: tuple[tuple[str, Mesh], jax.stages.Lowered]) -> jax.stages.Compiled:
-    """On CPU with little optimisation: random number generation takes seconds to optimise and runs once. The values are the same."""
+    """Compiled with little optimisation on CPU, where random numbers take seconds to optimise and are drawn once.
+
+    Their values are the same.
+    """
     (_, mesh), lowered = item
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return lowered.compile(compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None)

@@ -1,4 +1,4 @@
-"""Parallel against plain: the same layers, batches and optimizer at a layout and on one device, compared leaf by leaf."""
+"""Parallel against plain: the same training at a layout and on one device, compared leaf by leaf."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ from meshpipe.staged_model import Loss
 from meshpipe.trainer import Trainer
 
 SMALL = 1e-2
-"""A leaf whose values are all below this share of the largest is judged against that share: its own may be all rounding."""
+"""A leaf whose values are all below this share of the largest is judged against that share: its own may be rounding."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ def verify(
 ) -> VerifyReport:
     """Makes one update for each of the batches at the layout and on one device, and compares all that they compute.
 
-    Arguments are those of `Trainer`. Compared are the initial parameters; after each update the loss, the gradient norm and
-    every gradient as the optimizer got it; after the last the parameters and other state. The tolerance of a leaf
-    is `sqrt(eps)` of the coarsest floating dtype, times the leaf's largest value. Raises `ValueError` as `Trainer` does, and without batches.
+    Arguments are those of `Trainer`. Compared are the initial parameters; after each update the loss, the gradient
+    norm and every gradient as the optimizer got it; after the last the parameters and other state. The tolerance of
+    a leaf is `sqrt(eps)` of the coarsest floating dtype, times the leaf's largest value. Raises `ValueError` as
+    `Trainer` does, and without batches.
     """
     rows = list(batches)
     if not rows:
