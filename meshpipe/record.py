@@ -5,13 +5,13 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from meshpipe.checkpoint import Checkpointer
+from meshpipe.checkpoint import Checkpointer, verify_checkpoint
 from meshpipe.config import Config
 
 MAY_CHANGE: Mapping[str, frozenset[str]] = {
@@ -89,27 +89,39 @@ def saved_run(config: Config) -> dict[str, Any] | None:
     if folder is None:
         return None
     _check_folder(Path(folder))
-    steps: list[int] = []
-    metadata: dict[str, Any] = {}
-    if Path(folder).is_dir():
-        with Checkpointer(folder, keep=config.checkpoint.checkpoint_keep) as checkpointer:
-            steps = checkpointer.steps()
-            if steps and config.checkpoint.resume:
-                metadata = checkpointer.metadata(steps[-1])
-    if steps and not config.checkpoint.resume:
-        raise ValueError(
-            "A new run needs a --checkpoint-dir without checkpoints, so that two runs do not mix. "
-            f"Got {folder!r}, which holds steps up to {steps[-1]}. Pass --resume to go on, or name another folder."
-        )
+    checkpointer = Checkpointer(folder)
+    steps = checkpointer.steps()
     if not config.checkpoint.resume:
+        if steps:
+            raise ValueError(
+                "A new run needs a --checkpoint-dir without checkpoints, so that two runs do not mix. "
+                f"Got {folder!r}, which holds steps up to {steps[-1]}. Pass --resume to go on, or name another folder."
+            )
         return None
     if not steps:
         raise ValueError(
             f"--resume needs a whole checkpoint in --checkpoint-dir. Got {folder!r}, which has none. "
             "Name the folder of the run to go on with, or leave --resume out to start a new one."
         )
+    _check_whole(folder, steps)
+    metadata = checkpointer.metadata(steps[-1])
     check_continues(config, metadata, folder)
     return metadata
+
+
+def _check_whole(folder: str, steps: Sequence[int]) -> None:
+    """Reads every byte of the newest step, since a damaged one should not be found only after a long compilation."""
+    problems = verify_checkpoint(folder, steps[-1])
+    if not problems:
+        return
+    others = [step for step in steps[:-1] if not verify_checkpoint(folder, step)]
+    way_out = (
+        f"Remove {folder}/{steps[-1]} to go on from step {others[-1]}." if others else "No other step there is good."
+    )
+    raise ValueError(
+        f"--resume needs a whole checkpoint. Got step {steps[-1]} in {folder}, which is damaged: "
+        f"{'; '.join(problems[:3])}. {way_out}"
+    )
 
 
 def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) -> None:

@@ -1,6 +1,7 @@
 """Wrong calls: one clear message with the way out, exit code 2, no traceback, and nothing written."""
 
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from meshpipe.cli import main
 
 TINY = f"{Path(__file__).parent / 'tiny_recipes.py'}:pipeline"
+LANGUAGE = f"{Path(__file__).parent.parent / 'recipes' / 'language_model.py'}:debug"
 BROKEN = "def number():\n    return 3\n\ndef fails():\n    raise ValueError('no such layout')\n"
 
 CALLS = {
@@ -51,6 +53,11 @@ CALLS = {
     "schedule of one stage per rank": ("train TINY --stages-per-rank 2", "a schedule that takes several: gpipe"),
     "no stage per rank": ("train TINY --stages-per-rank 0", "--stages-per-rank must be at least 1. Got 0."),
     "unknown rematerialisation": ("train TINY --remat some", "--remat must be one of none, full, everything_saveable"),
+    # Models and data.
+    "text that is not there": ("train LANGUAGE --data.path nowhere", "--data.path must name a text file or a folder"),
+    "windows longer than the text": ("train LANGUAGE --data.path old.jsonl", "a smaller --data.sequence-length"),
+    "heads that do not divide the width": ("train LANGUAGE --model.num-heads 3", "--model.num-heads"),
+    "heads that do not divide by tensor": ("plan LANGUAGE --mesh.tensor 4", "Choose a divisor of"),
     # Files.
     "metrics in a missing folder": ("train TINY --metrics missing/m.jsonl", "Make it, or name another file."),
     "metrics into a folder": ("train TINY --metrics folder", "Name a file in it."),
@@ -65,6 +72,27 @@ CALLS = {
     "checkpoints below a file": ("train TINY --checkpoint-dir old.jsonl/deep", "Name another folder."),
     "negative number of checkpoints": ("train TINY --checkpoint-dir new --checkpoint-keep -1", "must be at least 0"),
     "no update to verify": ("verify TINY --updates 0", "--updates must be at least 1. Got 0."),
+}
+
+# Of a folder `saved`, in which a run of four steps has saved steps 2 and 4.
+CALLS_WITH_CHECKPOINTS = {
+    "new run in the folder of another": ("train TINY --checkpoint-dir saved", "Pass --resume to go on"),
+    "another seed": ("train TINY --seed 1 RESUME", "Got 1, and saved was saved with 0. Pass --seed 0"),
+    "another batch size": ("train TINY --batch-size 32 RESUME", "Pass --batch-size 16"),
+    "another model": ("train TINY --model.depth 3 RESUME", "Got depth 3, and saved was saved with 4."),
+    "another optimizer": (
+        "train TINY --optimizer sgd RESUME",
+        "Got optimizer 'sgd', and saved was saved with 'adamw'.",
+    ),
+    "other data": ("train TINY --data.count 100 RESUME", "or start a new run"),
+    "no such step": ("checkpoint show saved --step 3", "Whole steps there: 2, 4."),
+    "no such step to verify": ("checkpoint verify saved --step 3", "Whole steps there: 2, 4."),
+    "step that is no number": ("checkpoint show saved --step last", "--step"),
+    "no folder to list": ("checkpoint list missing", "Name the --checkpoint-dir of a run."),
+    "folder without checkpoints": ("checkpoint list folder", "Name the --checkpoint-dir of a run."),
+    "no folder named": ("checkpoint list", "Missing"),
+    "unknown checkpoint command": ("checkpoint lst saved", "Did you mean list?"),
+    "no checkpoint command": ("checkpoint", "The command must be one of list, show, verify. Got none."),
 }
 
 
@@ -101,7 +129,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def refuse(arguments: str, phrase: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs a command that must end with code 2, the phrase on standard error, and no change of the folder."""
     before = contents(folder)
-    code = main(arguments.replace("TINY", TINY).split())
+    code = main(arguments.replace("TINY", TINY).replace("LANGUAGE", LANGUAGE).split())
     error = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().err)
     assert code == 2, error
     assert phrase in error
@@ -112,3 +140,52 @@ def refuse(arguments: str, phrase: str, folder: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(("arguments", "phrase"), CALLS.values(), ids=CALLS)
 def test_wrong_calls(arguments: str, phrase: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refuse(arguments, phrase, folder, capsys)
+
+
+@pytest.fixture(scope="module")
+def run_of_four_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "saved"
+    flags = f"train {TINY} --steps 4 --eval-batches 0 --checkpoint-every 2 --checkpoint-dir {folder}"
+    assert main(flags.split()) == 0
+    return folder
+
+
+@pytest.fixture
+def saved(run_of_four_steps: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(run_of_four_steps, folder / "saved"))
+
+
+@pytest.mark.parametrize(("arguments", "phrase"), CALLS_WITH_CHECKPOINTS.values(), ids=CALLS_WITH_CHECKPOINTS)
+def test_wrong_calls_with_checkpoints(
+    arguments: str, phrase: str, saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse(arguments.replace("RESUME", "--resume --checkpoint-dir saved"), phrase, folder, capsys)
+
+
+def damage(step: Path, item: str) -> None:
+    """Flips one bit in the middle of the largest file of an item."""
+    file = max((path for path in (step / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("item", ["stage_0", "stage_1", "meta"])
+def test_a_damaged_checkpoint_is_not_gone_on_with(
+    item: str, saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(saved / "4", item)
+    resume = "train TINY --steps 9 --metrics new.jsonl --resume --checkpoint-dir saved"
+    refuse(resume, "Remove saved/4 to go on from step 2.", folder, capsys)
+    assert main(["checkpoint", "verify", "saved"]) == 1
+    assert "step 2: every byte is good" in capsys.readouterr().out
+    assert main(["checkpoint", "verify", "saved", "--step", "2"]) == 0
+
+
+def test_a_checkpoint_without_one_of_its_files_is_not_gone_on_with(
+    saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    max(
+        (path for path in (saved / "4" / "stage_1").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    ).unlink()
+    refuse("train TINY --steps 9 --resume --checkpoint-dir saved", "Remove saved/4 to", folder, capsys)
