@@ -102,12 +102,12 @@ def _count(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def format_bytes(count: int | float) -> str:
-    """Bytes with a unit of 1000: `1.50 GB`."""
+    """Bytes in three digits and a unit of 1000: `1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB" if count < 1000 else f"{count:,.0f} TB"
+    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
 
 
 def stage_table(stages: Sequence[Stage], layer_names: Sequence[str]) -> Table:

@@ -1,0 +1,68 @@
+"""Tables and pictures say what they should, in rows that stay whole in a file."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny_recipes
+from rich.console import Console
+
+from meshpipe.pipeline.schedules import make_plan
+from meshpipe.pipeline.simulate import simulate
+from meshpipe.report import check_picture, format_bytes, layout_lines, make_console, plot_timeline, stage_table
+from meshpipe.staged_model import StagedModel
+
+
+@dataclass(frozen=True)
+class Stage:
+    index: int
+    rank: int
+    layers: range
+    parameter_count: int
+    parameter_bytes: int
+
+
+def rows(table: object) -> list[str]:
+    output = io.StringIO()
+    Console(file=output, width=200).print(table)
+    return [" ".join(line.split()) for line in output.getvalue().splitlines()]
+
+
+def test_stages_are_summed_and_layers_counted() -> None:
+    stages = [Stage(0, 0, range(3), 1500, 6000), Stage(1, 1, range(3, 4), 500, 2_000_000_000)]
+    assert rows(stage_table(stages, ["Embed", "Block", "Block", "Head"])) == [
+        "stage rank layers kinds parameters bytes",
+        "0 0 0-2 Embed, 2 Block 1,500 6 kB",
+        "1 1 3 Head 500 2 GB",
+        "all 2,000 2 GB",
+    ]
+
+
+def test_the_layout_in_three_lines() -> None:
+    assert layout_lines("tiny:pipeline", StagedModel.from_config(tiny_recipes.pipeline())) == [
+        "tiny:pipeline: 288 parameters on pipeline 2 x data 1 x tensor 1 = 2 cpu devices",
+        "stages: 0 (rank 0) layers 0-1  1 (rank 1) layers 2-3",
+        "1f1b, 4 microbatches of 4 examples, remat none, expected bubble 20.0%",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (999_600, "1 MB"), (2_345_000_000, "2.35 GB"), (7e15, "7,000 TB")],
+)
+def test_bytes_have_a_unit(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+def test_a_file_gets_whole_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    make_console().print("word " * 100)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_picture_of_a_timeline(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"plan.{suffix}"
+    check_picture(file)
+    plot_timeline(simulate(make_plan("gpipe", 2, 3, 2)), file)
+    assert file.stat().st_size > 1000
