@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-Text = UInt8[np.ndarray, " bytes"]
+Text = UInt8[np.ndarray, " _"]
+"""Bytes of one file, or of several that follow each other."""
 
 PACKAGES = ("asyncio", "email", "encodings", "jax", "numpy", "optax", "orbax", "rich", "scipy", "xml")
 """Four packages of the standard library and six that meshpipe depends on: every machine that runs it has them."""

@@ -55,7 +55,7 @@ class LanguageModelConfig(ModelConfig):
 
     @classmethod
     def debug(cls) -> "LanguageModelConfig":
-        """The smallest that has everything: 2 blocks, 2 heads sharing 1 key-value head, 30 thousand parameters."""
+        """The smallest that has everything: 2 blocks, 2 heads sharing 1 key-value head, 35 thousand parameters."""
         return cls(d_model=32, num_blocks=2, num_heads=2, num_kv_heads=1, d_hidden=64)
 
     @classmethod

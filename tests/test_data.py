@@ -1,0 +1,208 @@
+"""Batches resume exactly, and windows hold what they say."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from meshpipe.data import (
+    BatchIterator,
+    LabelledWindows,
+    PackageWindowsConfig,
+    PackedWindows,
+    TextFilesConfig,
+    batches,
+    example_batch,
+)
+
+
+class Numbers:
+    """Examples that are their own index."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"number": np.asarray(index, np.int32)}
+
+    def __repr__(self) -> str:
+        return f"Numbers({self.size})"
+
+
+def take(iterator: BatchIterator, count: int) -> list[int]:
+    return [number for _ in range(count) for number in next(iterator)["number"].tolist()]
+
+
+def text(string: str) -> np.ndarray:
+    return np.frombuffer(string.encode(), np.uint8)
+
+
+def test_the_seed_decides_the_order_and_every_epoch_has_its_own():
+    numbers = take(batches(Numbers(10), 4, seed=3), 5)
+    assert numbers == take(batches(Numbers(10), 4, seed=3), 5)
+    assert numbers != take(batches(Numbers(10), 4, seed=4), 5)
+    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
+    assert numbers[:10] != numbers[10:]
+
+
+def test_without_shuffling_the_order_is_the_source_s():
+    assert [b["number"].tolist() for b in batches(Numbers(10), 4, shuffle=False, epochs=1)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+    ]
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 2, 7])
+def test_a_restored_position_continues_with_the_next_batch(consumed: int):
+    whole = take(batches(Numbers(10), 4), 12)
+    first = batches(Numbers(10), 4)
+    take(first, consumed)  # by now more than these has been prefetched
+    state = json.loads(json.dumps(first.get_state()))
+    second = batches(Numbers(10), 4)
+    take(second, 3)
+    second.set_state(state)
+    assert second.get_state() == state
+    assert take(second, 12 - consumed) == whole[4 * consumed :]
+
+
+def test_a_position_fits_another_batch_size():
+    whole = take(batches(Numbers(10), 4), 6)
+    first, second = batches(Numbers(10), 4), batches(Numbers(10), 3)
+    take(first, 3)
+    second.set_state(first.get_state())
+    assert take(second, 4) == whole[12:]
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        (batches(Numbers(11), 4), "source"),
+        (batches(Numbers(10), 4, seed=1), "seed"),
+        (batches(Numbers(10), 4, shuffle=False), "shuffle"),
+    ],
+)
+def test_a_position_of_other_data_or_another_order_is_refused(other: BatchIterator, name: str):
+    with pytest.raises(ValueError, match=rf"only the data and order it came from. Got {name} "):
+        other.set_state(batches(Numbers(10), 4).get_state())
+
+
+def test_finite_epochs_end_also_after_a_resume():
+    iterator = batches(Numbers(10), 4, epochs=2)
+    assert len(take(iterator, 5)) == 20
+    with pytest.raises(StopIteration):
+        next(iterator)
+    iterator.set_state({**iterator.get_state(), "examples": 12})
+    assert len(list(iterator)) == 2
+
+
+@pytest.mark.parametrize("batch_size", [0, 4])
+def test_a_batch_must_fit_the_data(batch_size: int):
+    with pytest.raises(ValueError, match="at least"):
+        batches(Numbers(3), batch_size)
+
+
+def test_an_example_batch_has_the_shapes_of_batches():
+    source = LabelledWindows([text("abcdef"), text("ghijk")], 2)
+    example, batch = example_batch(source, 3), next(batches(source, 3))
+    assert {k: (v.shape, v.dtype) for k, v in example.items()} == {k: (v.shape, v.dtype) for k, v in batch.items()}
+    with pytest.raises(ValueError, match="at least one example"):
+        example_batch(Numbers(0), 3)
+
+
+def test_labels_take_turns_and_have_equally_many_windows():
+    source = LabelledWindows([text("abcdef"), text("ghijk")], 2)
+    windows = [(bytes(source[i]["inputs"].astype(np.uint8)), int(source[i]["labels"])) for i in range(len(source))]
+    assert windows == [(b"ab", 0), (b"gh", 1), (b"cd", 0), (b"ij", 1)]
+
+
+def test_packed_windows_count_every_byte_but_the_first_of_each_file_once():
+    source = PackedWindows([text("abc"), text("d"), text("efghi")], 4)
+    first, second = source[0], source[1]
+    assert len(source) == 2
+    assert bytes(first["inputs"].astype(np.uint8)) == b"abcd"
+    assert bytes(first["targets"].astype(np.uint8)) == b"bcde"
+    assert first["segment_ids"].tolist() == [0, 0, 0, 1]
+    assert first["weights"].tolist() == [1, 1, 0, 0]
+    assert bytes(second["targets"].astype(np.uint8)) == b"fghi"
+    assert second["weights"].tolist() == [1, 1, 1, 1]
+
+
+def test_only_the_last_packed_window_is_padded():
+    source = PackedWindows([text("abcdef")], 4)
+    last = source[len(source) - 1]
+    assert last["inputs"].tolist() == [ord("e"), ord("f"), 0, 0]
+    assert last["weights"].tolist() == [1, 0, 0, 0]
+    assert last["segment_ids"].tolist() == [0, 0, 1, 1]
+
+
+def test_unigram_entropy():
+    assert PackedWindows([text("aabb")], 2).unigram_entropy() == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize("config", [PackageWindowsConfig(), TextFilesConfig()])
+def test_package_source_is_there_and_the_same_each_time(config: PackageWindowsConfig | TextFilesConfig):
+    train, held_out = config.train_source(), config.eval_source()
+    assert len(train) > 10_000
+    assert len(held_out) > 1_000
+    assert repr(train) == repr(config.train_source()) == repr(pickle.loads(pickle.dumps(train)))
+    assert repr(train) != repr(held_out)
+    assert train[5]["inputs"].shape == (128,)
+
+
+def test_no_training_window_of_package_source_is_held_out():
+    config = PackageWindowsConfig(packages=("email", "json"), sequence_length=64)
+    train, held_out = config.train_source(), config.eval_source()
+    seen = {train[i]["inputs"].tobytes() for i in range(len(train))}
+    shared = sum(held_out[i]["inputs"].tobytes() in seen for i in range(len(held_out)))
+    assert shared < 0.02 * len(held_out)
+
+
+def test_a_folder_s_files_are_split_whole_and_hidden_and_binary_ones_left_out(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for i in range(30):
+        (tmp_path / "sub" / f"{i}.txt").write_text(chr(65 + i) * 20)
+    (tmp_path / ".hidden").write_text("?" * 20)
+    (tmp_path / "binary").write_bytes(b"!\0!" * 20)
+    (tmp_path / "empty").touch()
+    config = TextFilesConfig(path=str(tmp_path), sequence_length=8)
+    sides = [
+        {int(b) for i in range(len(s)) for b in s[i]["inputs"]} - {0}
+        for s in (config.train_source(), config.eval_source())
+    ]
+    assert sides[0] | sides[1] == set(range(65, 95))
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) < len(sides[0])
+
+
+def test_a_single_file_is_mapped_and_its_last_tenth_held_out(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"a" * 900 + b"b" * 100)
+    config = TextFilesConfig(path=str(path), sequence_length=10)
+    assert set(config.train_source()[0]["inputs"]) == {ord("a")}
+    assert set(config.eval_source()[0]["inputs"]) == {ord("b")}
+    (tmp_path / "folder").mkdir()
+    path.rename(tmp_path / "folder" / "text")
+    moved = TextFilesConfig(path=str(tmp_path / "folder"), sequence_length=10)
+    assert repr(moved.eval_source()) == repr(PackedWindows([text("b" * 100)], 10))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda tmp: TextFilesConfig(path=str(tmp / "none")).train_source(), "which is neither"),
+        (lambda tmp: TextFilesConfig(path=str(tmp)).train_source(), "at least one window of text. Got 0 bytes"),
+        (lambda tmp: TextFilesConfig(path=__file__, sequence_length=10**6).eval_source(), "in the held-out part"),
+        (lambda tmp: TextFilesConfig(sequence_length=0), "--data.sequence-length must be at least 1"),
+        (lambda tmp: PackageWindowsConfig(packages=()), "at least one package"),
+        (lambda tmp: PackageWindowsConfig(packages=("no_such",)).train_source(), "Got 'no_such'"),
+        (lambda tmp: PackageWindowsConfig(packages=("sys",)).train_source(), "Got 'sys'"),
+        (lambda tmp: PackageWindowsConfig(sequence_length=10**6).train_source(), "package 'asyncio', with windows of"),
+    ],
+)
+def test_data_that_cannot_be_is_refused(tmp_path, make, message: str):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
