@@ -14,7 +14,8 @@ from flax import nnx
 Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
 LayerLike: TypeAlias = nnx.Module | Callable[..., nnx.Module]
-"""A module, or a constructor that takes an `nnx.Rngs`; with constructors no process ever holds the whole model."""
+"""A module, or a constructor that takes an `nnx.Rngs` or nothing; with constructors no process ever holds the whole
+model."""
 
 TRAIN = "train"
 """The keyword through which a layer's `__call__` learns whether it is training."""
@@ -79,7 +80,7 @@ class Layer:
                 value = _random_state(path, variable, randomness)
             else:
                 value = params[path] if path in params else state[path]
-            variables.append((key, variable.replace(value)))
+            variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
         module = nnx.merge(self.graphdef, nnx.from_flat_state(variables))
         module.train() if train else module.eval()
         keywords = {name: train if name == TRAIN and name not in batch else batch[name] for name in self.fields}
@@ -102,33 +103,42 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) ->
 
 def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Layer:
     make, ready = _constructor(path, layer)
+    kinds: list[tuple[type, nnx.GraphDef]] = []
+
+    def build() -> nnx.State:
+        module = _checked(path, make(nnx.Rngs(0)))
+        graphdef, structure = nnx.split(module)
+        _check_arrays(path, module, structure)
+        kinds.append((type(module), graphdef))
+        return structure
+
     with nnx.use_eager_sharding(False):
-        module = ready if ready is not None else nnx.eval_shape(lambda: _checked(path, make(nnx.Rngs(0))))
-    graphdef, structure = nnx.split(module)
+        structure = jax.eval_shape(build)
+    ((kind, graphdef),) = kinds
     params: dict[str, jax.ShapeDtypeStruct] = {}
     state: dict[str, jax.ShapeDtypeStruct] = {}
     axes: dict[str, tuple[str | None, ...]] = {}
     has_randomness = False
     for key, variable in nnx.to_flat_state(structure):
-        leaf, value = _join(path, key), variable.get_value()
+        leaf, value = _join(path, key), _value(variable)
         if isinstance(variable, nnx.RngState):
             has_randomness = True
             continue
         trainable = isinstance(variable, nnx.Param) and jnp.issubdtype(value.dtype, jnp.inexact)
         (params if trainable else state)[leaf] = jax.ShapeDtypeStruct(value.shape, value.dtype)
-        if names := variable.get_metadata().get("out_sharding"):
+        if isinstance(variable, nnx.Variable) and (names := variable.get_metadata().get("out_sharding")):
             axes[leaf] = tuple(names)
     return Layer(
         path=path,
         graphdef=graphdef,
-        structure=jax.eval_shape(lambda: structure) if ready is not None else structure,
+        structure=structure,
         params=params,
         state=state,
         axes=axes,
-        fields=_fields(path, type(module), batch_fields),
+        fields=_fields(path, kind, batch_fields),
         has_randomness=has_randomness,
         make=make,
-        values=_leaves(path, structure) if ready is not None else None,
+        values=_leaves(path, nnx.state(ready)) if ready is not None else None,
     )
 
 
@@ -140,17 +150,22 @@ def _constructor(path: str, layer: LayerLike) -> tuple[Callable[[nnx.Rngs], nnx.
             f"A layer must be an nnx.Module or a constructor that takes nnx.Rngs. {path} is a {type(layer).__name__}. "
             "For a constructor write e.g. lambda rngs: nnx.Linear(8, 8, rngs=rngs)."
         )
-    if _names_rngs(layer):
+    parameters = _parameters(layer)
+    if "rngs" in parameters:
         return lambda rngs: layer(rngs=rngs), None
-    return layer, None
+    return (layer if parameters else lambda rngs: layer()), None
 
 
-def _names_rngs(constructor: Callable[..., Any]) -> bool:
-    """Whether it has a parameter called `rngs`. Of a class, `__init__` tells; its metaclass takes anything."""
-    while isinstance(constructor, functools.partial):
-        constructor = constructor.func
-    function = constructor.__init__ if isinstance(constructor, type) else constructor
-    return "rngs" in inspect.signature(function).parameters
+def _parameters(constructor: Callable[..., Any]) -> list[str]:
+    """What a constructor still takes. Of a class, `__init__` tells; its metaclass takes anything."""
+    given = constructor if isinstance(constructor, functools.partial) else functools.partial(constructor)
+    function: Any = given.func
+    start = function.__init__
+    if isinstance(function, type):
+        if start is object.__init__:
+            return []
+        given = functools.partial(start, None, *given.args, **given.keywords)
+    return list(inspect.signature(given).parameters)
 
 
 def _checked(path: str, module: Any) -> nnx.Module:
@@ -160,6 +175,19 @@ def _checked(path: str, module: Any) -> nnx.Module:
             "Wrap a plain function in an nnx.Module whose __call__ calls it."
         )
     return module
+
+
+def _check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
+    """Flax 0.12 takes a plain array that is made under a trace for a constant, and the trace ends before it is used."""
+    known = {key[:length] for key, _ in nnx.to_flat_state(structure) for length in range(len(key) + 1)}
+    for where, node in nnx.iter_graph(module):
+        for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
+            if (*where, name) not in known and any(isinstance(v, jax.Array) for v in jax.tree.leaves(value)):
+                raise ValueError(
+                    "The arrays of a layer must be variables. "
+                    f"{_join(path, (*where, name))} is a plain array; write nnx.Variable(...) around it, or "
+                    "nnx.Param(...) if it is trained."
+                )
 
 
 def _fields(path: str, kind: type, batch_fields: tuple[str, ...]) -> tuple[str, ...]:
@@ -192,7 +220,12 @@ def _random_state(path: str, variable: nnx.Variable, randomness: Randomness) -> 
 
 def _leaves(path: str, state: nnx.State) -> Leaves:
     flat = nnx.to_flat_state(state)
-    return {_join(path, key): v.get_value() for key, v in flat if not isinstance(v, nnx.RngState)}
+    return {_join(path, key): _value(v) for key, v in flat if not isinstance(v, nnx.RngState)}
+
+
+def _value(variable: Any) -> Any:
+    """The array of a variable; an array that is an attribute of its own (`nnx.data`) stands for itself."""
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
 
 
 def _join(path: str, key: Sequence[Any]) -> str:

@@ -124,6 +124,7 @@ class TracedStage:
                 output = tuple(jnp.asarray(v, jnp.float32) for v in output)
                 floating_out = [output[0]]
             else:
+                output = jax.tree.map(jnp.asarray, output)
                 floating_out = [v for v in jax.tree.leaves(output) if jnp.issubdtype(v.dtype, jnp.inexact)]
             return floating_out, (output, tuple(new_state[path] for path in spec.state))
 
