@@ -75,8 +75,8 @@ def _compile(item: tuple[tuple[str, Mesh], jax.stages.Lowered]) -> jax.stages.Co
     Their values are the same.
     """
     (_, mesh), lowered = item
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None)
+    options: dict[str, Any] = {"xla_backend_optimization_level": 1}
+    return lowered.compile(compiler_options=options if mesh.devices.flat[0].platform == "cpu" else None)
 
 
 def _copy(values: Leaves, shapes: Placed) -> Leaves:

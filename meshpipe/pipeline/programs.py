@@ -109,7 +109,7 @@ def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) 
 def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, Arrays]:
     *others, output_gradients = arguments
     seeds = (jnp.ones((), jnp.float32),) if stage.boundary_out is None else output_gradients
-    gradients, into_x = stage.pull_back(*others, seeds)
+    gradients, into_x = stage.pull_back(*others, output_gradients=seeds)
     return tuple(gradients), tuple(into_x)
 
 
