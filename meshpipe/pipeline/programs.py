@@ -107,9 +107,9 @@ def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) 
 
 
 def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, Arrays]:
-    *others, output_gradients = arguments
+    params, hoisted, inputs, microbatch, kept, residuals, output_gradients = arguments
     seeds = (jnp.ones((), jnp.float32),) if stage.boundary_out is None else output_gradients
-    gradients, into_x = stage.pull_back(*others, output_gradients=seeds)
+    gradients, into_x = stage.pull_back(params, hoisted, inputs, microbatch, kept, residuals, seeds)
     return tuple(gradients), tuple(into_x)
 
 
