@@ -4,10 +4,12 @@ import itertools
 import sys
 import time
 import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from meshpipe.checkpoint import Checkpointer
@@ -96,7 +98,8 @@ class Loop:
         self._out = outputs
         self._stop = stop
         self._learning_rate = config.optimizer.schedule(config.steps)
-        self._on_its_way: tuple[StepResult, int | None] | None = None
+        self._on_its_way: tuple[StepResult, int | None, Future[float]] | None = None
+        self._watch = ThreadPoolExecutor(1, "watch")
         self._good_step = trainer.step_number
         """The last update that is known to be finite."""
         self._values: dict[str, Any] = {}
@@ -118,6 +121,7 @@ class Loop:
             status, error = "failed", exception
         finally:
             self._progress.close()
+            self._watch.shutdown()
         saved = self._newest_checkpoint()
         end = {"status": status, "step": self._good_step, "saved_step": saved, "seconds": time.perf_counter() - started}
         try:
@@ -137,8 +141,10 @@ class Loop:
         while trainer.step_number < config.steps and not self._stop:
             batch = next(self._batches)
             result = trainer.step(batch)
+            # A thread notes when it is complete, since this one will look only after handing over the next step.
+            completion = self._watch.submit(_completion_time, result)
             self._finish_step()
-            self._on_its_way = result, config.model.tokens(batch)
+            self._on_its_way = result, config.model.tokens(batch), completion
             if _is_due(result.step, config.checkpoint.checkpoint_every):
                 self._finish_step()
                 self._save()
@@ -158,9 +164,9 @@ class Loop:
         """Waits for the step on its way, checks that it is finite, and reports it."""
         if self._on_its_way is None:
             return
-        (result, tokens), self._on_its_way = self._on_its_way, None
+        (result, tokens, completion), self._on_its_way = self._on_its_way, None
         self._trainer.check(result)
-        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        seconds, self._clock = completion.result() - self._clock, completion.result()
         self._good_step = result.step
         self._values = {
             "step": result.step,
@@ -248,6 +254,11 @@ class Loop:
 
     def _say(self, text: str) -> None:
         self._progress.say(text)
+
+
+def _completion_time(result: StepResult) -> float:
+    jax.block_until_ready(result.good)
+    return time.perf_counter()
 
 
 def _is_due(step: int, every: int) -> bool:
