@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 
 from meshpipe.sharding import abstract, replicated
@@ -117,17 +118,14 @@ class Optimizer:
 
     def _state_shapes(self, stage: StageParameters) -> Any:
         """Optax's state of a stage, its parameter-like leaves placed like the parameters."""
-        shapes = jax.eval_shape(self._transformation.init, stage.owned)
-        everywhere = replicated(stage.mesh)
-        return optax.tree_utils.tree_map_params(
-            self._transformation,
-            lambda leaf, param: abstract(
-                leaf.shape, leaf.dtype, param.sharding if leaf.shape == param.shape else everywhere
-            ),
-            shapes,
-            stage.owned,
-            transform_non_params=lambda leaf: abstract(leaf.shape, leaf.dtype, everywhere),
-        )
+        owned, everywhere = stage.owned, replicated(stage.mesh)
+
+        def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            params = [owned[key.key] for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in owned]
+            like = [param.sharding for param in params if param.shape == leaf.shape]
+            return abstract(leaf.shape, leaf.dtype, like[0] if like else everywhere)
+
+        return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._transformation.init, owned))
 
     def init(self, params: Sequence[Arrays]) -> list[Any]:
         """Optax's state of every stage, made on its submesh."""
@@ -240,6 +238,11 @@ def check_separable(transformation: optax.GradientTransformation, stages: Sequen
     params = {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
     state = jax.eval_shape(transformation.init, params)
     closed, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
+    if _draws_random_numbers(closed.jaxpr):
+        raise ValueError(
+            "An optimizer must not draw random numbers when there are several stages: its draws would depend on how "
+            "the layers are cut. Got a transformation that does, such as optax.add_noise. Leave it out."
+        )
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     sources = [frozenset((stage_of[path[0].key],)) for path in paths]
     reached = _dependencies(closed.jaxpr, [*sources, *([frozenset()] * len(jax.tree.leaves(state))), *sources])
@@ -273,3 +276,11 @@ def _dependencies(jaxpr: Any, inputs: Sequence[frozenset[int]]) -> list[frozense
             results = [nothing.union(*operands)] * len(equation.outvars)
         known.update(zip(equation.outvars, results, strict=True))
     return [of(atom) for atom in jaxpr.outvars]
+
+
+def _draws_random_numbers(jaxpr: Any) -> bool:
+    names = ("random_", "threefry", "rng_")
+    return any(
+        equation.primitive.name.startswith(names) or any(map(_draws_random_numbers, jaxprs_in_params(equation.params)))
+        for equation in jaxpr.eqns
+    )
