@@ -39,10 +39,13 @@ def config_values(config: Any) -> Any:
     return config if config is None or isinstance(config, bool | int | float | str) else str(config)
 
 
-def layout_values(config: Config, stages: Iterable[range]) -> dict[str, Any]:
-    """Mesh axes, schedule and the layers of every stage."""
-    boundaries = [layers.start for layers in stages][1:]
-    return config_values(config.mesh) | config_values(config.pipeline) | {"boundaries": boundaries}
+def layout_values(config: Config, stages: Sequence[range]) -> dict[str, Any]:
+    """Mesh axes, schedule and the layers of every stage, as they are where the config leaves them open."""
+    chosen = {
+        "stages_per_rank": len(stages) // config.mesh.pipeline,
+        "boundaries": [layers.start for layers in stages][1:],
+    }
+    return config_values(config.mesh) | config_values(config.pipeline) | chosen
 
 
 def device_names(devices: Iterable[jax.Device]) -> list[str]:
@@ -66,7 +69,7 @@ def _version(package: str) -> str:
 
 
 def checkpoint_metadata(
-    config: Config, recipe: str, stages: Iterable[range], step: int, data: Mapping[str, Any]
+    config: Config, recipe: str, stages: Sequence[range], step: int, data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What is saved beside the arrays; `data` is the position in the training data."""
     return {

@@ -35,7 +35,8 @@ def test_what_json_cannot_hold_is_named() -> None:
 
 def test_the_layout_says_where_stages_begin() -> None:
     layout = layout_values(tiny_recipes.pipeline(), [range(3), range(3, 4)])
-    assert layout | {"pipeline": 2, "schedule": "1f1b", "num_microbatches": 4, "boundaries": [3]} == layout
+    expected = {"pipeline": 2, "schedule": "1f1b", "num_microbatches": 4, "stages_per_rank": 1, "boundaries": [3]}
+    assert layout | expected == layout
 
 
 def test_versions_name_the_packages() -> None:
