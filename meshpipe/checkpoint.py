@@ -1,29 +1,40 @@
 """Checkpoints on Orbax: an item per stage, leaves keyed by path, a step listed only once it is whole."""
 
+import atexit
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
-from meshpipe.checksums import CHECKSUMS, differences, write_checksums
+from meshpipe.checkpoint_index import CheckpointError as CheckpointError
+from meshpipe.checkpoint_index import Tree, check_leaf, index_leaves, with_sharding
+from meshpipe.checkpoint_items import (
+    META,
+    directory_name,
+    leaf_of,
+    open_orbax,
+    quiet_orbax,
+    read_arrays,
+    read_document,
+    start_save,
+)
+from meshpipe.checksums import CHECKSUMS, differences, flush_folder, write_checksums
 
-Tree = Mapping[str, Mapping[str, Any]]
-"""What one stage saves: sections such as `params`, each a flat dict of arrays by leaf path."""
-_METADATA = "meta"
+_FORMAT = 1
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or does not fit what is to be restored; the message gives the way out."""
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; those before it are untouched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +66,33 @@ class Checkpointer:
     """Saves and restores the trees of all stages of a run in one folder.
 
     A step is written under a temporary name and gets its own when all of its files and their checksums are there.
-    Without a trainer::
+    Without a trainer, `params` being a dict of arrays::
 
         with Checkpointer("runs/mine") as checkpointer:
             checkpointer.save(step, [{"params": params}], {"seed": 0})
-            trees = checkpointer.restore(step, [{"params": shapes_with_shardings}])
 
-    Nothing is written, not even the folder, before the first `save`. `keep` is the number of newest steps to keep, 0
-    for all.
+        checkpointer = Checkpointer("runs/mine")
+        [tree] = checkpointer.restore(checkpointer.latest(), [{"params": params_or_their_shapes}])
+
+    Nothing is written, not even the folder, before the first `save`; nothing is removed before it either. One
+    checkpointer at a time may write to a folder; others may read. `keep` is the number of newest steps to keep, 0 for
+    all. The last save is complete only after `wait` or `close`, or at the end of the `with` block.
+    Raises `CheckpointError` when the folder is none of this machine's file systems.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 3):
+        if "://" in str(directory):
+            raise CheckpointError(
+                f"Checkpoints are written to folders. Got {str(directory)!r}. Mount the storage, and give its path."
+            )
+        if keep < 0:
+            raise CheckpointError(f"keep must be at least 0. Got {keep}.")
         self.directory = Path(directory).absolute()
         self._keep = keep
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._items: tuple[str, ...] = ()
         self._background = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] | None = None
+        self._writing: tuple[int, Future[None]] | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -82,71 +103,72 @@ class Checkpointer:
         self.close()
 
     def save(self, step: int, trees: Sequence[Tree], metadata: Mapping[str, Any]) -> None:
-        """Copies the arrays, then writes them in the background; they may be donated as soon as this returns.
+        """Takes hold of the arrays, then writes them in the background; they may be donated as soon as this returns.
 
         `metadata` is anything JSON can hold. Waits for the save before. Raises `CheckpointError` when the step is not
-        newer than all that are there, and `OSError` or `ValueError` when the save before this one could not be
-        written.
+        newer than all that are there, or something is given that cannot be saved; `CheckpointWriteError` when the save
+        before this one could not be written.
         """
         self.wait()
-        newest = self.latest()
-        if newest is not None and step <= newest:
-            raise CheckpointError(
-                f"A checkpoint must be newer than those in the folder. Got step {step}, with step {newest} in "
-                f"{self.directory}. "
-                "Save into another folder, or resume from the newest."
-            )
-        index, items = _index(trees)
-        arguments = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
-        document = {"user": dict(metadata), "leaves": index, "stages": len(trees)}
-        json.dumps(document)  # a value that JSON cannot hold must fail before anything is written
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._open(tuple(items))
-        assert self._orbax is not None
+        self._check_newer(step)
+        leaves, items = index_leaves(trees)
+        document = {"format": _FORMAT, "step": step, "user": dict(metadata), "leaves": leaves, "stages": len(trees)}
+        try:
+            json.dumps(document)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"The metadata of a checkpoint must be what JSON can hold. {error}.") from error
         partial = self.directory / f"{step}.partial"
-        self._orbax.save(
-            epath.Path(partial), args=ocp.args.Composite(**arguments, **{_METADATA: ocp.args.JsonSave(document)})
-        )
-        self._writing = self._background.submit(self._commit, self._orbax, partial)
+        with ExitStack() as quiet:
+            quiet.enter_context(quiet_orbax())
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                orbax = self._open(tuple(items))
+                start_save(orbax, partial, items, document)
+            except OSError as error:
+                raise self._write_error(step, error) from error
+            self._writing = step, self._background.submit(self._commit, orbax, partial, quiet.pop_all())
+        atexit.unregister(self._warn_at_exit)
+        atexit.register(self._warn_at_exit)
 
     def restore(self, step: int, abstract: Sequence[Tree]) -> list[dict[str, dict[str, jax.Array]]]:
         """The saved leaves with the shapes, dtypes and shardings of `abstract`, whatever stages and shardings they
         were saved from.
 
-        Only the leaves asked for are read, after their stages' checksums have been compared. Raises `CheckpointError`
-        when the step is not there or damaged, or a leaf is missing or has another shape or dtype.
+        Leaves of `abstract` are arrays or `jax.ShapeDtypeStruct`s; without a sharding they go to the first device.
+        Only the leaves asked for are read, after their files were compared with their checksums. Raises
+        `CheckpointError` when the step is not there or damaged, or a leaf is missing or has another shape or dtype.
         """
-        folder = self._folder(step)
         leaves = self._document(step)["leaves"]
         wanted: dict[tuple[int, str], dict[str, jax.ShapeDtypeStruct]] = {}
         for stage, tree in enumerate(abstract):
             for section, part in tree.items():
-                for path, shape in part.items():
+                for path, leaf in part.items():
                     key = f"{section}/{path}"
-                    _check_leaf(step, key, shape, leaves)
-                    wanted.setdefault((stage, leaves[key]["item"]), {})[key] = shape
-        self._check_bytes(step, sorted({item for _, item in wanted}))
+                    check_leaf(step, key, leaf, leaves)
+                    wanted.setdefault((stage, leaves[key]["item"]), {})[key] = with_sharding(leaf)
+        needed = {f"{item}/{directory_name(key)}/" for (_, item), shapes in wanted.items() for key in shapes}
+        self._check_bytes(step, lambda name: leaf_of(name) is None or name[: name.rindex("/") + 1] in needed)
         found: list[dict[str, jax.Array]] = [{} for _ in abstract]
-        for (stage, item), shapes in wanted.items():
-            found[stage].update(_read(folder / item, shapes))
+        with quiet_orbax():
+            for (stage, item), shapes in wanted.items():
+                found[stage].update(read_arrays(self.directory / str(step) / item, shapes))
         return [
             {section: {path: arrays[f"{section}/{path}"] for path in part} for section, part in tree.items()}
             for arrays, tree in zip(found, abstract, strict=True)
         ]
 
     def steps(self) -> list[int]:
-        """Steps that are whole, oldest first."""
+        """Steps that were saved as a whole, oldest first; none where there is no folder."""
         if not self.directory.is_dir():
             return []
-        names = (
-            p.name
-            for p in self.directory.iterdir()
-            if re.fullmatch("0|[1-9][0-9]*", p.name) and (p / CHECKSUMS).is_file()
-        )
-        return sorted(map(int, names))
+        # Both files are there as soon as a step has its name. One alone shows that the other was lost since, which
+        # `verify_checkpoint` tells and which must not pass for a step that never was.
+        marks = (CHECKSUMS, f"{META}/metadata")
+        folders = (path for path in self.directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name))
+        return sorted(int(path.name) for path in folders if any((path / mark).is_file() for mark in marks))
 
     def latest(self) -> int | None:
-        """The newest whole step, or None."""
+        """The newest saved step, or None."""
         return max(self.steps(), default=None)
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -158,48 +180,84 @@ class Checkpointer:
         return self._document(step)["leaves"]
 
     def wait(self) -> None:
-        """Waits until the last save is whole. Raises what went wrong in writing; earlier steps are as they were."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
+        """Waits until the last save is whole. Raises `CheckpointWriteError` when it could not be written."""
+        if self._writing is None:
+            return
+        step, writing = self._writing
+        try:
             writing.result()
+        except Exception as error:
+            self._writing = None
+            raise self._write_error(step, error) from error
+        self._writing = None
 
     def close(self) -> None:
         """Waits for the last save and lets go of the background threads."""
         try:
             self.wait()
         finally:
+            atexit.unregister(self._warn_at_exit)
             self._background.shutdown()
             if self._orbax is not None:
                 self._orbax.close()
                 self._orbax = None
 
-    def _commit(self, orbax: ocp.AsyncCheckpointer, partial: Path) -> None:
+    def _check_newer(self, step: int) -> None:
+        """Refuses to save a step that is there, is older than one that is, or whose name is taken."""
+        if step < 0:
+            raise CheckpointError(f"A step must be at least 0. Got {step}.")
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"Checkpoints are saved in a folder. Got {self.directory}, a file. Name another.")
+        newest = self.latest()
+        if newest is not None and step <= newest:
+            raise CheckpointError(
+                f"A checkpoint must be newer than those in the folder. Got step {step}, with step {newest} in "
+                f"{self.directory}. Save into another folder, or resume from the newest."
+            )
+        path = self.directory / str(step)
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise CheckpointError(f"{path} is in the way of a checkpoint and is none. Move it, or name another folder.")
+
+    def _commit(self, orbax: ocp.AsyncCheckpointer, partial: Path, quiet: ExitStack) -> None:
         """Gives a written step its final name, then removes the steps beyond `keep`."""
-        orbax.wait_until_finished()
+        with quiet:
+            orbax.wait_until_finished()
         write_checksums(partial)
         partial.rename(partial.with_suffix(""))
+        flush_folder(self.directory)
         for step in self.steps()[: -self._keep] if self._keep else ():
             # Renamed first, so that no step is listed while it is half deleted.
             shutil.rmtree((self.directory / str(step)).rename(self.directory / f"{step}.deleted"))
 
-    def _open(self, items: tuple[str, ...]) -> None:
-        """Starts Orbax for these items; the first time, clears away what a killed run has left."""
+    def _write_error(self, step: int, error: Exception) -> CheckpointWriteError:
+        """Clears away what there is of a failed save, which may also be what fills the disk, and says what is left."""
+        steps = self.steps()
+        if step in steps:
+            return CheckpointWriteError(f"Step {step} is saved in {self.directory}, but older ones remain: {error}.")
+        for leftover in self.directory.glob(f"{step}.partial*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        rest = f"The newest step there is {steps[-1]}." if steps else "No other step is there."
+        return CheckpointWriteError(f"Step {step} could not be written to {self.directory}: {error}. {rest}")
+
+    def _warn_at_exit(self) -> None:
+        """Python lets threads start no others once the program ends, so a save that nobody waits for can be lost."""
+        try:
+            self.wait()
+        except CheckpointWriteError as error:
+            print(f"meshpipe: {error} Call close() on a Checkpointer before the program ends.", file=sys.stderr)
+
+    def _open(self, items: tuple[str, ...]) -> ocp.AsyncCheckpointer:
+        """Orbax for these items; the first time, clears away what a killed run has left."""
         if self._orbax is not None and items == self._items:
-            return
+            return self._orbax
         if self._orbax is None:
             for leftover in self.directory.iterdir():
                 if re.fullmatch(r"[0-9]+\.(partial.*|deleted)", leftover.name):
                     shutil.rmtree(leftover)
         else:
             self._orbax.close()
-        options = ocp.AsyncOptions(create_directories_asynchronously=False)
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(async_options=options),
-            **{item: _arrays_handler() for item in items},
-            **{_METADATA: ocp.JsonCheckpointHandler()},
-        )
-        self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
-        self._items = items
+        self._orbax, self._items = open_orbax(items), items
+        return self._orbax
 
     def _folder(self, step: int) -> Path:
         steps = self.steps()
@@ -209,16 +267,32 @@ class Checkpointer:
         raise CheckpointError(f"The step must be one that is saved in {self.directory}. Got {step}. {known}")
 
     def _document(self, step: int) -> dict[str, Any]:
+        """What is written down of a step. It is data from a file: nothing in it is trusted to be a name of a folder."""
         folder = self._folder(step)
-        self._check_bytes(step, [_METADATA])
-        document: dict[str, Any] = json.loads((folder / _METADATA / "metadata").read_text())
+        self._check_bytes(step, lambda name: name.startswith(f"{META}/"))
+        try:
+            document = read_document(folder)
+            version, saved_step, leaves = document["format"], document["step"], document["leaves"]
+            known = version == _FORMAT and isinstance(document["user"], dict)
+            known = known and all(re.fullmatch("stage_[0-9]+", leaf["item"]) for leaf in leaves.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            known = False
+        if not known:
+            raise CheckpointError(
+                f"Step {step} in {self.directory} is not written as this version of meshpipe writes checkpoints. "
+                "Read it with the version that saved it."
+            )
+        if saved_step != step:
+            raise CheckpointError(f"{folder} holds step {saved_step}. Name the folder {saved_step} again.")
         return document
 
-    def _check_bytes(self, step: int, items: Sequence[str]) -> None:
-        problems = [problem for item in items for problem in differences(self._folder(step), f"{item}/")]
+    def _check_bytes(self, step: int, concerns: Callable[[str], bool]) -> None:
+        problems = _problems(self._folder(step), concerns)
         if problems:
-            others = [s for s in self.steps() if s != step and not differences(self.directory / str(s))]
-            advice = f"The newest good step is {others[-1]}." if others else "No other step there is good."
+            self._folder(step)  # it may have been removed by a run that keeps fewer
+            others = (other for other in reversed(self.steps()) if other != step)
+            good = next((other for other in others if not differences(self.directory / str(other))), None)
+            advice = "No other step there is good." if good is None else f"The newest good step is {good}."
             raise CheckpointError(f"Step {step} in {self.directory} is damaged: {'; '.join(problems[:3])}. {advice}")
 
 
@@ -249,7 +323,7 @@ def describe_checkpoint(directory: str | Path, step: int) -> CheckpointInfo:
 
 
 def list_checkpoints(directory: str | Path) -> list[int]:
-    """Whole steps in a folder, oldest first. Raises `CheckpointError` when there is no such folder, or nothing in it."""
+    """Saved steps of a folder, oldest first. Raises `CheckpointError` when there is no such folder or no step in it."""
     steps = Checkpointer(directory).steps()
     if not steps:
         raise CheckpointError(
@@ -264,69 +338,12 @@ def verify_checkpoint(directory: str | Path, step: int) -> list[str]:
 
     Raises `CheckpointError` when the step is not there.
     """
-    return differences(Checkpointer(directory)._folder(step))
+    return _problems(Checkpointer(directory)._folder(step))
 
 
-def _index(trees: Sequence[Tree]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, jax.Array]]]:
-    """Where each leaf is to be found, and the arrays of each item; a leaf that several stages own is saved by the
-    first.
-    """
-    index: dict[str, dict[str, Any]] = {}
-    items: dict[str, dict[str, jax.Array]] = {}
-    for stage, tree in enumerate(trees):
-        item = f"stage_{stage}"
-        for section, leaves in tree.items():
-            for path, leaf in leaves.items():
-                key = f"{section}/{path}"
-                if key in index:
-                    continue
-                index[key] = {"item": item, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-                if leaf.size:
-                    items.setdefault(item, {})[_encode(key)] = leaf
-    return index, items
-
-
-def _check_leaf(step: int, key: str, shape: jax.ShapeDtypeStruct, leaves: Mapping[str, Any]) -> None:
-    saved = leaves.get(key)
-    if saved is None:
-        raise CheckpointError(
-            f"Every leaf to restore must be in the checkpoint. {key} is not in step {step}. "
-            "The model or optimizer is another than the one that was saved."
-        )
-    found = (tuple(saved["shape"]), saved["dtype"])
-    if found != (tuple(shape.shape), str(shape.dtype)):
-        raise CheckpointError(
-            f"A leaf must be restored with its saved shape and dtype. {key} is {found[1]}{list(found[0])} in "
-            f"step {step}; asked for {shape.dtype}{list(shape.shape)}. Configure the model as it was when it was saved."
-        )
-
-
-def _read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    empty = {key: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding) for key, s in wanted.items() if not s.size}
-    item = {_encode(key): shape for key, shape in wanted.items() if shape.size}
-    if not item:
-        return empty
-    restored = _arrays_handler().restore(
-        epath.Path(folder),
-        args=ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        ),
-    )
-    missing = [key for key, leaf in restored.items() if not isinstance(leaf, jax.Array)]
-    assert not missing, missing
-    return empty | {key: restored[_encode(key)] for key, shape in wanted.items() if shape.size}
-
-
-def _encode(key: str) -> str:
-    """A name without "/" or ".", which Orbax takes for levels of a tree."""
-    return key.replace("%", "%25").replace(".", "%2E").replace("/", ".")
-
-
-def _arrays_handler() -> ocp.PyTreeCheckpointHandler:
-    """Uncompressed (random weights shrink by 8 %, for most of the time) and each shard written by its first replica,
-    which
-    needs no compilation at the first save.
-    """
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, array_metadata_store=None)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+def _problems(folder: Path, concerns: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """What is wrong with the files of a step, one sentence each, with the leaf of each file."""
+    return [
+        f"{name} {problem}" + (f" (leaf {leaf})" if (leaf := leaf_of(name)) else "")
+        for name, problem in differences(folder, concerns).items()
+    ]
