@@ -20,7 +20,7 @@ def single() -> Config:
         model=LanguageModelConfig.small(),
         data=TextFilesConfig(sequence_length=64),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5, decay="cosine", weight_decay=0.01, clip_norm=1.0),
-        steps=60,
+        steps=80,
         batch_size=32,
     )
 
@@ -62,27 +62,35 @@ def debug() -> Config:
 
 
 def llama_7b() -> Config:
-    """8 accelerators of 80 GB: Llama 2 7B, four stages on 2 devices each; see it with `meshpipe plan`."""
+    """8 accelerators of 80 GB: Llama 2 7B, four stages on 2 devices each; see it with `meshpipe plan`.
+
+    A batch is 32 sequences of 4096 tokens. Llama's own is 4 million tokens: that is 32 times this layout side by side,
+    `--mesh.data 32 --batch-size 1024`.
+    """
     return Config(
         model=LanguageModelConfig.llama_7b(),
         data=TextFilesConfig(sequence_length=4096),
         mesh=MeshConfig(pipeline=4, tensor=2),
-        pipeline=PipelineConfig(num_microbatches=16, remat="full"),
+        pipeline=PipelineConfig(num_microbatches=32, remat="full"),
         optimizer=OptimizerConfig(
             learning_rate=3e-4, warmup_steps=2000, decay="cosine", weight_decay=0.1, clip_norm=1.0
         ),
         steps=500_000,
-        batch_size=64,
+        batch_size=32,
     )
 
 
 def llama_70b() -> Config:
-    """64 accelerators of 80 GB: Llama 2 70B, eight stages on 8 devices each; see it with `meshpipe plan`."""
+    """64 accelerators of 80 GB: Llama 2 70B, eight stages on 8 devices each; see it with `meshpipe plan`.
+
+    A batch is 64 sequences of 4096 tokens; `--mesh.data 16 --batch-size 1024` makes it Llama's 4 million tokens.
+    """
     base = llama_7b()
     return replace(
         base,
         model=LanguageModelConfig.llama_70b(),
         mesh=MeshConfig(pipeline=8, tensor=8),
-        pipeline=PipelineConfig(num_microbatches=32, remat="full"),
+        pipeline=PipelineConfig(num_microbatches=64, remat="full"),
         optimizer=replace(base.optimizer, learning_rate=1.5e-4),
+        batch_size=64,
     )
