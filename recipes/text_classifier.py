@@ -19,7 +19,7 @@ def single() -> Config:
     return Config(
         model=TextClassifierConfig.small(),
         data=PackageWindowsConfig(sequence_length=128),
-        optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=5, decay="cosine", weight_decay=0.01, clip_norm=1.0),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=5, decay="cosine", weight_decay=0.01, clip_norm=1.0),
         steps=60,
         batch_size=64,
     )
