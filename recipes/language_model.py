@@ -20,7 +20,7 @@ def single() -> Config:
         model=LanguageModelConfig.small(),
         data=TextFilesConfig(sequence_length=64),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5, decay="cosine", weight_decay=0.01, clip_norm=1.0),
-        steps=80,
+        steps=60,
         batch_size=32,
     )
 
