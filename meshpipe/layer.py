@@ -179,13 +179,16 @@ def _checked(path: str, module: Any) -> nnx.Module:
 
 def _check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
     """Flax 0.12 takes a plain array that is made under a trace for a constant, and the trace ends before it is used."""
-    known = {key[:length] for key, _ in nnx.to_flat_state(structure) for length in range(len(key) + 1)}
+    keys = [tuple(map(str, key)) for key, _ in nnx.to_flat_state(structure)]
+    known = {key[:length] for key in keys for length in range(len(key) + 1)}
     for where, node in nnx.iter_graph(module):
         for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
-            if (*where, name) not in known and any(isinstance(v, jax.Array) for v in jax.tree.leaves(value)):
+            attribute = (*map(str, where), name)
+            parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, nnx.Pytree | nnx.Variable))
+            if attribute not in known and any(isinstance(part, jax.Array) for part in parts):
                 raise ValueError(
                     "The arrays of a layer must be variables. "
-                    f"{_join(path, (*where, name))} is a plain array; write nnx.Variable(...) around it, or "
+                    f"{_join(path, attribute)} is a plain array; write nnx.Variable(...) around it, or "
                     "nnx.Param(...) if it is trained."
                 )
 
