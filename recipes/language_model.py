@@ -47,7 +47,9 @@ def pipeline_tensor() -> Config:
 
 def pipeline_data_tensor() -> Config:
     """8 devices: two stages of four layers, each on 2 x 2 devices."""
-    return replace(pipeline(), mesh=MeshConfig(pipeline=2, data=2, tensor=2))
+    return replace(
+        pipeline(), mesh=MeshConfig(pipeline=2, data=2, tensor=2), pipeline=PipelineConfig(num_microbatches=8)
+    )
 
 
 def debug() -> Config:
