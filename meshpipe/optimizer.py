@@ -125,7 +125,7 @@ class Optimizer:
             like = [param.sharding for param in params if param.shape == leaf.shape]
             return abstract(leaf.shape, leaf.dtype, like[0] if like else everywhere)
 
-        return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._transformation.init, owned))
+        return jax.tree_util.tree_map_with_path(place, _initial(self._transformation, owned))
 
     def init(self, params: Sequence[Arrays]) -> list[Any]:
         """Optax's state of every stage, made on its submesh."""
@@ -228,6 +228,18 @@ class Optimizer:
 
 def _accumulators(stage: StageParameters) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in stage.params.values())
+
+
+def _initial(transformation: optax.GradientTransformation, params: Shapes) -> Any:
+    try:
+        return jax.eval_shape(transformation.init, params)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            "An optimizer sees the parameters of one stage at a time, a dict by leaf path. "
+            f"Got a transformation that cannot start from {', '.join(params) or 'a stage without parameters'}. Write "
+            "masks and labels as functions of the parameters, e.g. mask=lambda params: jax.tree.map(...). Optax says: "
+            f"{error}"
+        ) from error
 
 
 def check_separable(transformation: optax.GradientTransformation, stages: Sequence[Shapes]) -> None:

@@ -94,7 +94,7 @@ def test_any_separable_transformation_equals_optax(transformation):
         transformation = transformation.gradient_transformation()
     found, scalars = run(transformation)
     assert_close(found, expected(transformation))
-    norms = [float(optax.global_norm(g)) for g in GRADIENTS]
+    norms = [float(optax.tree.norm(g)) for g in GRADIENTS]
     assert [s[0] for s in scalars] == [2.0] * 4
     np.testing.assert_allclose([s[1] for s in scalars], norms, rtol=1e-6)
 
@@ -165,3 +165,25 @@ def test_weight_decay_leaves_vectors_alone():
     found, _ = run(OptimizerConfig(learning_rate=0.1, weight_decay=0.5).build(2), gradients=[zero])
     for path, value in VALUES.items():
         np.testing.assert_allclose(found[path], value * (0.95 if value.ndim > 1 else 1.0), rtol=1e-6)
+
+
+WHOLE_MODEL = {path: leaf.ndim > 1 for path, leaf in VALUES.items()}
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        optax.adamw(0.1, mask=WHOLE_MODEL),
+        optax.multi_transform({True: optax.sgd(0.1), False: optax.set_to_zero()}, WHOLE_MODEL),
+    ],
+    ids=["mask", "labels"],
+)
+def test_a_tree_over_the_whole_model_is_refused_with_the_way_out(transformation):
+    with pytest.raises(ValueError, match=r"one stage at a time.*layers/0/kernel.*mask=lambda params"):
+        Optimizer(transformation, [stage(0), stage(1)])
+
+
+def test_stages_may_be_without_parameters():
+    nothing = StageParameters(RANKS[1], {}, {})
+    optimizer = Optimizer(OptimizerConfig(weight_decay=0.1, clip_norm=1.0).build(4), [stage(0), nothing])
+    assert len(optimizer.init([put(VALUES, 0), ()])) == 2
