@@ -230,8 +230,7 @@ def _tolerance(trainer: Trainer) -> float:
     dtypes = {
         value.aval.dtype
         for stage in trainer.model.traced
-        for equation in stage.closed.jaxpr.eqns
-        for value in equation.outvars
+        for value in (*stage.closed.jaxpr.invars, *(v for e in stage.closed.jaxpr.eqns for v in e.outvars))
         if jnp.issubdtype(value.aval.dtype, jnp.floating)
     }
     return float(np.sqrt(max(float(jnp.finfo(dtype).eps) for dtype in {*dtypes, jnp.dtype(jnp.float32)})))
