@@ -1,10 +1,15 @@
 """Hybrid parallelism for JAX and Flax NNX on one named device mesh."""
 
+from meshpipe.checkpoint import Checkpointer as Checkpointer
+from meshpipe.checkpoint import CheckpointError as CheckpointError
+from meshpipe.config import Config as Config
+from meshpipe.data import DataConfig as DataConfig
 from meshpipe.layer import LayerLike as LayerLike
 from meshpipe.mesh import MeshConfig as MeshConfig
 from meshpipe.mesh import make_mesh as make_mesh
 from meshpipe.mesh import submeshes as submeshes
 from meshpipe.mesh import use_cpu_devices as use_cpu_devices
+from meshpipe.models.model import ModelConfig as ModelConfig
 from meshpipe.optimizer import OptimizerConfig as OptimizerConfig
 from meshpipe.pipeline.config import PipelineConfig as PipelineConfig
 from meshpipe.pipeline.plan import Action as Action

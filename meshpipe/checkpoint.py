@@ -44,7 +44,7 @@ class CheckpointConfig:
     checkpoint_dir: str | None = None
     """Folder of the checkpoints, made when missing; None saves nothing."""
     checkpoint_every: int = 0
-    """Updates between saves; 0 saves only at the end. The end of a run is always saved when there is a folder."""
+    """Updates between saves; 0 saves only at the end. A run that completes or is stopped is always saved at its end."""
     checkpoint_keep: int = 3
     """Newest checkpoints kept; older ones are removed after a save. 0 keeps all."""
     resume: bool = False
@@ -317,9 +317,9 @@ def describe_checkpoint(directory: str | Path, step: int) -> CheckpointInfo:
     """
     checkpointer = Checkpointer(directory)
     folder = checkpointer._folder(step)
+    metadata, leaves = checkpointer.metadata(step), checkpointer.leaves(step)  # and thereby that both are whole
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    saved_at = (folder / CHECKSUMS).stat().st_mtime
-    return CheckpointInfo(step, size, saved_at, checkpointer.metadata(step), checkpointer.leaves(step))
+    return CheckpointInfo(step, size, (folder / CHECKSUMS).stat().st_mtime, metadata, leaves)
 
 
 def list_checkpoints(directory: str | Path) -> list[int]:

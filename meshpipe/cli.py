@@ -155,13 +155,21 @@ COMMANDS: dict[str, Command] = {
 
 def checkpoint_list(arguments: list[str]) -> int:
     flags = tyro.cli(_Folder, args=arguments, prog="meshpipe checkpoint list", description="Lists whole checkpoints.")
-    from meshpipe.checkpoint import describe_checkpoint, list_checkpoints
+    from meshpipe.checkpoint import CheckpointError, CheckpointInfo, describe_checkpoint, list_checkpoints
     from meshpipe.checkpoint_report import checkpoint_table
     from meshpipe.report import make_console
 
-    steps = list_checkpoints(flags.directory)
-    make_console().print(checkpoint_table([describe_checkpoint(flags.directory, step) for step in steps]))
-    return COMPLETED
+    whole: list[CheckpointInfo] = []
+    damaged: list[str] = []
+    for step in list_checkpoints(flags.directory):
+        try:
+            whole.append(describe_checkpoint(flags.directory, step))
+        except CheckpointError as error:
+            damaged.append(str(error))
+    make_console().print(checkpoint_table(whole))
+    for message in damaged:
+        print(f"meshpipe: {message}", file=sys.stderr)
+    return FAILED if damaged else COMPLETED
 
 
 def checkpoint_show(arguments: list[str]) -> int:

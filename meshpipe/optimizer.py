@@ -1,5 +1,6 @@
 """Optax on every stage, and what must cross stages: the global norm, clipping by it, and tied parameters."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,13 +42,12 @@ class OptimizerConfig:
     """Largest global gradient norm; larger gradients are scaled down to it. None clips nothing."""
 
     def __post_init__(self) -> None:
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"--clip-norm must be above 0, or left out. Got {self.clip_norm}.")
-        if self.learning_rate < 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError(
-                "--learning-rate, --warmup-steps and --weight-decay must not be negative. "
-                f"Got {self.learning_rate}, {self.warmup_steps} and {self.weight_decay}."
-            )
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:  # False for NaN as well
+                raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0. Got {value}.")
 
     def schedule(self, steps: int) -> optax.Schedule:
         """Learning rate of each update of a run of `steps` updates."""
@@ -115,6 +115,8 @@ class Optimizer:
         self._everywhere = [replicated(stage.mesh) for stage in stages]
         self.state_shapes = [self._state_shapes(stage) for stage in stages]
         self.good = jax.device_put(np.bool_(True), self._last)
+        self.finite: tuple[jax.Array, ...] = ()
+        """For each stage, whether the last update left its parameters finite."""
 
     def _state_shapes(self, stage: StageParameters) -> Any:
         """Optax's state of a stage, its parameter-like leaves placed like the parameters."""
@@ -151,7 +153,7 @@ class Optimizer:
             scalar = abstract((), jnp.float32, self._everywhere[index])
             good = abstract((), jnp.bool_, self._everywhere[index])
             params, state = tuple(stage.params.values()), tuple(stage.state.values())
-            shardings = jax.tree.map(lambda s: s.sharding, (params, self.state_shapes[index], state))
+            shardings = jax.tree.map(lambda s: s.sharding, (params, self.state_shapes[index], state, good))
             norm = jax.jit(self._sum_of_squares(stage), out_shardings=self._everywhere[index])
             self._norms[index] = norm.lower(gradients).compile()
             update = jax.jit(self._update(stage), donate_argnums=(0, 1), out_shardings=shardings)
@@ -186,6 +188,7 @@ class Optimizer:
             for i, (p, s, g, b, a) in enumerate(zip(params, states, gradients, before, after, strict=True))
         ]
         new_params, new_states, new_state = ([r[k] for r in results] for k in range(3))
+        self.finite = tuple(r[3] for r in results)
         return new_params, new_states, new_state, (loss, norm, self.good)
 
     def _sum_of_squares(self, stage: StageParameters) -> Callable[[Arrays], jax.Array]:
@@ -206,7 +209,7 @@ class Optimizer:
         factor = jnp.ones(()) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
         return loss, norm, factor / weight, good & jnp.isfinite(loss) & jnp.isfinite(norm)
 
-    def _update(self, stage: StageParameters) -> Callable[..., tuple[Arrays, Any, Arrays]]:
+    def _update(self, stage: StageParameters) -> Callable[..., tuple[Arrays, Any, Arrays, jax.Array]]:
         def update(params, opt_state, gradients, before, after, scale, good):  # type: ignore[no-untyped-def]
             named = dict(zip(stage.params, params, strict=True))
             owned = {path: named[path] for path in stage.owned}
@@ -221,7 +224,9 @@ class Optimizer:
             def keep(changed: Any, unchanged: Any) -> Any:
                 return jax.tree.map(lambda a, b: jnp.where(good, a, b), changed, unchanged)
 
-            return keep(tuple(new[p] for p in stage.params), params), keep(new_state, opt_state), keep(after, before)
+            changed = keep(tuple(new[p] for p in stage.params), params)
+            finite = jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in changed])) if changed else jnp.bool_(True)
+            return changed, keep(new_state, opt_state), keep(after, before), finite
 
         return update
 
@@ -262,7 +267,7 @@ def check_separable(transformation: optax.GradientTransformation, stages: Sequen
         if len(found) > 1:
             raise ValueError(
                 "An optimizer must update each parameter from its own gradient, since no stage sees another's. Got a "
-                f"transformation in which {jax.tree_util.keystr(path)} depends on stages "
+                f"transformation in which {path[-1].key} depends on stages "
                 f"{', '.join(map(str, sorted(found)))}. For clipping by the global norm leave "
                 "optax.clip_by_global_norm out and pass clip_norm=..., which counts every stage."
             )

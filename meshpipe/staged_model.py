@@ -196,13 +196,28 @@ class StagedModel:
         def run(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
             value = batch[self.input] if is_first else activation
             for layer in layers:
-                value, after = layer(params, state, value, batch, Randomness(*randomness), train=train)
+                try:
+                    value, after = layer(params, state, value, batch, Randomness(*randomness), train=train)
+                except (TypeError, ValueError, KeyError) as error:
+                    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", value)
+                    raise ValueError(
+                        f"Each layer must take what the one before returns. {layer.path} (stage {stage}) cannot take "
+                        f"{shapes}: {error}"
+                    ) from error
                 state = {**state, **after}
             if is_last:
                 extra = self._metrics(value, batch) if self._metrics and names is not None else {}
                 if names is not None:
                     names[:] = list(extra)
-                value = (*_sum_and_weight(self.loss(value, batch)), *(v for pair in extra.values() for v in pair))
+                try:
+                    result = self.loss(value, batch)
+                except (TypeError, ValueError, KeyError) as error:
+                    shapes = {name: f"{field.dtype}{list(field.shape)}" for name, field in batch.items()}
+                    raise ValueError(
+                        f"The loss must take the last layer's output and a microbatch, which has {shapes}. "
+                        f"Got {type(error).__name__}: {error}"
+                    ) from error
+                value = (*_sum_and_weight(result), *(v for pair in extra.values() for v in pair))
             return value, state
 
         return run

@@ -43,6 +43,8 @@ class StepResult:
     """Global norm of the gradient before clipping."""
     good: jax.Array
     """False when the loss or the norm is not finite, and the update was therefore left out."""
+    finite: tuple[jax.Array, ...]
+    """For each stage, whether its parameters are finite after the update."""
     batch: Batch
 
 
@@ -134,7 +136,7 @@ class Trainer:
         )
         self._params = self.tied.share_values(self._params)
         self.step_number += 1
-        return StepResult(self.step_number, loss, norm, good, batch)
+        return StepResult(self.step_number, loss, norm, good, self.optimizer.finite, batch)
 
     def loss_and_gradients(self, batch: Batch) -> tuple[jax.Array, Leaves]:
         """The loss of a batch and the gradient of every parameter, by leaf path, without an update.
@@ -173,6 +175,12 @@ class Trainer:
         The trainer is then as it was after the last good step, and can go on.
         """
         if bool(result.good):
+            spoiled = [stage for stage, finite in enumerate(jax.device_get(result.finite)) if not finite]
+            if spoiled:
+                raise NonFiniteError(
+                    f"Step {result.step} has a finite loss and gradient, but its update made parameters of stage "
+                    f"{spoiled[0]} not finite. Lower the learning rate, and restore the last checkpoint."
+                )
             return
         self.step_number = result.step - 1
         self.optimizer.reset()
@@ -181,7 +189,7 @@ class Trainer:
 
     @property
     def params(self) -> Leaves:
-        """Every parameter by leaf path, on its submesh."""
+        """Every parameter by leaf path, on its submesh; `step` donates these arrays."""
         return {k: v for tree in self.state_tree() for k, v in tree["params"].items()}
 
     @property

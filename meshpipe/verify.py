@@ -211,7 +211,10 @@ class Comparison:
         as any update and says nothing; the gradient itself has been compared everywhere.
         """
         largest = max((_largest(leaf) for leaf in gradients.values()), default=0.0)
-        return {path: (g == 0) | (np.abs(g) >= self.tolerance * largest) for path, g in gradients.items()}
+        return {
+            path: (g == 0) | (np.abs(g) >= self.tolerance * max(_largest(g), SMALL * largest))
+            for path, g in gradients.items()
+        }
 
 
 def _recorded(trainer: Trainer) -> dict[str, Any]:
@@ -232,7 +235,7 @@ def _tolerance(trainer: Trainer) -> float:
         for stage in trainer.model.traced
         for value in (*stage.closed.jaxpr.invars, *(v for e in stage.closed.jaxpr.eqns for v in e.outvars))
         if jnp.issubdtype(value.aval.dtype, jnp.floating)
-    }
+    } | {leaf.dtype for leaf in trainer.params.values()}
     return float(np.sqrt(max(float(jnp.finfo(dtype).eps) for dtype in {*dtypes, jnp.dtype(jnp.float32)})))
 
 

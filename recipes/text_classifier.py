@@ -1,7 +1,7 @@
 """Which of ten Python packages does a piece of source text come from? One base, a function per layout.
 
 Every layout trains the same thing: same model, data, batch and order of examples. Layouts with a pipeline have 4
-microbatches per stage of a four-stage pipeline, a rule of thumb that keeps it busy 84 % of the time.
+microbatches per stage, a rule of thumb that keeps four stages busy 84 % of the time.
 """
 
 from dataclasses import replace

@@ -33,7 +33,7 @@ CALLS = {
     "negative steps": ("train TINY --steps -1", "--steps must be at least 0. Got -1."),
     "negative seed": ("train TINY --seed -1", "--seed must be at least 0. Got -1."),
     "negative evaluation interval": ("train TINY --eval-every -5", "--eval-every must be at least 0. Got -5."),
-    "negative learning rate": ("train TINY --learning-rate -1", "must not be negative"),
+    "negative learning rate": ("train TINY --learning-rate -1", "must be a number of at least 0"),
     "flag of another command": ("train TINY --plot a.png", "Unrecognized options: --plot"),
     # Mesh, batch and microbatches.
     "empty axis": ("train TINY --mesh.pipeline 0", "--mesh.pipeline must be at least 1. Got 0."),
@@ -70,6 +70,8 @@ CALLS = {
     "resume of a missing folder": ("train TINY --resume --checkpoint-dir missing", "or leave --resume out"),
     "checkpoints into a file": ("train TINY --checkpoint-dir old.jsonl", "Name another folder."),
     "checkpoints below a file": ("train TINY --checkpoint-dir old.jsonl/deep", "Name another folder."),
+    "learning rate that is no number": ("train TINY --learning-rate nan", "--learning-rate must be a number"),
+    "clipping at no number": ("train TINY --clip-norm nan", "--clip-norm must be above 0"),
     "negative number of checkpoints": ("train TINY --checkpoint-dir new --checkpoint-keep -1", "must be at least 0"),
     "no update to verify": ("verify TINY --updates 0", "--updates must be at least 1. Got 0."),
 }

@@ -33,7 +33,7 @@ class ModelConfig(abc.ABC):
         return {}
 
     def tokens(self, batch: Mapping[str, np.ndarray]) -> int | None:
-        """Tokens of a batch, for the speed that is reported: the size of an input of integers [batch, seq]; else None."""
+        """Tokens of a batch, for the reported speed: the size of an input of integers [batch, seq]; else None."""
         inputs = batch[self.input]
         return inputs.size if inputs.ndim == 2 and np.issubdtype(inputs.dtype, np.integer) else None
 

@@ -62,11 +62,11 @@ class Executor:
             slots[self._named[s, "totals"]] = _zero_totals(stage)
         for step in self._steps:
             step(slots)
-        last = max(self._traced)
+        last = next((s for s, stage in self._traced.items() if stage.spec.is_last), None)
         return (
             {s: slots[self._named[s, "accumulators"]] for s in self._traced},
             {s: slots[self._named[s, "state"]] for s in self._traced},
-            slots[self._named[last, "totals"]],
+            () if last is None else slots[self._named[last, "totals"]],
         )
 
     def _is_local(self, instruction: Instruction) -> bool:
