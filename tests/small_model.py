@@ -37,14 +37,13 @@ class Mix(nnx.Module):
 
 
 class Center(nnx.Module):
-    """No parameters; in training it leaves a quarter of the mean."""
+    """No parameters."""
 
     def __init__(self, rngs: nnx.Rngs):
         pass
 
-    def __call__(self, value: dict[str, jax.Array], *, train: bool) -> dict[str, jax.Array]:
-        share = 0.75 if train else 1.0
-        return {**value, "x": value["x"] - share * value["x"].mean(-1, keepdims=True)}
+    def __call__(self, value: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {**value, "x": value["x"] - value["x"].mean(-1, keepdims=True)}
 
 
 class Leave(nnx.Module):
