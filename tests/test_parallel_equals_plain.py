@@ -138,7 +138,7 @@ def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches)
 def product():
     """Every model on every mesh, twice, with schedule, remat policy and microbatches drawn by a seed."""
     draw = random.Random(0)
-    options = list(itertools.product(("gpipe", "1f1b"), ("none", "full"), (1, 2, 8)))
+    options = list(itertools.product(("gpipe", "1f1b"), ("none", "full"), (1, 2, 4)))
     models = (text_model, language_model, small)
     return [
         (model, schedule, remat, mesh, count)
