@@ -81,4 +81,4 @@ def _compile(item: tuple[tuple[str, Mesh], jax.stages.Lowered]) -> jax.stages.Co
 
 def _copy(values: Leaves, shapes: Placed) -> Leaves:
     """Copies, so that donating them later leaves the user's module whole."""
-    return {path: jax.device_put(values[path], shape.sharding, may_alias=False) for path, shape in shapes.items()}
+    return {path: jnp.copy(jax.device_put(values[path], shape.sharding)) for path, shape in shapes.items()}

@@ -115,7 +115,7 @@ class Optimizer:
         self._everywhere = [replicated(stage.mesh) for stage in stages]
         self.state_shapes = [self._state_shapes(stage) for stage in stages]
         self.good = jax.device_put(np.bool_(True), self._last)
-        self.finite: tuple[jax.Array, ...] = ()
+        self.finite: tuple[jax.Array, ...] = tuple(jax.device_put(np.bool_(True), s) for s in self._everywhere)
         """For each stage, whether the last update left its parameters finite."""
 
     def _state_shapes(self, stage: StageParameters) -> Any:

@@ -55,7 +55,7 @@ class TiedLeaves:
         """Gives every borrowed leaf a copy of its owner's value, so that they stay the same to the bit."""
         result = [list(leaves) for leaves in params]
         for (s, i), (other, j) in self._pairs:
-            result[other][j] = jax.device_put(result[s][i], self._shardings[other][j], may_alias=False)
+            result[other][j] = jnp.copy(jax.device_put(result[s][i], self._shardings[other][j]))
         return [tuple(leaves) for leaves in result]
 
 
