@@ -40,10 +40,7 @@ def first_non_finite(
         weights.append(weight)
     if not sum(weights):
         return "the weight of the loss is 0 over the whole batch, so there is nothing to take a mean of."
-    return (
-        "every layer's forward and gradient is finite by itself. Either the sum over the microbatches overflows, or an "
-        "earlier step was not finite and was not checked: from then on no step changes anything."
-    )
+    return "every layer's forward and gradient is finite by itself; the sum over the microbatches overflows."
 
 
 def _replay(

@@ -1,6 +1,7 @@
 """Training state on a mesh, one step of it, and evaluation."""
 
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,7 @@ class Trainer:
         self.model = model
         self.seed = seed
         self.step_number = 0
+        self._unchecked: deque[tuple[int, jax.Array, Batch]] = deque()
         self.optimizer = Optimizer(optimizer, model.parameters, clip_norm)
         self.tied = TiedLeaves(model.tied, model.parameters)
         model.compile(self.optimizer.compile_tasks())
@@ -136,7 +138,9 @@ class Trainer:
         )
         self._params = self.tied.share_values(self._params)
         self.step_number += 1
-        return StepResult(self.step_number, loss, norm, good, self.optimizer.finite, batch)
+        result = StepResult(self.step_number, loss, norm, good, self.optimizer.finite, batch)
+        self._remember(result.step, good, batch)
+        return result
 
     def loss_and_gradients(self, batch: Batch) -> tuple[jax.Array, Leaves]:
         """The loss of a batch and the gradient of every parameter, by leaf path, without an update.
@@ -172,7 +176,8 @@ class Trainer:
     def check(self, result: StepResult) -> None:
         """Waits for the step. Raises `NonFiniteError`, which names step, stage, microbatch and layer.
 
-        The trainer is then as it was after the last good step, and can go on.
+        Of several bad steps the first is named, so it does to check some. The trainer is then as it was after the last
+        good step, and can go on.
         """
         if bool(result.good):
             spoiled = [stage for stage, finite in enumerate(jax.device_get(result.finite)) if not finite]
@@ -182,10 +187,25 @@ class Trainer:
                     f"{spoiled[0]} not finite. Lower the learning rate, and restore the last checkpoint."
                 )
             return
-        self.step_number = result.step - 1
+        first = next(((step, batch) for step, good, batch in self._unchecked if not good), None)
+        if first is None:
+            raise NonFiniteError(f"Step {result.step} was left out, because a step before it was not finite.")
+        step, batch = first
+        self.step_number = step - 1
+        self._unchecked.clear()
         self.optimizer.reset()
-        origin = first_non_finite(self.model, self.params, self.state, self.seed, result.step - 1, result.batch)
-        raise NonFiniteError(f"Step {result.step} is not finite: {origin}")
+        origin = first_non_finite(self.model, self.params, self.state, self.seed, step - 1, batch)
+        raise NonFiniteError(f"Step {step} is not finite: {origin}")
+
+    def _remember(self, step: int, good: jax.Array, batch: Batch) -> None:
+        """Keeps steps until they are known to be good, without waiting, so that the first bad one can be run again."""
+        while self._oldest_is_known() and self._unchecked[0][1]:
+            self._unchecked.popleft()
+        if not self._oldest_is_known():  # else it is bad, and none after it counts
+            self._unchecked.append((step, good, batch))
+
+    def _oldest_is_known(self) -> bool:
+        return bool(self._unchecked) and self._unchecked[0][1].is_ready()  # type: ignore[attr-defined]
 
     @property
     def params(self) -> Leaves:
@@ -225,6 +245,7 @@ class Trainer:
             for tree, shapes in zip(trees, self.optimizer.state_shapes, strict=True)
         ]
         self.step_number = step
+        self._unchecked.clear()
         self.optimizer.reset()
 
     def _accumulate(self, batch: Batch) -> tuple[list[Any], list[Any], Any]:

@@ -61,6 +61,13 @@ def trainer():
     )
 
 
+@pytest.fixture
+def trainer_again(trainer):
+    """The same trainer after a good step."""
+    trainer.check(trainer.step(batch()))
+    return trainer
+
+
 def everything(trainer):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trainer.state_tree())]
 
@@ -96,11 +103,81 @@ def test_an_update_that_overflows_is_told():
         trainer.check(result)
 
 
+def with_leaf(trainer, path, value):
+    """The trainer's trees with another value of one parameter."""
+    trees = [{section: dict(leaves) for section, leaves in tree.items()} for tree in trainer.state_tree()]
+    (owner,) = [tree["params"] for tree in trees if path in tree["params"]]
+    owner[path] = jax.device_put(value, owner[path].sharding)
+    return trees
+
+
 def test_a_parameter_that_is_not_finite_is_named(trainer):
-    trees = trainer.state_tree()
-    spoiled = [{section: dict(leaves) for section, leaves in tree.items()} for tree in trees]
-    kernel = spoiled[1]["params"]["layers/3/kernel"]
-    spoiled[1]["params"]["layers/3/kernel"] = jax.device_put(np.asarray(kernel) * np.nan, kernel.sharding)
-    trainer.load_state_tree(spoiled, 7)
+    kernel = np.array(trainer.params["layers/3/kernel"])
+    trainer.load_state_tree(with_leaf(trainer, "layers/3/kernel", kernel * np.nan), 7)
     with pytest.raises(NonFiniteError, match=r"Step 8 .*parameter layers/3/kernel already is not finite"):
         trainer.check(trainer.step(batch()))
+    trainer.load_state_tree(with_leaf(trainer, "layers/3/kernel", kernel), 7)
+    trainer.check(trainer.step(batch()))
+
+
+def test_checking_a_later_step_names_the_first_bad_one(trainer_again):
+    good, number = everything(trainer_again), trainer_again.step_number
+    trainer_again.step(batch(bad_forward=(5, 1)))
+    later = [trainer_again.step(batch()) for _ in range(2)]
+    with pytest.raises(NonFiniteError, match=rf"Step {number + 1} .*layers/2 \(stage 1\).* in microbatch 2"):
+        trainer_again.check(later[-1])
+    assert everything(trainer_again) == good
+    assert trainer_again.step_number == number
+    trainer_again.check(trainer_again.step(batch()))
+
+
+def test_checking_a_step_that_was_left_out_changes_nothing(trainer_again):
+    number = trainer_again.step_number
+    bad, later = trainer_again.step(batch(bad_forward=(5, 1))), trainer_again.step(batch())
+    with pytest.raises(NonFiniteError, match=f"Step {number + 1} is not finite"):
+        trainer_again.check(bad)
+    for _ in range(3):
+        trainer_again.check(trainer_again.step(batch()))
+    good = everything(trainer_again)
+    with pytest.raises(NonFiniteError, match=f"Step {number + 2} was left out"):
+        trainer_again.check(later)
+    assert trainer_again.step_number == number + 3
+    assert everything(trainer_again) == good
+
+
+class Pair(nnx.Module):
+    """Hands over an integer beside its output."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.linear(x), jnp.argmax(x, axis=-1)
+
+
+class Single(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(4, 4, rngs=rngs)
+
+    def __call__(self, value: tuple[jax.Array, jax.Array], bad_backward: jax.Array) -> jax.Array:
+        return explode(value[0], bad_backward.sum()) + self.embed(value[1])
+
+
+def test_gradients_beside_an_integer_between_stages_are_searched():
+    trainer = Trainer([Pair, Single], loss, optax.sgd(0.1), batch=batch(), mesh=make_mesh(2))
+    trainer.check(trainer.step(batch()))
+    with pytest.raises(NonFiniteError, match=r"Step 2 .*gradient of .*layers/1 \(stage 1\).* in microbatch 0"):
+        trainer.check(trainer.step(batch(bad_backward=(6, 1))))
+
+
+def test_search_on_a_mesh_with_every_axis():
+    trainer = Trainer(
+        [dense, Fragile, dense],
+        loss,
+        optax.sgd(0.1),
+        batch=batch(),
+        mesh=make_mesh(2, 2, 2),
+        pipeline=PipelineConfig(num_microbatches=2, boundaries=(1,)),
+    )
+    with pytest.raises(NonFiniteError, match=r"Step 1 .*output of layers/1 \(stage 1\) .* in microbatch 1"):
+        trainer.check(trainer.step(batch(bad_forward=(5, 1))))
