@@ -122,7 +122,8 @@ def plan(arguments: list[str]) -> int:
     import jax
 
     from meshpipe.mesh import use_cpu_devices
-    from meshpipe.report import check_picture, make_console, print_plan
+    from meshpipe.picture import check_picture
+    from meshpipe.report import make_console, print_plan
     from meshpipe.staged_model import StagedModel
 
     if extra.plot is not None:

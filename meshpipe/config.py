@@ -40,13 +40,20 @@ class Config:
     """Seed of the parameters, the dropout masks and the order of the data."""
     metrics: str | None = None
     """JSON-lines file for the metrics; appended to on resume. None writes none."""
+    measure_every: int = 0
+    """Steps between those whose actions are timed for `bubble_fraction` in the metrics; 0 times none. A timed step does
+    not overlap with its neighbours; the others are as fast as ever."""
+    trace: str | None = None
+    """File (.json) for the times of the timed steps, which Perfetto can show, with a picture of the first beside it;
+    without --measure-every the third step of the run is timed. None writes none."""
     eval_every: int = 0
     """Updates between evaluations on held-out data; 0 evaluates once, after the last update."""
     eval_batches: int = 8
     """Batches per evaluation; 0 turns evaluation off."""
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 0), ("batch_size", 1), ("seed", 0), ("eval_every", 0), ("eval_batches", 0)):
+        least = {"steps": 0, "batch_size": 1, "seed": 0, "measure_every": 0, "eval_every": 0, "eval_batches": 0}
+        for name, low in least.items():
             if getattr(self, name) < low:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least {low}. Got {getattr(self, name)}.")

@@ -7,6 +7,7 @@ import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
 from meshpipe.data import BatchIterator, Source, batches
 from meshpipe.metrics import MetricsFile, ProgressLine, speed
+from meshpipe.picture import Panel, draw_timelines, has_matplotlib
+from meshpipe.pipeline.clock import MeasuredStep
 from meshpipe.record import (
     checkpoint_metadata,
     config_values,
@@ -26,9 +29,14 @@ from meshpipe.record import (
 )
 from meshpipe.report import layout_lines
 from meshpipe.signals import StopRequest
+from meshpipe.trace import check_trace, write_trace
 from meshpipe.trainer import NonFiniteError, StepResult, Trainer
 
 COMPLETED, FAILED = 0, 1
+STEPS_BEFORE_TRACE = 2
+"""The first steps of a run are not like the others."""
+LONGEST_TRACE = 10
+"""Timed steps that a trace holds, the last ones."""
 
 
 def run(config: Config, recipe: str, console: Console) -> int:
@@ -38,6 +46,7 @@ def run(config: Config, recipe: str, console: Console) -> int:
     """
     resume, folder = config.checkpoint.resume, config.checkpoint.checkpoint_dir
     MetricsFile.check(config.metrics, append=resume)
+    check_trace(config.trace)
     saved = saved_run(config)
     if saved is not None and saved["step"] >= config.steps:
         console.print(f"Nothing left to do: {folder} holds step {saved['step']}, and --steps is {config.steps}.")
@@ -106,6 +115,9 @@ class Loop:
         """What was reported of it."""
         self._work = {"step_time_s": 0.0, "examples": 0, "tokens": 0}
         """Sums over the steps of this run."""
+        self._first_step = trainer.step_number + 1
+        self._timed: dict[int, MeasuredStep] = {}
+        """The last timed steps by number, for the trace."""
         self._clock = time.perf_counter()
         self._saved_step = trainer.step_number if trainer.step_number else None
         self._evaluated_step: int | None = None
@@ -140,7 +152,10 @@ class Loop:
         config, trainer = self._config, self._trainer
         while trainer.step_number < config.steps and not self._stop:
             batch = next(self._batches)
-            result = trainer.step(batch)
+            measure = self._is_timed(trainer.step_number + 1)
+            if measure:
+                self._finish_step()
+            result = trainer.step(batch, measure=measure)
             # A thread notes when it is complete, since this one will look only after handing over the next step.
             completion = self._watch.submit(_completion_time, result)
             self._finish_step()
@@ -179,10 +194,32 @@ class Loop:
         }
         if tokens is not None:
             self._values["tokens_per_s"] = tokens / seconds
+        if result.measured is not None:
+            self._values["bubble_fraction"] = result.measured.timeline.bubble_fraction
+            self._trace(result.step, result.measured)
         done = {"step_time_s": seconds, "examples": self._config.batch_size, "tokens": tokens or 0}
         self._work = {name: total + done[name] for name, total in self._work.items()}
         self._out.metrics.write("step", self._values)
         self._progress.step(self._values)
+
+    def _is_timed(self, step: int) -> bool:
+        config = self._config
+        if config.measure_every or config.trace is None:
+            return _is_due(step, config.measure_every)
+        return step == min(self._first_step + STEPS_BEFORE_TRACE, config.steps)
+
+    def _trace(self, step: int, measured: MeasuredStep) -> None:
+        """Writes the trace anew with one more step, and a picture of the first."""
+        if self._config.trace is None:
+            return
+        if not self._timed and has_matplotlib():
+            panel = Panel(measured.timeline, f"{measured.timeline.plan.schedule}, step {step}", in_seconds=True)
+            draw_timelines([panel], Path(self._config.trace).with_suffix(".png"))
+        self._timed[step] = measured
+        if len(self._timed) > LONGEST_TRACE:
+            del self._timed[min(self._timed)]
+        write_trace(self._config.trace, self._timed)
+        self._clock = time.perf_counter()
 
     def _evaluate(self) -> None:
         if self._held_out is None or self._evaluated_step == self._good_step:

@@ -11,25 +11,12 @@ from rich.table import Table
 from meshpipe.layer import Layer
 from meshpipe.memory import RankMemory, predict_memory
 from meshpipe.mesh import describe
-from meshpipe.pipeline.plan import Op
-from meshpipe.pipeline.simulate import Timeline, simulate
+from meshpipe.picture import Panel, draw_timelines
+from meshpipe.pipeline.simulate import Costs, simulate
 from meshpipe.staged_model import StagedModel
 
 PLAIN_WIDTH = 240
 """Characters of a line where the output is no terminal, so that no row is folded in a file or a pipe."""
-
-COLOURS = {
-    Op.FORWARD: "#8fb8de",
-    Op.BACKWARD: "#f2b880",
-    Op.BACKWARD_INPUT: "#f2b880",
-    Op.BACKWARD_WEIGHT: "#a8cf9a",
-}
-NAMES = {
-    Op.FORWARD: "F forward",
-    Op.BACKWARD: "B backward",
-    Op.BACKWARD_INPUT: "I backward, input",
-    Op.BACKWARD_WEIGHT: "W backward, weight",
-}
 
 
 @runtime_checkable
@@ -188,7 +175,7 @@ def print_plan(
     console: Console, recipe: str, model: StagedModel, transformation: optax.GradientTransformation, plot: Path | None
 ) -> None:
     """Everything that is known of a step before it runs: mesh, stages, order of work, bubble and memory."""
-    timeline = simulate(model.plan)
+    timeline = simulate(model.plan, Costs.of_parts(model.plan.num_stages // model.plan.num_ranks))
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
     console.print(stage_table(model.stages, [_kind(layer) for layer in model.layers]))
     width = console.width if console.is_terminal else None
@@ -200,54 +187,5 @@ def print_plan(
     console.print("Expected memory of each device of a rank:")
     console.print(memory_table(predict_memory(model, transformation)))
     if plot is not None:
-        plot_timeline(timeline, plot)
+        draw_timelines([Panel(timeline, f"{model.plan.schedule}, {_microbatches(model)}")], plot)
         console.print(f"\nDrawn in {plot}.")
-
-
-def check_picture(file: Path) -> None:
-    """Raises `ValueError` when a picture cannot be drawn into that file."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise ValueError("--plot needs matplotlib. Install it by: pip install 'meshpipe[plot]'.") from None
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if file.suffix.lstrip(".").lower() not in formats:
-        raise ValueError(
-            f"--plot must name a file whose suffix is one of {', '.join(sorted(formats))}. Got {str(file)!r}."
-        )
-    if not file.parent.is_dir():
-        raise ValueError(
-            f"--plot must name a file in a folder that exists. Got {str(file)!r}, and there is no {file.parent}."
-        )
-
-
-def plot_timeline(timeline: Timeline, file: Path) -> None:
-    """Draws a row a rank and time to the right; call `check_picture` first."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    plan = timeline.plan
-    figure = Figure(
-        figsize=(min(24.0, 3 + 0.22 * timeline.makespan), 1.6 + 0.45 * plan.num_ranks), layout="constrained"
-    )
-    axes = figure.subplots()
-    inches = figure.get_figwidth() / timeline.makespan
-    for rank, order in enumerate(plan.orders):
-        for action in order:
-            start, width = timeline.starts[action], timeline.ends[action] - timeline.starts[action]
-            axes.barh(rank, width, left=start, height=0.9, color=COLOURS[action.op], edgecolor="white", linewidth=0.7)
-            label = str(action) if plan.num_stages > plan.num_ranks else str(action.microbatch)
-            if width * inches > 0.09 * len(label):
-                axes.text(start + width / 2, rank, label, ha="center", va="center", fontsize=8)
-    axes.set_yticks(range(plan.num_ranks), [f"rank {rank}" for rank in range(plan.num_ranks)])
-    axes.invert_yaxis()
-    axes.set_xlim(0, timeline.makespan)
-    axes.set_xlabel("time, in forwards of one stage")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    figure.suptitle(f"{plan.schedule}, {_count(plan.num_microbatches, 'microbatch', 'microbatches')}: "
-                    f"bubble {timeline.bubble_fraction:.1%}", fontsize=10)  # fmt: skip
-    used = {action.op for action in plan.actions}
-    patches = [Patch(color=COLOURS[op], label=NAMES[op]) for op in Op if op in used]
-    figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=8)
-    figure.savefig(file, dpi=150)

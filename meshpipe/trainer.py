@@ -17,6 +17,7 @@ from meshpipe.initialise import initialise
 from meshpipe.layer import LayerLike, Leaves
 from meshpipe.mesh import make_mesh
 from meshpipe.optimizer import Optimizer
+from meshpipe.pipeline.clock import MeasuredStep
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.plan import Plan
 from meshpipe.sharding import ShardingRules
@@ -47,6 +48,8 @@ class StepResult:
     finite: tuple[jax.Array, ...]
     """For each stage, whether its parameters are finite after the update."""
     batch: Batch
+    measured: MeasuredStep | None = None
+    """When each action ran, where that was asked for."""
 
 
 class Trainer:
@@ -126,19 +129,20 @@ class Trainer:
     def stages(self) -> tuple[StageInfo, ...]:
         return self.model.stages
 
-    def step(self, batch: Batch) -> StepResult:
+    def step(self, batch: Batch, *, measure: bool = False) -> StepResult:
         """One update on a global batch of numpy arrays; returns as soon as the work is dispatched.
 
-        Raises `ValueError` when the batch's fields or shapes are not those of the example.
+        With `measure` it waits for the steps before and for its own gradients, and the result has the times of all its
+        actions. Raises `ValueError` when the batch's fields or shapes are not those of the example.
         """
-        gradients, after, totals = self._accumulate(batch)
+        gradients, after, totals, measured = self._accumulate(batch, measure=measure)
         gradients = self.tied.sum_gradients(gradients)
         self._params, self._opt_states, self._state, (loss, norm, good) = self.optimizer.update(
             self._params, self._opt_states, gradients, self._state, after, totals
         )
         self._params = self.tied.share_values(self._params)
         self.step_number += 1
-        result = StepResult(self.step_number, loss, norm, good, self.optimizer.finite, batch)
+        result = StepResult(self.step_number, loss, norm, good, self.optimizer.finite, batch, measured)
         self._remember(result.step, good, batch)
         return result
 
@@ -147,7 +151,7 @@ class Trainer:
 
         A tied parameter's gradient stands under its owner's path.
         """
-        gradients, _, (total, weight, *_) = self._accumulate(batch)
+        gradients, _, (total, weight, *_), _ = self._accumulate(batch)
         gradients = self.tied.sum_gradients(gradients)
         divisor = np.float32(weight)
         return total / divisor, {
@@ -248,11 +252,17 @@ class Trainer:
         self._unchecked.clear()
         self.optimizer.reset()
 
-    def _accumulate(self, batch: Batch) -> tuple[list[Any], list[Any], Any]:
+    def _accumulate(
+        self, batch: Batch, *, measure: bool = False
+    ) -> tuple[list[Any], list[Any], Any, MeasuredStep | None]:
         inputs = self.model.inputs(batch, self._seed_data, self.step_number)
         params, state = dict(enumerate(self._params)), dict(enumerate(self._state))
-        gradients, after, totals = self.model.executor.run(params, state, inputs)
-        return list(gradients.values()), list(after.values()), totals
+        measured = None
+        if measure:
+            gradients, after, totals, measured = self.model.executor.measure(params, state, inputs)
+        else:
+            gradients, after, totals = self.model.executor.run(params, state, inputs)
+        return list(gradients.values()), list(after.values()), totals, measured
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import tiny_recipes
 from rich.console import Console
 
-from meshpipe.pipeline.schedules import make_plan
-from meshpipe.pipeline.simulate import simulate
-from meshpipe.report import check_picture, format_bytes, layout_lines, make_console, plot_timeline, stage_table
+from meshpipe.report import format_bytes, layout_lines, make_console, stage_table
 from meshpipe.staged_model import StagedModel
 
 
@@ -58,11 +55,3 @@ def test_bytes_have_a_unit(count: float, text: str) -> None:
 def test_a_file_gets_whole_rows(capsys: pytest.CaptureFixture[str]) -> None:
     make_console().print("word " * 100)
     assert len(capsys.readouterr().out.splitlines()) == 1
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_picture_of_a_timeline(tmp_path: Path, suffix: str) -> None:
-    file = tmp_path / f"plan.{suffix}"
-    check_picture(file)
-    plot_timeline(simulate(make_plan("gpipe", 2, 3, 2)), file)
-    assert file.stat().st_size > 1000

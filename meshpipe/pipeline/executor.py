@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshpipe.pipeline.clock import MeasuredStep, StepClock
 from meshpipe.pipeline.lower import Buffer, Compute, Free, Instruction, Program, Transfer
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.programs import StagePrograms
@@ -15,6 +16,9 @@ from meshpipe.sharding import replicated
 
 Slots = list[Any]
 Step = Callable[[Slots], None]
+Observer = Callable[[Compute | Transfer, Arrays, Arrays], None]
+"""Called after each local action and transfer was dispatched, with the arrays that it made, and with those that it
+added to, which the next action of its stage takes over (donates)."""
 
 
 class Executor:
@@ -25,6 +29,7 @@ class Executor:
     """
 
     def __init__(self, program: Program, traced: Mapping[int, TracedStage], programs: Mapping[int, StagePrograms]):
+        self._plan = program.plan
         self._traced = traced
         self._programs = programs
         self._slots: Slots = []
@@ -41,11 +46,20 @@ class Executor:
         for stage in traced:
             for name in ("params", "hoisted", "state", "inputs", "accumulators", "totals"):
                 self._named[stage, name] = self._new_slot()
-        self._steps = [step for i in program.instructions if self._is_local(i) for step in self._resolve(i)]
+        local = [instruction for instruction in program.instructions if self._is_local(instruction)]
+        self._steps: list[Step] = []
+        self._observable: list[tuple[Compute | Transfer, Callable[[Slots], tuple[Arrays, Arrays]]] | None] = []
+        for instruction in local:
+            self._steps.append(self._resolve(instruction))
+            self._observable.append(None if isinstance(instruction, Free) else (instruction, self._made(instruction)))
         self._empty: Slots = [None] * len(self._slots)
 
     def run(
-        self, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
+        self,
+        params: Mapping[int, Arrays],
+        state: Mapping[int, Arrays],
+        inputs: Mapping[int, Arrays],
+        observe: Observer | None = None,
     ) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays]:
         """One batch: summed gradients and new state of every local stage, and `(loss sum, weight)` from the last.
 
@@ -58,16 +72,36 @@ class Executor:
             slots[self._named[s, "hoisted"]] = tuple(programs.prepare(params[s])) if programs.prepare else ()
             slots[self._named[s, "state"]] = state[s]
             slots[self._named[s, "inputs"]] = inputs[s]
-            slots[self._named[s, "accumulators"]] = programs.zeros()
-            slots[self._named[s, "totals"]] = _zero_totals(stage)
-        for step in self._steps:
-            step(slots)
+            slots[self._named[s, "accumulators"]], slots[self._named[s, "totals"]] = self._fresh(s, stage)
+        if observe is None:
+            for step in self._steps:
+                step(slots)
+        else:
+            for step, observable in zip(self._steps, self._observable, strict=True):
+                step(slots)
+                if observable is not None:
+                    instruction, made = observable
+                    observe(instruction, *made(slots))
         last = next((s for s, stage in self._traced.items() if stage.spec.is_last), None)
         return (
             {s: slots[self._named[s, "accumulators"]] for s in self._traced},
             {s: slots[self._named[s, "state"]] for s in self._traced},
             () if last is None else slots[self._named[last, "totals"]],
         )
+
+    def measure(
+        self, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
+    ) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays, MeasuredStep]:
+        """What `run` gives, after waiting for it, and when each action and transfer ran."""
+        examples = [arrays for s, stage in self._traced.items() for arrays in self._fresh(s, stage)]
+        jax.block_until_ready((params, state, inputs, examples))
+        clock = StepClock(self._plan, examples)
+        gradients, after, totals = self.run(params, state, inputs, clock.observe)
+        return gradients, after, totals, clock.finish()
+
+    def _fresh(self, s: int, stage: TracedStage) -> tuple[Arrays, Arrays]:
+        """Zeros to add gradients, and loss and weight, to."""
+        return self._programs[s].zeros(), _zero_totals(stage)
 
     def _is_local(self, instruction: Instruction) -> bool:
         if isinstance(instruction, Compute):
@@ -76,18 +110,35 @@ class Executor:
             return instruction.source.stage in self._traced or instruction.target.stage in self._traced
         return any(buffer.stage in self._traced for buffer in instruction.buffers)
 
-    def _resolve(self, instruction: Instruction) -> Sequence[Step]:
+    def _resolve(self, instruction: Instruction) -> Step:
         if isinstance(instruction, Free):
-            return [self._freed([self._named.pop(buffer) for buffer in instruction.buffers])]
+            return self._freed([self._named.pop(buffer) for buffer in instruction.buffers])
         if isinstance(instruction, Transfer):
-            return [self._transfer(instruction)]
+            return self._transfer(instruction)
         resolve = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
             Op.BACKWARD_INPUT: self._backward_input,
             Op.BACKWARD_WEIGHT: self._backward_weight,
         }[instruction.action.op]
-        return [resolve(instruction)]
+        return resolve(instruction)
+
+    def _made(self, instruction: Compute | Transfer) -> Callable[[Slots], tuple[Arrays, Arrays]]:
+        """What an observer is shown of an instruction that was just resolved."""
+        if isinstance(instruction, Transfer):
+            target = self._slot(instruction.target)
+            return lambda slots: (slots[target], ())
+        written = [(self._slot(buffer), buffer.kind in ("r", "w")) for buffer in instruction.writes]
+        added = self._named[
+            instruction.action.stage, "totals" if instruction.action.op is Op.FORWARD else "accumulators"
+        ]
+
+        def made(slots: Slots) -> tuple[Arrays, Arrays]:
+            # What is kept for backward stands in pairs: arrays that were there before, and new ones.
+            values = [slots[index][1] if is_pair else slots[index] for index, is_pair in written]
+            return tuple([array for value in values for array in value]), slots[added]
+
+        return made
 
     def _new_slot(self) -> int:
         if self._free:

@@ -21,6 +21,11 @@ class Op(enum.StrEnum):
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
 
+    @property
+    def meaning(self) -> str:
+        """`forward` for F, and so on."""
+        return _MEANINGS[self]
+
     # That of an enumeration is a Python function; actions are keys of every table of a plan.
     __hash__ = str.__hash__
 
@@ -28,6 +33,14 @@ class Op(enum.StrEnum):
     def accumulates(self) -> bool:
         """Whether it adds to the gradients of the parameters, and is the last to need what forward kept."""
         return self is Op.BACKWARD or self is Op.BACKWARD_WEIGHT
+
+
+_MEANINGS = {
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.BACKWARD_INPUT: "backward, input",
+    Op.BACKWARD_WEIGHT: "backward, weight",
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
