@@ -7,7 +7,7 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,7 @@ USAGE = """usage: meshpipe COMMAND ...
   train RECIPE [flags]                      train
   verify RECIPE [flags]                     compare with plain training on one device
   plan RECIPE [flags] [--plot FILE.png]     stages, schedule, bubble and memory; runs no step
+  plan RECIPE [flags] --compare             what every schedule would cost
   checkpoint list DIR                       what is saved, and from which layout
   checkpoint show DIR [--step N]            everything that is written down about one checkpoint
   checkpoint verify DIR                     whether every byte of it is good
@@ -121,18 +122,27 @@ def plan(arguments: list[str]) -> int:
     )
     import jax
 
+    from meshpipe.compare import compare_schedules
     from meshpipe.mesh import use_cpu_devices
     from meshpipe.picture import check_picture
-    from meshpipe.report import make_console, print_plan
+    from meshpipe.report import make_console, print_comparison, print_plan
     from meshpipe.staged_model import StagedModel
 
     if extra.plot is not None:
         check_picture(extra.plot)
     jax.config.update("jax_platforms", "cpu")
     use_cpu_devices(config.mesh.num_devices)
-    print_plan(
-        make_console(), recipe, StagedModel.from_config(config), config.optimizer.build(config.steps), extra.plot
-    )
+    console, transformation = make_console(), config.optimizer.build(config.steps)
+    if extra.compare:
+        models = lambda pipeline: StagedModel.from_config(replace(config, pipeline=pipeline))  # noqa: E731
+        comparisons = compare_schedules(models, config.pipeline, transformation)
+        print_comparison(console, recipe, config.pipeline, comparisons)
+        return COMPLETED
+    model = StagedModel.from_config(config)
+    print_plan(console, recipe, model, transformation, extra.plot)
+    if extra.save_schedule is not None:
+        extra.save_schedule.write_text(model.plan.to_text())
+        console.print(f"\nWritten to {extra.save_schedule}; --schedule {extra.save_schedule} runs it.")
     return COMPLETED
 
 
@@ -269,7 +279,21 @@ class _FolderAndStep:
 @dataclass(frozen=True)
 class _PlanFlags:
     plot: Path | None = None
-    """Picture of the plan's timeline to draw; its suffix says the format."""
+    """Picture of the plan's timeline and memory to draw; its suffix says the format."""
+    save_schedule: Path | None = None
+    """File (.txt) to write the plan to, which --schedule takes, also after changes."""
+    compare: bool = False
+    """Instead of one plan, show what every schedule would cost."""
+
+    def __post_init__(self) -> None:
+        file = self.save_schedule
+        if file is not None and (file.suffix != ".txt" or file.is_dir() or not file.parent.is_dir()):
+            raise ValueError(
+                "--save-schedule must name a file that ends in .txt, in a folder that exists. Got "
+                f"{str(file)!r}. `--schedule` takes such a file."
+            )
+        if self.compare and (self.plot or file):
+            raise ValueError("--compare shows all schedules; --plot and --save-schedule show one. Give either.")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from meshpipe.compare import Comparison
 from meshpipe.layer import Layer
-from meshpipe.memory import RankMemory, predict_memory
+from meshpipe.memory import RankMemory, predict_memory, stage_memory
 from meshpipe.mesh import describe
-from meshpipe.picture import Panel, draw_timelines
+from meshpipe.picture import FORWARDS, Panel, draw_timelines
+from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.simulate import Costs, simulate
 from meshpipe.staged_model import StagedModel
 
@@ -175,7 +177,8 @@ def print_plan(
     console: Console, recipe: str, model: StagedModel, transformation: optax.GradientTransformation, plot: Path | None
 ) -> None:
     """Everything that is known of a step before it runs: mesh, stages, order of work, bubble and memory."""
-    timeline = simulate(model.plan, Costs.of_parts(model.plan.num_stages // model.plan.num_ranks))
+    costs = Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
+    timeline = simulate(model.plan, costs, stage_memory(model, transformation))
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
     console.print(stage_table(model.stages, [_kind(layer) for layer in model.layers]))
     width = console.width if console.is_terminal else None
@@ -189,3 +192,38 @@ def print_plan(
     if plot is not None:
         draw_timelines([Panel(timeline, f"{model.plan.schedule}, {_microbatches(model)}")], plot)
         console.print(f"\nDrawn in {plot}.")
+
+
+def print_comparison(console: Console, recipe: str, config: PipelineConfig, comparisons: Iterable[Comparison]) -> None:
+    """Every schedule for a recipe, and what the columns mean."""
+    table = comparison_table(comparisons)
+    microbatches = _count(config.num_microbatches, "microbatch", "microbatches")
+    console.print(f"{recipe}: every schedule with {microbatches}, if stages cost the same and backward twice forward\n")
+    console.print(table)
+    console.print(
+        f"\nA step is given in {FORWARDS}; without a bubble it takes {3 * config.num_microbatches}. "
+        "The bubble between steps is what is left where the next step fills the ends of this one. "
+        "Live activations are microbatches of all layers of a rank, memory is that of the fullest device."
+    )
+
+
+def comparison_table(comparisons: Iterable[Comparison]) -> Table:
+    """A row a schedule: its step, bubble and memory in simulation, or why it does not fit."""
+    names = ("stages per rank", "step", "bubble", "bubble between steps", "live activations", "memory")
+    table = make_table("schedule", *names, "", right=names)
+    for c in comparisons:
+        if c.timeline is None:
+            table.add_row(c.schedule, str(c.stages_per_rank), *[""] * 5, c.reason)
+            continue
+        t = c.timeline
+        table.add_row(
+            c.schedule,
+            str(c.stages_per_rank),
+            f"{t.makespan:.4g}",
+            f"{t.bubble_fraction:.1%}",
+            f"{t.bubble_between_steps:.1%}",
+            f"{max(t.peak_activations) / c.stages_per_rank:.3g}",
+            format_bytes(max(t.peak_bytes)),
+            "",
+        )
+    return table

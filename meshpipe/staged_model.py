@@ -275,7 +275,7 @@ def _batch_shapes(
     }
 
 
-def _sum_and_weight(result: Any) -> tuple[jax.Array, jax.Array]:
+def _sum_and_weight(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple | list) or len(result) != 2 or any(np.shape(v) for v in result):
         shapes = jax.tree.map(np.shape, result)
         raise ValueError(

@@ -114,6 +114,11 @@ class Timeline:
         """The share of the makespan in which ranks are idle, over all of them; 0 if everything takes no time."""
         return max(0.0, 1 - sum(self.busy) / (self.makespan * self.plan.num_ranks)) if self.makespan else 0.0
 
+    @property
+    def bubble_between_steps(self) -> float:
+        """The share of `period` in which ranks are idle, where the next step can begin before this one has ended."""
+        return max(0.0, 1 - sum(self.busy) / (self.period * self.plan.num_ranks)) if self.period else 0.0
+
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:
         """The most activations that each rank holds at once, counted as `Plan.peak_activations` counts them."""
