@@ -99,8 +99,8 @@ def _draw_ranks(axes: "Axes", panel: Panel, longest: float, inches: float) -> No
         rank, width = plan.stage_ranks[action.stage], timeline.ends[action] - start
         axes.barh(rank, width, left=start, height=0.9, color=COLOURS[action.op], edgecolor="white", linewidth=0.7)
         label = str(action) if plan.num_stages > plan.num_ranks else str(action.microbatch)
-        if width * inches > 0.09 * len(label):
-            axes.text(start + width / 2, rank, label, ha="center", va="center", fontsize=8)
+        if width * inches > 0.075 * len(label):
+            axes.text(start + width / 2, rank, label, ha="center", va="center", fontsize=7)
     axes.set_yticks(range(plan.num_ranks), [f"rank {rank}" for rank in range(plan.num_ranks)])
     axes.invert_yaxis()
     axes.set_title(f"{panel.title}: bubble {timeline.bubble_fraction:.1%}", fontsize=10)

@@ -1,0 +1,154 @@
+"""What the host does for each action: tiny stages, whose work takes no time, in one process.
+
+    python tests/benchmarks/host_overhead.py [--schedules 1f1b zb-h1] [--json FILE]
+
+`bare` is what cannot be avoided with these programs: for each action one call of the compiled program (the mean of
+those of a middle stage), and the `jax.device_put` calls that its values need, each timed alone in the same run. The
+second table is the cost of planning, which has to grow with the number of actions and no faster.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from benchmark import median, print_results, times_of
+from flax import nnx
+
+import meshpipe
+from meshpipe.pipeline.lower import Transfer, lower
+from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.programs import StagePrograms, compile_stage
+from meshpipe.pipeline.stage import Shapes, TracedStage
+from meshpipe.pipeline.transfer import transfer_to
+from meshpipe.pipeline.validate import validate
+
+WIDTH, ROWS = 8, 4
+CALLS = 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--microbatches", type=int, default=16)
+    parser.add_argument("--data", type=int, default=1, help="devices of each stage")
+    parser.add_argument("--schedules", nargs="+", default=["1f1b", "gpipe", "zb-h1"])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--json")
+    flags = parser.parse_args()
+    meshpipe.use_cpu_devices(flags.stages * flags.data)
+    rows = [step_row(name, flags.stages, flags.microbatches, flags.data, flags.repeats) for name in flags.schedules]
+    print_results("host overhead: microseconds per action", rows, flags.json)
+    print_results("planning: plan, validate and lower", [planning_row(8 * 2**i, 32 * 2**i) for i in range(4)])
+
+
+def step_row(schedule: str, num_stages: int, num_microbatches: int, data: int, repeats: int) -> dict[str, object]:
+    batch = {"inputs": np.ones((ROWS * data * num_microbatches, WIDTH), np.float32)}
+    trainer = meshpipe.Trainer(
+        [lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs)] * num_stages,
+        lambda output, batch: (output.sum(), output.size),
+        optax.sgd(0.0),
+        batch=batch,
+        mesh=meshpipe.make_mesh(num_stages, data),
+        pipeline=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=num_microbatches),
+    )
+    num_actions = len(trainer.plan.actions)
+    moves = sum(isinstance(i, Transfer) for i in lower(trainer.plan).instructions)
+    middle = trainer.model.traced[num_stages // 2]
+    ops = {action.op for action in trainer.plan.actions}
+    calls = bare_calls(middle, compile_stage(middle, ops))
+    value = placed(middle.x)
+    target = tuple(shape.sharding for shape in trainer.model.traced[num_stages // 2 + 1].x)
+    put = call_time(lambda: transfer_to(target)(value))
+    sharding_put = call_time(lambda: jax.device_put(value, target))
+    call = sum(call_time(call) for call in calls) / len(calls)
+    step = median(times_of(lambda: jax.block_until_ready(trainer.loss_and_gradients(batch)), repeats, warmups=3))
+    bare = call + put * moves / num_actions
+    return {
+        "schedule": schedule,
+        "actions": num_actions,
+        "transfers": moves,
+        "bare call": call * 1e6,
+        "bare device_put": put * 1e6,
+        "device_put to a sharding": sharding_put * 1e6,
+        "bare": bare * 1e6,
+        "step": step / num_actions * 1e6,
+        "step/bare": step / num_actions / bare,
+    }
+
+
+def placed(shapes: Shapes) -> tuple[jax.Array, ...]:
+    return tuple(jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding) for s in shapes)
+
+
+def bare_calls(stage: TracedStage, programs: StagePrograms) -> list[Callable[[], object]]:
+    """A call of each program of a middle stage, with everything at hand."""
+    params, state, x, inputs = placed(stage.params), placed(stage.state), placed(stage.x), placed(stage.inputs)
+    (microbatch,) = placed((stage.microbatch,))
+    forward = lambda: programs.forward(params, (), state, x, inputs, microbatch, ())  # noqa: E731
+    output, _, residuals, _ = forward()
+    kept = tuple(x[i] for i in stage.kept_x), tuple(state[i] for i in stage.kept_state)
+    accumulators = [programs.zeros()]  # donated by each call to the next
+    arguments = (params, (), inputs, microbatch, kept, residuals, output)
+
+    if programs.backward is not None:
+        backward = programs.backward
+
+        def run_backward() -> object:
+            accumulators[0], gradients = backward(accumulators[0], *arguments)
+            return gradients
+
+        return [forward, run_backward]
+    parts = programs.split
+    assert parts is not None
+    assert parts.weight is not None
+    weight = parts.weight
+
+    def run_input() -> tuple[jax.Array, ...]:
+        accumulators[0], _, crossing = parts.input(accumulators[0], *arguments)
+        return crossing
+
+    crossing = run_input()
+    of_microbatch = (*kept[0], *kept[1], *residuals, *output)
+    carried = tuple(of_microbatch[i] for i in parts.carried)
+
+    def run_weight() -> object:
+        accumulators[0] = weight(accumulators[0], params, (), inputs, microbatch, carried, crossing)
+        return accumulators[0]
+
+    return [forward, run_input, run_weight]
+
+
+def call_time(call: Callable[[], object]) -> float:
+    """Seconds of one of many calls, with the work that they hand out."""
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            result = call()
+        jax.block_until_ready(result)
+
+    return median(times_of(calls, 5)) / CALLS
+
+
+def planning_row(num_stages: int, num_microbatches: int) -> dict[str, object]:
+    begin = time.perf_counter()
+    plan = meshpipe.make_plan("1f1b", num_stages, num_microbatches)
+    validate(plan)
+    lower(plan)
+    seconds = time.perf_counter() - begin
+    count = len(plan.actions)
+    assert {action.op for action in plan.actions} == {Op.FORWARD, Op.BACKWARD}
+    return {
+        "stages": num_stages,
+        "microbatches": num_microbatches,
+        "actions": count,
+        "seconds": seconds,
+        "us per action": seconds / count * 1e6,
+    }
+
+
+if __name__ == "__main__":
+    main()

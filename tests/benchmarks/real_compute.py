@@ -1,0 +1,236 @@
+"""A transformer on two devices of one thread each, against the fastest step of the same on one device with one thread.
+
+    python tests/benchmarks/real_compute.py [--rounds 5] [--schedules 1f1b zb-v] [--json FILE]
+
+Pre-LN transformer: 8 layers, d_model 256, 8 heads, sequence 128, byte vocabulary, batch 32, plain SGD, 8 microbatches.
+T1 is the fastest of several ways to write the step by hand with `PJRT_NPROC=1`; `T1/(2 step)` is how much of two
+devices a schedule makes use of. The last rows are meshpipe with a single stage on the one device, against the fastest
+way that accumulates gradients over microbatches. Every way has its own process; all are compiled first, then take
+turns, so that noise of the machine meets all of them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from benchmark import median, print_results
+
+WIDTH, HEADS, LENGTH, VOCABULARY, BATCH, LAYERS, MICROBATCHES = 256, 8, 128, 256, 32, 8, 8
+LEARNING_RATE = 1e-2
+WITHOUT_MICROBATCHES = ("one jit", "two programs")
+WITH_MICROBATCHES = ("scan", "grad and accumulate", "two programs, microbatches")
+SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-v")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
+    parser.add_argument("--json")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.way is not None:
+        answer(flags.way)
+        return
+    plain = [*WITHOUT_MICROBATCHES, *WITH_MICROBATCHES]
+    ways = [*plain, "one stage", *flags.schedules]
+    processes = {way: start(way, threads=1 if way in plain or way == "one stage" else 2) for way in ways}
+    times = {way: [] for way in ways}
+    try:
+        for _ in range(flags.rounds):
+            for way, process in processes.items():
+                times[way].append(step_time(process))
+    finally:
+        for process in processes.values():
+            process.kill()
+    step = {way: median(seconds) for way, seconds in times.items()}
+    one_device = min(step[way] for way in plain)
+    accumulated = min(step[way] for way in WITH_MICROBATCHES)
+    rows: list[dict[str, object]] = []
+    for way in ways:
+        devices = 2 if way in flags.schedules else 1
+        rows.append(
+            {
+                "way": way,
+                "devices": devices,
+                "step, s": step[way],
+                "fastest, s": min(times[way]),
+                "T1/(devices x step)": one_device / (devices * step[way]),
+                "step/fastest accumulation": step[way] / accumulated if devices == 1 else "",
+            }
+        )
+    print_results("real compute", rows, flags.json)
+
+
+def start(way: str, threads: int) -> subprocess.Popen[str]:
+    environment = os.environ | {"PJRT_NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, "--way", way]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    step_time(process)  # compiles; one after the other, as compiling takes all cores
+    step_time(process)
+    return process
+
+
+def step_time(process: subprocess.Popen[str]) -> float:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("step\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"{process.args} ended with {process.wait()}.")
+    return float(json.loads(line))
+
+
+def answer(way: str) -> None:
+    """In a process of its own: takes a step for every line of input, and answers with its seconds."""
+    step = plain_step(way) if way in WITHOUT_MICROBATCHES + WITH_MICROBATCHES else pipeline_step(way)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        step()
+        print(time.perf_counter() - begin, flush=True)
+
+
+def pipeline_step(way: str) -> Callable[[], None]:
+    import jax
+    import optax
+
+    jax.config.update("jax_num_cpu_devices", 1 if way == "one stage" else 2)
+    import meshpipe
+
+    batch = example()
+    trainer = meshpipe.Trainer(
+        layers(),
+        loss,
+        optax.sgd(LEARNING_RATE),
+        batch=batch,
+        mesh=meshpipe.make_mesh(1 if way == "one stage" else 2),
+        pipeline=meshpipe.PipelineConfig(schedule="1f1b" if way == "one stage" else way, num_microbatches=MICROBATCHES),
+    )
+
+    def step() -> None:
+        result = trainer.step(batch)
+        jax.block_until_ready((result.good, trainer.params))
+
+    return step
+
+
+def plain_step(way: str) -> Callable[[], None]:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    graph, params = nnx.split(nnx.List([make(nnx.Rngs(i)) for i, make in enumerate(layers())]))
+    batch = example()
+    parts = {k: v.reshape(MICROBATCHES, -1, *v.shape[1:]) for k, v in batch.items()}
+    microbatches = [{k: v[i] for k, v in parts.items()} for i in range(MICROBATCHES)]
+
+    def mean_loss(params: Any, batch: Mapping[str, Any]) -> Any:
+        x = batch["inputs"]
+        for layer in nnx.merge(graph, params):
+            x = layer(x)
+        total, _ = loss(x, batch)
+        return total / (BATCH * LENGTH)
+
+    def updated(params: Any, gradients: Any) -> Any:
+        return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, gradients)
+
+    gradient = jax.grad(mean_loss)
+    update = jax.jit(updated, donate_argnums=0)
+    forward = jax.jit(lambda params, batch: jax.vjp(partial(mean_loss, batch=batch), params))
+    backward = jax.jit(lambda pull_back: pull_back(jnp.ones(()))[0])
+    add_backward = jax.jit(
+        lambda total, pull_back: jax.tree.map(jnp.add, total, pull_back(jnp.ones(()))[0]), donate_argnums=0
+    )
+    accumulate = jax.jit(
+        lambda total, params, batch: jax.tree.map(jnp.add, total, gradient(params, batch)), donate_argnums=0
+    )
+    zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+
+    def one_jit(params: Any) -> Any:
+        return updated(params, gradient(params, batch))
+
+    def scan(params: Any) -> Any:
+        def body(total: Any, part: Any) -> Any:
+            return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+        total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), parts)
+        return updated(params, total)
+
+    def grad_and_accumulate(params: Any) -> Any:
+        total = zeros(params)
+        for microbatch in microbatches:
+            total = accumulate(total, params, microbatch)
+        return update(params, total)
+
+    def two_programs(params: Any) -> Any:
+        _, pull_back = forward(params, batch)
+        return update(params, backward(pull_back))
+
+    def two_programs_microbatches(params: Any) -> Any:
+        total = zeros(params)
+        for microbatch in microbatches:
+            _, pull_back = forward(params, microbatch)
+            total = add_backward(total, pull_back)
+        return update(params, total)
+
+    take = {
+        "one jit": jax.jit(one_jit, donate_argnums=0),
+        "scan": jax.jit(scan, donate_argnums=0),
+        "grad and accumulate": grad_and_accumulate,
+        "two programs": two_programs,
+        "two programs, microbatches": two_programs_microbatches,
+    }[way]
+    state = [params]
+
+    def step() -> None:
+        state[0] = jax.block_until_ready(take(state[0]))
+
+    return step
+
+
+def layers() -> list[Callable[[Any], Any]]:
+    from flax import nnx
+
+    class Block(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.norm1, self.norm2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(num_heads=HEADS, in_features=WIDTH, decode=False, rngs=rngs)
+            self.up, self.down = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs), nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            x = x + self.attention(self.norm1(x))
+            return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+    class Head(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.norm, self.output = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.output(self.norm(x))
+
+    return [lambda rngs: nnx.Embed(VOCABULARY, WIDTH, rngs=rngs), *[Block] * LAYERS, Head]
+
+
+def loss(output: Any, batch: Mapping[str, Any]) -> Any:
+    import optax
+
+    losses = optax.softmax_cross_entropy_with_integer_labels(output, batch["labels"])
+    return losses.sum(), losses.size
+
+
+def example() -> dict[str, Any]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return {name: rng.integers(0, VOCABULARY, (BATCH, LENGTH), dtype=np.int32) for name in ("inputs", "labels")}
+
+
+if __name__ == "__main__":
+    main()
