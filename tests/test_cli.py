@@ -110,7 +110,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="module")
 def whole(workplace: Workplace) -> Result:
     """A run of 12 steps that nothing interrupts."""
-    flags = "--steps 12 --metrics whole.jsonl --eval-every 5 --checkpoint-dir whole --checkpoint-every 4"
+    flags = "--steps 12 --metrics whole.jsonl --eval-every 5 --checkpoint-dir whole --checkpoint-every 4 "
+    flags += "--measure-every 5 --trace whole.json"
     return workplace.train(*flags.split())
 
 
@@ -154,9 +155,19 @@ def test_the_metrics_file_tells_the_whole_run(whole: Result, workplace: Workplac
             assert line["grad_norm"] > 0
             assert line["learning_rate"] == pytest.approx(1e-3)
             assert line["examples_per_s"] == pytest.approx(16 / line["step_time_s"])
+            assert ("bubble_fraction" in line) == (line["step"] in (5, 10))
+            assert 0 <= line.get("bubble_fraction", 0) < 1
         else:
             assert line["loss"] > 0
     assert end | {"event": "end", "status": "completed", "step": 12} == end
+
+
+def test_the_trace_has_the_timed_steps(whole: Result, workplace: Workplace) -> None:
+    events = json.loads((workplace.folder / "whole.json").read_text())["traceEvents"]
+    actions = [e["name"] for e in events if e["ph"] == "X" and e["tid"] == 0 and e["args"]["step"] == 5]
+    assert sorted(actions) == sorted(f"{s}{op}{m}" for s in range(2) for op in "FB" for m in range(4))
+    assert {e["args"]["step"] for e in events if e["ph"] == "X"} == {5, 10}
+    assert (workplace.folder / "whole.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_checkpoints_are_saved_as_asked(whole: Result, workplace: Workplace) -> None:
@@ -309,6 +320,28 @@ def test_plan_shows_stages_grid_bubble_and_memory(in_process: Path, capsys: pyte
     assert (in_process / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_saved_schedule_can_be_run(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--schedule", "zb-h1", "--save-schedule", "mine.txt"]) == 0
+    assert "Written to mine.txt" in capsys.readouterr().out
+    assert main(["plan", "tiny:pipeline", "--schedule", "mine.txt"]) == 0
+    assert "0I0" in capsys.readouterr().out
+
+
+def test_all_schedules_are_compared(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--compare"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["1f1b"][:3] == ["1", "15", "20.0%"]
+    assert rows["zb-v"][:3] == ["2", "12.5", "4.0%"]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--save-schedule plan.json", "--save-schedule no/plan.txt", "--compare --plot a.png"]
+)
+def test_flags_of_plan_that_cannot_be(in_process: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", *flags.split()]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_verify_agrees(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "tiny:pipeline", "--updates", "2"]) == 0
     out = capsys.readouterr().out
@@ -345,6 +378,6 @@ def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     flags = """--mesh.pipeline --mesh.data --mesh.tensor --schedule --stages-per-rank --num-microbatches --remat --steps
         --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --metrics
-        --eval-every --boundaries --data.count --model.width"""
+        --eval-every --measure-every --trace --boundaries --data.count --model.width"""
     for flag in flags.split():
         assert f"{flag} " in out or f"{flag}, " in out, flag
