@@ -1,0 +1,149 @@
+"""Several processes of one run on this machine: started, heard, signalled and ended together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+SECONDS_TO_END = 20.0
+"""How long processes may take to end by themselves after one of them failed."""
+POLL_SECONDS = 0.05
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOT_RESTARTED = (0, 2, 130, 143)
+"""Exit codes of runs that completed, that cannot be, and that were stopped."""
+
+Command = Callable[[int, int], Sequence[str]]
+"""The command of a process: from its number, and how often the run was restarted."""
+
+
+@dataclass
+class Launch:
+    """One run of several processes, started again at most `max_restarts` times after a failure."""
+
+    num_processes: int
+    command: Command
+    max_restarts: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    seconds_to_end: float = SECONDS_TO_END
+
+    def __post_init__(self) -> None:
+        if self.num_processes < 1:
+            raise ValueError(f"--processes must be at least 1. Got {self.num_processes}.")
+        if self.max_restarts < 0:
+            raise ValueError(f"--max-restarts must be at least 0. Got {self.max_restarts}.")
+        self._stop: int | None = None
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def run(self) -> int:
+        """The exit code of the first process that failed, else 0. A signal to this process is passed on to all."""
+        before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
+        try:
+            for restart in range(self.max_restarts + 1):
+                code = self._run_once(restart)
+                if code in NOT_RESTARTED or self._stop is not None or restart == self.max_restarts:
+                    return code
+                _say(f"Starting the run again ({restart + 1} of {self.max_restarts}).")
+            raise AssertionError("unreachable")
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _run_once(self, restart: int) -> int:
+        self._processes = []
+        readers = []
+        try:
+            for number in range(self.num_processes):
+                process = self._start(number, restart)
+                self._processes.append(process)
+                for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+                    assert source is not None
+                    readers.append(threading.Thread(target=_prefix, args=(number, source, target), daemon=True))
+                    readers[-1].start()
+            code = self._wait()
+        finally:
+            for process in self._processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        for reader in readers:
+            reader.join(timeout=5)
+        return code
+
+    def _start(self, number: int, restart: int) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self.command(number, restart),
+            env=os.environ | dict(self.environment) | {"PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            # A signal from the terminal goes to the launcher alone, which passes it on once.
+            start_new_session=True,
+        )
+
+    def _wait(self) -> int:
+        """Waits for all; once one has failed, the others have a while to end before they are killed."""
+        first_failure: tuple[int, int] | None = None
+        deadline = float("inf")
+        while running := [p for p in self._processes if p.poll() is None]:
+            if first_failure is None:
+                first_failure = self._failure()
+                if first_failure is not None:
+                    number, code = first_failure
+                    deadline = time.monotonic() + self.seconds_to_end
+                    if self._stop is None:
+                        _say(f"Process {number} ended with exit code {code}; waiting for the others to end.")
+            if time.monotonic() > deadline:
+                left = [number for number, p in enumerate(self._processes) if p in running]
+                _say(f"Ending process{'es' if len(left) > 1 else ''} {', '.join(map(str, left))} by SIGKILL.")
+                for process in running:
+                    process.kill()
+                deadline = float("inf")
+            time.sleep(POLL_SECONDS)
+        first_failure = first_failure or self._failure()
+        return 0 if first_failure is None else first_failure[1]
+
+    def _failure(self) -> tuple[int, int] | None:
+        """A process that has failed, with its exit code as a shell would say it."""
+        codes = [(number, process.poll()) for number, process in enumerate(self._processes)]
+        failed = [(number, code) for number, code in codes if code]
+        # What ended by a signal has not failed by itself if another one told why.
+        failed.sort(key=lambda pair: pair[1] < 0)
+        return next(((number, 128 - code if code < 0 else code) for number, code in failed), None)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._stop = number
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+def _prefix(number: int, source: Iterable[str], target: Any) -> None:
+    """Copies lines with the number of their process in front, in its colour on a terminal."""
+    console = Console(file=target, highlight=False, soft_wrap=True)
+    prefix = Text(f"[{number}] ", style=COLOURS[number % len(COLOURS)])
+    for line in source:
+        console.print(prefix + Text(line.rstrip("\n")))
+
+
+def _say(text: str) -> None:
+    print(f"meshpipe launch: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,92 @@
+"""Processes of one run live and end together."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from meshpipe.launch import Launch
+
+
+def script(text: str) -> list[str]:
+    return [sys.executable, "-c", f"import os, signal, sys, time\n{text}"]
+
+
+def launch(scripts: list[str], **options: float) -> int:
+    return Launch(len(scripts), lambda number, restart: script(scripts[number]), **options).run()  # type: ignore[arg-type]
+
+
+def test_output_names_its_process(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(["print('hello')", "print('there', file=sys.stderr)"]) == 0
+    captured = capfd.readouterr()
+    assert "[0] hello" in captured.out
+    assert "[1] there" in captured.err
+
+
+def test_the_first_failure_ends_all_and_is_the_result() -> None:
+    begin = time.monotonic()
+    assert launch(["time.sleep(60)", "sys.exit(3)", "time.sleep(60)"], seconds_to_end=0.3) == 3
+    assert time.monotonic() - begin < 20
+
+
+def test_a_killed_process_counts_as_a_shell_counts_it() -> None:
+    assert launch(["os.kill(os.getpid(), signal.SIGKILL)"]) == 137
+
+
+def test_others_may_end_by_themselves_after_a_failure(tmp_path: Path) -> None:
+    file = tmp_path / "done"
+    assert launch([f"time.sleep(1); open({str(file)!r}, 'w')", "sys.exit(1)"]) == 1
+    assert file.exists()
+
+
+def test_a_failed_run_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = "sys.exit(0 if int(sys.argv[1]) == 2 else 1)"
+    assert Launch(2, lambda number, restart: [*script(text), str(restart)], max_restarts=3).run() == 0
+    assert "Starting the run again (2 of 3)." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "starts"), [(1, 3), (2, 1)])
+def test_restarts_end_and_what_cannot_be_is_not_tried_again(tmp_path: Path, code: int, starts: int) -> None:
+    file = tmp_path / "starts"
+    text = f"open({str(file)!r}, 'a').write('x'); sys.exit({code})"
+    assert Launch(1, lambda number, restart: script(text), max_restarts=2).run() == code
+    assert file.read_text() == "x" * starts
+
+
+def test_a_signal_reaches_every_process_once(tmp_path: Path) -> None:
+    child = f"""
+import signal, sys, time
+from pathlib import Path
+count = 0
+def handle(number, frame):
+    global count
+    count += 1
+signal.signal(signal.SIGTERM, handle)
+Path({str(tmp_path)!r}, sys.argv[1]).touch()
+while not count:
+    time.sleep(0.01)
+time.sleep(0.5)
+sys.exit(143 if count == 1 else 1)
+"""
+    (tmp_path / "child.py").write_text(child)
+    (tmp_path / "parent.py").write_text(
+        f"""
+import sys
+from meshpipe.launch import Launch
+sys.exit(Launch(2, lambda n, restart: [sys.executable, {str(tmp_path / "child.py")!r}, str(n)], max_restarts=2).run())
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], env=environment)
+    timer = threading.Timer(60, parent.kill)
+    timer.start()
+    while not all((tmp_path / str(n)).exists() for n in range(2)) and parent.poll() is None:
+        time.sleep(0.01)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait() == 143
+    timer.cancel()
