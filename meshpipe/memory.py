@@ -13,6 +13,7 @@ from meshpipe.mesh import DATA, TENSOR
 from meshpipe.optimizer import Optimizer, StageParameters
 from meshpipe.pipeline.jaxpr import nbytes
 from meshpipe.pipeline.plan import Op, Plan
+from meshpipe.pipeline.simulate import StageMemory
 from meshpipe.pipeline.stage import TracedStage
 from meshpipe.staged_model import StagedModel
 
@@ -64,6 +65,18 @@ def predict_memory(model: StagedModel, transformation: optax.GradientTransformat
             )
         )
     return ranks
+
+
+def stage_memory(model: StagedModel, transformation: optax.GradientTransformation) -> list[StageMemory]:
+    """What each stage keeps on each device of its rank, by tracing the model; nothing is allocated."""
+    optimizer = Optimizer(transformation, model.parameters).state_shapes
+    memory = []
+    for stage, owned, state in zip(model.trace(), model.parameters, optimizer, strict=True):
+        activation, again = _activation_bytes(stage, model.config.remat)
+        always = _device_bytes(owned.params.values()) + _hoisted_bytes(stage) + _gradient_bytes(owned)
+        always += _device_bytes(jax.tree.leaves(state)) + again
+        memory.append(StageMemory(activation, kept_for_weights=activation, always=always))
+    return memory
 
 
 def _live(plan: Plan, rank: int) -> list[dict[int, int]]:

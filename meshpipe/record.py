@@ -43,7 +43,7 @@ def layout_values(config: Config, stages: Sequence[range]) -> dict[str, Any]:
     """Mesh axes, schedule and the layers of every stage, as they are where the config leaves them open."""
     chosen = {
         "stages_per_rank": len(stages) // config.mesh.pipeline,
-        "boundaries": [layers.start for layers in stages][1:],
+        "partition": ",".join(str(layers.start) for layers in stages),
     }
     return config_values(config.mesh) | config_values(config.pipeline) | chosen
 
@@ -130,7 +130,7 @@ def _check_whole(folder: str, steps: Sequence[int]) -> None:
 def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) -> None:
     """Raises `ValueError` when what is asked is another run than the saved one, so that it could not go on with it.
 
-    Layout, schedule, boundaries, microbatches, number of steps, learning rate and how often to save may change. Model,
+    Layout, schedule, partition, microbatches, number of steps, learning rate and how often to save may change. Model,
     kind of optimizer, seed and batch size may not. Whether the data fits, its own saved position says.
     """
     saved = metadata.get("config", {})

@@ -8,7 +8,6 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from meshpipe.layer import Layer
 from meshpipe.memory import RankMemory, predict_memory
 from meshpipe.mesh import describe
 from meshpipe.pipeline.plan import Op
@@ -73,8 +72,15 @@ def layout_lines(recipe: str, model: StagedModel) -> list[str]:
         f"{recipe}: {parameters:,} parameters on {describe(model.mesh)}",
         f"stages: {stages}",
         f"{model.plan.schedule}, {_microbatches(model)}, remat {model.config.remat}, "
-        f"expected bubble {simulate(model.plan).bubble_fraction:.1%}",
+        f"expected bubble {simulate(model.plan, model.stage_costs).bubble_fraction:.1%}{_how_chosen(model)}",
     ]
+
+
+def _how_chosen(model: StagedModel) -> str:
+    """How stages were cut, unless evenly, and where the costs are from, if there are any."""
+    partition = model.config.partition
+    cut = "" if partition == "even" else f", partition {partition}"
+    return cut if model.layer_costs is None else f"{cut}, {model.layer_costs.describe()}"
 
 
 def _microbatches(model: StagedModel) -> str:
@@ -132,12 +138,6 @@ def stage_table(stages: Sequence[Stage], layer_names: Sequence[str]) -> Table:
     return table
 
 
-def _kind(layer: Layer) -> str:
-    """The name of the layer's class."""
-    root: Any = layer.graphdef.nodes[0]
-    return root.type.__name__
-
-
 def _run_lengths(names: Sequence[str]) -> str:
     """`Embed, 3 Block, Head` for a list of names."""
     runs: list[list[Any]] = []
@@ -188,15 +188,15 @@ def print_plan(
     console: Console, recipe: str, model: StagedModel, transformation: optax.GradientTransformation, plot: Path | None
 ) -> None:
     """Everything that is known of a step before it runs: mesh, stages, order of work, bubble and memory."""
-    timeline = simulate(model.plan)
+    costs = model.layer_costs
+    timeline = simulate(model.plan, model.stage_costs)
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
-    console.print(stage_table(model.stages, [_kind(layer) for layer in model.layers]))
+    console.print(stage_table(model.stages, [layer.kind for layer in model.layers]))
     width = console.width if console.is_terminal else None
     console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
     console.print(model.plan.grid(width=width), markup=False)
-    console.print(
-        f"Expected bubble {timeline.bubble_fraction:.1%}, if stages cost the same and backward twice forward.\n"
-    )
+    assumed = "if stages cost the same and backward twice forward" if costs is None else f"by {costs.describe()}"
+    console.print(f"Expected bubble {timeline.bubble_fraction:.1%}, {assumed}.\n")
     console.print("Expected memory of each device of a rank:")
     console.print(memory_table(predict_memory(model, transformation)))
     if plot is not None:

@@ -1,5 +1,6 @@
 """How one step is cut into stages and microbatches."""
 
+import re
 from dataclasses import dataclass
 
 CHECKPOINT_POLICIES = (
@@ -13,23 +14,42 @@ CHECKPOINT_POLICIES = (
 """The members of `jax.checkpoint_policies` that need no arguments."""
 REMAT_POLICIES = ("none", "full", *CHECKPOINT_POLICIES)
 
+BYTES = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for unit, base in (("B", 1000), ("iB", 1024))
+}
+"""Units of memory: `GB` is 10**9 bytes, `GiB` 2**30."""
+
+
+PARTITIONS = ("even", "cost", "measured")
+"""Ways to cut layers into stages that have a name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """Schedule, microbatches, rematerialisation and stage boundaries of one step."""
+    """Schedule, microbatches, rematerialisation and how layers are cut into stages, of one step."""
 
     schedule: str = "1f1b"
     """The order in which each rank does its forwards and backwards: the name of a schedule, or the file of a plan
-    (ending in .txt)."""
+    (ending in .txt), or `auto`: the fastest found for the costs of the stages, within the memory limit."""
     stages_per_rank: int | None = None
-    """Stages that each pipeline rank holds; None is the fewest that the schedule takes."""
+    """Stages that each pipeline rank holds; None is the fewest that the schedule takes, and what `auto` finds best."""
     num_microbatches: int = 1
     """Equal slices of the batch that flow through the pipeline; gradients accumulate over them."""
     remat: str = "none"
     """`none` keeps what backward needs; `full` keeps only stage inputs and computes forward again; the name of a
     `jax.checkpoint_policies` member, e.g. `dots_saveable`, keeps what that policy saves."""
-    boundaries: tuple[int, ...] | None = None
-    """First layer of every stage after the first, e.g. `2 4` for layers 0-1, 2-3 and 4-; None cuts evenly."""
+    partition: str = "even"
+    """How layers are cut into stages: `even` by their number, `cost` by estimated floating-point operations, `measured`
+    by times taken on this machine at the start; or the first layer of every stage, e.g. `0,2,4` for layers 0-1, 2-3 and
+    4- (the 0 may be left out)."""
+    costs: str | None = None
+    """JSON file of layer costs, as `meshpipe plan RECIPE --profile --save-costs FILE.json` writes it, in place of
+    measuring for `--partition measured` and `--schedule auto`; None measures."""
+    memory_limit: str | None = None
+    """Most memory that a step may take on each device, e.g. `12GiB`, `800MB` or a number of bytes, for
+    `--schedule auto`; None sets no limit."""
 
     def __post_init__(self) -> None:
         for name in ("stages_per_rank", "num_microbatches"):
@@ -38,3 +58,50 @@ class PipelineConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Got {value}.")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"--remat must be one of {', '.join(REMAT_POLICIES)}. Got {self.remat!r}.")
+        if self.partition not in PARTITIONS and not re.fullmatch(r"\d+(,\d+)*", self.partition):
+            raise ValueError(
+                f"--partition must be one of {', '.join(PARTITIONS)}, or the first layers of the stages with commas "
+                f"between them, e.g. 0,2,4. Got {self.partition!r}."
+            )
+        if self.costs is not None and not self.needs_costs:
+            raise ValueError(
+                "--costs is for --partition measured and --schedule auto. "
+                f"Got {self.costs!r} with --partition {self.partition} and --schedule {self.schedule}. Leave it out."
+            )
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
+            if self.schedule != "auto":
+                raise ValueError(
+                    "--memory-limit is for --schedule auto, which keeps to it. "
+                    f"Got {self.memory_limit} with --schedule {self.schedule}. "
+                    "Leave the limit out, or pass --schedule auto."
+                )
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether the plan or the cut depends on how long layers take."""
+        return self.schedule == "auto" or self.partition == "measured"
+
+    @property
+    def boundaries(self) -> tuple[int, ...] | None:
+        """The first layer of every stage after the first, where they are given."""
+        if self.partition in PARTITIONS:
+            return None
+        first, *others = map(int, self.partition.split(","))
+        return tuple(others) if first == 0 else (first, *others)
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that a text such as `12GiB`, `1.5 GB` or `800000` stands for; units of 1000 and 1024.
+
+    Raises `ValueError` when it stands for none, or for less than one.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
+    units = {unit.lower(): size for unit, size in BYTES.items()}
+    count = float(match[1]) * units.get(match[2].lower(), 0) if match else 0
+    if count < 1:
+        raise ValueError(
+            "An amount of memory is a number of bytes, or a number with one of the units "
+            f"{', '.join(filter(None, BYTES))}, e.g. 12GiB. Got {text!r}."
+        )
+    return int(count)
