@@ -1,21 +1,26 @@
-"""What a step will keep in the memory of each rank's devices, predicted from shapes alone."""
+"""What a step keeps in the memory of each rank's devices, predicted from shapes alone."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import Var
 
 from meshpipe.mesh import DATA, TENSOR
 from meshpipe.optimizer import Optimizer, StageParameters
 from meshpipe.pipeline.jaxpr import nbytes
-from meshpipe.pipeline.plan import Op, Plan
-from meshpipe.pipeline.simulate import StageMemory
+from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.programs import trace_split
+from meshpipe.pipeline.simulate import Costs, StageMemory, simulate
 from meshpipe.pipeline.stage import TracedStage
 from meshpipe.staged_model import StagedModel
+
+ONE_UNIT_EACH = Costs(dict.fromkeys(Op, 1.0))
+"""The times by which the executor hands out work, and with it space."""
 
 
 @dataclass(frozen=True)
@@ -27,72 +32,141 @@ class RankMemory:
     """The parameters, and what is computed from them once per step (a copy in bfloat16)."""
     gradients: int
     optimizer: int
+    batch: int
+    """The fields of the batch that its stages read, and state such as batch statistics, before the step and after."""
     activations: int
-    """What forward keeps for backward, for all microbatches that are alive at once."""
+    """What forward keeps for backward, for all microbatches that are alive at once, and values on their way between
+    stages."""
     live_activations: int
     """Microbatches, over the stages of the rank, that are alive at once."""
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.batch + self.activations
+
+
+@dataclass(frozen=True)
+class _Always:
+    """Bytes on each device that a stage holds for the whole step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.batch
 
 
 def predict_memory(model: StagedModel, transformation: optax.GradientTransformation) -> list[RankMemory]:
     """The memory of every rank, by tracing the model; nothing is allocated. What XLA needs while it runs is not in it.
 
-    Parameters, gradients and optimizer state are exact. Activations follow a rule of thumb: the data axis splits all,
-    the tensor axis all but those of the size of a stage's input or output, which each of its devices holds.
+    Exact but for what XLA lays out by itself where microbatches are split: see `stage_memory`.
     """
-    plan, parameters = model.plan, model.parameters
-    optimizer = Optimizer(transformation, parameters).state_shapes
-    traced = model.trace()
-    activations = [_activation_bytes(stage, model.config.remat) for stage in traced]
+    plan, traced = model.plan, model.trace()
+    always = _always(model, transformation, traced)
+    timeline = simulate(plan, ONE_UNIT_EACH, _stage_memory(model, always, traced))
     ranks = []
-    for rank in range(plan.num_ranks):
-        stages = plan.stages_of(rank)
-        live = _live(plan, rank)
-        kept = max(sum(count * activations[s][0] for s, count in moment.items()) for moment in live)
+    for rank, peak in enumerate(timeline.peak_bytes):
+        kept = [always[stage] for stage in plan.stages_of(rank)]
         ranks.append(
             RankMemory(
                 rank=rank,
-                parameters=sum(
-                    _device_bytes(parameters[s].params.values()) + _hoisted_bytes(traced[s]) for s in stages
-                ),
-                gradients=sum(_gradient_bytes(parameters[s]) for s in stages),
-                optimizer=sum(_device_bytes(jax.tree.leaves(optimizer[s])) for s in stages),
-                activations=kept + max(activations[s][1] for s in stages),
-                live_activations=max(sum(moment.values()) for moment in live),
+                parameters=sum(stage.parameters for stage in kept),
+                gradients=sum(stage.gradients for stage in kept),
+                optimizer=sum(stage.optimizer for stage in kept),
+                batch=sum(stage.batch for stage in kept),
+                activations=round(peak) - sum(stage.total for stage in kept),
+                live_activations=timeline.peak_activations[rank],
             )
         )
     return ranks
 
 
 def stage_memory(model: StagedModel, transformation: optax.GradientTransformation) -> list[StageMemory]:
-    """What each stage keeps on each device of its rank, by tracing the model; nothing is allocated."""
+    """What every stage keeps on each device of its rank, by tracing the model; nothing is allocated or compiled.
+
+    Parameters, gradients, optimizer state, batch and the values between stages are exact, and so is all on submeshes of
+    one device. XLA chooses how residuals lie on several devices; they are taken to be split over the data axis where a
+    dim holds the microbatch, and over the tensor axis unless they have the shape of a stage's input or output. What is
+    kept for W is given where the plan of the model splits backward.
+    """
+    traced = model.trace()
+    return _stage_memory(model, _always(model, transformation, traced), traced)
+
+
+def _always(
+    model: StagedModel, transformation: optax.GradientTransformation, traced: Sequence[TracedStage]
+) -> list[_Always]:
     optimizer = Optimizer(transformation, model.parameters).state_shapes
-    memory = []
-    for stage, owned, state in zip(model.trace(), model.parameters, optimizer, strict=True):
-        activation, again = _activation_bytes(stage, model.config.remat)
-        always = _device_bytes(owned.params.values()) + _hoisted_bytes(stage) + _gradient_bytes(owned)
-        always += _device_bytes(jax.tree.leaves(state)) + again
-        memory.append(StageMemory(activation, kept_for_weights=activation, always=always))
-    return memory
+    return [
+        _Always(
+            parameters=_device_bytes(owned.params.values()) + _hoisted_bytes(stage),
+            gradients=_gradient_bytes(owned),
+            optimizer=_device_bytes(jax.tree.leaves(optimizer[s])),
+            batch=_device_bytes(stage.inputs) + 2 * _device_bytes(stage.state),
+        )
+        for s, (owned, stage) in enumerate(zip(model.parameters, traced, strict=True))
+    ]
 
 
-def _live(plan: Plan, rank: int) -> list[dict[int, int]]:
-    """For every moment of a rank's order, the number of live microbatches of each of its stages."""
-    live = dict.fromkeys(plan.stages_of(rank), 0)
-    moments = [dict(live)]
-    for action in plan.orders[rank]:
-        live[action.stage] += action.op is Op.FORWARD
-        moments.append(dict(live))
-        live[action.stage] -= action.op.accumulates
-    return moments
+def _stage_memory(model: StagedModel, always: Sequence[_Always], traced: Sequence[TracedStage]) -> list[StageMemory]:
+    splits = any(action.op is Op.BACKWARD_INPUT for action in model.plan.actions)
+    return [
+        _memory_of(stage, model.config.remat == "full", splits, kept.total)
+        for stage, kept in zip(traced, always, strict=True)
+    ]
+
+
+def _memory_of(stage: TracedStage, recomputes: bool, splits: bool, always: int) -> StageMemory:
+    """`recomputes` for a forward that hands over no residuals, so that backward begins by running it again."""
+    input_bytes = _device_bytes(stage.x)
+    kept_x = [_device_bytes([stage.x[i]]) for i in stage.kept_x]
+    kept_state = [_device_bytes([stage.state[i]]) for i in stage.kept_state]
+    residuals = [_split_bytes(stage, v) for v in stage.residual_vars]
+    kept_input = input_bytes if recomputes else sum(kept_x)
+    activation = kept_input + (_device_bytes(stage.state) if recomputes else sum(kept_state) + sum(residuals))
+    kept_for_weights = found = crossing = 0
+    if splits:
+        with jax.set_mesh(stage.spec.mesh):
+            parts = trace_split(stage, _shapes(stage.hoisted_vars), _shapes(stage.residual_vars))
+        gradients = [] if stage.boundary_out is None else _leaf_bytes(_output_gradients(stage))
+        from_forward = [*kept_x, *kept_state, *([] if recomputes else residuals)]
+        of_microbatch = [*kept_x, *kept_state, *residuals, *gradients]
+        carried = [] if parts.is_whole else parts.carried
+        kept_for_weights = sum(of_microbatch[i] for i in carried if i < len(from_forward))
+        found = sum(of_microbatch[i] for i in carried if i >= len(from_forward))
+        crossing = sum(_split_bytes(stage, v) for v in parts.crossing)
+    return StageMemory(
+        activation=activation,
+        kept_for_weights=kept_for_weights,
+        made_for_weights=crossing + found,
+        always=always,
+        input=input_bytes,
+        kept_input=kept_input,
+        input_gradient=_device_bytes(stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)),
+        recomputed=sum(residuals) if recomputes else 0,
+        found_for_weights=found,
+    )
+
+
+def _output_gradients(stage: TracedStage) -> Sequence[jax.ShapeDtypeStruct]:
+    assert stage.boundary_out is not None
+    return stage.boundary_out.gradients_on(stage.spec.mesh, stage.microbatch_size)
+
+
+def _shapes(values: Iterable[Var]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)  # type: ignore[attr-defined]
+
+
+def _leaf_bytes(leaves: Iterable[Any]) -> list[int]:
+    """What one device holds of each leaf; leaves know their sharding."""
+    return [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
 
 
 def _device_bytes(leaves: Iterable[Any]) -> int:
-    """What one device holds of leaves that know their sharding."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(_leaf_bytes(leaves))
 
 
 def _gradient_bytes(stage: StageParameters) -> int:
@@ -109,18 +183,11 @@ def _hoisted_bytes(stage: TracedStage) -> int:
     return nbytes(stage.hoisted_vars) * _device_bytes(stage.params) // whole if whole else 0
 
 
-def _activation_bytes(stage: TracedStage, remat: str) -> tuple[int, int]:
-    """Bytes on a device for each live microbatch, and in backward for the one that is computed again."""
-    inputs = [stage.x_vars[i] for i in stage.kept_x]
-    residuals = _split_bytes(stage, stage.residual_vars)
-    if remat == "none":
-        return _split_bytes(stage, inputs) + residuals, 0
-    return _split_bytes(stage, stage.x_vars), residuals
-
-
-def _split_bytes(stage: TracedStage, values: Iterable[Any]) -> int:
+def _split_bytes(stage: TracedStage, value: Var) -> int:
+    """A device's part of a value whose layout XLA chooses."""
     mesh = stage.spec.mesh.shape
     ends: list[Any] = [*stage.x_vars, *(stage.output_vars if not stage.spec.is_last else ())]
-    whole = {v.aval.shape for v in ends}
-    parts = {True: mesh[DATA], False: mesh[DATA] * mesh[TENSOR]}
-    return sum(nbytes([v]) // parts[v.aval.shape in whole] for v in values)
+    shape = value.aval.shape  # type: ignore[attr-defined]
+    over_data = any(size and size % stage.microbatch_size == 0 for size in shape)
+    over_tensor = over_data and shape not in {v.aval.shape for v in ends}
+    return nbytes([value]) // ((mesh.get(DATA, 1) if over_data else 1) * (mesh.get(TENSOR, 1) if over_tensor else 1))

@@ -151,10 +151,10 @@ def _run_lengths(names: Sequence[str]) -> str:
 
 def memory_table(ranks: Sequence[RankMemory]) -> Table:
     """A row a rank: what each of its devices holds at the peak of a step."""
-    names = ("parameters", "gradients", "optimizer", "activations", "sum", "live microbatches")
+    names = ("parameters", "gradients", "optimizer", "batch", "activations", "sum", "live microbatches")
     table = make_table("rank", *names, right=("rank", *names))
     for rank in ranks:
-        parts = (rank.parameters, rank.gradients, rank.optimizer, rank.activations, rank.total)
+        parts = (rank.parameters, rank.gradients, rank.optimizer, rank.batch, rank.activations, rank.total)
         table.add_row(str(rank.rank), *map(format_bytes, parts), str(rank.live_activations))
     return table
 

@@ -14,14 +14,6 @@ CHECKPOINT_POLICIES = (
 """The members of `jax.checkpoint_policies` that need no arguments."""
 REMAT_POLICIES = ("none", "full", *CHECKPOINT_POLICIES)
 
-BYTES = {"": 1, "B": 1} | {
-    f"{prefix}{unit}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for unit, base in (("B", 1000), ("iB", 1024))
-}
-"""Units of memory: `GB` is 10**9 bytes, `GiB` 2**30."""
-
-
 PARTITIONS = ("even", "cost", "measured")
 """Ways to cut layers into stages that have a name."""
 
@@ -40,6 +32,8 @@ class PipelineConfig:
     remat: str = "none"
     """`none` keeps what backward needs; `full` keeps only stage inputs and computes forward again; the name of a
     `jax.checkpoint_policies` member, e.g. `dots_saveable`, keeps what that policy saves."""
+    memory_limit: str | None = None
+    """Bytes that each device may hold, e.g. `12GiB`, `800MB` or `1500000`, for `--schedule auto` to fit into."""
     partition: str = "even"
     """How layers are cut into stages: `even` by their number, `cost` by estimated floating-point operations, `measured`
     by times taken on this machine at the start; or the first layer of every stage, e.g. `0,2,4` for layers 0-1, 2-3 and
@@ -47,15 +41,14 @@ class PipelineConfig:
     costs: str | None = None
     """JSON file of layer costs, as `meshpipe plan RECIPE --profile --save-costs FILE.json` writes it, in place of
     measuring for `--partition measured` and `--schedule auto`; None measures."""
-    memory_limit: str | None = None
-    """Most memory that a step may take on each device, e.g. `12GiB`, `800MB` or a number of bytes, for
-    `--schedule auto`; None sets no limit."""
 
     def __post_init__(self) -> None:
         for name in ("stages_per_rank", "num_microbatches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Got {value}.")
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"--remat must be one of {', '.join(REMAT_POLICIES)}. Got {self.remat!r}.")
         if self.partition not in PARTITIONS and not re.fullmatch(r"\d+(,\d+)*", self.partition):
@@ -68,14 +61,11 @@ class PipelineConfig:
                 "--costs is for --partition measured and --schedule auto. "
                 f"Got {self.costs!r} with --partition {self.partition} and --schedule {self.schedule}. Leave it out."
             )
-        if self.memory_limit is not None:
-            parse_bytes(self.memory_limit)
-            if self.schedule != "auto":
-                raise ValueError(
-                    "--memory-limit is for --schedule auto, which keeps to it. "
-                    f"Got {self.memory_limit} with --schedule {self.schedule}. "
-                    "Leave the limit out, or pass --schedule auto."
-                )
+        if self.memory_limit is not None and self.schedule != "auto":
+            raise ValueError(
+                "--memory-limit is for --schedule auto, which keeps to it. "
+                f"Got {self.memory_limit} with --schedule {self.schedule}. Leave it out, or pass --schedule auto."
+            )
 
     @property
     def needs_costs(self) -> bool:
@@ -91,17 +81,22 @@ class PipelineConfig:
         return tuple(others) if first == 0 else (first, *others)
 
 
-def parse_bytes(text: str) -> int:
-    """The number of bytes that a text such as `12GiB`, `1.5 GB` or `800000` stands for; units of 1000 and 1024.
+UNITS = {prefix + "B": 1000**power for power, prefix in enumerate(("", "k", "M", "G", "T"))} | {
+    prefix + "iB": 1024**power for power, prefix in enumerate(("", "K", "M", "G", "T")) if prefix
+}
 
-    Raises `ValueError` when it stands for none, or for less than one.
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that a text such as `12GiB`, `1.5 GB` or `800000` stands for.
+
+    Units are those of 1000 (kB, MB, GB, TB) and of 1024 (KiB, MiB, GiB, TiB), in upper or lower case. Raises
+    `ValueError` for any other text, and for less than one byte.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
-    units = {unit.lower(): size for unit, size in BYTES.items()}
-    count = float(match[1]) * units.get(match[2].lower(), 0) if match else 0
-    if count < 1:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): factor for unit, factor in UNITS.items()} | {"": 1}
+    if match is None or match[2].lower() not in units or (count := int(float(match[1]) * units[match[2].lower()])) < 1:
         raise ValueError(
-            "An amount of memory is a number of bytes, or a number with one of the units "
-            f"{', '.join(filter(None, BYTES))}, e.g. 12GiB. Got {text!r}."
+            f"A memory limit must be a number of bytes above 0, alone or with one of the units {', '.join(UNITS)}, "
+            f"e.g. 12GiB. Got {text!r}."
         )
-    return int(count)
+    return count

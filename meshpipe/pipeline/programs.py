@@ -76,8 +76,11 @@ def compile_stage(stage: TracedStage, ops: Set[Op], *, remat: str = "none") -> S
         )
         example = _backward_arguments(stage, hoisted, residuals)
         backward = _compile_backward(stage, accumulators, example) if Op.BACKWARD in ops else None
-        parts = _compile_split(stage, accumulators, example) if Op.BACKWARD_INPUT in ops else None
-        return StagePrograms(prepare, zeros.lower().compile(), forward, recompute, backward, parts)
+        split_programs = None
+        if Op.BACKWARD_INPUT in ops:
+            parts = trace_split(stage, hoisted, residuals)
+            split_programs = _compile_split(stage, parts, accumulators, example)
+        return StagePrograms(prepare, zeros.lower().compile(), forward, recompute, backward, split_programs)
 
 
 def _compile_forward(stage: TracedStage, arguments: tuple[Any, ...], *, residuals: bool) -> jax.stages.Compiled:
@@ -122,10 +125,16 @@ def _compile_backward(stage: TracedStage, accumulators: Shapes, example: tuple[A
     return jax.jit(backward, donate_argnums=0, out_shardings=results).lower(accumulators, *example).compile()
 
 
-def _compile_split(stage: TracedStage, accumulators: Shapes, example: tuple[Any, ...]) -> SplitPrograms:
+def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
+    """The stage's backward traced and cut in two; nothing is compiled."""
+    example = _backward_arguments(stage, hoisted, residuals)
     closed = jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
-    num_step_inputs = len(jax.tree.leaves(example[:4]))
-    parts = SplitBackward(closed, len(accumulators), num_step_inputs)
+    return SplitBackward(closed, len(stage.params), len(jax.tree.leaves(example[:4])))
+
+
+def _compile_split(
+    stage: TracedStage, parts: SplitBackward, accumulators: Shapes, example: tuple[Any, ...]
+) -> SplitPrograms:
     run_input, num_x = function_of(parts.input_part()), len(_x_gradients(stage))
 
     def backward_input(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays, Arrays]:
