@@ -1,10 +1,12 @@
 """What a run leaves open, decided: how layers are cut into stages, and the plan that is fastest for them."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import jax
 import optax
 from jax.sharding import Mesh
 
@@ -12,8 +14,8 @@ from meshpipe.config import Config
 from meshpipe.data import example_batch
 from meshpipe.layer import LayerLike
 from meshpipe.layer_costs import ModelCosts
-from meshpipe.memory import stage_memory
-from meshpipe.mesh import make_mesh, submeshes
+from meshpipe.memory import ONE_UNIT_EACH, stage_memory
+from meshpipe.mesh import MeshConfig, make_mesh, submeshes
 from meshpipe.partition import partition, partition_by_cost
 from meshpipe.pipeline.auto import NothingFits, Profile, auto_plan
 from meshpipe.pipeline.config import PipelineConfig, parse_bytes
@@ -26,6 +28,9 @@ from meshpipe.staged_model import Choice, Loss, Metrics, StagedModel, training_p
 
 MOST_STAGES_PER_RANK = 4
 """The most that `auto` tries where no number of stages per rank is given."""
+
+TRIES = 4
+"""Plans to make under a memory limit, each with less space than the last where that took too much."""
 
 Cuts = tuple[range, ...]
 
@@ -94,11 +99,18 @@ class Chooser:
         cuts = dict.fromkeys(self._cuts(stage_ranks, costs) for stage_ranks in candidates)
         return self._model(self._fastest(list(cuts), costs))
 
+    def before_and_after(self, costs: ModelCosts) -> tuple[StagedModel, StagedModel]:
+        """The model cut as the config says, or evenly where it leaves that to costs, and cut by these costs."""
+        asked = self.config.partition
+        before = replace(self.config, partition="even" if asked == "measured" else asked)
+        after = replace(self.config, partition="measured")
+        return replace(self, config=before).choose(costs), replace(self, config=after).choose(costs)
+
     def measure(self) -> ModelCosts:
         """The costs of every layer, measured now; takes the time of compiling each kind of layer once."""
         mesh = self.mesh if self.measure_on is None else self.measure_on
         ranks = submeshes(mesh)
-        return profile_layers(self._layer_by_layer(mesh), self.batch, ranks[1] if len(ranks) > 1 else None)
+        return profile_layers(self.layer_by_layer(mesh), self.batch, ranks[1] if len(ranks) > 1 else None)
 
     @property
     def _num_ranks(self) -> int:
@@ -117,7 +129,7 @@ class Chooser:
         }
         return StagedModel(self.layers, self.loss, **(arguments | changes))
 
-    def _layer_by_layer(self, mesh: Mesh) -> StagedModel:
+    def layer_by_layer(self, mesh: Mesh) -> StagedModel:
         """Every layer a stage of its own, all on the first rank of the mesh."""
         num_layers = len(self.layers)
         plan = gpipe(1, self.config.num_microbatches, num_layers)
@@ -126,7 +138,7 @@ class Chooser:
 
     @cached_property
     def _probe(self) -> StagedModel:
-        return self._layer_by_layer(self.mesh)
+        return self.layer_by_layer(self.mesh)
 
     @cached_property
     def _operations(self) -> list[float]:
@@ -167,7 +179,7 @@ class Chooser:
             memory = () if limit is None else self._memory(cuts)
             profiles = {len(cuts) // self._num_ranks: Profile(times, memory)}
             try:
-                plan = auto_plan(self._num_ranks, self.config.num_microbatches, profiles, limit)
+                plan = self._plan_within(limit, profiles)
             except NothingFits as error:
                 errors.append(error)
                 continue
@@ -176,11 +188,42 @@ class Chooser:
             raise min(errors, key=lambda error: error.least)
         return min(found, key=lambda pair: float(f"{pair[0]:.9g}"))[1]
 
+    def _plan_within(self, limit: int | None, profiles: Mapping[int, Profile]) -> Plan:
+        """The fastest plan that keeps to the limit both as actions take their times and as they are handed out.
+
+        Raises `NothingFits` when there is none, or none is found in a few tries.
+        """
+        allowed, ranks = limit, self._num_ranks
+        for _ in range(TRIES):
+            plan = auto_plan(ranks, self.config.num_microbatches, profiles, allowed)
+            if limit is None or allowed is None:
+                return plan
+            memory = profiles[plan.num_stages // ranks].memory
+            excess = max(Timeline.of(plan, ONE_UNIT_EACH, memory).peak_bytes) - limit
+            if excess <= 0:
+                return plan
+            allowed -= math.ceil(excess)
+        assert limit is not None
+        raise NothingFits(
+            f"Values on their way between ranks must fit too. Got a memory limit of {limit:,} bytes, for which no plan "
+            f"was found. Raise it by {math.ceil(excess):,} bytes.",
+            limit + excess,
+        )
+
     def _memory(self, cuts: Cuts) -> Any:
         """What each stage keeps, also where its backward is split."""
         stages_per_rank = len(cuts) // self._num_ranks
         plan = _split_backwards(gpipe(self._num_ranks, self.config.num_microbatches, stages_per_rank))
         return stage_memory(self._model(Choice(plan, cuts, None)), self.transformation)
+
+
+def measuring_mesh(sizes: MeshConfig) -> Mesh:
+    """A rank of JAX's default devices, or two where the mesh has as many and the devices suffice.
+
+    Raises `ValueError` when there are too few for one.
+    """
+    suffice = len(jax.devices()) >= 2 * sizes.data * sizes.tensor
+    return make_mesh(2 if sizes.pipeline > 1 and suffice else 1, sizes.data, sizes.tensor)
 
 
 def _ops(plan: Plan) -> set[Op]:

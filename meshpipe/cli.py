@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import sys
 import sysconfig
 import traceback
@@ -25,6 +26,7 @@ USAGE = """usage: meshpipe COMMAND ...
   train RECIPE [flags]                      train
   verify RECIPE [flags]                     compare with plain training on one device
   plan RECIPE [flags] [--plot FILE.png]     stages, schedule, bubble and memory; runs no step
+  plan RECIPE --profile [flags]             what each layer costs on this machine, and a better cut
   checkpoint list DIR                       what is saved, and from which layout
   checkpoint show DIR [--step N]            everything that is written down about one checkpoint
   checkpoint verify DIR                     whether every byte of it is good
@@ -119,19 +121,32 @@ def plan(arguments: list[str]) -> int:
     recipe, config, extra = _configure(
         "plan", arguments, "Shows stages, schedule, bubble and memory; runs no step.", _PlanFlags()
     )
+    extra.check(config)
     import jax
 
-    from meshpipe.mesh import use_cpu_devices
+    from meshpipe.choose import Chooser, measuring_mesh
+    from meshpipe.mesh import make_mesh, use_cpu_devices
+    from meshpipe.profile_report import print_profile
     from meshpipe.report import check_picture, make_console, print_plan
-    from meshpipe.staged_model import StagedModel
 
     if extra.plot is not None:
         check_picture(extra.plot)
-    jax.config.update("jax_platforms", "cpu")
+    measures = extra.profile or (config.pipeline.needs_costs and config.pipeline.costs is None)
+    platforms = os.environ.get("JAX_PLATFORMS", "") if measures else "cpu"
+    if platforms:  # else JAX finds all there are
+        jax.config.update("jax_platforms", platforms if "cpu" in platforms else f"{platforms},cpu")
     use_cpu_devices(config.mesh.num_devices)
-    print_plan(
-        make_console(), recipe, StagedModel.from_config(config), config.optimizer.build(config.steps), extra.plot
-    )
+    mesh = make_mesh(config.mesh.pipeline, config.mesh.data, config.mesh.tensor, devices=jax.devices("cpu"))
+    chooser = Chooser.from_config(config, mesh=mesh, measure_on=measuring_mesh(config.mesh) if measures else None)
+    console = make_console()
+    costs = None
+    if extra.profile:
+        costs = chooser.measure()
+        print_profile(console, costs, *chooser.before_and_after(costs))
+        if extra.save_costs is not None:
+            costs.save(extra.save_costs)
+            console.print(f"Saved in {extra.save_costs}; --costs {extra.save_costs} takes them.\n")
+    print_plan(console, recipe, chooser.choose(costs), chooser.transformation, extra.plot)
     return COMPLETED
 
 
@@ -269,6 +284,27 @@ class _FolderAndStep:
 class _PlanFlags:
     plot: Path | None = None
     """Picture of the plan's timeline to draw; its suffix says the format."""
+    profile: bool = False
+    """Measure each layer on this machine, and show the cut that makes the slowest stage fastest."""
+    save_costs: Path | None = None
+    """JSON file for what `--profile` measures, which `--costs` reads."""
+
+    def check(self, config: "Config") -> None:
+        """Raises `ValueError` when the flags do not fit together."""
+        if self.profile and config.pipeline.costs is not None:
+            raise ValueError(
+                "--profile measures what --costs reads from a file. "
+                f"Got both, with {config.pipeline.costs!r}. Leave one of them out."
+            )
+        if self.save_costs is None:
+            return
+        if not self.profile:
+            raise ValueError(f"--save-costs saves what --profile measures. Got {str(self.save_costs)!r} without it.")
+        if not self.save_costs.parent.is_dir() or self.save_costs.is_dir():
+            raise ValueError(
+                f"--save-costs must name a file in a folder that exists. Got {str(self.save_costs)!r}. "
+                "Make the folder, or name another file."
+            )
 
 
 @dataclass(frozen=True)

@@ -148,5 +148,5 @@ def _checked(kind: type[Any], values: Mapping[str, Any]) -> Any:
         allowed = {str: str, int: int, float: int | float}[field.type]  # type: ignore[index]
         if not isinstance(value, allowed) or isinstance(value, bool) or (not isinstance(value, str) and value < 0):
             raise ValueError(f"{field.name} is {value!r}")
-        made[field.name] = value
+        made[field.name] = field.type(value)  # type: ignore[operator]
     return kind(**made)

@@ -200,7 +200,7 @@ def print_plan(
     console.print("Expected memory of each device of a rank:")
     console.print(memory_table(predict_memory(model, transformation)))
     if plot is not None:
-        plot_timeline(timeline, plot)
+        plot_timeline(simulate(model.plan), plot)
         console.print(f"\nDrawn in {plot}.")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -309,6 +310,21 @@ def test_plan_shows_stages_grid_bubble_and_memory(in_process: Path, capsys: pyte
     assert (in_process / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plan_measures_layers_and_proposes_a_cut(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measure = ["--num-microbatches", "4", "--partition", "1", "--profile", "--save-costs", "costs.json"]
+    assert main(["plan", "tiny:pipeline", *measure]) == 0
+    out = capsys.readouterr().out
+    assert "Measured on cpu (data 1 x tensor 1) in " in out
+    assert re.search(r"^ +3 +Dense +[\d.]+ ", out, re.MULTILINE)
+    assert "given" in out
+    assert "Predicted step: " in out
+    assert ", by costs measured on cpu in " in out
+    assert main(["plan", "tiny:pipeline", "--schedule", "auto", "--costs", "costs.json"]) == 0
+    out = capsys.readouterr().out
+    assert "by costs of costs.json, measured on cpu." in out
+    assert re.search(r"^auto.*, 4 microbatches", out, re.MULTILINE)
+
+
 def test_verify_agrees(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "tiny:pipeline", "--updates", "2"]) == 0
     out = capsys.readouterr().out
@@ -345,6 +361,6 @@ def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     flags = """--mesh.pipeline --mesh.data --mesh.tensor --schedule --stages-per-rank --num-microbatches --remat --steps
         --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --metrics
-        --eval-every --boundaries --data.count --model.width"""
+        --eval-every --partition --costs --memory-limit --data.count --model.width"""
     for flag in flags.split():
         assert f"{flag} " in out or f"{flag}, " in out, flag

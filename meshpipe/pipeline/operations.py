@@ -8,6 +8,22 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
 from meshpipe.pipeline.jaxpr import LAYOUT_PRIMITIVES
 
+MOVES = LAYOUT_PRIMITIVES | {
+    "concatenate",
+    "convert_element_type",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "gather",
+    "iota",
+    "pad",
+    "rev",
+    "select_n",
+    "slice",
+    "split",
+    "stop_gradient",
+}
+"""Operations that compute nothing."""
+
 
 def count_operations(program: ClosedJaxpr | Jaxpr) -> float:
     """An estimate: products of matrices and convolutions by their sizes, other work one operation for each element.
@@ -27,7 +43,7 @@ def _of_equation(equation: JaxprEqn) -> float:
     if inner and not name.startswith("reduce"):
         return params.get("length", 1) * sum(inner)
     output: Any = equation.outvars[0].aval if equation.outvars else None
-    if not hasattr(output, "dtype") or not jnp.issubdtype(output.dtype, jnp.inexact) or name in LAYOUT_PRIMITIVES:
+    if not hasattr(output, "dtype") or not jnp.issubdtype(output.dtype, jnp.inexact) or name in MOVES:
         return 0.0
     size = float(math.prod(output.shape))
     shapes = [operand.aval.shape for operand in equation.invars]  # type: ignore[attr-defined]
