@@ -149,7 +149,7 @@ class Chooser:
         file = self.config.costs
         if costs is None:
             costs = self.measure() if file is None else ModelCosts.load(file)
-        costs.check([layer.kind for layer in self._probe.layers], setting_of(self._probe))
+        costs.check([layer.class_name for layer in self._probe.layers], setting_of(self._probe))
         return costs
 
     def _cuts(self, stage_ranks: Sequence[int], costs: ModelCosts | None, whole_backward: bool = True) -> Cuts:

@@ -53,8 +53,7 @@ class Layer:
     """The values of a module that was given ready-made; None where the constructor makes them."""
 
     @property
-    def kind(self) -> str:
-        """The name of its class."""
+    def class_name(self) -> str:
         root: Any = self.graphdef.nodes[0]
         return root.type.__name__
 

@@ -36,7 +36,7 @@ def profile_layers(model: StagedModel, batch: Mapping[str, Any], next_rank: Mesh
     started = time.perf_counter()
     traced = model.traced = model.trace()
     keys = [_key(stage) for stage in traced]
-    distinct = dict(zip(keys, traced, strict=True))
+    distinct = dict(zip(keys[::-1], traced[::-1], strict=True))  # the first of each
     with ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda stage: compile_stage(stage, set(Op), remat=model.config.remat), distinct.values())
         programs = dict(zip(distinct, compiled, strict=True))
@@ -47,7 +47,7 @@ def profile_layers(model: StagedModel, batch: Mapping[str, Any], next_rank: Mesh
     for index, (key, stage) in enumerate(zip(keys, traced, strict=True)):
         if key not in measured:
             run = _Run(stage, programs[key], x, inputs[index])
-            measured[key] = run.measure(model.layers[index].kind, next_rank), run.output
+            measured[key] = run.measure(model.layers[index].class_name, next_rank), run.output
         x = measured[key][1]
     device = jax.tree.leaves(model.mesh.devices.tolist())[0]
     return ModelCosts(

@@ -191,7 +191,7 @@ def print_plan(
     costs = model.layer_costs
     timeline = simulate(model.plan, model.stage_costs)
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
-    console.print(stage_table(model.stages, [layer.kind for layer in model.layers]))
+    console.print(stage_table(model.stages, [layer.class_name for layer in model.layers]))
     width = console.width if console.is_terminal else None
     console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
     console.print(model.plan.grid(width=width), markup=False)
