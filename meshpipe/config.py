@@ -27,7 +27,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Sizes of the mesh axes."""
     pipeline: Annotated[PipelineConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=PipelineConfig)
-    """Schedule, microbatches, rematerialisation and stage boundaries."""
+    """Schedule, microbatches, rematerialisation and how layers are cut into stages."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=OptimizerConfig)
     """Optimizer and learning-rate schedule."""
     checkpoint: Annotated[CheckpointConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CheckpointConfig)

@@ -52,6 +52,11 @@ class Layer:
     values: Leaves | None
     """The values of a module that was given ready-made; None where the constructor makes them."""
 
+    @property
+    def class_name(self) -> str:
+        root: Any = self.graphdef.nodes[0]
+        return root.type.__name__
+
     def initialise(self, seed: jax.Array, path_hash: jax.Array) -> tuple[Leaves, Leaves]:
         """Parameters and state from the seed's key and `path_hash` only.
 

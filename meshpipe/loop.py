@@ -240,7 +240,14 @@ class Loop:
         checkpointer, step = self._out.checkpointer, self._good_step
         if checkpointer is None or step == self._saved_step:
             return
-        metadata = checkpoint_metadata(self._config, self._out.recipe, self._stages, step, self._batches.get_state())
+        metadata = checkpoint_metadata(
+            self._config,
+            self._out.recipe,
+            self._stages,
+            step,
+            self._batches.get_state(),
+            self._trainer.plan.schedule,
+        )
         checkpointer.save(step, self._trainer.state_tree(), metadata)
         self._saved_step = step
         self._clock = time.perf_counter()
@@ -252,7 +259,7 @@ class Loop:
     def _start_values(self) -> dict[str, Any]:
         return {
             "config": config_values(self._config),
-            "layout": layout_values(self._config, self._stages),
+            "layout": layout_values(self._config, self._stages, self._trainer.plan.schedule),
             "devices": device_names(self._trainer.mesh.devices.flat),
             "versions": versions(),
             "step": self._good_step,

@@ -39,12 +39,17 @@ def config_values(config: Any) -> Any:
     return config if config is None or isinstance(config, bool | int | float | str) else str(config)
 
 
-def layout_values(config: Config, stages: Sequence[range]) -> dict[str, Any]:
-    """Mesh axes, schedule and the layers of every stage, as they are where the config leaves them open."""
-    chosen = {
+def layout_values(config: Config, stages: Sequence[range], schedule: str | None = None) -> dict[str, Any]:
+    """Mesh axes, schedule and the layers of every stage, as they are where the config leaves them open.
+
+    `schedule` is the name of the plan, which is taken where the config says `auto`.
+    """
+    chosen: dict[str, Any] = {
         "stages_per_rank": len(stages) // config.mesh.pipeline,
-        "boundaries": [layers.start for layers in stages][1:],
+        "partition": ",".join(str(layers.start) for layers in stages),
     }
+    if config.pipeline.schedule == "auto" and schedule is not None:
+        chosen["schedule"] = schedule
     return config_values(config.mesh) | config_values(config.pipeline) | chosen
 
 
@@ -69,16 +74,21 @@ def _version(package: str) -> str:
 
 
 def checkpoint_metadata(
-    config: Config, recipe: str, stages: Sequence[range], step: int, data: Mapping[str, Any]
+    config: Config,
+    recipe: str,
+    stages: Sequence[range],
+    step: int,
+    data: Mapping[str, Any],
+    schedule: str | None = None,
 ) -> dict[str, Any]:
-    """What is saved beside the arrays; `data` is the position in the training data."""
+    """What is saved beside the arrays; `data` is the position in the training data, `schedule` the name of the plan."""
     return {
         "step": step,
         "seed": config.seed,
         "data": dict(data),
         "recipe": recipe,
         "config": config_values(config),
-        "layout": layout_values(config, stages),
+        "layout": layout_values(config, stages, schedule),
         "versions": versions(),
     }
 
@@ -130,7 +140,7 @@ def _check_whole(folder: str, steps: Sequence[int]) -> None:
 def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) -> None:
     """Raises `ValueError` when what is asked is another run than the saved one, so that it could not go on with it.
 
-    Layout, schedule, boundaries, microbatches, number of steps, learning rate and how often to save may change. Model,
+    Layout, schedule, partition, microbatches, number of steps, learning rate and how often to save may change. Model,
     kind of optimizer, seed and batch size may not. Whether the data fits, its own saved position says.
     """
     saved = metadata.get("config", {})

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from meshpipe.compare import Comparison
-from meshpipe.layer import Layer
 from meshpipe.memory import RankMemory, predict_memory, stage_memory
 from meshpipe.mesh import describe
 from meshpipe.picture import FORWARDS, Panel, draw_timelines
@@ -62,8 +61,15 @@ def layout_lines(recipe: str, model: StagedModel) -> list[str]:
         f"{recipe}: {parameters:,} parameters on {describe(model.mesh)}",
         f"stages: {stages}",
         f"{model.plan.schedule}, {_microbatches(model)}, remat {model.config.remat}, "
-        f"expected bubble {simulate(model.plan).bubble_fraction:.1%}",
+        f"expected bubble {simulate(model.plan, model.stage_costs).bubble_fraction:.1%}{_how_chosen(model)}",
     ]
+
+
+def _how_chosen(model: StagedModel) -> str:
+    """How stages were cut, unless evenly, and where the costs are from, if there are any."""
+    partition = model.config.partition
+    cut = "" if partition == "even" else f", partition {partition}"
+    return cut if model.layer_costs is None else f"{cut}, {model.layer_costs.describe()}"
 
 
 def _microbatches(model: StagedModel) -> str:
@@ -121,12 +127,6 @@ def stage_table(stages: Sequence[Stage], layer_names: Sequence[str]) -> Table:
     return table
 
 
-def _kind(layer: Layer) -> str:
-    """The name of the layer's class."""
-    root: Any = layer.graphdef.nodes[0]
-    return root.type.__name__
-
-
 def _run_lengths(names: Sequence[str]) -> str:
     """`Embed, 3 Block, Head` for a list of names."""
     runs: list[list[Any]] = []
@@ -177,52 +177,56 @@ def print_plan(
     console: Console, recipe: str, model: StagedModel, transformation: optax.GradientTransformation, plot: Path | None
 ) -> None:
     """Everything that is known of a step before it runs: mesh, stages, order of work, bubble and memory."""
-    costs = Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
-    timeline = simulate(model.plan, costs, stage_memory(model, transformation))
+    costs = model.layer_costs
+    times = model.stage_costs or Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
+    timeline = simulate(model.plan, times, stage_memory(model, transformation))
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
-    console.print(stage_table(model.stages, [_kind(layer) for layer in model.layers]))
+    console.print(stage_table(model.stages, [layer.class_name for layer in model.layers]))
     width = console.width if console.is_terminal else None
     console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
     console.print(model.plan.grid(width=width), markup=False)
-    console.print(
-        f"Expected bubble {timeline.bubble_fraction:.1%}, if stages cost the same and backward twice forward.\n"
-    )
+    assumed = "if stages cost the same and backward twice forward" if costs is None else f"by {costs.describe()}"
+    console.print(f"Expected bubble {timeline.bubble_fraction:.1%}, {assumed}.\n")
     console.print("Expected memory of each device of a rank:")
     console.print(memory_table(predict_memory(model, transformation)))
     if plot is not None:
-        draw_timelines([Panel(timeline, f"{model.plan.schedule}, {_microbatches(model)}")], plot)
+        title = f"{model.plan.schedule}, {_microbatches(model)}"
+        draw_timelines([Panel(timeline, title, in_seconds=costs is not None)], plot)
         console.print(f"\nDrawn in {plot}.")
 
 
 def print_comparison(console: Console, recipe: str, config: PipelineConfig, comparisons: Iterable[Comparison]) -> None:
     """Every schedule for a recipe, and what the columns mean."""
-    table = comparison_table(comparisons)
+    rows = list(comparisons)
+    measured = any(row.schedule.startswith("auto") for row in rows)
     microbatches = _count(config.num_microbatches, "microbatch", "microbatches")
-    console.print(f"{recipe}: every schedule with {microbatches}, if stages cost the same and backward twice forward\n")
-    console.print(table)
+    assumed = "by measured costs of layers" if measured else "if stages cost the same and backward twice forward"
+    console.print(f"{recipe}: every schedule with {microbatches}, {assumed}\n")
+    console.print(comparison_table(rows, in_seconds=measured))
+    unit = "in seconds" if measured else f"in {FORWARDS}; without a bubble it takes {3 * config.num_microbatches}"
     console.print(
-        f"\nA step is given in {FORWARDS}; without a bubble it takes {3 * config.num_microbatches}. "
-        "The bubble between steps is what is left where the next step fills the ends of this one. "
-        "Live activations are microbatches of all layers of a rank, memory is that of the fullest device."
+        f"\nA step is given {unit}. The bubble between steps is what is left where the next step fills the ends of "
+        "this one. Live activations are microbatches of all layers of a rank, memory is that of the fullest device."
     )
 
 
-def comparison_table(comparisons: Iterable[Comparison]) -> Table:
+def comparison_table(comparisons: Iterable[Comparison], *, in_seconds: bool = False) -> Table:
     """A row a schedule: its step, bubble and memory in simulation, or why it does not fit."""
-    names = ("stages per rank", "step", "bubble", "bubble between steps", "live activations", "memory")
+    step = "step, s" if in_seconds else "step"
+    names = ("stages per rank", step, "bubble", "bubble between steps", "live activations", "memory")
     table = make_table("schedule", *names, "", right=names)
     for c in comparisons:
         if c.timeline is None:
-            table.add_row(c.schedule, str(c.stages_per_rank), *[""] * 5, c.reason)
+            table.add_row(c.schedule, str(c.stages_per_rank or ""), *[""] * 5, c.reason)
             continue
-        t = c.timeline
+        t, count = c.timeline, c.timeline.plan.num_stages // c.timeline.plan.num_ranks
         table.add_row(
             c.schedule,
-            str(c.stages_per_rank),
+            str(count),
             f"{t.makespan:.4g}",
             f"{t.bubble_fraction:.1%}",
             f"{t.bubble_between_steps:.1%}",
-            f"{max(t.peak_activations) / c.stages_per_rank:.3g}",
+            f"{max(t.peak_activations) / count:.3g}",
             format_bytes(max(t.peak_bytes)),
             "",
         )

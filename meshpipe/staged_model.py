@@ -14,6 +14,7 @@ from meshpipe.config import Config
 from meshpipe.data import example_batch
 from meshpipe.initialise import placed
 from meshpipe.layer import Layer, LayerLike, Randomness, abstract_layers
+from meshpipe.layer_costs import ModelCosts
 from meshpipe.mesh import DATA, make_mesh, submeshes
 from meshpipe.optimizer import StageParameters
 from meshpipe.partition import partition
@@ -23,6 +24,7 @@ from meshpipe.pipeline.lower import lower
 from meshpipe.pipeline.plan import Op, Plan
 from meshpipe.pipeline.programs import compile_stage
 from meshpipe.pipeline.schedules import forwards_of, make_plan
+from meshpipe.pipeline.simulate import Costs
 from meshpipe.pipeline.stage import Boundary, StageFunction, StageSpec, TracedStage
 from meshpipe.pipeline.validate import validate
 from meshpipe.sharding import ShardingRules, replicated
@@ -47,8 +49,23 @@ class StageInfo:
     """Over the whole submesh, each array counted once."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A plan and a cut that were chosen for a model, where its config names a way to choose."""
+
+    plan: Plan
+    cuts: tuple[range, ...]
+    """The layers of every stage."""
+    costs: ModelCosts | None
+    """What the layers were found to cost; None where nothing was measured or given."""
+
+
 class StagedModel:
-    """What a step computes: the stages, their compiled programs and the executor. It holds no training state."""
+    """What a step computes: the stages, their compiled programs and the executor. It holds no training state.
+
+    `choice` has the plan and the cut; None takes those that the config names. Raises `ValueError` when these have to
+    be chosen first, as `meshpipe.choose` does.
+    """
 
     def __init__(
         self,
@@ -62,24 +79,23 @@ class StagedModel:
         metrics: Metrics | None = None,
         tied: Sequence[Sequence[str]] = (),
         rules: ShardingRules | None = None,
+        choice: Choice | None = None,
     ):
         self.mesh, self.rules, self.config, self.tied = mesh, rules or ShardingRules(), config, tied
         self.batch_shapes = _batch_shapes(batch, input, config.num_microbatches, mesh)
         self.layers = abstract_layers(layers, self.batch_shapes)
         self.loss, self.input, self._metrics = loss, input, metrics
         ranks = submeshes(mesh)
-        self.plan: Plan = make_plan(
-            config.schedule, len(ranks), config.num_microbatches, stages_per_rank=config.stages_per_rank
-        )
-        validate(self.plan)
-        if self.plan.forward_only:
-            raise ValueError(
-                f"Training needs a schedule with backwards. Got {config.schedule!r}, which has none. Choose e.g. 1f1b."
-            )
-        self.cuts = partition(len(self.layers), self.plan.num_stages, config.boundaries)
+        choice = choice or _as_named(config, len(ranks), len(self.layers))
+        self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
         self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
+
+    @property
+    def stage_costs(self) -> Costs | None:
+        """The times of the stages in seconds; None where the layers' costs are not known."""
+        return None if self.layer_costs is None else self.layer_costs.of_stages(self.cuts)
 
     @property
     def layers_on_submeshes(self) -> list[tuple[Layer, Mesh]]:
@@ -241,6 +257,30 @@ class StagedModel:
             parameter_count=sum(leaf.size for leaf in leaves),
             parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         )
+
+
+def training_plan(config: PipelineConfig, num_ranks: int) -> Plan:
+    """The plan of a schedule that has a name or a file.
+
+    Raises `ValueError` when there is none, it breaks a rule, or it trains nothing.
+    """
+    plan = make_plan(config.schedule, num_ranks, config.num_microbatches, stages_per_rank=config.stages_per_rank)
+    validate(plan)
+    if plan.forward_only:
+        raise ValueError(
+            f"Training needs a schedule with backwards. Got {config.schedule!r}, which has none. Choose e.g. 1f1b."
+        )
+    return plan
+
+
+def _as_named(config: PipelineConfig, num_ranks: int, num_layers: int) -> Choice:
+    if config.partition in ("cost", "measured"):
+        raise ValueError(
+            "Stages must be known before they are made. "
+            f"Got partition {config.partition!r}, which meshpipe.choose.Chooser and meshpipe.Trainer resolve."
+        )
+    plan = training_plan(config, num_ranks)
+    return Choice(plan, partition(num_layers, plan.num_stages, config.boundaries), None)
 
 
 def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from meshpipe.choose import Chooser
 from meshpipe.config import Config
 from meshpipe.diagnose import first_non_finite
 from meshpipe.initialise import initialise
@@ -57,7 +58,8 @@ class Trainer:
 
     `batch` is an example of a global batch, arrays or shapes; `loss(output, microbatch)` returns the sum of the losses
     and their weight. `input` names the batch field that the first layer is called with. Everything is compiled here,
-    all stages at once. Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together.
+    all stages at once, after the layers were measured if `pipeline` asks for that. Raises `ValueError` when layers,
+    batch, mesh, schedule and optimizer do not fit together.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class Trainer:
         tied: Sequence[Sequence[str]] = (),
         rules: ShardingRules | None = None,
     ):
-        model = StagedModel(
+        chooser = Chooser(
             layers,
             loss,
+            optimizer,
             batch=batch,
             mesh=make_mesh() if mesh is None else mesh,
             input=input,
@@ -87,14 +90,14 @@ class Trainer:
             tied=tied,
             rules=rules,
         )
-        self._set_up(model, optimizer, seed, clip_norm)
+        self._set_up(chooser.choose(), optimizer, seed, clip_norm)
 
     @classmethod
     def from_config(cls, config: Config) -> "Trainer":
         """A trainer for a recipe's config. Raises `ValueError` when its parts do not fit together."""
         trainer = cls.__new__(cls)
-        optimizer = config.optimizer.build(config.steps)
-        trainer._set_up(StagedModel.from_config(config), optimizer, config.seed, config.optimizer.clip_norm)
+        chooser = Chooser.from_config(config)
+        trainer._set_up(chooser.choose(), chooser.transformation, config.seed, config.optimizer.clip_norm)
         return trainer
 
     def _set_up(

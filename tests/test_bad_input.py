@@ -8,10 +8,14 @@ import jax
 import pytest
 
 from meshpipe.cli import main
+from meshpipe.layer_costs import LayerCosts, ModelCosts, Setting
 
 TINY = f"{Path(__file__).parent / 'tiny_recipes.py'}:pipeline"
 LANGUAGE = f"{Path(__file__).parent.parent / 'recipes' / 'language_model.py'}:debug"
 BROKEN = "def number():\n    return 3\n\ndef fails():\n    raise ValueError('no such layout')\n"
+
+READ_COSTS = "--partition measured --costs costs.json"
+COSTS = ModelCosts((LayerCosts("Dense", 1.0, 2.0, 1.0, 1.0, 0.0, 288, 256),) * 4, Setting(4, 1, 1, "none"), "cpu", 1.0)
 
 CALLS = {
     # Commands and recipes.
@@ -46,9 +50,30 @@ CALLS = {
     "no microbatch": ("train TINY --num-microbatches 0", "--num-microbatches must be at least 1. Got 0."),
     # Stages and schedules.
     "more stages than layers": ("train TINY --mesh.pipeline 8", "Use fewer pipeline ranks"),
-    "too many boundaries": ("train TINY --boundaries 1 2 3", "Give 1 layer indices, or leave boundaries out"),
-    "boundary beyond the layers": ("train TINY --boundaries 9", "Boundaries must ascend strictly between 1 and 3"),
-    "boundary that is no number": ("train TINY --boundaries two", "--boundaries"),
+    "too many first layers": ("train TINY --partition 0,1,2,3", "Give 1 after 0, or cut by --partition even."),
+    "first layer beyond the layers": ("train TINY --partition 9", "must ascend strictly between 1 and 3, the last"),
+    "partition that is no number": (
+        "train TINY --partition two",
+        "--partition must be one of even, cost, measured, or",
+    ),
+    "more stages than layers to balance": ("plan TINY --mesh.pipeline 8 --partition cost", "Every stage needs a layer"),
+    "more stages than layers for auto": ("train TINY --mesh.pipeline 8 --schedule auto", "Every stage needs a layer"),
+    "auto with a wrong number of stages": ("train TINY --schedule auto --partition 0,1,2", "Give 1 after 0"),
+    "measuring for no backward": ("train TINY --schedule inference --partition measured", "which has none. Choose"),
+    "limit that is no amount": ("train TINY --schedule auto --memory-limit 3XB", "A memory limit must be a number"),
+    "limit that nothing keeps to": ("train TINY --memory-limit 3GB", "or pass --schedule auto."),
+    "limit below the least": ("plan TINY --schedule auto --costs costs.json --memory-limit 900B", "fullest rank. Got"),
+    "costs that nothing reads": ("train TINY --costs costs.json", "--costs is for --partition measured and --schedule"),
+    "costs that are not there": ("train TINY --schedule auto --costs none.json", "must name a readable file"),
+    "costs that are none": ("train TINY --schedule auto --costs old.jsonl", "a JSON file of layer costs"),
+    "costs of another model": ("plan TINY --model.depth 5 COSTS", "Got 4 layers in costs.json, and the model has 5."),
+    "costs of other microbatches": (
+        "train TINY --batch-size 32 COSTS",
+        "Got microbatch size 4 in costs.json, and 8 he",
+    ),
+    "costs read and measured": ("plan TINY --profile COSTS", "Leave one of them out."),
+    "costs saved unmeasured": ("plan TINY --save-costs new.json", "--save-costs saves what --profile measures."),
+    "costs into a missing folder": ("plan TINY --profile --save-costs missing/new.json", "a folder that exists"),
     "unknown schedule": ("train TINY --schedule 1f1", "Did you mean 1f1b?"),
     "schedule of one stage per rank": ("train TINY --stages-per-rank 2", "a schedule that takes several: gpipe"),
     "no stage per rank": ("train TINY --stages-per-rank 0", "--stages-per-rank must be at least 1. Got 0."),
@@ -109,8 +134,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("meshpipe.staged_model.compile_stage", must_not_compile)
+    monkeypatch.setattr("meshpipe.profile.compile_stage", must_not_compile)
     (tmp_path / "folder").mkdir()
     (tmp_path / "old.jsonl").write_text('{"event": "end"}\n')
+    COSTS.save(tmp_path / "costs.json")
     (tmp_path / "broken.py").write_text(BROKEN)
     (tmp_path / "notes.txt.py").write_text("dear diary\n")
     return tmp_path
@@ -131,7 +158,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def refuse(arguments: str, phrase: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs a command that must end with code 2, the phrase on standard error, and no change of the folder."""
     before = contents(folder)
-    code = main(arguments.replace("TINY", TINY).replace("LANGUAGE", LANGUAGE).split())
+    code = main(arguments.replace("TINY", TINY).replace("LANGUAGE", LANGUAGE).replace("COSTS", READ_COSTS).split())
     error = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().err)
     assert code == 2, error
     assert phrase in error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -342,6 +343,21 @@ def test_flags_of_plan_that_cannot_be(in_process: Path, flags: str, capsys: pyte
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_plan_measures_layers_and_proposes_a_cut(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measure = ["--num-microbatches", "4", "--partition", "1", "--profile", "--save-costs", "costs.json"]
+    assert main(["plan", "tiny:pipeline", *measure]) == 0
+    out = capsys.readouterr().out
+    assert "Measured on cpu (data 1 x tensor 1) in " in out
+    assert re.search(r"^ +3 +Dense +[\d.]+ ", out, re.MULTILINE)
+    assert "given" in out
+    assert "Predicted step: " in out
+    assert ", by costs measured on cpu in " in out
+    assert main(["plan", "tiny:pipeline", "--schedule", "auto", "--costs", "costs.json"]) == 0
+    out = capsys.readouterr().out
+    assert "by costs of costs.json, measured on cpu." in out
+    assert re.search(r"^auto.*, 4 microbatches", out, re.MULTILINE)
+
+
 def test_verify_agrees(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "tiny:pipeline", "--updates", "2"]) == 0
     out = capsys.readouterr().out
@@ -378,6 +394,6 @@ def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     flags = """--mesh.pipeline --mesh.data --mesh.tensor --schedule --stages-per-rank --num-microbatches --remat --steps
         --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --metrics
-        --eval-every --measure-every --trace --boundaries --data.count --model.width"""
+        --eval-every --measure-every --trace --partition --costs --memory-limit --data.count --model.width"""
     for flag in flags.split():
         assert f"{flag} " in out or f"{flag}, " in out, flag

@@ -4,25 +4,23 @@ from dataclasses import replace
 
 import tiny_recipes
 
+from meshpipe.choose import Chooser
 from meshpipe.compare import compare_schedules
 from meshpipe.pipeline.schedules import SCHEDULES
-from meshpipe.staged_model import StagedModel
 
 
 def test_every_schedule_is_there_with_its_bubble_or_its_reason() -> None:
     config = tiny_recipes.pipeline()
-    build = lambda pipeline: StagedModel.from_config(replace(config, pipeline=pipeline))  # noqa: E731
-    rows = {c.schedule: c for c in compare_schedules(build, config.pipeline, config.optimizer.build(1))}
+    chooser = Chooser.from_config(config)
+    rows = {c.schedule: c for c in compare_schedules(chooser, None)}
     assert set(rows) == set(SCHEDULES) - {"inference"}
     one, zero = rows["1f1b"].timeline, rows["zb-h1"].timeline
     assert one is not None
     assert zero is not None
     assert (one.makespan, zero.makespan) == (15.0, 13.0)  # 3 M + 3 (R - 1), and one unit less for each rank
     assert max(one.peak_bytes) > 0
-    three = {
-        c.schedule: c
-        for c in compare_schedules(build, replace(config.pipeline, stages_per_rank=3), config.optimizer.build(1))
-    }
+    with_three = replace(chooser, config=replace(config.pipeline, stages_per_rank=3))
+    three = {c.schedule: c for c in compare_schedules(with_three, None)}
     assert three["interleaved-1f1b"].timeline is None
     assert three["interleaved-1f1b"].reason.startswith("Every stage needs a layer. Got 4 layer(s) for 6 stages")
     assert three["1f1b"].stages_per_rank == 1

@@ -177,7 +177,7 @@ def test_search_on_a_mesh_with_every_axis():
         optax.sgd(0.1),
         batch=batch(),
         mesh=make_mesh(2, 2, 2),
-        pipeline=PipelineConfig(num_microbatches=2, boundaries=(1,)),
+        pipeline=PipelineConfig(num_microbatches=2, partition="0,1"),
     )
     with pytest.raises(NonFiniteError, match=r"Step 1 .*output of layers/1 \(stage 1\) .* in microbatch 1"):
         trainer.check(trainer.step(batch(bad_forward=(5, 1))))

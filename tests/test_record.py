@@ -35,7 +35,7 @@ def test_what_json_cannot_hold_is_named() -> None:
 
 def test_the_layout_says_where_stages_begin() -> None:
     layout = layout_values(tiny_recipes.pipeline(), [range(3), range(3, 4)])
-    expected = {"pipeline": 2, "schedule": "1f1b", "num_microbatches": 4, "stages_per_rank": 1, "boundaries": [3]}
+    expected = {"pipeline": 2, "schedule": "1f1b", "num_microbatches": 4, "stages_per_rank": 1, "partition": "0,3"}
     assert layout | expected == layout
 
 
@@ -48,7 +48,7 @@ def test_versions_name_the_packages() -> None:
     [
         {},
         {"mesh": MeshConfig(data=2)},
-        {"pipeline": PipelineConfig(num_microbatches=2, remat="full", schedule="gpipe", boundaries=(1,))},
+        {"pipeline": PipelineConfig(num_microbatches=2, remat="full", schedule="gpipe", partition="1")},
         {"steps": 1000, "eval_every": 3, "metrics": "m.jsonl"},
         {"optimizer": OptimizerConfig(learning_rate=1.0, warmup_steps=3, decay="cosine", clip_norm=1.0)},
     ],

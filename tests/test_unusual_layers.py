@@ -136,7 +136,7 @@ LAYERS: list[Any] = [
     Bend,
     *(Adversary, Talkative, Fixed, functools.partial(nnx.Linear, WIDTH, WIDTH)),
 ]
-BOUNDARIES = (1, 6, 7)
+FIRST_LAYERS = "0,1,6,7"
 """The nested value crosses from stage 0 to 1; stage 2 has no parameters."""
 
 
@@ -162,7 +162,7 @@ def trainer() -> Trainer:
         optimizer(),
         batch=batches(1)[0],
         mesh=make_mesh(4),
-        pipeline=PipelineConfig(num_microbatches=MICROBATCHES, boundaries=BOUNDARIES),
+        pipeline=PipelineConfig(num_microbatches=MICROBATCHES, partition=FIRST_LAYERS),
         seed=SEED,
     )
 

@@ -26,6 +26,15 @@ COUNTED = StageMemory(activation=1.0, kept_for_weights=1.0)
 """What a stage keeps where bytes are not given: one activation until its last use."""
 
 
+class NothingFits(ValueError):
+    """No plan keeps to the memory limit."""
+
+    def __init__(self, message: str, least: float):
+        super().__init__(message)
+        self.least = least
+        """Bytes that would do on each device of the fullest rank."""
+
+
 @dataclass(frozen=True)
 class Profile:
     """What the stages of one cut of the model cost."""
@@ -47,7 +56,7 @@ def auto_plan(
     The same arguments give the same plan, so processes that are to run it together must agree on the costs. The
     schedule's name in the plan is `auto`, followed by the named schedule if that was the best.
 
-    Raises `ValueError` when nothing fits; the message says how little memory would do.
+    Raises `NothingFits`, a `ValueError`, when nothing fits; the message says how little memory would do.
     """
     assert profiles, "costs for at least one number of stages per rank"
     assert memory_limit is None or all(p.memory for p in profiles.values()), "a limit needs to know what stages keep"
@@ -191,14 +200,15 @@ def _least_makespan(plan: Plan, costs: Costs) -> float:
     return least
 
 
-def _nothing_fits(num_ranks: int, profiles: Mapping[int, Profile], memory_limit: float | None) -> ValueError:
+def _nothing_fits(num_ranks: int, profiles: Mapping[int, Profile], memory_limit: float | None) -> NothingFits:
     least = min(
         max(_sums(ranks, [stage.always + stage.activation for stage in profile.memory]))
         for stages_per_rank, profile in profiles.items()
         for ranks in (loop(num_ranks, stages_per_rank), zigzag(num_ranks, stages_per_rank))
     )
-    return ValueError(
+    return NothingFits(
         f"Every rank must hold its stages and what they keep of one microbatch: at least {math.ceil(least):,} bytes on "
         f"each device of the fullest rank. Got a memory limit of {memory_limit:,.0f} bytes. Raise it, or use more "
-        "ranks, smaller microbatches or rematerialisation."
+        "ranks, smaller microbatches or rematerialisation.",
+        least,
     )

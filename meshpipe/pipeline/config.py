@@ -14,25 +14,34 @@ CHECKPOINT_POLICIES = (
 """The members of `jax.checkpoint_policies` that need no arguments."""
 REMAT_POLICIES = ("none", "full", *CHECKPOINT_POLICIES)
 
+PARTITIONS = ("even", "cost", "measured")
+"""Ways to cut layers into stages that have a name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """Schedule, microbatches, rematerialisation and stage boundaries of one step."""
+    """Schedule, microbatches, rematerialisation and how layers are cut into stages, of one step."""
 
     schedule: str = "1f1b"
     """The order in which each rank does its forwards and backwards: the name of a schedule, or the file of a plan
-    (ending in .txt)."""
+    (ending in .txt), or `auto`: the fastest found for the costs of the stages, within the memory limit."""
     stages_per_rank: int | None = None
-    """Stages that each pipeline rank holds; None is the fewest that the schedule takes."""
+    """Stages that each pipeline rank holds; None is the fewest that the schedule takes, and what `auto` finds best."""
     num_microbatches: int = 1
     """Equal slices of the batch that flow through the pipeline; gradients accumulate over them."""
     remat: str = "none"
     """`none` keeps what backward needs; `full` keeps only stage inputs and computes forward again; the name of a
     `jax.checkpoint_policies` member, e.g. `dots_saveable`, keeps what that policy saves."""
     memory_limit: str | None = None
-    """Bytes that each device may hold, e.g. `12GiB`, `800MB` or `1500000`, for `--remat auto` to fit into."""
-    boundaries: tuple[int, ...] | None = None
-    """First layer of every stage after the first, e.g. `2 4` for layers 0-1, 2-3 and 4-; None cuts evenly."""
+    """Bytes that each device may hold, e.g. `12GiB`, `800MB` or `1500000`, for `--schedule auto` and `--remat auto` to
+    fit into."""
+    partition: str = "even"
+    """How layers are cut into stages: `even` by their number, `cost` by estimated floating-point operations, `measured`
+    by times taken on this machine at the start; or the first layer of every stage, e.g. `0,2,4` for layers 0-1, 2-3 and
+    4- (the 0 may be left out)."""
+    costs: str | None = None
+    """JSON file of layer costs, as `meshpipe plan RECIPE --profile --save-costs FILE.json` writes it, in place of
+    measuring for `--partition measured` and `--schedule auto`; None measures."""
 
     def __post_init__(self) -> None:
         for name in ("stages_per_rank", "num_microbatches"):
@@ -43,6 +52,34 @@ class PipelineConfig:
             parse_bytes(self.memory_limit)
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"--remat must be one of {', '.join(REMAT_POLICIES)}. Got {self.remat!r}.")
+        if self.partition not in PARTITIONS and not re.fullmatch(r"\d+(,\d+)*", self.partition):
+            raise ValueError(
+                f"--partition must be one of {', '.join(PARTITIONS)}, or the first layers of the stages with commas "
+                f"between them, e.g. 0,2,4. Got {self.partition!r}."
+            )
+        if self.costs is not None and not self.needs_costs:
+            raise ValueError(
+                "--costs is for --partition measured and --schedule auto. "
+                f"Got {self.costs!r} with --partition {self.partition} and --schedule {self.schedule}. Leave it out."
+            )
+        if self.memory_limit is not None and self.schedule != "auto":
+            raise ValueError(
+                "--memory-limit is for --schedule auto, which keeps to it. "
+                f"Got {self.memory_limit} with --schedule {self.schedule}. Leave it out, or pass --schedule auto."
+            )
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether the plan or the cut depends on how long layers take."""
+        return self.schedule == "auto" or self.partition == "measured"
+
+    @property
+    def boundaries(self) -> tuple[int, ...] | None:
+        """The first layer of every stage after the first, where they are given."""
+        if self.partition in PARTITIONS:
+            return None
+        first, *others = map(int, self.partition.split(","))
+        return tuple(others) if first == 0 else (first, *others)
 
 
 UNITS = {prefix + "B": 1000**power for power, prefix in enumerate(("", "k", "M", "G", "T"))} | {

@@ -47,12 +47,17 @@ def make_plan(name: str, num_ranks: int, num_microbatches: int, stages_per_rank:
     """
     if name.endswith(".txt"):
         return load_plan(name, num_ranks, num_microbatches, stages_per_rank)
+    if name == "auto":
+        raise ValueError(
+            "The plan of the schedule auto is made from what the stages of a model cost. Got only sizes. "
+            "Pass it to Trainer or a command, or the costs to meshpipe.pipeline.auto.auto_plan."
+        )
     if name not in SCHEDULES:
-        nearest = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(name.lower(), [*SCHEDULES, "auto"], n=1, cutoff=0.5)
         suggestion = f" Did you mean {nearest[0]}?" if nearest else ""
         raise ValueError(
-            f"The schedule must be one of {', '.join(SCHEDULES)}, or a file of a plan that ends in .txt. "
-            f"Got {name!r}.{suggestion}"
+            f"The schedule must be one of {', '.join(SCHEDULES)}, a file of a plan that ends in .txt, or auto to "
+            f"train. Got {name!r}.{suggestion}"
         )
     least, _ = STAGES_PER_RANK[name]
     return SCHEDULES[name](num_ranks, num_microbatches, least if stages_per_rank is None else stages_per_rank)
