@@ -1,16 +1,21 @@
-"""Moving the arrays of one boundary from a submesh to another."""
+"""Moving the arrays of one boundary from a submesh to another, within a process or across processes."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+
+from meshpipe.pipeline.peers import peers
 
 Arrays = tuple[jax.Array, ...]
+Shapes = Sequence[jax.ShapeDtypeStruct]
 
 
-def transfer_to(shardings: tuple[Sharding, ...]) -> Callable[[Arrays], Arrays]:
-    """A function that moves flat arrays onto the shardings, asynchronously.
+def transfer_to(shardings: tuple[Sharding, ...]) -> Callable[[Any], Any]:
+    """A function that moves flat arrays onto the shardings, all in this process, asynchronously.
 
     One `jax.device_put` for all of them: nearly all of its cost is Python and per call. A submesh of one device is
     named by that device, which takes half as long as a sharding. The arrays that are sent must not be donated
@@ -20,3 +25,123 @@ def transfer_to(shardings: tuple[Sharding, ...]) -> Callable[[Arrays], Arrays]:
     if len(devices) == 1:
         return partial(jax.device_put, device=devices.pop())
     return partial(jax.device_put, device=shardings)
+
+
+def is_local(mesh: Mesh) -> bool:
+    """Whether this process has a device of the submesh."""
+    return any(device.process_index == jax.process_index() for device in mesh.devices.flat)
+
+
+def transfer_between(name: str, source: Mesh, shapes: Shapes) -> Callable[[Arrays | None], Arrays | None]:
+    """A function that moves flat arrays from submesh `source` to where `shapes` say, asynchronously.
+
+    It is made and called, in the same order for the same `name`, by the processes of both submeshes and by no others; a
+    process without a device of the source passes None, and one without a device of the target gets None. Arrays lie on
+    the source as they will on the target: same shape of submesh, same specs. `name` is used once, and is the same in
+    all processes.
+    """
+    here = jax.process_index()
+    target = _mesh_of(shapes[0]) if shapes else source
+    pairs = list(zip(source.devices.flat, target.devices.flat, strict=True))
+    places = {device.process_index for pair in pairs for device in pair}
+    if places <= {here} or not shapes:
+        return transfer_to(tuple(map(_sharding_of, shapes)))
+    if jax.default_backend() != "cpu":
+        return _native(source, shapes)
+    return _Sockets(name, pairs, shapes).move
+
+
+def _native(source: Mesh, shapes: Shapes) -> Callable[[Arrays | None], Arrays | None]:
+    """By the backend's own transfers, which `jax.device_put` uses where it can (GPU, TPU)."""
+    shardings = tuple(map(_sharding_of, shapes))
+    receives, sends = is_local(_mesh_of(shapes[0])), is_local(source)
+    elsewhere = tuple(
+        jax.make_array_from_single_device_arrays(
+            shape.shape, NamedSharding(source, sharding.spec), [], dtype=shape.dtype
+        )
+        for shape, sharding in zip(shapes, shardings, strict=True)
+        if not sends
+    )
+
+    def move(arrays: Arrays | None) -> Arrays | None:
+        moved = jax.device_put(elsewhere if arrays is None else arrays, shardings)
+        return moved if receives else None
+
+    return move
+
+
+class _Sockets:
+    """By sockets between the two processes of each pair of devices, at the same place in both submeshes."""
+
+    def __init__(self, name: str, pairs: Sequence[tuple[jax.Device, jax.Device]], shapes: Shapes):
+        here = jax.process_index()
+        self._shapes = shapes
+        self._count = 0
+        self._number = peers().number_of(name) << 32
+        self._stays = [(a, b) for a, b in pairs if a.process_index == b.process_index == here]
+        sends: dict[int, list[jax.Device]] = defaultdict(list)
+        receives: dict[int, list[jax.Device]] = defaultdict(list)
+        for a, b in pairs:
+            if a.process_index == here != b.process_index:
+                sends[b.process_index].append(a)
+            if b.process_index == here != a.process_index:
+                receives[a.process_index].append(b)
+        self._sends, self._receives = dict(sends), dict(receives)
+        self._is_target = any(b.process_index == here for _, b in pairs)
+        # Where one process hands over all to one other, arrays move whole.
+        self._whole = len({a.process_index for a, _ in pairs}) == len({b.process_index for _, b in pairs}) == 1
+        for process in receives:
+            peers().connect(process)
+
+    def move(self, arrays: Arrays | None) -> Arrays | None:
+        self._count = (self._count + 1) % (1 << 20)
+        if self._whole:
+            return self._move_whole(arrays)
+        parts = [] if arrays is None else [{s.device: s.data for s in array.addressable_shards} for array in arrays]
+        for process, devices in self._sends.items():
+            peers().send(self._number_for(process), [part[device] for part in parts for device in devices])
+        if not self._is_target:
+            return None
+        arrived: list[dict[jax.Device, jax.Array]] = [{} for _ in self._shapes]
+        for part, into in zip(parts, arrived, strict=False):
+            for source, target in self._stays:
+                into[target] = jax.device_put(part[source], target)
+        for process, devices in self._receives.items():
+            wanted = [self._part_on(shape, device) for shape in self._shapes for device in devices]
+            received = iter(peers().receive(process, self._number_for(jax.process_index()), wanted))
+            for into in arrived:
+                into.update((device, next(received)) for device in devices)
+        return tuple(
+            jax.make_array_from_single_device_arrays(
+                shape.shape, shape.sharding, list(into.values()), dtype=shape.dtype
+            )
+            for shape, into in zip(self._shapes, arrived, strict=True)
+        )
+
+    def _move_whole(self, arrays: Arrays | None) -> Arrays | None:
+        for process in self._sends:
+            assert arrays is not None
+            peers().send(self._number_for(process), arrays)
+        for process in self._receives:
+            return tuple(peers().receive(process, self._number_for(jax.process_index()), self._shapes))
+        return None
+
+    def _number_for(self, receiver: int) -> int:
+        """One that the sender uses once: by name, receiver and how often this was called."""
+        return self._number + (receiver << 20) + self._count
+
+    @staticmethod
+    def _part_on(shape: jax.ShapeDtypeStruct, device: jax.Device) -> jax.ShapeDtypeStruct:
+        size = _sharding_of(shape).shard_shape(shape.shape)
+        return jax.ShapeDtypeStruct(size, shape.dtype, sharding=SingleDeviceSharding(device))
+
+
+def _sharding_of(shape: jax.ShapeDtypeStruct) -> NamedSharding:
+    assert isinstance(shape.sharding, NamedSharding)
+    return shape.sharding
+
+
+def _mesh_of(shape: jax.ShapeDtypeStruct) -> Mesh:
+    mesh = _sharding_of(shape).mesh
+    assert isinstance(mesh, Mesh)
+    return mesh

@@ -1,0 +1,69 @@
+"""Short texts that the processes of a run tell each other, through the service that `jax.distributed` starts.
+
+The public API of JAX has no key-value store, so this module alone uses a private name, `jax._src.distributed`, whose
+client Orbax uses too; its test fails when it moves.
+"""
+
+import time
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+POLL_SECONDS = 0.02
+
+
+def process_count() -> int:
+    """Processes of this run; 1 where `jax.distributed` was not started. Does not start JAX's backend."""
+    return distributed.global_state.num_processes or 1
+
+
+def process_index() -> int:
+    """The number of this process, from 0."""
+    return distributed.global_state.process_id or 0
+
+
+def tell(key: str, text: str) -> None:
+    """Writes a key once for all processes. Raises `RuntimeError` when it is there already, or the service is gone."""
+    _client().key_value_set(key, text)
+
+
+def ask_now(key: str) -> str | None:
+    """What was told, or None."""
+    try:
+        return _client().key_value_try_get(key)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
+
+
+def ask(key: str, timeout: float) -> str:
+    """Waits until it is told. Raises `TimeoutError` after `timeout` seconds.
+
+    Looks again and again: a thread inside a blocking call would not let the process end.
+    """
+    deadline = time.monotonic() + timeout
+    while (text := ask_now(key)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"No process told {key} within {timeout:.0f} s.")
+        time.sleep(POLL_SECONDS)
+    return text
+
+
+def tell_all(topic: str, text: str, timeout: float) -> list[str]:
+    """Tells this process's text under a topic that is used once, and waits for those of all processes, in order."""
+    tell(f"{topic}/{process_index()}", text)
+    return [ask(f"{topic}/{process}", timeout) for process in range(process_count())]
+
+
+def meet(name: str, timeout: float) -> None:
+    """Waits until every process has come to the meeting of this name, which is used once."""
+    if process_count() > 1:
+        _client().wait_at_barrier(name, round(timeout * 1000))
+
+
+def _client() -> Any:
+    client = distributed.global_state.client
+    assert client is not None, "jax.distributed was not started"
+    return client
