@@ -11,6 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from meshpipe.compile_cache import CompileCache
+from meshpipe.compiler import Compiler
 from meshpipe.config import Config
 from meshpipe.diagnose import first_non_finite
 from meshpipe.initialise import initialise
@@ -54,7 +56,10 @@ class Trainer:
 
     `batch` is an example of a global batch, arrays or shapes; `loss(output, microbatch)` returns the sum of the losses
     and their weight. `input` names the batch field that the first layer is called with. Everything is compiled here,
-    all stages at once. Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together.
+    all stages at once, or loaded from the folder `compile_cache`, where programs are kept for later runs.
+
+    Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, or the folder cannot be
+    made.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Trainer:
         metrics: Metrics | None = None,
         tied: Sequence[Sequence[str]] = (),
         rules: ShardingRules | None = None,
+        compile_cache: str | None = None,
     ):
         model = StagedModel(
             layers,
@@ -84,18 +90,24 @@ class Trainer:
             tied=tied,
             rules=rules,
         )
-        self._set_up(model, optimizer, seed, clip_norm)
+        self._set_up(model, optimizer, seed, clip_norm, compile_cache)
 
     @classmethod
     def from_config(cls, config: Config) -> "Trainer":
         """A trainer for a recipe's config. Raises `ValueError` when its parts do not fit together."""
         trainer = cls.__new__(cls)
         optimizer = config.optimizer.build(config.steps)
-        trainer._set_up(StagedModel.from_config(config), optimizer, config.seed, config.optimizer.clip_norm)
+        model = StagedModel.from_config(config)
+        trainer._set_up(model, optimizer, config.seed, config.optimizer.clip_norm, config.compile_cache)
         return trainer
 
     def _set_up(
-        self, model: StagedModel, optimizer: optax.GradientTransformation, seed: int, clip_norm: float | None
+        self,
+        model: StagedModel,
+        optimizer: optax.GradientTransformation,
+        seed: int,
+        clip_norm: float | None,
+        compile_cache: str | None,
     ) -> None:
         started = time.perf_counter()
         self.model = model
@@ -104,9 +116,10 @@ class Trainer:
         self._unchecked: deque[tuple[int, jax.Array, Batch]] = deque()
         self.optimizer = Optimizer(optimizer, model.parameters, clip_norm)
         self.tied = TiedLeaves(model.tied, model.parameters)
-        model.compile(self.optimizer.compile_tasks())
+        compiler = Compiler(None if compile_cache is None else CompileCache(compile_cache))
+        model.compile(self.optimizer.compile_tasks(compiler), compiler)
         self._seed_data = model.place_seed(seed)
-        made = initialise(model.layers_on_submeshes, model.rules, seed)
+        made = initialise(model.layers_on_submeshes, model.rules, seed, compiler)
         params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
         state = {path: leaf for _, layer in made for path, leaf in layer.items()}
         self._params = self.tied.share_values([tuple(params[p] for p in s.params) for s in model.parameters])
