@@ -1,11 +1,13 @@
 """Compiled programs kept in a folder for later runs, whatever the devices that they ran on."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
 import tempfile
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,12 +49,14 @@ class CompileCache:
     def write(self, key: str, program: Serialised) -> None:
         """A write that fails (a full disk) only costs the next run its time."""
         ids = json.dumps(program.device_ids).encode()
+        file = self._file(key)
+        part = file.with_suffix(f".{uuid.uuid4().hex}")
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                file.write(b"\n".join((_checksum(ids + program.data), ids, program.data)))
-            os.replace(file.name, self._file(key))
+            part.write_bytes(b"\n".join((_checksum(ids + program.data), ids, program.data)))
+            part.replace(file)
         except OSError:
-            Path(file.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256((key + _surroundings()).encode()).hexdigest()}.program"

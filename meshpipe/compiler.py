@@ -48,7 +48,7 @@ class Compiler:
         self._lock = Lock()
 
     def compile(self, lowered: jax.stages.Lowered, mesh: Mesh, options: Options = None) -> jax.stages.Compiled:
-        """The program compiled for `mesh`, for all of whose devices it was lowered; a copy of an equal one if it can."""
+        """The program compiled for all devices of `mesh`, as it was lowered; a copy of an equal one where possible."""
         key = _key(lowered, mesh, options)
         if key is None:
             return _compile(lowered, options)

@@ -47,7 +47,7 @@ def _of(value: Any, parents: tuple[int, ...]) -> Hashable:
         return kind, tuple(_of(item, inside) for item in value)
     if kind is dict or (isinstance(value, Mapping) and kind.__module__.startswith("flax.")):
         return kind, tuple((_of(key, inside), _of(item, inside)) for key, item in value.items())
-    if kind is np.ndarray and not value.dtype.hasobject:
+    if (kind is np.ndarray or isinstance(value, np.generic)) and not value.dtype.hasobject:
         return kind, str(value.dtype), value.shape, value.tobytes()
     if kind is jax.tree_util.PyTreeDef:
         return kind, value, repr(value)

@@ -56,7 +56,7 @@ def load(program: Serialised, target: Mesh, in_tree: Any, out_tree: Any) -> jax.
 def kept_arguments(lowered: jax.stages.Lowered) -> Hashable:
     """Which arguments the program reads; JAX drops the others. None where that cannot be found out."""
     try:
-        return tuple(sorted(lowered._lowering.compile_args["kept_var_idx"]))  # type: ignore[attr-defined]
+        return tuple(sorted(lowered._lowering.compile_args["kept_var_idx"]))
     except (AttributeError, KeyError, TypeError):
         return None
 

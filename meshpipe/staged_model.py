@@ -132,17 +132,19 @@ class StagedModel:
         def build(stage: TracedStage) -> StagePrograms:
             return compile_stage(stage, ops, remat=self.config.remat, compiler=compiler)
 
-        futures = {stage.spec.index: pool.submit(build, stage) for stage in traced if stage.original is None}
-        programs: list[StagePrograms] = []
-        for index, stage in enumerate(traced):
+        originals = [stage for stage in traced if stage.original is None]
+        built = {stage.spec.index: p for stage, p in zip(originals, pool.map(build, originals), strict=True)}
+
+        def copied(stage: TracedStage) -> StagePrograms | None:
             if stage.original is None:
-                programs.append(futures[index].result())
-                continue
-            copied = copy_stage(programs[stage.original.spec.index], stage.spec.mesh, compiler)
-            if copied is None:
-                traced[index] = stage.again()
-                copied = build(traced[index])
-            programs.append(copied)
+                return built[stage.spec.index]
+            return copy_stage(built[stage.original.spec.index], stage.spec.mesh, compiler)
+
+        programs: list[StagePrograms] = []
+        for index, found in enumerate(list(pool.map(copied, traced))):
+            if found is None:
+                traced[index] = traced[index].again()
+            programs.append(found or build(traced[index]))
         return programs
 
     @cached_property

@@ -99,7 +99,7 @@ def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> Sta
     def copied(part: Any) -> Any:
         return replace(part, **{name: copies.get(id(value), value) for name, value in vars(part).items()})
 
-    return copied(replace(programs, split=programs.split and copied(programs.split)))  # type: ignore[no-any-return]
+    return copied(replace(programs, split=programs.split and copied(programs.split)))
 
 
 def _compile_forward(

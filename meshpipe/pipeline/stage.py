@@ -184,7 +184,7 @@ class TracedStage:
         return TracedStage(self.spec, None if self.spec.is_first else self.boundary_in, self.fields)
 
     def twin(self, spec: StageSpec, boundary_in: Boundary) -> "TracedStage":
-        """This trace for a stage that computes the same from other leaves, on a submesh of the same shape.
+        """The trace used for a stage that computes the same from other leaves, on a submesh of the same shape.
 
         Its shapes lie on that submesh, but what is traced still speaks of this one: it tells what the programs take and
         keep, and is not to be compiled.
