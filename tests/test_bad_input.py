@@ -85,6 +85,8 @@ CALLS = {
     "heads that do not divide by tensor": ("plan LANGUAGE --mesh.tensor 4", "Choose a divisor of"),
     # Files.
     "metrics in a missing folder": ("train TINY --metrics missing/m.jsonl", "Make it, or name another file."),
+    "compiled programs into a file": ("train TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
+    "verify with programs in a file": ("verify TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
     "metrics into a folder": ("train TINY --metrics folder", "Name a file in it."),
     "metrics over another run": ("train TINY --metrics old.jsonl", "Name another file, remove it"),
     "picture without a format": ("plan TINY --plot picture", "--plot must name a file whose suffix is one of"),
