@@ -1,7 +1,7 @@
 """Seconds from the start of a process to the end of its first step, for 2 and for 8 equal stages.
 
-Every stage has the same transformer blocks, each run is a process of its own on virtual CPU devices, and the runs of all kinds take turns:
-without a cache, and with one that an earlier run has filled.
+Every stage has the same transformer blocks, and each run is a process of its own on virtual CPU devices. Runs without a
+cache of compiled programs and with one that an earlier run has filled take turns.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from benchmark import median, print_results
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (2, 8)
+PARTS = ("import", "compile", "first step", "all")
 BLOCKS, WIDTH, HEADS, SEQUENCE, BATCH, MICROBATCHES = 2, 256, 8, 64, 16, 8
 
 
@@ -79,19 +80,22 @@ def measure(repeats: int) -> list[dict[str, object]]:
             for stages in STAGES:
                 for kind, cache in (("cold", None), ("warm", f"{folder}/{stages}")):
                     found.setdefault((stages, kind), []).append(run(stages, cache))
-    seconds = {key: {part: median(r[part] for r in runs) for part in runs[0]} for key, runs in found.items()}
-    rows: list[dict[str, object]] = [{"stages": s, "cache": k, **values} for (s, k), values in seconds.items()]
+    rows: dict[tuple[int, str], dict[str, object]] = {}
+    for (stages, kind), runs in found.items():
+        rows[stages, kind] = {"stages": stages, "cache": kind} | {part: median(r[part] for r in runs) for part in PARTS}
 
-    def ratio(what: str, part: str, over: tuple[int, str], under: tuple[int, str], target: str) -> dict[str, object]:
-        return {"ratio": f"{what}: {part}", "value": seconds[over][part] / seconds[under][part], "target": target}
+    def ratio(
+        stages: object, kind: str, over: tuple[int, str], under: tuple[int, str], target: str
+    ) -> dict[str, object]:
+        quotients = {part: float(rows[over][part]) / float(rows[under][part]) for part in PARTS}  # type: ignore[arg-type]
+        return {"stages": stages, "cache": kind, **quotients, "target": target}
 
     few, many = STAGES
-    for part, is_target in (("all", True), ("compile", False)):
-        rows.append(ratio(f"{many} stages / {few}", part, (many, "cold"), (few, "cold"), "<= 1.5" if is_target else ""))
-    for stages in STAGES:
-        for part, target in (("all", ""), ("compile", ">= 3")):
-            rows.append(ratio(f"{stages} stages, cold / warm", part, (stages, "cold"), (stages, "warm"), target))
-    return rows
+    return [
+        *rows.values(),
+        ratio(f"{many} / {few}", "cold", (many, "cold"), (few, "cold"), "all <= 1.5"),
+        *(ratio(n, "cold / warm", (n, "cold"), (n, "warm"), "compile >= 3") for n in STAGES),
+    ]
 
 
 def main() -> None:
