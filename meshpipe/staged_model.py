@@ -130,6 +130,7 @@ class StagedModel:
     def compile(self, also: Sequence[Callable[[], None]] = (), compiler: Compiler | None = None) -> None:
         """Traces the stages one after the other, then compiles them, and `also`, in threads, where XLA runs at once."""
         self.traced = self.trace()
+        self._path_hashes = self._place_path_hashes()
         compiler = compiler or Compiler()
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
@@ -200,7 +201,7 @@ class StagedModel:
             for stage in traced
         ]
         arrays = jax.device_put(wanted, shardings)
-        placed = [{"seed": seed[s], "paths": self._path_hashes[s]} for s in range(len(traced))]
+        placed = [{"seed": seed[s], "paths": self._path_hashes.get(s)} for s in range(len(traced))]
         return {
             s: tuple(v for name, v in placed[s].items() if name in stage.input_names) + tuple(arrays[s])
             for s, stage in enumerate(traced)
@@ -246,11 +247,14 @@ class StagedModel:
     def _streams(self, stage: int) -> list[str]:
         return [path for i in self.cuts[stage] for path in self.layers[i].streams]
 
-    @cached_property
-    def _path_hashes(self) -> list[jax.Array]:
-        """On every stage's submesh, what tells its draws from those of other stages."""
-        hashes = [np.array([path_hash(path) for path in self._streams(s)], np.uint32) for s in range(len(self._meshes))]
-        return jax.device_put(hashes, [replicated(mesh) for mesh in self._meshes])
+    def _place_path_hashes(self) -> dict[int, jax.Array]:
+        """On the submesh of every stage with random streams, what tells its draws from those of other stages."""
+        hashes = {s: [path_hash(path) for path in self._streams(s)] for s in range(len(self._meshes))}
+        return {
+            s: jax.device_put(np.array(found, np.uint32), replicated(self._meshes[s]))
+            for s, found in hashes.items()
+            if found
+        }
 
     def _kind(self, spec: StageSpec, boundary: Boundary | None) -> Hashable:
         """Equal for stages that one trace serves, among those of one call of `_trace`; their paths may differ."""
