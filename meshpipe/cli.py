@@ -121,6 +121,7 @@ def plan(arguments: list[str]) -> int:
     )
     import jax
 
+    from meshpipe.choose_remat import settle_remat
     from meshpipe.mesh import use_cpu_devices
     from meshpipe.report import check_picture, make_console, print_plan
     from meshpipe.staged_model import StagedModel
@@ -129,9 +130,9 @@ def plan(arguments: list[str]) -> int:
         check_picture(extra.plot)
     jax.config.update("jax_platforms", "cpu")
     use_cpu_devices(config.mesh.num_devices)
-    print_plan(
-        make_console(), recipe, StagedModel.from_config(config), config.optimizer.build(config.steps), extra.plot
-    )
+    model, transformation = StagedModel.from_config(config), config.optimizer.build(config.steps)
+    settle_remat(model, transformation)
+    print_plan(make_console(), recipe, model, transformation, extra.plot)
     return COMPLETED
 
 

@@ -76,6 +76,8 @@ class StagedModel:
             raise ValueError(
                 f"Training needs a schedule with backwards. Got {config.schedule!r}, which has none. Choose e.g. 1f1b."
             )
+        self.remat = config.remat_of_stages(self.plan.num_stages)
+        """The rematerialisation of every stage; None where it is yet to be chosen, as `choose_remat` does."""
         self.cuts = partition(len(self.layers), self.plan.num_stages, config.boundaries)
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
@@ -102,9 +104,14 @@ class StagedModel:
             tied=config.model.tied(),
         )
 
-    def trace(self) -> list[TracedStage]:
-        """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps."""
-        return self._trace(train=True)
+    def trace(self, remat: Sequence[str] | None = None) -> list[TracedStage]:
+        """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps.
+
+        `remat` has other names for the stages than those of the model.
+        """
+        names = self.remat if remat is None else remat
+        assert names is not None, "remat is to be chosen first"
+        return self._trace(remat=names, train=True)
 
     def compile(self, also: Sequence[Callable[[], None]] = ()) -> None:
         """Traces the stages one after the other, then compiles them, and `also`, in threads, where XLA runs at once."""
@@ -112,7 +119,9 @@ class StagedModel:
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
             others = [pool.submit(task) for task in also]
-            programs = list(pool.map(lambda stage: compile_stage(stage, ops, remat=self.config.remat), traced))
+            programs = list(
+                pool.map(lambda stage, name: compile_stage(stage, ops, remat=name), traced, self.remat or ())
+            )
             for other in others:
                 other.result()
         self.traced = traced
@@ -123,7 +132,7 @@ class StagedModel:
         """A forward-only executor, compiled at its first use, and the names of the means that it sums up."""
         plan = forwards_of(self.plan)
         names: list[str] = []
-        traced = self._trace(train=False, names=names)
+        traced = self._trace(remat=("none",) * self.plan.num_stages, train=False, names=names)
         self._evaluation_traced = traced
         with ThreadPoolExecutor() as pool:
             programs = list(pool.map(lambda stage: compile_stage(stage, {Op.FORWARD}), traced))
@@ -162,16 +171,13 @@ class StagedModel:
     def _microbatches(self, value: np.ndarray) -> np.ndarray:
         return value.reshape(self.config.num_microbatches, -1, *value.shape[1:])
 
-    def _trace(self, *, train: bool, names: list[str] | None = None) -> list[TracedStage]:
+    def _trace(self, *, remat: Sequence[str], train: bool, names: list[str] | None = None) -> list[TracedStage]:
         fields = {
             name: jax.ShapeDtypeStruct(
                 (self.config.num_microbatches, s.shape[0] // self.config.num_microbatches, *s.shape[1:]), s.dtype
             )
             for name, s in self.batch_shapes.items()
         }
-        policy = (
-            getattr(jax.checkpoint_policies, self.config.remat) if self.config.remat in CHECKPOINT_POLICIES else None
-        )
         traced: list[TracedStage] = []
         boundary: Boundary | None = None
         for s, (mesh, owned) in enumerate(zip(self._meshes, self.parameters, strict=True)):
@@ -183,7 +189,7 @@ class StagedModel:
                 state=owned.state,
                 is_first=s == 0,
                 is_last=s == self.plan.num_stages - 1,
-                checkpoint_policy=policy,
+                checkpoint_policy=_policy(remat[s]),
             )
             traced.append(TracedStage(spec, boundary, fields))
             boundary = traced[-1].boundary_out
@@ -241,6 +247,10 @@ class StagedModel:
             parameter_count=sum(leaf.size for leaf in leaves),
             parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         )
+
+
+def _policy(remat: str) -> Callable[..., bool] | None:
+    return getattr(jax.checkpoint_policies, remat) if remat in CHECKPOINT_POLICIES else None
 
 
 def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from meshpipe.choose_remat import settle_remat
 from meshpipe.config import Config
 from meshpipe.diagnose import first_non_finite
 from meshpipe.initialise import initialise
@@ -98,6 +99,7 @@ class Trainer:
         self, model: StagedModel, optimizer: optax.GradientTransformation, seed: int, clip_norm: float | None
     ) -> None:
         started = time.perf_counter()
+        settle_remat(model, optimizer)
         self.model = model
         self.seed = seed
         self.step_number = 0

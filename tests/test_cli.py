@@ -306,7 +306,14 @@ def test_plan_shows_stages_grid_bubble_and_memory(in_process: Path, capsys: pyte
     assert "rank 1  .    1F0  1B0  1F1  1B1  ." in out
     assert "Expected bubble 33.3%" in out
     assert "activations" in out
+    assert out.count(" none\n") == 2
     assert (in_process / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_chooses_what_is_computed_again(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--remat", "auto", "--memory-limit", "3.8kB"]) == 0
+    out = capsys.readouterr().out
+    assert "remat auto (dots_saveable none):" in out
 
 
 def test_verify_agrees(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,8 +350,8 @@ def test_help_of_commands(arguments: list[str], capsys: pytest.CaptureFixture[st
 def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "tiny:pipeline", "--help"]) == 0
     out = capsys.readouterr().out
-    flags = """--mesh.pipeline --mesh.data --mesh.tensor --schedule --stages-per-rank --num-microbatches --remat --steps
-        --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --metrics
+    flags = """--mesh.pipeline --mesh.data --mesh.tensor --schedule --stages-per-rank --num-microbatches --remat
+        --memory-limit --steps --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --metrics
         --eval-every --boundaries --data.count --model.width"""
     for flag in flags.split():
         assert f"{flag} " in out or f"{flag}, " in out, flag

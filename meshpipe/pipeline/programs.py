@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
 
 from meshpipe.pipeline.jaxpr import function_of
 from meshpipe.pipeline.plan import Op
@@ -125,11 +126,16 @@ def _compile_backward(stage: TracedStage, accumulators: Shapes, example: tuple[A
     return jax.jit(backward, donate_argnums=0, out_shardings=results).lower(accumulators, *example).compile()
 
 
-def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
-    """The stage's backward traced and cut in two; nothing is compiled."""
+def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
+    """The stage's backward traced: gradients of its parameters, then of its input."""
     example = _backward_arguments(stage, hoisted, residuals)
-    closed = jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
-    return SplitBackward(closed, len(stage.params), len(jax.tree.leaves(example[:4])))
+    return jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
+
+
+def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
+    """The same cut in two; nothing is compiled."""
+    num_step_inputs = len(stage.params) + len(hoisted) + len(stage.inputs) + 1
+    return SplitBackward(trace_backward(stage, hoisted, residuals), len(stage.params), num_step_inputs)
 
 
 def _compile_split(
