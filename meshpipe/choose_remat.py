@@ -8,9 +8,8 @@ from itertools import product
 import jax
 import optax
 
-from meshpipe.memory import ONE_UNIT_EACH, microbatch_memory, shapes_of, splits_backward, stage_memory
+from meshpipe.memory import ONE_UNIT_EACH, held_always, microbatch_memory, shapes_of, splits_backward
 from meshpipe.pipeline.config import parse_bytes
-from meshpipe.pipeline.jaxpr import extract, inline
 from meshpipe.pipeline.operations import count_operations
 from meshpipe.pipeline.programs import trace_backward
 from meshpipe.pipeline.simulate import StageMemory, Timeline, simulate
@@ -53,8 +52,16 @@ def choose_remat(
     must leave space for what XLA needs inside a program. Operations are counted in the traced programs; nothing is
     compiled or run. Raises `ValueError` with the least limit that would do when nothing fits.
     """
-    options = _options(model, transformation)
-    timeline = simulate(model.plan, ONE_UNIT_EACH, [of_stage[0].memory for of_stage in options])
+    plain = model.trace(("none",) * model.plan.num_stages)
+    always = [kept.total for kept in held_always(model, transformation, plain)]
+    splits = splits_backward(model.plan)
+    memory = [
+        microbatch_memory(stage, "none", splits=splits, always=kept) for stage, kept in zip(plain, always, strict=True)
+    ]
+    timeline = simulate(model.plan, ONE_UNIT_EACH, memory)
+    if max(timeline.peak_bytes) <= memory_limit:
+        return ("none",) * model.plan.num_stages
+    options = _options(model, plain, memory)
     chosen: dict[int, str] = {}
     too_small: list[tuple[int | float, int]] = []
     for rank in range(model.plan.num_ranks):
@@ -78,23 +85,23 @@ def choose_remat(
     return tuple(chosen[stage] for stage in range(model.plan.num_stages))
 
 
-def _options(model: StagedModel, transformation: optax.GradientTransformation) -> list[list[_Option]]:
-    """For every stage, what may be worth taking, in the order of operations done again."""
-    num_stages, splits = model.plan.num_stages, splits_backward(model.plan)
-    always = [memory.always for memory in stage_memory(model, transformation)]
-    plain = model.trace(("none",) * num_stages)
-    of_policies = {name: model.trace((name,) * num_stages) for name in POLICIES}
+def _options(model: StagedModel, plain: Sequence[TracedStage], memory: Sequence[StageMemory]) -> list[list[_Option]]:
+    """For every stage, what may be worth taking, in the order of operations done again.
+
+    `plain` has the stages with no rematerialisation, and `memory` what they keep then.
+    """
+    splits = splits_backward(model.plan)
+    of_policies = {name: model.trace((name,) * len(plain)) for name in POLICIES}
     options = []
-    for s, stage in enumerate(plain):
-        kept = microbatch_memory(stage, "none", splits=splits, always=always[s])
+    for s, (stage, kept) in enumerate(zip(plain, memory, strict=True)):
         backward = _backward_operations(stage)
         found = [_Option("none", 0.0, kept)]
         for name, traced in of_policies.items():
-            memory = microbatch_memory(traced[s], name, splits=splits, always=always[s])
             again = max(0.0, _backward_operations(traced[s]) - backward)
-            found.append(_Option(name, again, memory))
+            of_policy = microbatch_memory(traced[s], name, splits=splits, always=kept.always)
+            found.append(_Option(name, again, of_policy))
         everything = float(count_operations(stage.forward(outputs=False, residuals=True)))
-        full = microbatch_memory(stage, "full", splits=splits, always=always[s])
+        full = microbatch_memory(stage, "full", splits=splits, always=kept.always)
         found.append(_Option("full", everything, full))
         options.append(_worth_taking(found))
     return options
@@ -102,8 +109,8 @@ def _options(model: StagedModel, transformation: optax.GradientTransformation) -
 
 def _backward_operations(stage: TracedStage) -> float:
     with jax.set_mesh(stage.spec.mesh):
-        closed = inline(trace_backward(stage, shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars)))
-    return float(count_operations(extract(closed, closed.jaxpr.invars, closed.jaxpr.outvars)))
+        backward = trace_backward(stage, shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars))
+    return float(count_operations(backward))
 
 
 def _worth_taking(options: Sequence[_Option]) -> list[_Option]:

@@ -46,7 +46,7 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
-class _Always:
+class HeldAlways:
     """Bytes on each device that a stage holds for the whole step."""
 
     parameters: int
@@ -66,7 +66,7 @@ def predict_memory(model: StagedModel, transformation: optax.GradientTransformat
     """
     plan, remat = model.plan, _remat(model)
     traced = model.trace(remat)
-    always = _always(model, transformation, traced)
+    always = held_always(model, transformation, traced)
     timeline = simulate(plan, ONE_UNIT_EACH, _stage_memory(model, remat, always, traced))
     ranks = []
     for rank, peak in enumerate(timeline.peak_bytes):
@@ -96,19 +96,20 @@ def stage_memory(model: StagedModel, transformation: optax.GradientTransformatio
     """
     remat = _remat(model)
     traced = model.trace(remat)
-    return _stage_memory(model, remat, _always(model, transformation, traced), traced)
+    return _stage_memory(model, remat, held_always(model, transformation, traced), traced)
 
 
 def _remat(model: StagedModel) -> Sequence[str]:
     return ("full",) * model.plan.num_stages if model.remat is None else model.remat
 
 
-def _always(
+def held_always(
     model: StagedModel, transformation: optax.GradientTransformation, traced: Sequence[TracedStage]
-) -> list[_Always]:
+) -> list[HeldAlways]:
+    """What every stage holds for the whole step."""
     optimizer = Optimizer(transformation, model.parameters).state_shapes
     return [
-        _Always(
+        HeldAlways(
             parameters=_device_bytes(owned.params.values()) + _hoisted_bytes(stage),
             gradients=_gradient_bytes(owned),
             optimizer=_device_bytes(jax.tree.leaves(optimizer[s])),
@@ -119,7 +120,7 @@ def _always(
 
 
 def _stage_memory(
-    model: StagedModel, remat: Sequence[str], always: Sequence[_Always], traced: Sequence[TracedStage]
+    model: StagedModel, remat: Sequence[str], always: Sequence[HeldAlways], traced: Sequence[TracedStage]
 ) -> list[StageMemory]:
     splits = splits_backward(model.plan)
     stages = zip(traced, remat, always, strict=True)

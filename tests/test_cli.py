@@ -351,7 +351,7 @@ def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.Capt
     assert main(["train", "tiny:pipeline", "--help"]) == 0
     out = capsys.readouterr().out
     flags = """--mesh.pipeline --mesh.data --mesh.tensor --schedule --stages-per-rank --num-microbatches --remat
-        --memory-limit --steps --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --metrics
-        --eval-every --boundaries --data.count --model.width"""
+        --memory-limit --steps --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every
+        --checkpoint-keep --resume --metrics --eval-every --boundaries --data.count --model.width"""
     for flag in flags.split():
         assert f"{flag} " in out or f"{flag}, " in out, flag
