@@ -92,6 +92,8 @@ class StagedModel:
         ranks = submeshes(mesh)
         choice = choice or _as_named(config, len(ranks), len(self.layers))
         self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
+        self.remat = config.remat_of_stages(self.plan.num_stages)
+        """The rematerialisation of every stage; None where it is yet to be chosen, as `choose_remat` does."""
         self._cache: CompileCache | None = None
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
@@ -123,31 +125,42 @@ class StagedModel:
             tied=config.model.tied(),
         )
 
-    def trace(self) -> list[TracedStage]:
-        """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps."""
-        return self._trace(train=True)
+    def trace(self, remat: Sequence[str] | None = None) -> list[TracedStage]:
+        """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps.
+
+        `remat` has other names for the stages than those of the model.
+        """
+        names = self.remat if remat is None else remat
+        assert names is not None, "remat is to be chosen first"
+        return self._trace(remat=names, train=True)
 
     def compile(self, also: Sequence[Callable[[], None]] = (), compiler: Compiler | None = None) -> None:
         """Traces the stages one after the other, then compiles them, and `also`, in threads, where XLA runs at once."""
         self.traced = self.trace()
-        self._path_hashes = self._place_path_hashes()
+        _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
             others = [pool.submit(task) for task in also]
-            programs = self._compile(self.traced, ops, pool, compiler)
+            programs = self._compile(self.traced, ops, self.remat or (), pool, compiler)
             for other in others:
                 other.result()
-        self.executor = Executor(lower(self.plan), dict(enumerate(self.traced)), dict(enumerate(programs)))
+        self.programs = dict(enumerate(programs))
+        self.executor = Executor(lower(self.plan), dict(enumerate(self.traced)), self.programs)
 
     def _compile(
-        self, traced: list[TracedStage], ops: Set[Op], pool: ThreadPoolExecutor, compiler: Compiler
+        self,
+        traced: list[TracedStage],
+        ops: Set[Op],
+        remat: Sequence[str],
+        pool: ThreadPoolExecutor,
+        compiler: Compiler,
     ) -> list[StagePrograms]:
         """Every stage's programs; a twin whose programs cannot be copied is traced again, in its place in `traced`."""
 
         def build(stage: TracedStage) -> StagePrograms:
-            return compile_stage(stage, ops, remat=self.config.remat, compiler=compiler)
+            return compile_stage(stage, ops, remat=remat[stage.spec.index], compiler=compiler)
 
         originals = [stage for stage in traced if stage.original is None]
         built = {stage.spec.index: p for stage, p in zip(originals, pool.map(build, originals), strict=True)}
@@ -169,10 +182,11 @@ class StagedModel:
         """A forward-only executor, compiled at its first use, and the names of the means that it sums up."""
         plan = forwards_of(self.plan)
         names: list[str] = []
-        traced = self._trace(train=False, names=names)
+        remat = ("none",) * self.plan.num_stages
+        traced = self._trace(remat=remat, train=False, names=names)
         self._evaluation_traced = traced
         with ThreadPoolExecutor() as pool:
-            programs = self._compile(traced, {Op.FORWARD}, pool, Compiler(self._cache))
+            programs = self._compile(traced, {Op.FORWARD}, remat, pool, Compiler(self._cache))
         return Executor(lower(plan), dict(enumerate(traced)), dict(enumerate(programs))), ("loss", *names)
 
     def place_seed(self, seed: int) -> list[jax.Array]:
@@ -210,16 +224,13 @@ class StagedModel:
     def _microbatches(self, value: np.ndarray) -> np.ndarray:
         return value.reshape(self.config.num_microbatches, -1, *value.shape[1:])
 
-    def _trace(self, *, train: bool, names: list[str] | None = None) -> list[TracedStage]:
+    def _trace(self, *, remat: Sequence[str], train: bool, names: list[str] | None = None) -> list[TracedStage]:
         fields = {
             name: jax.ShapeDtypeStruct(
                 (self.config.num_microbatches, s.shape[0] // self.config.num_microbatches, *s.shape[1:]), s.dtype
             )
             for name, s in self.batch_shapes.items()
         }
-        policy = (
-            getattr(jax.checkpoint_policies, self.config.remat) if self.config.remat in CHECKPOINT_POLICIES else None
-        )
         traced: list[TracedStage] = []
         seen: dict[Hashable, TracedStage] = {}
         boundary: Boundary | None = None
@@ -233,9 +244,9 @@ class StagedModel:
                 is_first=s == 0,
                 is_last=s == self.plan.num_stages - 1,
                 streams=len(self._streams(s)),
-                checkpoint_policy=policy,
+                checkpoint_policy=_policy(remat[s]),
             )
-            kind = self._kind(spec, boundary)
+            kind = self._kind(spec, boundary, remat[s])
             if boundary is not None and kind in seen:
                 traced.append(seen[kind].twin(spec, boundary))
             else:
@@ -247,7 +258,8 @@ class StagedModel:
     def _streams(self, stage: int) -> list[str]:
         return [path for i in self.cuts[stage] for path in self.layers[i].streams]
 
-    def _place_path_hashes(self) -> dict[int, jax.Array]:
+    @cached_property
+    def _path_hashes(self) -> dict[int, jax.Array]:
         """On the submesh of every stage with random streams, what tells its draws from those of other stages."""
         hashes = {s: [path_hash(path) for path in self._streams(s)] for s in range(len(self._meshes))}
         return {
@@ -256,12 +268,12 @@ class StagedModel:
             if found
         }
 
-    def _kind(self, spec: StageSpec, boundary: Boundary | None) -> Hashable:
+    def _kind(self, spec: StageSpec, boundary: Boundary | None, remat: str) -> Hashable:
         """Equal for stages that one trace serves, among those of one call of `_trace`; their paths may differ."""
         kinds = tuple(self.layers[i].kind for i in self.cuts[spec.index])
         leaves = [*spec.params.values(), *spec.state.values()]
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
-        return spec.is_first, spec.is_last, kinds, shapes, None if boundary is None else boundary.kind
+        return spec.is_first, spec.is_last, kinds, shapes, remat, None if boundary is None else boundary.kind
 
     def _function(self, stage: int, *, train: bool, names: list[str] | None) -> StageFunction:
         layers = [self.layers[i] for i in self.cuts[stage]]
@@ -342,6 +354,10 @@ def _as_named(config: PipelineConfig, num_ranks: int, num_layers: int) -> Choice
         )
     plan = training_plan(config, num_ranks)
     return Choice(plan, partition(num_layers, plan.num_stages, config.boundaries), None)
+
+
+def _policy(remat: str) -> Callable[..., bool] | None:
+    return getattr(jax.checkpoint_policies, remat) if remat in CHECKPOINT_POLICIES else None
 
 
 def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:

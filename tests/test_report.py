@@ -1,12 +1,13 @@
 """Tables and pictures say what they should, in rows that stay whole in a file."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import tiny_recipes
 from rich.console import Console
 
+from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.report import format_bytes, layout_lines, make_console, stage_table
 from meshpipe.staged_model import StagedModel
 
@@ -34,6 +35,11 @@ def test_stages_are_summed_and_layers_counted() -> None:
         "1 1 3 Head 500 2 GB",
         "all 2,000 2 GB",
     ]
+    assert rows(stage_table(stages, ["Embed", "Block", "Block", "Head"], ["none", "full"]))[:3] == [
+        "stage rank layers kinds parameters bytes remat",
+        "0 0 0-2 Embed, 2 Block 1,500 6 kB none",
+        "1 1 3 Head 500 2 GB full",
+    ]
 
 
 def test_the_layout_in_three_lines() -> None:
@@ -42,6 +48,11 @@ def test_the_layout_in_three_lines() -> None:
         "stages: 0 (rank 0) layers 0-1  1 (rank 1) layers 2-3",
         "1f1b, 4 microbatches of 4 examples, remat none, expected bubble 20.0%",
     ]
+
+
+def test_the_layout_says_what_each_stage_computes_again() -> None:
+    config = replace(tiny_recipes.pipeline(), pipeline=PipelineConfig(num_microbatches=4, remat="full,none"))
+    assert "remat full none, expected" in layout_lines("mine", StagedModel.from_config(config))[2]
 
 
 @pytest.mark.parametrize(

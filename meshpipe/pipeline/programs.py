@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from meshpipe.compiler import Compiler
@@ -153,11 +154,16 @@ def _compile_backward(
     return compiler.compile(lowered, stage.spec.mesh)
 
 
-def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
-    """The stage's backward traced and cut in two; nothing is compiled."""
+def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
+    """The stage's backward traced: gradients of its parameters, then of its input."""
     example = _backward_arguments(stage, hoisted, residuals)
-    closed = jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
-    return SplitBackward(closed, len(stage.params), len(jax.tree.leaves(example[:4])))
+    return jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
+
+
+def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
+    """The same cut in two; nothing is compiled."""
+    num_step_inputs = len(stage.params) + len(hoisted) + len(stage.inputs) + 1
+    return SplitBackward(trace_backward(stage, hoisted, residuals), len(stage.params), num_step_inputs)
 
 
 def _compile_split(
