@@ -80,7 +80,6 @@ CALLS = {
     "unknown rematerialisation": ("train TINY --remat some", "--remat must be one of none, full, everything_saveable"),
     "rematerialisation of too many stages": ("train TINY --remat none,full,none", "Got 3 names (none,full,none) for 2"),
     "rematerialisation to choose for no limit": ("train TINY --remat auto", "Add e.g. --memory-limit 12GiB."),
-    "memory limit that nothing keeps to": ("train TINY --memory-limit 1GiB", "Leave it out, or pass --remat auto."),
     "memory limit that is no size": ("train TINY --remat auto --memory-limit 3apples", "Got '3apples'."),
     "memory limit that nothing fits into": ("train TINY --remat auto --memory-limit 1kB", "Raise it to that, or use"),
     # Models and data.
