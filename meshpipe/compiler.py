@@ -92,13 +92,23 @@ def _compile(lowered: jax.stages.Lowered, options: Options) -> jax.stages.Compil
 def _key(lowered: jax.stages.Lowered, mesh: Mesh, options: Options) -> str | None:
     """What tells a program from others; None where that is unknown.
 
-    The text has constants, shardings and donation in it, but not the arguments that it leaves out as unused.
+    The text has constants, shardings and donation in it, but says nothing of arguments that the program does not read.
     """
     kept = kept_arguments(lowered)
     if kept is None:
         return None
     weak = [getattr(out, "weak_type", False) for out in jax.tree.leaves(lowered.out_info)]
-    parts = (lowered.as_text(), kept, str(lowered.in_tree), str(lowered.out_tree), weak, _place(mesh), options)
+    arguments = [(str(argument), argument.donated) for argument in jax.tree.leaves(lowered.args_info)]
+    parts = (
+        lowered.as_text(),
+        kept,
+        arguments,
+        str(lowered.in_tree),
+        str(lowered.out_tree),
+        weak,
+        _place(mesh),
+        options,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

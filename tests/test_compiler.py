@@ -25,15 +25,15 @@ def compiled(monkeypatch):
     return lowered
 
 
-def lower(mesh, function=jnp.sin, spec=PartitionSpec(), count=1, **options):  # noqa: B008
+def lower(mesh, function=jnp.sin, spec=PartitionSpec(), count=1, size=4, **options):  # noqa: B008
     sharding = NamedSharding(mesh, spec)
-    shapes = [jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding)] * count
+    shapes = [jax.ShapeDtypeStruct((size,), jnp.float32, sharding=sharding)] * count
     return jax.jit(function, out_shardings=sharding, **options).lower(*shapes)
 
 
-def run(program, mesh, *values):
+def run(program, mesh, *values, size=4):
     sharding = program.input_shardings[0][0] if program.input_shardings[0] else NamedSharding(mesh, PartitionSpec())
-    return np.asarray(program(*(jax.device_put(np.full(4, v, np.float32), sharding) for v in values)))
+    return np.asarray(program(*(jax.device_put(np.full(size, v, np.float32), sharding) for v in values)))
 
 
 def test_equal_programs_of_all_submeshes_are_compiled_once(compiled):
@@ -60,9 +60,19 @@ other[150, 1] = 1
         ({"function": lambda x, y: x + 1, "count": 2}, {"function": lambda x, y: y + 1, "count": 2}),
         ({}, {"spec": PartitionSpec("data")}),
         ({}, {"donate_argnums": 0}),
+        ({"function": lambda x: jnp.ones(4), "size": 4}, {"function": lambda x: jnp.ones(4), "size": 8}),
         ({}, {"function": lambda x: [jnp.sin(x)]}),
     ],
-    ids=["constant", "large constant", "jax constant", "unused argument", "sharding", "donation", "structure"],
+    ids=[
+        "constant",
+        "large constant",
+        "jax constant",
+        "unused argument",
+        "sharding",
+        "donation",
+        "unused shape",
+        "structure",
+    ],
 )
 def test_programs_that_differ_are_not_shared(one, two, compiled):
     compiler = Compiler()
@@ -70,7 +80,9 @@ def test_programs_that_differ_are_not_shared(one, two, compiled):
     assert len(compiled) == 2
     for program, kind, mesh in zip(programs, (one, two), MESHES, strict=False):
         values = (1.0, 5.0)[: kind.get("count", 1)]
-        np.testing.assert_array_equal(run(program, mesh, *values), run(lower(mesh, **kind).compile(), mesh, *values))
+        size = {"size": kind.get("size", 4)}
+        expected = run(lower(mesh, **kind).compile(), mesh, *values, **size)
+        np.testing.assert_array_equal(run(program, mesh, *values, **size), expected)
 
 
 def test_a_program_that_cannot_be_copied_is_compiled_for_every_submesh(compiled, capfd):
