@@ -1,6 +1,6 @@
 """Tables and pictures of a run for people: layout, stages, plan, memory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +13,8 @@ from meshpipe.memory import RankMemory, predict_memory, stage_memory
 from meshpipe.mesh import describe
 from meshpipe.picture import FORWARDS, Panel, draw_timelines
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.pipeline.simulate import Costs, simulate
+from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.simulate import Costs, StageMemory, simulate
 from meshpipe.staged_model import StagedModel
 
 PLAIN_WIDTH = 240
@@ -189,7 +190,8 @@ def print_plan(
     """Everything that is known of a step before it runs: mesh, stages, order of work, bubble and memory."""
     costs = model.layer_costs
     times = model.stage_costs or Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
-    timeline = simulate(model.plan, times, stage_memory(model, transformation))
+    memory = stage_memory(model, transformation)
+    timeline = simulate(model.plan, times, memory)
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
     console.print(stage_table(model.stages, [layer.class_name for layer in model.layers], model.remat or ()))
     width = console.width if console.is_terminal else None
@@ -197,12 +199,23 @@ def print_plan(
     console.print(model.plan.grid(width=width), markup=False)
     assumed = "if stages cost the same and backward twice forward" if costs is None else f"by {costs.describe()}"
     console.print(f"Expected bubble {timeline.bubble_fraction:.1%}, {assumed}.\n")
+    for line in _unsplit(model, memory):
+        console.print(line)
     console.print(f"Expected memory of each device of a rank, remat {_remat(model)}:")
     console.print(memory_table(predict_memory(model, transformation)))
     if plot is not None:
         title = f"{model.plan.schedule}, {_microbatches(model)}"
         draw_timelines([Panel(timeline, title, in_seconds=costs is not None)], plot)
         console.print(f"\nDrawn in {plot}.")
+
+
+def _unsplit(model: StagedModel, memory: Sequence[StageMemory]) -> Iterator[str]:
+    """Says where a plan splits a backward that cannot be split, so that its weight part is left with nothing."""
+    splits = any(action.op is Op.BACKWARD_WEIGHT for action in model.plan.actions)
+    whole = [s for s, kept in enumerate(memory) if splits and kept.kept_for_weights + kept.made_for_weights == 0]
+    if whole:
+        stages = f"stage{'s' if len(whole) > 1 else ''} {', '.join(map(str, whole))}"
+        yield f"The backward of {stages} cannot be split (a loop over layers computes both parts): I does it all.\n"
 
 
 def print_comparison(console: Console, recipe: str, config: PipelineConfig, comparisons: Iterable[Comparison]) -> None:
