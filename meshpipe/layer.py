@@ -4,7 +4,7 @@ import functools
 import inspect
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -121,7 +121,33 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) ->
     if not layers:
         raise ValueError("A model needs at least one layer. Got an empty list.")
     fields = tuple(batch_fields)
-    return tuple(_abstract(f"layers/{index}", layer, fields) for index, layer in enumerate(layers))
+    made: dict[int, Layer] = {}
+    """By constructor, which is called once however often it stands in the list: it makes the same each time."""
+    result = []
+    for index, layer in enumerate(layers):
+        path = f"layers/{index}"
+        if id(layer) in made and not isinstance(layer, nnx.Module):
+            result.append(_at(path, made[id(layer)]))
+        else:
+            result.append(_abstract(path, layer, fields))
+            made[id(layer)] = result[-1]
+    return tuple(result)
+
+
+def _at(path: str, layer: Layer) -> Layer:
+    """The same layer at another place."""
+
+    def moved(leaf: str) -> str:
+        return path + leaf.removeprefix(layer.path)
+
+    return replace(
+        layer,
+        path=path,
+        params={moved(leaf): shape for leaf, shape in layer.params.items()},
+        state={moved(leaf): shape for leaf, shape in layer.state.items()},
+        axes={moved(leaf): names for leaf, names in layer.axes.items()},
+        streams=tuple(map(moved, layer.streams)),
+    )
 
 
 def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Layer:

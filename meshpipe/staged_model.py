@@ -142,10 +142,7 @@ class StagedModel:
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
-            others = [pool.submit(task) for task in also]
-            programs = self._compile(self.traced, ops, self.remat or (), pool, compiler)
-            for other in others:
-                other.result()
+            programs = self._compile(self.traced, ops, self.remat or (), pool, compiler, also)
         self.programs = dict(enumerate(programs))
         self.executor = Executor(lower(self.plan), dict(enumerate(self.traced)), self.programs)
 
@@ -156,14 +153,20 @@ class StagedModel:
         remat: Sequence[str],
         pool: ThreadPoolExecutor,
         compiler: Compiler,
+        also: Sequence[Callable[[], None]] = (),
     ) -> list[StagePrograms]:
-        """Every stage's programs; a twin whose programs cannot be copied is traced again, in its place in `traced`."""
+        """Every stage's programs; a twin whose programs cannot be copied is traced again, in its place in `traced`.
+
+        `also` is done while XLA, which takes longest for the stages, is at work.
+        """
 
         def build(stage: TracedStage) -> StagePrograms:
             return compile_stage(stage, ops, remat=remat[stage.spec.index], compiler=compiler)
 
         originals = [stage for stage in traced if stage.original is None]
-        built = {stage.spec.index: p for stage, p in zip(originals, pool.map(build, originals), strict=True)}
+        building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
+        others = [pool.submit(task) for task in also]
+        built = {index: future.result() for index, future in building.items()}
 
         def copied(stage: TracedStage) -> StagePrograms | None:
             if stage.original is None:
@@ -175,6 +178,8 @@ class StagedModel:
             if found is None:
                 traced[index] = traced[index].again()
             programs.append(found or build(traced[index]))
+        for other in others:
+            other.result()
         return programs
 
     @cached_property

@@ -123,9 +123,10 @@ class Trainer:
         self.optimizer = Optimizer(optimizer, model.parameters, clip_norm)
         self.tied = TiedLeaves(model.tied, model.parameters)
         compiler = Compiler(None if compile_cache is None else CompileCache(compile_cache))
-        model.compile(self.optimizer.compile_tasks(compiler), compiler)
+        made: list[tuple[Leaves, Leaves]] = []
+        make = lambda: made.extend(initialise(model.layers_on_submeshes, model.rules, seed, compiler))  # noqa: E731
+        model.compile([make, *self.optimizer.compile_tasks(compiler)], compiler)
         self._seed_data = model.place_seed(seed)
-        made = initialise(model.layers_on_submeshes, model.rules, seed, compiler)
         params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
         state = {path: leaf for _, layer in made for path, leaf in layer.items()}
         self._params = self.tied.share_values([tuple(params[p] for p in s.params) for s in model.parameters])
