@@ -360,7 +360,7 @@ def test_plan_measures_layers_and_proposes_a_cut(in_process: Path, capsys: pytes
 
 
 def test_plan_chooses_what_is_computed_again(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "tiny:pipeline", "--remat", "auto", "--memory-limit", "3.8kB"]) == 0
+    assert main(["plan", "tiny:pipeline", "--remat", "auto", "--memory-limit", "3.6kB"]) == 0
     out = capsys.readouterr().out
     assert "remat auto (dots_saveable none):" in out
 
