@@ -10,6 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from meshpipe.choose_remat import settle_remat
 from meshpipe.config import Config
 from meshpipe.data import example_batch
 from meshpipe.layer import LayerLike
@@ -81,6 +82,11 @@ class Chooser:
         Raises `ValueError` when layers, batch, mesh and config do not fit together, no plan keeps to the memory limit,
         or the costs are those of other layers.
         """
+        model = self._laid_out(costs)
+        settle_remat(model, self.transformation)
+        return model
+
+    def _laid_out(self, costs: ModelCosts | None) -> StagedModel:
         config = self.config
         if costs is None and not config.needs_costs and config.partition != "cost":
             return self._model(None)
@@ -134,7 +140,21 @@ class Chooser:
         num_layers = len(self.layers)
         plan = gpipe(1, self.config.num_microbatches, num_layers)
         first = Mesh(mesh.devices[:1], mesh.axis_names, axis_types=mesh.axis_types)
-        return self._model(Choice(plan, partition(num_layers, num_layers), None), mesh=first)
+        choice = Choice(plan, partition(num_layers, num_layers), None)
+        return self._model(choice, mesh=first, config=self._with_one_remat("none"))
+
+    def _with_one_remat(self, of_several: str) -> PipelineConfig:
+        """The config with one rematerialisation for all stages: `full` for `auto`, since that always fits best."""
+        names = set(self.config.remat.split(","))
+        (name,) = names if len(names) == 1 else (of_several,)
+        return replace(
+            self.config,
+            remat="full" if name == "auto" else name,
+            schedule="gpipe",
+            memory_limit=None,
+            costs=None,
+            partition="even",
+        )
 
     @cached_property
     def _probe(self) -> StagedModel:
@@ -214,7 +234,8 @@ class Chooser:
         """What each stage keeps, also where its backward is split."""
         stages_per_rank = len(cuts) // self._num_ranks
         plan = _split_backwards(gpipe(self._num_ranks, self.config.num_microbatches, stages_per_rank))
-        return stage_memory(self._model(Choice(plan, cuts, None)), self.transformation)
+        config = replace(self.config, remat="full") if self.config.remat == "auto" else self.config
+        return stage_memory(self._model(Choice(plan, cuts, None), config=config), self.transformation)
 
 
 def measuring_mesh(sizes: MeshConfig) -> Mesh:

@@ -36,7 +36,8 @@ def compare_schedules(chooser: Chooser, costs: ModelCosts | None) -> Iterator[Co
         if name != "inference":
             asked = config.stages_per_rank or least
             count = asked if takes_stages(name, asked) else least
-            of_schedule = replace(config, schedule=name, stages_per_rank=count, costs=None, memory_limit=None)
+            limit = config.memory_limit if config.remat == "auto" else None
+            of_schedule = replace(config, schedule=name, stages_per_rank=count, costs=None, memory_limit=limit)
             yield _compared(chooser, of_schedule, costs)
     if costs is not None:
         yield _compared(chooser, replace(config, schedule="auto", costs=None), costs)

@@ -38,6 +38,8 @@ class Config:
     """Examples per update, over the whole mesh."""
     seed: int = 0
     """Seed of the parameters, the dropout masks and the order of the data."""
+    compile_cache: str | None = None
+    """Folder where compiled programs are kept for the next run; None keeps none."""
     metrics: str | None = None
     """JSON-lines file for the metrics; appended to on resume. None writes none."""
     measure_every: int = 0

@@ -1,6 +1,6 @@
 """Creating the leaves of layers where they live, sharded from birth."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from meshpipe.compiler import Compiler
+from meshpipe.fingerprint import fingerprint
 from meshpipe.layer import Layer, Leaves, path_hash
 from meshpipe.sharding import ShardingRules, abstract, replicated
 
@@ -29,30 +31,44 @@ def placed(layer: Layer, mesh: Mesh, rules: ShardingRules) -> tuple[Placed, Plac
     return place(layer.params), place(layer.state)
 
 
-def initialise(layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, seed: int) -> list[tuple[Leaves, Leaves]]:
+def initialise(
+    layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, seed: int, compiler: Compiler | None = None
+) -> list[tuple[Leaves, Leaves]]:
     """Parameters and state of every layer on its submesh.
 
     What a constructor makes depends on `seed` and the layer's path alone. The values of a ready-made module are copied.
-    Layers that differ in nothing but their path share one compiled program for each submesh.
+    Layers that differ in nothing but their path share one program.
     """
-    compiled: dict[tuple[str, Mesh], Any] = {}
+    programs = _programs(layers, rules, compiler or Compiler())
     results: list[tuple[Leaves, Leaves]] = []
-    lowered = [_lower(layer, mesh, rules) if layer.values is None else None for layer, mesh in layers]
-    wanted = {(low.as_text(), mesh): low for low, (_, mesh) in zip(lowered, layers, strict=True) if low is not None}
-    with ThreadPoolExecutor() as pool:
-        compiled = dict(zip(wanted, pool.map(_compile, wanted.items()), strict=True))
-    for (layer, mesh), low in zip(layers, lowered, strict=True):
+    for (layer, mesh), program in zip(layers, programs, strict=True):
         params, state = placed(layer, mesh, rules)
-        if low is None:
-            assert layer.values is not None
+        if layer.values is not None:
             results.append((_copy(layer.values, params), _copy(layer.values, state)))
             continue
         arguments = jax.device_put(
             (jax.random.key_data(jax.random.key(seed)), jnp.uint32(path_hash(layer.path))), replicated(mesh)
         )
-        flat = compiled[low.as_text(), mesh](*arguments)
+        flat = program(*arguments)
         results.append((dict(zip(params, flat, strict=False)), dict(zip(state, flat[len(params) :], strict=True))))
     return results
+
+
+def _programs(layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, compiler: Compiler) -> list[Any]:
+    """For every layer that a constructor makes, the program that does; None for the others."""
+    kinds = [None if layer.values is not None else (layer.kind, fingerprint(layer.make)) for layer, _ in layers]
+    lowered: dict[Hashable, tuple[jax.stages.Lowered, Mesh]] = {}
+    for kind, (layer, mesh) in zip(kinds, layers, strict=True):
+        if kind is not None and kind not in lowered:
+            lowered[kind] = _lower(layer, mesh, rules), mesh
+    with ThreadPoolExecutor() as pool:
+        compiled = dict(zip(lowered, pool.map(lambda first: _compile(compiler, *first), lowered.values()), strict=True))
+    copies: dict[Hashable, Any] = {}
+    for kind, (layer, mesh) in zip(kinds, layers, strict=True):
+        if kind is not None and (kind, mesh) not in copies:
+            copied = compiler.copy(compiled[kind], mesh)
+            copies[kind, mesh] = copied or _compile(compiler, _lower(layer, mesh, rules), mesh)
+    return [copies.get((kind, mesh)) for kind, (_, mesh) in zip(kinds, layers, strict=True)]
 
 
 def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered:
@@ -69,14 +85,13 @@ def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered
         return jax.jit(build, out_shardings=shardings).lower(seed, abstract((), jnp.uint32, everywhere))
 
 
-def _compile(item: tuple[tuple[str, Mesh], jax.stages.Lowered]) -> jax.stages.Compiled:
+def _compile(compiler: Compiler, lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
     """Compiled with little optimisation on CPU, where random numbers take seconds to optimise and are drawn once.
 
     Their values are the same.
     """
-    (_, mesh), lowered = item
     options: dict[str, Any] = {"xla_backend_optimization_level": 1}
-    return lowered.compile(compiler_options=options if mesh.devices.flat[0].platform == "cpu" else None)
+    return compiler.compile(lowered, mesh, options if mesh.devices.flat[0].platform == "cpu" else None)
 
 
 def _copy(values: Leaves, shapes: Placed) -> Leaves:

@@ -3,13 +3,16 @@
 import functools
 import inspect
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from meshpipe.fingerprint import fingerprint
 
 Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
@@ -30,6 +33,8 @@ class Randomness:
     """Key data of the seed, uint32."""
     step: jax.Array
     microbatch: jax.Array
+    path_hashes: Mapping[str, jax.Array] = field(default_factory=dict)
+    """By path of a stream, where the hash is to be an input of a program; else it is a constant in it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class Layer:
     """Logical axes of the leaves that name them."""
     fields: tuple[str, ...]
     """Batch fields that the call takes as keywords, and `train`."""
-    has_randomness: bool
+    streams: tuple[str, ...]
+    """Paths of its random streams."""
     make: Callable[[nnx.Rngs], nnx.Module]
     values: Leaves | None
     """The values of a module that was given ready-made; None where the constructor makes them."""
@@ -56,6 +62,18 @@ class Layer:
     def class_name(self) -> str:
         root: Any = self.graphdef.nodes[0]
         return root.type.__name__
+
+    @property
+    def has_randomness(self) -> bool:
+        return bool(self.streams)
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """Equal for layers that differ in nothing but their path and their values, so that one trace serves all."""
+        variables = nnx.to_flat_state(self.structure)
+        metadata = [v.get_metadata() if isinstance(v, nnx.Variable) else None for _, v in variables]
+        arrays = [(key, type(v), _value(v).shape, _value(v).dtype) for key, v in variables]
+        return fingerprint((self.graphdef, metadata, self.fields)), tuple(arrays)
 
     def initialise(self, seed: jax.Array, path_hash: jax.Array) -> tuple[Leaves, Leaves]:
         """Parameters and state from the seed's key and `path_hash` only.
@@ -103,7 +121,33 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) ->
     if not layers:
         raise ValueError("A model needs at least one layer. Got an empty list.")
     fields = tuple(batch_fields)
-    return tuple(_abstract(f"layers/{index}", layer, fields) for index, layer in enumerate(layers))
+    made: dict[int, Layer] = {}
+    """By constructor, which is called once however often it stands in the list: it makes the same each time."""
+    result = []
+    for index, layer in enumerate(layers):
+        path = f"layers/{index}"
+        if id(layer) in made and not isinstance(layer, nnx.Module):
+            result.append(_at(path, made[id(layer)]))
+        else:
+            result.append(_abstract(path, layer, fields))
+            made[id(layer)] = result[-1]
+    return tuple(result)
+
+
+def _at(path: str, layer: Layer) -> Layer:
+    """The same layer at another place."""
+
+    def moved(leaf: str) -> str:
+        return path + leaf.removeprefix(layer.path)
+
+    return replace(
+        layer,
+        path=path,
+        params={moved(leaf): shape for leaf, shape in layer.params.items()},
+        state={moved(leaf): shape for leaf, shape in layer.state.items()},
+        axes={moved(leaf): names for leaf, names in layer.axes.items()},
+        streams=tuple(map(moved, layer.streams)),
+    )
 
 
 def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Layer:
@@ -123,11 +167,11 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Lay
     params: dict[str, jax.ShapeDtypeStruct] = {}
     state: dict[str, jax.ShapeDtypeStruct] = {}
     axes: dict[str, tuple[str | None, ...]] = {}
-    has_randomness = False
+    streams: list[str] = []
     for key, variable in nnx.to_flat_state(structure):
         leaf, value = _join(path, key), _value(variable)
         if isinstance(variable, nnx.RngState):
-            has_randomness = True
+            streams += [leaf] if isinstance(variable, nnx.RngKey) else []
             continue
         trainable = isinstance(variable, nnx.Param) and jnp.issubdtype(value.dtype, jnp.inexact)
         (params if trainable else state)[leaf] = jax.ShapeDtypeStruct(value.shape, value.dtype)
@@ -141,7 +185,7 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Lay
         state=state,
         axes=axes,
         fields=_fields(path, kind, batch_fields),
-        has_randomness=has_randomness,
+        streams=tuple(streams),
         make=make,
         values=_leaves(path, nnx.state(ready)) if ready is not None else None,
     )
@@ -221,7 +265,8 @@ def _random_state(path: str, variable: nnx.Variable, randomness: Randomness) -> 
     if not isinstance(variable, nnx.RngKey):
         return jnp.zeros(abstract.shape, abstract.dtype)
     key = jax.random.fold_in(jax.random.wrap_key_data(randomness.seed), _RUN)
-    for data in (path_hash(path), randomness.step, randomness.microbatch):
+    hashed = randomness.path_hashes.get(path, path_hash(path))
+    for data in (hashed, randomness.step, randomness.microbatch):
         key = jax.random.fold_in(key, data)
     return jax.random.split(key, abstract.shape) if abstract.shape else key
 

@@ -13,7 +13,7 @@ from jax.extend.core import Var
 from meshpipe.mesh import DATA, TENSOR
 from meshpipe.optimizer import Optimizer, StageParameters
 from meshpipe.pipeline.jaxpr import nbytes
-from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.plan import Op, Plan
 from meshpipe.pipeline.programs import trace_split
 from meshpipe.pipeline.simulate import Costs, StageMemory, simulate
 from meshpipe.pipeline.stage import TracedStage
@@ -46,7 +46,7 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
-class _Always:
+class HeldAlways:
     """Bytes on each device that a stage holds for the whole step."""
 
     parameters: int
@@ -64,9 +64,10 @@ def predict_memory(model: StagedModel, transformation: optax.GradientTransformat
 
     Exact but for what XLA lays out by itself where microbatches are split: see `stage_memory`.
     """
-    plan, traced = model.plan, model.trace()
-    always = _always(model, transformation, traced)
-    timeline = simulate(plan, ONE_UNIT_EACH, _stage_memory(model, always, traced))
+    plan, remat = model.plan, _remat(model)
+    traced = model.trace(remat)
+    always = held_always(model, transformation, traced)
+    timeline = simulate(plan, ONE_UNIT_EACH, _stage_memory(model, remat, always, traced))
     ranks = []
     for rank, peak in enumerate(timeline.peak_bytes):
         kept = [always[stage] for stage in plan.stages_of(rank)]
@@ -90,18 +91,25 @@ def stage_memory(model: StagedModel, transformation: optax.GradientTransformatio
     Parameters, gradients, optimizer state, batch and the values between stages are exact, and so is all on submeshes of
     one device. XLA chooses how residuals lie on several devices; they are taken to be split over the data axis where a
     dim holds the microbatch, and over the tensor axis unless they have the shape of a stage's input or output. What is
-    kept for W is given where the plan of the model splits backward.
+    kept for W is given where the plan of the model splits backward. Where rematerialisation is yet to be chosen, all
+    stages keep as little as they can: `full`.
     """
-    traced = model.trace()
-    return _stage_memory(model, _always(model, transformation, traced), traced)
+    remat = _remat(model)
+    traced = model.trace(remat)
+    return _stage_memory(model, remat, held_always(model, transformation, traced), traced)
 
 
-def _always(
+def _remat(model: StagedModel) -> Sequence[str]:
+    return ("full",) * model.plan.num_stages if model.remat is None else model.remat
+
+
+def held_always(
     model: StagedModel, transformation: optax.GradientTransformation, traced: Sequence[TracedStage]
-) -> list[_Always]:
+) -> list[HeldAlways]:
+    """What every stage holds for the whole step."""
     optimizer = Optimizer(transformation, model.parameters).state_shapes
     return [
-        _Always(
+        HeldAlways(
             parameters=_device_bytes(owned.params.values()) + _hoisted_bytes(stage),
             gradients=_gradient_bytes(owned),
             optimizer=_device_bytes(jax.tree.leaves(optimizer[s])),
@@ -111,16 +119,21 @@ def _always(
     ]
 
 
-def _stage_memory(model: StagedModel, always: Sequence[_Always], traced: Sequence[TracedStage]) -> list[StageMemory]:
-    splits = any(action.op is Op.BACKWARD_INPUT for action in model.plan.actions)
-    return [
-        _memory_of(stage, model.config.remat == "full", splits, kept.total)
-        for stage, kept in zip(traced, always, strict=True)
-    ]
+def _stage_memory(
+    model: StagedModel, remat: Sequence[str], always: Sequence[HeldAlways], traced: Sequence[TracedStage]
+) -> list[StageMemory]:
+    splits = splits_backward(model.plan)
+    stages = zip(traced, remat, always, strict=True)
+    return [microbatch_memory(stage, name, splits=splits, always=kept.total) for stage, name, kept in stages]
 
 
-def _memory_of(stage: TracedStage, recomputes: bool, splits: bool, always: int) -> StageMemory:
-    """`recomputes` for a forward that hands over no residuals, so that backward begins by running it again."""
+def splits_backward(plan: Plan) -> bool:
+    return any(action.op is Op.BACKWARD_INPUT for action in plan.actions)
+
+
+def microbatch_memory(stage: TracedStage, remat: str, *, splits: bool, always: int | float) -> StageMemory:
+    """What a stage keeps of every microbatch, and what it holds always, which is given."""
+    recomputes = remat == "full"
     input_bytes = _device_bytes(stage.x)
     kept_x = [_device_bytes([stage.x[i]]) for i in stage.kept_x]
     kept_state = [_device_bytes([stage.state[i]]) for i in stage.kept_state]
@@ -130,7 +143,7 @@ def _memory_of(stage: TracedStage, recomputes: bool, splits: bool, always: int) 
     kept_for_weights = found = crossing = 0
     if splits:
         with jax.set_mesh(stage.spec.mesh):
-            parts = trace_split(stage, _shapes(stage.hoisted_vars), _shapes(stage.residual_vars))
+            parts = trace_split(stage, shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars))
         gradients = [] if stage.boundary_out is None else _leaf_bytes(_output_gradients(stage))
         from_forward = [*kept_x, *kept_state, *([] if recomputes else residuals)]
         of_microbatch = [*kept_x, *kept_state, *residuals, *gradients]
@@ -156,7 +169,7 @@ def _output_gradients(stage: TracedStage) -> Sequence[jax.ShapeDtypeStruct]:
     return stage.boundary_out.gradients_on(stage.spec.mesh, stage.microbatch_size)
 
 
-def _shapes(values: Iterable[Var]) -> tuple[jax.ShapeDtypeStruct, ...]:
+def shapes_of(values: Iterable[Var]) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)  # type: ignore[attr-defined]
 
 

@@ -12,6 +12,7 @@ import optax
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 
+from meshpipe.compiler import Compiler
 from meshpipe.sharding import abstract, replicated
 
 Arrays = tuple[jax.Array, ...]
@@ -114,6 +115,9 @@ class Optimizer:
         self._last = replicated(stages[-1].mesh)
         self._everywhere = [replicated(stage.mesh) for stage in stages]
         self.state_shapes = [self._state_shapes(stage) for stage in stages]
+        self._inits: dict[int, Any] = {}
+        self._norms: dict[int, Any] = {}
+        self._updates: dict[int, Any] = {}
         self.good = jax.device_put(np.bool_(True), self._last)
         self.finite: tuple[jax.Array, ...] = tuple(jax.device_put(np.bool_(True), s) for s in self._everywhere)
         """For each stage, whether the last update left its parameters finite."""
@@ -131,39 +135,60 @@ class Optimizer:
 
     def init(self, params: Sequence[Arrays]) -> list[Any]:
         """Optax's state of every stage, made on its submesh."""
+        compiler = Compiler()
         states = []
-        for stage, shapes, leaves in zip(self._stages, self.state_shapes, params, strict=True):
-            shardings = jax.tree.map(lambda s: s.sharding, shapes)
-            owned = {p: leaf for p, leaf in zip(stage.params, leaves, strict=True) if p not in stage.borrowed}
-            states.append(jax.jit(self._transformation.init, out_shardings=shardings)(owned))
+        for index, (shapes, leaves) in enumerate(zip(self.state_shapes, params, strict=True)):
+            program = self._inits.get(index) or self._compile_init(index, compiler)
+            states.append(jax.tree.unflatten(jax.tree.structure(shapes), program(leaves)))
         return states
+
+    def _compile_init(self, index: int, compiler: Compiler) -> Any:
+        stage, shapes = self._stages[index], self.state_shapes[index]
+
+        def init(params: Arrays) -> list[jax.Array]:
+            named = dict(zip(stage.params, params, strict=True))
+            return jax.tree.leaves(self._transformation.init({path: named[path] for path in stage.owned}))
+
+        shardings = [shape.sharding for shape in jax.tree.leaves(shapes)]
+        return compiler.compile(jax.jit(init, out_shardings=shardings).lower(tuple(stage.params.values())), stage.mesh)
 
     def reset(self) -> None:
         """Lets updates happen again after a step that was not finite."""
         self.good = jax.device_put(np.bool_(True), self._last)
 
-    def compile_tasks(self) -> list[Callable[[], None]]:
-        """One call per program to compile; they may run in threads at once."""
-        self._norms: dict[int, Any] = {}
-        self._updates: dict[int, Any] = {}
+    def compile_tasks(self, compiler: Compiler | None = None) -> list[Callable[[], None]]:
+        """Calls that compile what `init` and `update` run; they may run in threads at once.
+
+        Programs see leaves without their paths, so that stages of equal shapes share them.
+        """
+        programs = compiler or Compiler()
 
         def compile_stage(index: int) -> None:
-            stage = self._stages[index]
+            stage, treedef = self._stages[index], jax.tree.structure(self.state_shapes[index])
+            opt_state = jax.tree.leaves(self.state_shapes[index])
+            update_tree = self._update(stage)
+
+            def update(params, leaves, *arguments):  # type: ignore[no-untyped-def]
+                changed, new_state, *others = update_tree(params, jax.tree.unflatten(treedef, leaves), *arguments)
+                return changed, jax.tree.leaves(new_state), *others
+
             gradients = _accumulators(stage)
             scalar = abstract((), jnp.float32, self._everywhere[index])
             good = abstract((), jnp.bool_, self._everywhere[index])
             params, state = tuple(stage.params.values()), tuple(stage.state.values())
-            shardings = jax.tree.map(lambda s: s.sharding, (params, self.state_shapes[index], state, good))
+            shardings = jax.tree.map(lambda s: s.sharding, (params, opt_state, state, good))
             norm = jax.jit(self._sum_of_squares(stage), out_shardings=self._everywhere[index])
-            self._norms[index] = norm.lower(gradients).compile()
-            update = jax.jit(self._update(stage), donate_argnums=(0, 1), out_shardings=shardings)
-            arguments = (params, self.state_shapes[index], gradients, state, state, scalar, good)
-            self._updates[index] = update.lower(*arguments).compile()
+            self._norms[index] = programs.compile(norm.lower(gradients), stage.mesh)
+            jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
+            arguments = (params, opt_state, gradients, state, state, scalar, good)
+            self._updates[index] = programs.compile(jitted.lower(*arguments), stage.mesh)
+            self._inits[index] = self._compile_init(index, programs)
 
         def compile_summary() -> None:
             scalar, good = abstract((), jnp.float32, self._last), abstract((), jnp.bool_, self._last)
             summary = jax.jit(self._summary, out_shardings=self._last)
-            self._summarise = summary.lower((scalar,) * len(self._stages), (scalar, scalar), good).compile()
+            lowered = summary.lower((scalar,) * len(self._stages), (scalar, scalar), good)
+            self._summarise = programs.compile(lowered, self._stages[-1].mesh)
 
         return [*(lambda i=i: compile_stage(i) for i in range(len(self._stages))), compile_summary]
 
@@ -184,10 +209,11 @@ class Optimizer:
         loss, norm, scale, self.good = self._summarise(tuple(squares), totals, self.good)
         scalars = [jax.device_put((scale, self.good), sharding) for sharding in self._everywhere]
         results = [
-            self._updates[i](p, s, g, b, a, *scalars[i])
+            self._updates[i](p, jax.tree.leaves(s), g, b, a, *scalars[i])
             for i, (p, s, g, b, a) in enumerate(zip(params, states, gradients, before, after, strict=True))
         ]
-        new_params, new_states, new_state = ([r[k] for r in results] for k in range(3))
+        new_params, leaves, new_state = ([r[k] for r in results] for k in range(3))
+        new_states = [jax.tree.unflatten(jax.tree.structure(s), new) for s, new in zip(states, leaves, strict=True)]
         self.finite = tuple(r[3] for r in results)
         return new_params, new_states, new_state, (loss, norm, self.good)
 

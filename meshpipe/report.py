@@ -1,6 +1,6 @@
 """Tables and pictures of a run for people: layout, stages, plan, memory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +13,8 @@ from meshpipe.memory import RankMemory, predict_memory, stage_memory
 from meshpipe.mesh import describe
 from meshpipe.picture import FORWARDS, Panel, draw_timelines
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.pipeline.simulate import Costs, simulate
+from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.simulate import Costs, StageMemory, simulate
 from meshpipe.staged_model import StagedModel
 
 PLAIN_WIDTH = 240
@@ -60,7 +61,7 @@ def layout_lines(recipe: str, model: StagedModel) -> list[str]:
     return [
         f"{recipe}: {parameters:,} parameters on {describe(model.mesh)}",
         f"stages: {stages}",
-        f"{model.plan.schedule}, {_microbatches(model)}, remat {model.config.remat}, "
+        f"{model.plan.schedule}, {_microbatches(model)}, remat {_remat(model)}, "
         f"expected bubble {simulate(model.plan, model.stage_costs).bubble_fraction:.1%}{_how_chosen(model)}",
     ]
 
@@ -70,6 +71,13 @@ def _how_chosen(model: StagedModel) -> str:
     partition = model.config.partition
     cut = "" if partition == "even" else f", partition {partition}"
     return cut if model.layer_costs is None else f"{cut}, {model.layer_costs.describe()}"
+
+
+def _remat(model: StagedModel) -> str:
+    """One name where all stages have the same, else one for each; after `auto` where they were chosen."""
+    names = model.remat or ()
+    text = names[0] if len(set(names)) == 1 else " ".join(names)
+    return f"auto ({text})" if model.config.remat == "auto" else text
 
 
 def _microbatches(model: StagedModel) -> str:
@@ -105,11 +113,13 @@ def format_bytes(count: int | float) -> str:
     return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
 
 
-def stage_table(stages: Sequence[Stage], layer_names: Sequence[str]) -> Table:
-    """A row a stage: its rank, its layers by class, parameters and their bytes over the whole submesh."""
-    table = make_table(
-        "stage", "rank", "layers", "kinds", "parameters", "bytes", right=("stage", "rank", "parameters", "bytes")
-    )
+def stage_table(stages: Sequence[Stage], layer_names: Sequence[str], remat: Sequence[str] = ()) -> Table:
+    """A row a stage: its rank, its layers by class, parameters and their bytes over the whole submesh.
+
+    `remat` has the rematerialisation of every stage, or is left out.
+    """
+    names = ("stage", "rank", "layers", "kinds", "parameters", "bytes", *(("remat",) if remat else ()))
+    table = make_table(*names, right=("stage", "rank", "parameters", "bytes"))
     for stage in stages:
         kinds = _run_lengths([layer_names[i] for i in stage.layers])
         layers = f"{stage.layers.start}-{stage.layers.stop - 1}" if len(stage.layers) > 1 else str(stage.layers.start)
@@ -120,6 +130,7 @@ def stage_table(stages: Sequence[Stage], layer_names: Sequence[str]) -> Table:
             kinds,
             f"{stage.parameter_count:,}",
             format_bytes(stage.parameter_bytes),
+            *remat[stage.index : stage.index + 1],
         )
     if len(stages) > 1:
         count, size = sum(s.parameter_count for s in stages), sum(s.parameter_bytes for s in stages)
@@ -179,20 +190,32 @@ def print_plan(
     """Everything that is known of a step before it runs: mesh, stages, order of work, bubble and memory."""
     costs = model.layer_costs
     times = model.stage_costs or Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
-    timeline = simulate(model.plan, times, stage_memory(model, transformation))
+    memory = stage_memory(model, transformation)
+    timeline = simulate(model.plan, times, memory)
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
-    console.print(stage_table(model.stages, [layer.class_name for layer in model.layers]))
+    console.print(stage_table(model.stages, [layer.class_name for layer in model.layers], model.remat or ()))
     width = console.width if console.is_terminal else None
     console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
     console.print(model.plan.grid(width=width), markup=False)
     assumed = "if stages cost the same and backward twice forward" if costs is None else f"by {costs.describe()}"
     console.print(f"Expected bubble {timeline.bubble_fraction:.1%}, {assumed}.\n")
-    console.print("Expected memory of each device of a rank:")
+    for line in _unsplit(model, memory):
+        console.print(line)
+    console.print(f"Expected memory of each device of a rank, remat {_remat(model)}:")
     console.print(memory_table(predict_memory(model, transformation)))
     if plot is not None:
         title = f"{model.plan.schedule}, {_microbatches(model)}"
         draw_timelines([Panel(timeline, title, in_seconds=costs is not None)], plot)
         console.print(f"\nDrawn in {plot}.")
+
+
+def _unsplit(model: StagedModel, memory: Sequence[StageMemory]) -> Iterator[str]:
+    """Says where a plan splits a backward that cannot be split, so that its weight part is left with nothing."""
+    splits = any(action.op is Op.BACKWARD_WEIGHT for action in model.plan.actions)
+    whole = [s for s, kept in enumerate(memory) if splits and kept.kept_for_weights + kept.made_for_weights == 0]
+    if whole:
+        stages = f"stage{'s' if len(whole) > 1 else ''} {', '.join(map(str, whole))}"
+        yield f"The backward of {stages} cannot be split (a loop over layers computes both parts): I does it all.\n"
 
 
 def print_comparison(console: Console, recipe: str, config: PipelineConfig, comparisons: Iterable[Comparison]) -> None:

@@ -1,6 +1,6 @@
 """A user's layers and loss cut into stages on the submeshes of a mesh, compiled and ready to run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from meshpipe.compile_cache import CompileCache
+from meshpipe.compiler import Compiler
 from meshpipe.config import Config
 from meshpipe.data import example_batch
 from meshpipe.initialise import placed
-from meshpipe.layer import Layer, LayerLike, Randomness, abstract_layers
+from meshpipe.layer import Layer, LayerLike, Randomness, abstract_layers, path_hash
 from meshpipe.layer_costs import ModelCosts
 from meshpipe.mesh import DATA, make_mesh, submeshes
 from meshpipe.optimizer import StageParameters
@@ -22,7 +24,7 @@ from meshpipe.pipeline.config import CHECKPOINT_POLICIES, PipelineConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.pipeline.lower import lower
 from meshpipe.pipeline.plan import Op, Plan
-from meshpipe.pipeline.programs import compile_stage
+from meshpipe.pipeline.programs import StagePrograms, compile_stage, copy_stage
 from meshpipe.pipeline.schedules import forwards_of, make_plan
 from meshpipe.pipeline.simulate import Costs
 from meshpipe.pipeline.stage import Boundary, StageFunction, StageSpec, TracedStage
@@ -34,6 +36,8 @@ Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
 """Output of the last layer and the microbatch -> sum of losses, weight."""
 Metrics = Callable[[Any, Mapping[str, jax.Array]], Mapping[str, tuple[jax.Array, jax.Array]]]
 """Output of the last layer and the microbatch -> further sums and weights to report in evaluation."""
+_PLACED = ("seed", "paths")
+"""Inputs of a stage that stay the same in every step."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,9 @@ class StagedModel:
         ranks = submeshes(mesh)
         choice = choice or _as_named(config, len(ranks), len(self.layers))
         self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
+        self.remat = config.remat_of_stages(self.plan.num_stages)
+        """The rematerialisation of every stage; None where it is yet to be chosen, as `choose_remat` does."""
+        self._cache: CompileCache | None = None
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
         self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
@@ -118,31 +125,73 @@ class StagedModel:
             tied=config.model.tied(),
         )
 
-    def trace(self) -> list[TracedStage]:
-        """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps."""
-        return self._trace(train=True)
+    def trace(self, remat: Sequence[str] | None = None) -> list[TracedStage]:
+        """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps.
 
-    def compile(self, also: Sequence[Callable[[], None]] = ()) -> None:
+        `remat` has other names for the stages than those of the model.
+        """
+        names = self.remat if remat is None else remat
+        assert names is not None, "remat is to be chosen first"
+        return self._trace(remat=names, train=True)
+
+    def compile(self, also: Sequence[Callable[[], None]] = (), compiler: Compiler | None = None) -> None:
         """Traces the stages one after the other, then compiles them, and `also`, in threads, where XLA runs at once."""
-        traced = self.trace()
+        self.traced = self.trace()
+        _ = self._path_hashes  # placed now, not in the first step
+        compiler = compiler or Compiler()
+        self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
-            others = [pool.submit(task) for task in also]
-            programs = list(pool.map(lambda stage: compile_stage(stage, ops, remat=self.config.remat), traced))
-            for other in others:
-                other.result()
-        self.traced = traced
-        self.executor = Executor(lower(self.plan), dict(enumerate(traced)), dict(enumerate(programs)))
+            programs = self._compile(self.traced, ops, self.remat or (), pool, compiler, also)
+        self.programs = dict(enumerate(programs))
+        self.executor = Executor(lower(self.plan), dict(enumerate(self.traced)), self.programs)
+
+    def _compile(
+        self,
+        traced: list[TracedStage],
+        ops: Set[Op],
+        remat: Sequence[str],
+        pool: ThreadPoolExecutor,
+        compiler: Compiler,
+        also: Sequence[Callable[[], None]] = (),
+    ) -> list[StagePrograms]:
+        """Every stage's programs; a twin whose programs cannot be copied is traced again, in its place in `traced`.
+
+        `also` is done while XLA, which takes longest for the stages, is at work.
+        """
+
+        def build(stage: TracedStage) -> StagePrograms:
+            return compile_stage(stage, ops, remat=remat[stage.spec.index], compiler=compiler)
+
+        originals = [stage for stage in traced if stage.original is None]
+        building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
+        others = [pool.submit(task) for task in also]
+        built = {index: future.result() for index, future in building.items()}
+
+        def copied(stage: TracedStage) -> StagePrograms | None:
+            if stage.original is None:
+                return built[stage.spec.index]
+            return copy_stage(built[stage.original.spec.index], stage.spec.mesh, compiler)
+
+        programs: list[StagePrograms] = []
+        for index, found in enumerate(list(pool.map(copied, traced))):
+            if found is None:
+                traced[index] = traced[index].again()
+            programs.append(found or build(traced[index]))
+        for other in others:
+            other.result()
+        return programs
 
     @cached_property
     def evaluation(self) -> tuple[Executor, tuple[str, ...]]:
         """A forward-only executor, compiled at its first use, and the names of the means that it sums up."""
         plan = forwards_of(self.plan)
         names: list[str] = []
-        traced = self._trace(train=False, names=names)
+        remat = ("none",) * self.plan.num_stages
+        traced = self._trace(remat=remat, train=False, names=names)
         self._evaluation_traced = traced
         with ThreadPoolExecutor() as pool:
-            programs = list(pool.map(lambda stage: compile_stage(stage, {Op.FORWARD}), traced))
+            programs = self._compile(traced, {Op.FORWARD}, remat, pool, Compiler(self._cache))
         return Executor(lower(plan), dict(enumerate(traced)), dict(enumerate(programs))), ("loss", *names)
 
     def place_seed(self, seed: int) -> list[jax.Array]:
@@ -165,30 +214,30 @@ class StagedModel:
         check_batch(batch, self.batch_shapes)
         fields: dict[str, Any] = {name: self._microbatches(np.asarray(value)) for name, value in batch.items()}
         fields["step"] = np.uint32(step)
-        wanted = [[fields[name] for name in stage.input_names if name != "seed"] for stage in traced]
+        wanted = [[fields[name] for name in stage.input_names if name not in _PLACED] for stage in traced]
         shardings = [
-            [shape.sharding for name, shape in zip(stage.input_names, stage.inputs, strict=True) if name != "seed"]
+            [shape.sharding for name, shape in zip(stage.input_names, stage.inputs, strict=True) if name not in _PLACED]
             for stage in traced
         ]
         arrays = jax.device_put(wanted, shardings)
+        placed = [{"seed": seed[s], "paths": self._path_hashes.get(s)} for s in range(len(traced))]
         return {
-            s: ((seed[s],) if "seed" in stage.input_names else ()) + tuple(arrays[s]) for s, stage in enumerate(traced)
+            s: tuple(v for name, v in placed[s].items() if name in stage.input_names) + tuple(arrays[s])
+            for s, stage in enumerate(traced)
         }
 
     def _microbatches(self, value: np.ndarray) -> np.ndarray:
         return value.reshape(self.config.num_microbatches, -1, *value.shape[1:])
 
-    def _trace(self, *, train: bool, names: list[str] | None = None) -> list[TracedStage]:
+    def _trace(self, *, remat: Sequence[str], train: bool, names: list[str] | None = None) -> list[TracedStage]:
         fields = {
             name: jax.ShapeDtypeStruct(
                 (self.config.num_microbatches, s.shape[0] // self.config.num_microbatches, *s.shape[1:]), s.dtype
             )
             for name, s in self.batch_shapes.items()
         }
-        policy = (
-            getattr(jax.checkpoint_policies, self.config.remat) if self.config.remat in CHECKPOINT_POLICIES else None
-        )
         traced: list[TracedStage] = []
+        seen: dict[Hashable, TracedStage] = {}
         boundary: Boundary | None = None
         for s, (mesh, owned) in enumerate(zip(self._meshes, self.parameters, strict=True)):
             spec = StageSpec(
@@ -199,21 +248,50 @@ class StagedModel:
                 state=owned.state,
                 is_first=s == 0,
                 is_last=s == self.plan.num_stages - 1,
-                checkpoint_policy=policy,
+                streams=len(self._streams(s)),
+                checkpoint_policy=_policy(remat[s]),
             )
-            traced.append(TracedStage(spec, boundary, fields))
+            kind = self._kind(spec, boundary, remat[s])
+            if boundary is not None and kind in seen:
+                traced.append(seen[kind].twin(spec, boundary))
+            else:
+                traced.append(TracedStage(spec, boundary, fields))
+                seen[kind] = traced[-1]
             boundary = traced[-1].boundary_out
         return traced
 
+    def _streams(self, stage: int) -> list[str]:
+        return [path for i in self.cuts[stage] for path in self.layers[i].streams]
+
+    @cached_property
+    def _path_hashes(self) -> dict[int, jax.Array]:
+        """On the submesh of every stage with random streams, what tells its draws from those of other stages."""
+        hashes = {s: [path_hash(path) for path in self._streams(s)] for s in range(len(self._meshes))}
+        return {
+            s: jax.device_put(np.array(found, np.uint32), replicated(self._meshes[s]))
+            for s, found in hashes.items()
+            if found
+        }
+
+    def _kind(self, spec: StageSpec, boundary: Boundary | None, remat: str) -> Hashable:
+        """Equal for stages that one trace serves, among those of one call of `_trace`; their paths may differ."""
+        kinds = tuple(self.layers[i].kind for i in self.cuts[spec.index])
+        leaves = [*spec.params.values(), *spec.state.values()]
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
+        return spec.is_first, spec.is_last, kinds, shapes, remat, None if boundary is None else boundary.kind
+
     def _function(self, stage: int, *, train: bool, names: list[str] | None) -> StageFunction:
         layers = [self.layers[i] for i in self.cuts[stage]]
+        streams = self._streams(stage)
         is_first, is_last = stage == 0, stage == self.plan.num_stages - 1
 
         def run(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
             value = batch[self.input] if is_first else activation
+            seed, paths, step, microbatch = randomness
+            draws = Randomness(seed, step, microbatch, {path: paths[i] for i, path in enumerate(streams)})
             for layer in layers:
                 try:
-                    value, after = layer(params, state, value, batch, Randomness(*randomness), train=train)
+                    value, after = layer(params, state, value, batch, draws, train=train)
                 except (TypeError, ValueError, KeyError) as error:
                     shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", value)
                     raise ValueError(
@@ -281,6 +359,10 @@ def _as_named(config: PipelineConfig, num_ranks: int, num_layers: int) -> Choice
         )
     plan = training_plan(config, num_ranks)
     return Choice(plan, partition(num_layers, plan.num_stages, config.boundaries), None)
+
+
+def _policy(remat: str) -> Callable[..., bool] | None:
+    return getattr(jax.checkpoint_policies, remat) if remat in CHECKPOINT_POLICIES else None
 
 
 def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:

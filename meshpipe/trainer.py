@@ -12,6 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from meshpipe.choose import Chooser
+from meshpipe.compile_cache import CompileCache
+from meshpipe.compiler import Compiler
 from meshpipe.config import Config
 from meshpipe.diagnose import first_non_finite
 from meshpipe.initialise import initialise
@@ -58,8 +60,11 @@ class Trainer:
 
     `batch` is an example of a global batch, arrays or shapes; `loss(output, microbatch)` returns the sum of the losses
     and their weight. `input` names the batch field that the first layer is called with. Everything is compiled here,
-    all stages at once, after the layers were measured if `pipeline` asks for that. Raises `ValueError` when layers,
-    batch, mesh, schedule and optimizer do not fit together.
+    all stages at once, after the layers were measured if `pipeline` asks for that, or loaded from the folder
+    `compile_cache`, where programs are kept for later runs.
+
+    Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, or the folder cannot be
+    made.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Trainer:
         metrics: Metrics | None = None,
         tied: Sequence[Sequence[str]] = (),
         rules: ShardingRules | None = None,
+        compile_cache: str | None = None,
     ):
         chooser = Chooser(
             layers,
@@ -90,18 +96,24 @@ class Trainer:
             tied=tied,
             rules=rules,
         )
-        self._set_up(chooser.choose(), optimizer, seed, clip_norm)
+        self._set_up(chooser.choose(), optimizer, seed, clip_norm, compile_cache)
 
     @classmethod
     def from_config(cls, config: Config) -> "Trainer":
         """A trainer for a recipe's config. Raises `ValueError` when its parts do not fit together."""
         trainer = cls.__new__(cls)
         chooser = Chooser.from_config(config)
-        trainer._set_up(chooser.choose(), chooser.transformation, config.seed, config.optimizer.clip_norm)
+        model, clip_norm = chooser.choose(), config.optimizer.clip_norm
+        trainer._set_up(model, chooser.transformation, config.seed, clip_norm, config.compile_cache)
         return trainer
 
     def _set_up(
-        self, model: StagedModel, optimizer: optax.GradientTransformation, seed: int, clip_norm: float | None
+        self,
+        model: StagedModel,
+        optimizer: optax.GradientTransformation,
+        seed: int,
+        clip_norm: float | None,
+        compile_cache: str | None,
     ) -> None:
         started = time.perf_counter()
         self.model = model
@@ -110,9 +122,11 @@ class Trainer:
         self._unchecked: deque[tuple[int, jax.Array, Batch]] = deque()
         self.optimizer = Optimizer(optimizer, model.parameters, clip_norm)
         self.tied = TiedLeaves(model.tied, model.parameters)
-        model.compile(self.optimizer.compile_tasks())
+        compiler = Compiler(None if compile_cache is None else CompileCache(compile_cache))
+        made: list[tuple[Leaves, Leaves]] = []
+        make = lambda: made.extend(initialise(model.layers_on_submeshes, model.rules, seed, compiler))  # noqa: E731
+        model.compile([make, *self.optimizer.compile_tasks(compiler)], compiler)
         self._seed_data = model.place_seed(seed)
-        made = initialise(model.layers_on_submeshes, model.rules, seed)
         params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
         state = {path: leaf for _, layer in made for path, leaf in layer.items()}
         self._params = self.tied.share_values([tuple(params[p] for p in s.params) for s in model.parameters])

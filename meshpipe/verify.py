@@ -108,6 +108,7 @@ def verify(
     clip_norm: float | None = None,
     tied: Sequence[Sequence[str]] = (),
     rules: ShardingRules | None = None,
+    compile_cache: str | None = None,
 ) -> VerifyReport:
     """Makes one update for each of the batches at the layout and on one device, and compares all that they compute.
 
@@ -133,6 +134,7 @@ def verify(
         clip_norm=clip_norm,
         tied=tied,
         rules=rules,
+        compile_cache=compile_cache,
     )
     plain = PlainTrainer(
         trainer.model.layers,
@@ -173,6 +175,7 @@ def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
         seed=config.seed,
         clip_norm=config.optimizer.clip_norm,
         tied=config.model.tied(),
+        compile_cache=config.compile_cache,
     )
 
 

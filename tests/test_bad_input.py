@@ -61,7 +61,7 @@ CALLS = {
     "auto with a wrong number of stages": ("train TINY --schedule auto --partition 0,1,2", "Give 1 after 0"),
     "measuring for no backward": ("train TINY --schedule inference --partition measured", "which has none. Choose"),
     "limit that is no amount": ("train TINY --schedule auto --memory-limit 3XB", "A memory limit must be a number"),
-    "limit that nothing keeps to": ("train TINY --memory-limit 3GB", "or pass --schedule auto."),
+    "limit that nothing keeps to": ("train TINY --memory-limit 3GB", "or pass one of the two."),
     "limit below the least": ("plan TINY --schedule auto --costs costs.json --memory-limit 900B", "fullest rank. Got"),
     "costs that nothing reads": ("train TINY --costs costs.json", "--costs is for --partition measured and --schedule"),
     "costs that are not there": ("train TINY --schedule auto --costs none.json", "must name a readable file"),
@@ -78,6 +78,10 @@ CALLS = {
     "schedule of one stage per rank": ("train TINY --stages-per-rank 2", "a schedule that takes several: gpipe"),
     "no stage per rank": ("train TINY --stages-per-rank 0", "--stages-per-rank must be at least 1. Got 0."),
     "unknown rematerialisation": ("train TINY --remat some", "--remat must be one of none, full, everything_saveable"),
+    "rematerialisation of too many stages": ("train TINY --remat none,full,none", "Got 3 names (none,full,none) for 2"),
+    "rematerialisation to choose for no limit": ("train TINY --remat auto", "Add e.g. --memory-limit 12GiB."),
+    "memory limit that is no size": ("train TINY --remat auto --memory-limit 3apples", "Got '3apples'."),
+    "memory limit that nothing fits into": ("train TINY --remat auto --memory-limit 1kB", "Raise it to that, or use"),
     # Models and data.
     "text that is not there": ("train LANGUAGE --data.path nowhere", "--data.path must name a text file or a folder"),
     "windows longer than the text": ("train LANGUAGE --data.path old.jsonl", "a smaller --data.sequence-length"),
@@ -85,6 +89,8 @@ CALLS = {
     "heads that do not divide by tensor": ("plan LANGUAGE --mesh.tensor 4", "Choose a divisor of"),
     # Files.
     "metrics in a missing folder": ("train TINY --metrics missing/m.jsonl", "Make it, or name another file."),
+    "compiled programs into a file": ("train TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
+    "verify with programs in a file": ("verify TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
     "metrics into a folder": ("train TINY --metrics folder", "Name a file in it."),
     "metrics over another run": ("train TINY --metrics old.jsonl", "Name another file, remove it"),
     "picture without a format": ("plan TINY --plot picture", "--plot must name a file whose suffix is one of"),

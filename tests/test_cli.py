@@ -318,6 +318,7 @@ def test_plan_shows_stages_grid_bubble_and_memory(in_process: Path, capsys: pyte
     assert "rank 1  .    1F0  1B0  1F1  1B1  ." in out
     assert "Expected bubble 33.3%" in out
     assert "activations" in out
+    assert out.count("  none") == 2
     assert (in_process / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -356,6 +357,12 @@ def test_plan_measures_layers_and_proposes_a_cut(in_process: Path, capsys: pytes
     out = capsys.readouterr().out
     assert "by costs of costs.json, measured on cpu." in out
     assert re.search(r"^auto.*, 4 microbatches", out, re.MULTILINE)
+
+
+def test_plan_chooses_what_is_computed_again(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--remat", "auto", "--memory-limit", "3.6kB"]) == 0
+    out = capsys.readouterr().out
+    assert "remat auto (dots_saveable none):" in out
 
 
 def test_verify_agrees(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Initial values depend on seed and path alone, whatever the layout, and are born where they live."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from meshpipe import initialise as module
+import meshpipe.compiler
 from meshpipe.initialise import initialise, placed
 from meshpipe.layer import LayerLike, abstract_layers
 from meshpipe.mesh import make_mesh, submeshes
@@ -82,13 +83,13 @@ def test_leaves_are_placed_by_the_rules() -> None:
 def test_layers_that_are_alike_share_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
-    def count(item: tuple) -> jax.stages.Compiled:
-        compiled.append(item)
-        return compile_one(item)
+    def count(*arguments: Any) -> jax.stages.Compiled:
+        compiled.append(arguments)
+        return compile_one(*arguments)
 
-    compile_one = module._compile
-    monkeypatch.setattr(module, "_compile", count)
-    made([Block, Block, functools.partial(nnx.Linear, 3, 3), Block], [ONE] * 4)
+    compile_one = meshpipe.compiler._compile
+    monkeypatch.setattr(meshpipe.compiler, "_compile", count)
+    made([Block, Block, functools.partial(nnx.Linear, 3, 3), Block], [RANKS[0], RANKS[1], RANKS[0], RANKS[3]])
     assert len(compiled) == 2
 
 

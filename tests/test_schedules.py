@@ -262,7 +262,7 @@ def test_the_forwards_of_a_plan_are_a_plan_on_its_ranks(name: str) -> None:
 
 ALL = "gpipe, 1f1b, eager-1f1b, interleaved-1f1b, looped-bfs, zb-h1, zb-h2, zb-v, dualpipe-v, inference"
 ONE = "gpipe, 1f1b, eager-1f1b, zb-h1, zb-h2"
-KNOWN = f"The schedule must be one of {ALL}, or a file of a plan that ends in .txt."
+KNOWN = f"The schedule must be one of {ALL}, a file of a plan that ends in .txt, or auto to train."
 
 
 @pytest.mark.parametrize(

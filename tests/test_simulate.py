@@ -108,6 +108,49 @@ def test_memory_of_a_split_backward_step_by_step() -> None:
     assert timeline.peak_bytes == (204,)
 
 
+EACH_ONE = Costs(dict.fromkeys(Op, 1.0))
+
+
+def test_values_on_their_way_take_space_on_both_sides() -> None:
+    first = StageMemory(activation=10)
+    last = StageMemory(activation=5, input=3, kept_input=1, input_gradient=2)
+    timeline = simulate(make_plan("1f1b", 2, 2), EACH_ONE, [first, last])
+    # 0F0 and its output; 0F1 and its output; a gradient, then 0B0; a gradient, then 0B1.
+    assert [held for _, held in timeline.memory_curve(0)] == [0, 13, 10, 23, 20, 22, 22, 10, 12, 12, 0]
+    # An input, then 1F0; the next input, before that has ended; 1B0 and its gradient; 1F1; 1B1 and its gradient.
+    assert [held for _, held in timeline.memory_curve(1)] == [0, 3, 7, 10, 8, 10, 3, 7, 5, 7, 0]
+    assert timeline.peak_bytes == (23, 10)
+
+
+def test_a_slow_transfer_holds_what_it_moves() -> None:
+    stages = [StageMemory(activation=10), StageMemory(activation=5, input=3, input_gradient=2)]
+    costs = Costs(dict.fromkeys(Op, 1.0), transfer=2.0)
+    timeline = simulate(make_plan("gpipe", 2, 1), costs, stages)
+    assert timeline.memory_curve(0) == [(0, 0), (0, 13), (1, 13), (3, 10), (5, 12), (7, 12), (8, 0)]
+    assert timeline.memory_curve(1) == [(0, 0), (1, 3), (3, 8), (4, 5), (4, 7), (5, 2), (7, 0)]
+
+
+def test_a_value_that_stays_on_its_rank_is_there_once() -> None:
+    stages = [StageMemory(activation=10), StageMemory(activation=5, input=3, input_gradient=2)]
+    timeline = simulate(make_plan("gpipe", 1, 1, 2), EACH_ONE, stages)
+    assert [held for _, held in timeline.memory_curve(0)] == [0, 13, 13, 18, 15, 17, 12, 12, 0]
+
+
+def test_what_is_computed_again_is_there_while_backward_runs() -> None:
+    head = "schedule: mine\nmicrobatches: 1\nstage ranks: 0\n"
+    memory = [StageMemory(5, kept_for_weights=2, made_for_weights=8, recomputed=20, found_for_weights=6)]
+    whole = simulate(Plan.parse(head + "rank 0: 0F0 0B0\n"), EACH_ONE, memory)
+    assert [held for _, held in whole.memory_curve(0)] == [0, 5, 5, 25, 0]
+    split = simulate(Plan.parse(head + "rank 0: 0F0 0I0 0W0\n"), EACH_ONE, memory)
+    assert [held for _, held in split.memory_curve(0)] == [0, 5, 5, 27, 10, 10, 0]
+
+
+def test_actions_that_take_no_time_take_space() -> None:
+    timeline = simulate(make_plan("gpipe", 1, 2), Costs(dict.fromkeys(Op, 0.0)), [StageMemory(activation=10)])
+    assert timeline.peak_bytes == (20,)
+    assert timeline.memory_curve(0)[-1] == (0, 0)
+
+
 def test_forwards_alone_keep_nothing() -> None:
     timeline = simulate(make_plan("inference", 2, 4), memory=[StageMemory(activation=10, always=3)] * 2)
     assert timeline.peak_bytes == (3, 3)

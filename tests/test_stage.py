@@ -101,7 +101,7 @@ def test_layers_are_traced_once_with_their_derivative(stages: list[TracedStage])
 
 def test_a_stage_reads_what_its_layers_read(stages: list[TracedStage]) -> None:
     names = [stage.input_names for stage in stages]
-    assert names == [("inputs",), (), ("seed", "step", "scale"), ("target",)]
+    assert names == [("inputs",), (), ("seed", "paths", "step", "scale"), ("target",)]
     for stage in stages:
         assert len(stage.inputs) == len(stage.input_names)
     assert stages[2].inputs[-1].shape == (MICROBATCHES, ROWS)

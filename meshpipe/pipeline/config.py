@@ -31,7 +31,8 @@ class PipelineConfig:
     """Equal slices of the batch that flow through the pipeline; gradients accumulate over them."""
     remat: str = "none"
     """`none` keeps what backward needs; `full` keeps only stage inputs and computes forward again; the name of a
-    `jax.checkpoint_policies` member, e.g. `dots_saveable`, keeps what that policy saves."""
+    `jax.checkpoint_policies` member, e.g. `dots_saveable`, keeps what that policy saves. One name for all stages, or
+    one per stage with commas between them; or `auto`: for each stage what recomputes least within the memory limit."""
     memory_limit: str | None = None
     """Bytes that each device may hold, e.g. `12GiB`, `800MB` or `1500000`, for `--schedule auto` and `--remat auto` to
     fit into."""
@@ -50,8 +51,7 @@ class PipelineConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Got {value}.")
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"--remat must be one of {', '.join(REMAT_POLICIES)}. Got {self.remat!r}.")
+        self._check_remat()
         if self.partition not in PARTITIONS and not re.fullmatch(r"\d+(,\d+)*", self.partition):
             raise ValueError(
                 f"--partition must be one of {', '.join(PARTITIONS)}, or the first layers of the stages with commas "
@@ -61,11 +61,6 @@ class PipelineConfig:
             raise ValueError(
                 "--costs is for --partition measured and --schedule auto. "
                 f"Got {self.costs!r} with --partition {self.partition} and --schedule {self.schedule}. Leave it out."
-            )
-        if self.memory_limit is not None and self.schedule != "auto":
-            raise ValueError(
-                "--memory-limit is for --schedule auto, which keeps to it. "
-                f"Got {self.memory_limit} with --schedule {self.schedule}. Leave it out, or pass --schedule auto."
             )
 
     @property
@@ -80,6 +75,36 @@ class PipelineConfig:
             return None
         first, *others = map(int, self.partition.split(","))
         return tuple(others) if first == 0 else (first, *others)
+
+    def remat_of_stages(self, num_stages: int) -> tuple[str, ...] | None:
+        """The rematerialisation of every stage; None where it is to be chosen.
+
+        Raises `ValueError` when there are names for another number of stages.
+        """
+        names = tuple(self.remat.split(","))
+        if names == ("auto",):
+            return None
+        if len(names) not in (1, num_stages):
+            raise ValueError(
+                f"--remat must be one name for all stages, or one for each. Got {len(names)} names ({self.remat}) for "
+                f"{num_stages} {'stage' if num_stages == 1 else 'stages'}."
+            )
+        return names if len(names) == num_stages else names * num_stages
+
+    def _check_remat(self) -> None:
+        unknown = [name for name in self.remat.split(",") if name not in REMAT_POLICIES]
+        if unknown and self.remat != "auto":
+            raise ValueError(
+                f"--remat must be one of {', '.join(REMAT_POLICIES)}, several of them with commas between, one per "
+                f"stage, or auto. Got {unknown[0]!r}."
+            )
+        if self.remat == "auto" and self.memory_limit is None:
+            raise ValueError("--remat auto needs to know how much memory there is. Add e.g. --memory-limit 12GiB.")
+        if self.memory_limit is not None and "auto" not in (self.remat, self.schedule):
+            raise ValueError(
+                f"--memory-limit is for --schedule auto and --remat auto, which keep to it. Got {self.memory_limit} "
+                f"with --schedule {self.schedule} and --remat {self.remat}. Leave it out, or pass one of the two."
+            )
 
 
 UNITS = {prefix + "B": 1000**power for power, prefix in enumerate(("", "k", "M", "G", "T"))} | {

@@ -1,12 +1,15 @@
 """The compiled programs of a stage on its submesh."""
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+from jax.sharding import Mesh
 
+from meshpipe.compiler import Compiler
 from meshpipe.pipeline.jaxpr import function_of
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.split_backward import SplitBackward
@@ -48,18 +51,21 @@ class SplitPrograms:
     """Which of the arrays `(*kept, *residuals, *output gradients)` the weight part reads again."""
 
 
-def compile_stage(stage: TracedStage, ops: Set[Op], *, remat: str = "none") -> StagePrograms:
+def compile_stage(
+    stage: TracedStage, ops: Set[Op], *, remat: str = "none", compiler: Compiler | None = None
+) -> StagePrograms:
     """Compiles each program of a stage once for its submesh; safe to run in a thread of its own.
 
     Forward, with the loss on the last stage, and backward stay two programs also where one follows the other at once:
     XLA's CPU backend takes up to 1.8 times longer for both in one. `ops` are the kinds of work that the plan asks for.
     """
+    compiler = compiler or Compiler()
     forward_only = ops == {Op.FORWARD}
     hand_over = remat != "full" and not forward_only
     with jax.set_mesh(stage.spec.mesh):
-        prepare, hoisted = _compile_prepare(stage)
+        prepare, hoisted = _compile_prepare(stage, compiler)
         arguments = (stage.params, hoisted, stage.state, stage.x, stage.inputs, stage.microbatch)
-        forward = _compile_forward(stage, arguments, residuals=hand_over)
+        forward = _compile_forward(stage, arguments, compiler, residuals=hand_over)
         if forward_only:
             return StagePrograms(prepare, tuple, forward, None, None)
         recompute = None
@@ -68,22 +74,41 @@ def compile_stage(stage: TracedStage, ops: Set[Op], *, remat: str = "none") -> S
         else:
             run_again = function_of(stage.forward(outputs=False, residuals=True))
             again = jax.jit(lambda p, h, s, x, i, m: tuple(run_again(*p, *h, *s, *x, *i, m)))
-            recompute = again.lower(*arguments).compile()
+            recompute = compiler.compile(again.lower(*arguments), stage.spec.mesh)
             residuals = _like(recompute.out_info, recompute.output_shardings)
         accumulators = _accumulators(stage)
-        zeros = jax.jit(
+        make_zeros = jax.jit(
             lambda: tuple(jnp.zeros(a.shape, a.dtype) for a in accumulators), out_shardings=_shardings(accumulators)
         )
         example = _backward_arguments(stage, hoisted, residuals)
-        backward = _compile_backward(stage, accumulators, example) if Op.BACKWARD in ops else None
+        backward = _compile_backward(stage, accumulators, example, compiler) if Op.BACKWARD in ops else None
         split_programs = None
         if Op.BACKWARD_INPUT in ops:
             parts = trace_split(stage, hoisted, residuals)
-            split_programs = _compile_split(stage, parts, accumulators, example)
-        return StagePrograms(prepare, zeros.lower().compile(), forward, recompute, backward, split_programs)
+            split_programs = _compile_split(stage, parts, accumulators, example, compiler)
+        zeros = compiler.compile(make_zeros.lower(), stage.spec.mesh)
+        return StagePrograms(prepare, zeros, forward, recompute, backward, split_programs)
 
 
-def _compile_forward(stage: TracedStage, arguments: tuple[Any, ...], *, residuals: bool) -> jax.stages.Compiled:
+def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> StagePrograms | None:
+    """What `compile_stage` made with this compiler, for a twin of the stage; None where a program cannot be copied."""
+    copies: dict[int, Any] = {}
+    for part in (programs, programs.split):
+        for program in vars(part).values() if part is not None else ():
+            if isinstance(program, jax.stages.Compiled):
+                copies[id(program)] = compiler.copy(program, target)
+    if None in copies.values():
+        return None
+
+    def copied(part: Any) -> Any:
+        return replace(part, **{name: copies.get(id(value), value) for name, value in vars(part).items()})
+
+    return copied(replace(programs, split=programs.split and copied(programs.split)))
+
+
+def _compile_forward(
+    stage: TracedStage, arguments: tuple[Any, ...], compiler: Compiler, *, residuals: bool
+) -> jax.stages.Compiled:
     mesh, boundary = stage.spec.mesh, stage.boundary_out
     output: Shapes = () if boundary is None else boundary.on(mesh, stage.microbatch_size)
     num_outputs, num_state = len(stage.output_vars), len(stage.state)
@@ -98,7 +123,8 @@ def _compile_forward(stage: TracedStage, arguments: tuple[Any, ...], *, residual
         return tuple(outputs), tuple(new_state), tuple(fresh), totals
 
     results = (_shardings(output), _shardings(stage.state), None, _shardings(totals))
-    return jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals).compile()
+    lowered = jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals)
+    return compiler.compile(lowered, mesh)
 
 
 def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> tuple[Any, ...]:
@@ -116,24 +142,32 @@ def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, 
     return tuple(gradients), tuple(into_x)
 
 
-def _compile_backward(stage: TracedStage, accumulators: Shapes, example: tuple[Any, ...]) -> jax.stages.Compiled:
+def _compile_backward(
+    stage: TracedStage, accumulators: Shapes, example: tuple[Any, ...], compiler: Compiler
+) -> jax.stages.Compiled:
     def backward(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays]:
         gradients, into_x = _pull_back(stage, arguments)
         return _add(accumulators, dict(enumerate(gradients))), into_x
 
     results = (_shardings(accumulators), _shardings(_x_gradients(stage)))
-    return jax.jit(backward, donate_argnums=0, out_shardings=results).lower(accumulators, *example).compile()
+    lowered = jax.jit(backward, donate_argnums=0, out_shardings=results).lower(accumulators, *example)
+    return compiler.compile(lowered, stage.spec.mesh)
+
+
+def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
+    """The stage's backward traced: gradients of its parameters, then of its input."""
+    example = _backward_arguments(stage, hoisted, residuals)
+    return jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
 
 
 def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
-    """The stage's backward traced and cut in two; nothing is compiled."""
-    example = _backward_arguments(stage, hoisted, residuals)
-    closed = jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
-    return SplitBackward(closed, len(stage.params), len(jax.tree.leaves(example[:4])))
+    """The same cut in two; nothing is compiled."""
+    num_step_inputs = len(stage.params) + len(hoisted) + len(stage.inputs) + 1
+    return SplitBackward(trace_backward(stage, hoisted, residuals), len(stage.params), num_step_inputs)
 
 
 def _compile_split(
-    stage: TracedStage, parts: SplitBackward, accumulators: Shapes, example: tuple[Any, ...]
+    stage: TracedStage, parts: SplitBackward, accumulators: Shapes, example: tuple[Any, ...], compiler: Compiler
 ) -> SplitPrograms:
     run_input, num_x = function_of(parts.input_part()), len(_x_gradients(stage))
 
@@ -143,9 +177,8 @@ def _compile_split(
         return _add(accumulators, dict(zip(parts.early, early, strict=True))), tuple(into_x), tuple(crossing)
 
     results = (_shardings(accumulators), _shardings(_x_gradients(stage)), None)
-    input_part = (
-        jax.jit(backward_input, donate_argnums=0, out_shardings=results).lower(accumulators, *example).compile()
-    )
+    lowered = jax.jit(backward_input, donate_argnums=0, out_shardings=results).lower(accumulators, *example)
+    input_part = compiler.compile(lowered, stage.spec.mesh)
     if parts.is_whole:
         return SplitPrograms(input_part, None, ())
     run_weight = function_of(parts.weight_part())
@@ -157,11 +190,8 @@ def _compile_split(
     of_microbatch = jax.tree.leaves(example[4:])
     carried = tuple(of_microbatch[i] for i in parts.carried)
     crossed = _like(input_part.out_info[2], input_part.output_shardings[2])
-    weight_part = (
-        jax.jit(backward_weight, donate_argnums=0, out_shardings=_shardings(accumulators))
-        .lower(accumulators, *example[:4], carried, crossed)
-        .compile()
-    )
+    jitted = jax.jit(backward_weight, donate_argnums=0, out_shardings=_shardings(accumulators))
+    weight_part = compiler.compile(jitted.lower(accumulators, *example[:4], carried, crossed), stage.spec.mesh)
     return SplitPrograms(input_part, weight_part, parts.carried)
 
 
@@ -178,11 +208,12 @@ def _accumulators(stage: TracedStage) -> Shapes:
     return tuple(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in stage.params)
 
 
-def _compile_prepare(stage: TracedStage) -> tuple[Callable[..., list[jax.Array]] | None, Shapes]:
+def _compile_prepare(stage: TracedStage, compiler: Compiler) -> tuple[Callable[..., list[jax.Array]] | None, Shapes]:
     if not stage.hoisted_vars:
         return None, ()
     run = function_of(stage.prepare())
-    prepare = jax.jit(lambda params: tuple(run(*params))).lower(stage.params).compile()
+    lowered = jax.jit(lambda params: tuple(run(*params))).lower(stage.params)
+    prepare = compiler.compile(lowered, stage.spec.mesh)
     return prepare, _like(prepare.out_info, prepare.output_shardings)
 
 

@@ -1,13 +1,14 @@
 """One stage, traced once together with its derivative, and the parts that its programs are made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from meshpipe.pipeline.jaxpr import extract, function_of, hoistable_values, invariant_values, residual_roots, variables
 from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated
@@ -21,7 +22,7 @@ class StageFunction(Protocol):
     """What a stage computes on one microbatch, as a pure function of flat dictionaries.
 
     The last stage's returns scalars to add up over the microbatches, the first of which is the loss to differentiate:
-    `(sum of losses, weight, ...)`. `randomness` is `(seed key data, step, microbatch)`.
+    `(sum of losses, weight, ...)`. `randomness` is `(seed key data, path hashes, step, microbatch)`.
     """
 
     def __call__(
@@ -30,7 +31,7 @@ class StageFunction(Protocol):
         state: dict[str, jax.Array],
         activation: Any,
         batch: dict[str, jax.Array],
-        randomness: tuple[jax.Array, jax.Array, jax.Array],
+        randomness: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     ) -> tuple[Any, dict[str, jax.Array]]: ...
 
 
@@ -46,6 +47,8 @@ class StageSpec:
     state: Mapping[str, jax.ShapeDtypeStruct]
     is_first: bool
     is_last: bool
+    streams: int = 0
+    """How many random streams its layers have; a hash of the path of each is an input, in a uint32 array."""
     checkpoint_policy: Callable[..., bool] | None = None
     """What `jax.checkpoint` saves of the stage's forward; None saves all that backward needs."""
 
@@ -56,6 +59,11 @@ class Boundary:
     def __init__(self, value: Any):
         self.leaves, self.treedef = jax.tree.flatten(value)
         self.differentiable = tuple(i for i, leaf in enumerate(self.leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for boundaries that a stage cannot tell apart."""
+        return self.treedef, repr(self.treedef), tuple((leaf.shape, leaf.dtype) for leaf in self.leaves)
 
     def on(self, mesh: Mesh, microbatch_size: int) -> Shapes:
         """Its leaves as they lie on a submesh."""
@@ -79,7 +87,9 @@ class TracedStage:
     def __init__(self, spec: StageSpec, boundary_in: Boundary | None, fields: Mapping[str, jax.ShapeDtypeStruct]):
         self.spec = spec
         self.boundary_in = boundary_in or Boundary(())
-        self.fields = tuple(fields)
+        self.fields = dict(fields)
+        self.original: TracedStage | None = None
+        """The stage whose trace this is, where it is that of another."""
         self.microbatch_size = next(iter(fields.values())).shape[1]
         mesh = spec.mesh
         self.params: Shapes = tuple(spec.params.values())
@@ -89,7 +99,9 @@ class TracedStage:
         seed = abstract(
             jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, replicated(mesh)
         )
-        inputs = (seed, self.microbatch, *(abstract(f.shape, f.dtype, batch_sharding(mesh)) for f in fields.values()))
+        paths = abstract((spec.streams,), jnp.uint32, replicated(mesh))
+        batch = (abstract(f.shape, f.dtype, batch_sharding(mesh)) for f in fields.values())
+        inputs = (seed, paths, self.microbatch, *batch)
 
         with jax.set_mesh(mesh):
             closed, shapes = jax.make_jaxpr(self._forward_with_pullback, return_shape=True)(
@@ -105,7 +117,7 @@ class TracedStage:
         self, params: Arrays, state: Arrays, x: Arrays, inputs: Arrays, microbatch: jax.Array
     ) -> tuple[Any, Any]:
         spec, boundary = self.spec, self.boundary_in
-        seed, step, *fields = inputs
+        seed, paths, step, *fields = inputs
         batch = {
             name: jax.lax.dynamic_index_in_dim(field, microbatch, keepdims=False)
             for name, field in zip(self.fields, fields, strict=True)
@@ -118,7 +130,11 @@ class TracedStage:
                 leaves[i] = leaf
             activation = None if spec.is_first else jax.tree.unflatten(boundary.treedef, leaves)
             output, new_state = spec.function(
-                dict(zip(spec.params, params, strict=True)), state_dict, activation, batch, (seed, step, microbatch)
+                dict(zip(spec.params, params, strict=True)),
+                state_dict,
+                activation,
+                batch,
+                (seed, paths, step, microbatch),
             )
             if spec.is_last:
                 output = tuple(jnp.asarray(v, jnp.float32) for v in output)
@@ -148,9 +164,9 @@ class TracedStage:
         kept_inputs = [i for i, v in enumerate(input_vars) if v in used]
         self.input_vars = [input_vars[i] for i in kept_inputs]
         self.inputs: Shapes = tuple(inputs[i] for i in kept_inputs)
-        names = ("seed", "step", *self.fields)
+        names = ("seed", "paths", "step", *self.fields)
         self.input_names = tuple(names[i] for i in kept_inputs)
-        """Which of `seed`, `step` and the batch fields this stage reads, in the order of its inputs."""
+        """Which of `seed`, `paths`, `step` and the batch fields this stage reads, in the order of its inputs."""
 
         # A microbatch is cut from the batch again for backward; what forward computes from it is kept like the rest.
         step_long = {*self.input_vars, self.microbatch_var}
@@ -162,6 +178,27 @@ class TracedStage:
         needed = _reached(self.closed, self.pullback_vars, [*self.residual_vars, *self.hoisted_vars])
         self.kept_x = tuple(i for i, v in enumerate(self.x_vars) if v in needed)
         self.kept_state = tuple(i for i, v in enumerate(self.state_vars) if v in needed)
+
+    def again(self) -> "TracedStage":
+        """The stage traced for itself."""
+        return TracedStage(self.spec, None if self.spec.is_first else self.boundary_in, self.fields)
+
+    def twin(self, spec: StageSpec, boundary_in: Boundary) -> "TracedStage":
+        """The trace used for a stage that computes the same from other leaves, on a submesh of the same shape.
+
+        Its shapes lie on that submesh, but what is traced still speaks of this one: it tells what the programs take and
+        keep, and is not to be compiled.
+        """
+        twin = copy.copy(self)
+        twin.spec, twin.boundary_in, twin.original = spec, boundary_in, self
+        twin.params, twin.state = tuple(spec.params.values()), tuple(spec.state.values())
+        twin.x = boundary_in.on(spec.mesh, self.microbatch_size)
+        twin.microbatch, *inputs = (
+            abstract(s.shape, s.dtype, NamedSharding(spec.mesh, s.sharding.spec))
+            for s in (self.microbatch, *self.inputs)
+        )
+        twin.inputs = tuple(inputs)
+        return twin
 
     def prepare(self) -> ClosedJaxpr:
         """Parameters -> values computed from them alone, once per step (a cast to bfloat16)."""

@@ -2,14 +2,18 @@
 
     python tests/benchmarks/host_overhead.py [--schedules 1f1b zb-h1] [--json FILE]
 
-`bare` is what cannot be avoided with these programs: for each action one call of the compiled program (the mean of
-those of a middle stage), and the `jax.device_put` calls that its values need, each timed alone in the same run. The
-second table is the cost of planning, which has to grow with the number of actions and no faster.
+Microseconds per action of a whole step with its update, and of the engine alone, against what the same calls cost
+without an engine, timed in the same run. `bare`: a call of the compiled program (the mean of those of a middle stage)
+and the `jax.device_put`s onto a sharding that its values need, each in a loop of its own with its arguments at hand.
+`chained`: a forward and the move of its result, which is not ready yet, one after the other as in a pipeline; for the
+actions without a move only the call counts. The second table is the cost of planning, which has to grow with the number
+of actions and no faster.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,21 +66,36 @@ def step_row(schedule: str, num_stages: int, num_microbatches: int, data: int, r
     calls = bare_calls(middle, compile_stage(middle, ops))
     value = placed(middle.x)
     target = tuple(shape.sharding for shape in trainer.model.traced[num_stages // 2 + 1].x)
-    put = call_time(lambda: transfer_to(target)(value))
-    sharding_put = call_time(lambda: jax.device_put(value, target))
+    put = call_time(lambda: jax.device_put(value, target))
     call = sum(call_time(call) for call in calls) / len(calls)
-    step = median(times_of(lambda: jax.block_until_ready(trainer.loss_and_gradients(batch)), repeats, warmups=3))
-    bare = call + put * moves / num_actions
+    move = transfer_to(target)
+    chained = call_time(lambda: move(calls[0]()[0]))
+    seed = trainer.model.place_seed(0)
+    inputs = trainer.model.inputs(batch, seed, 0)
+    params = {s: placed(stage.params) for s, stage in enumerate(trainer.model.traced)}
+    states = {s: placed(stage.state) for s, stage in enumerate(trainer.model.traced)}
+    run = trainer.model.executor.run
+    engine = median(times_of(lambda: jax.block_until_ready(run(params, states, inputs)), repeats, warmups=3))
+
+    def take_step() -> None:
+        result = trainer.step(batch)
+        jax.block_until_ready((result.good, trainer.params))
+
+    step = median(times_of(take_step, repeats, warmups=3))
+    share = moves / num_actions
+    bare, in_chain = call + put * share, call + (chained - call) * share
     return {
         "schedule": schedule,
         "actions": num_actions,
         "transfers": moves,
-        "bare call": call * 1e6,
-        "bare device_put": put * 1e6,
-        "device_put to a sharding": sharding_put * 1e6,
+        "call": call * 1e6,
+        "device_put": put * 1e6,
         "bare": bare * 1e6,
+        "chained": in_chain * 1e6,
+        "engine": engine / num_actions * 1e6,
         "step": step / num_actions * 1e6,
         "step/bare": step / num_actions / bare,
+        "engine/chained": engine / num_actions / in_chain,
     }
 
 
@@ -84,7 +103,7 @@ def placed(shapes: Shapes) -> tuple[jax.Array, ...]:
     return tuple(jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding) for s in shapes)
 
 
-def bare_calls(stage: TracedStage, programs: StagePrograms) -> list[Callable[[], object]]:
+def bare_calls(stage: TracedStage, programs: StagePrograms) -> list[Callable[[], Any]]:
     """A call of each program of a middle stage, with everything at hand."""
     params, state, x, inputs = placed(stage.params), placed(stage.state), placed(stage.x), placed(stage.inputs)
     (microbatch,) = placed((stage.microbatch,))

@@ -32,13 +32,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
+    parser.add_argument("--plain", nargs="+", default=[*WITHOUT_MICROBATCHES, *WITH_MICROBATCHES])
     parser.add_argument("--json")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.way is not None:
         answer(flags.way)
         return
-    plain = [*WITHOUT_MICROBATCHES, *WITH_MICROBATCHES]
+    plain = flags.plain
     ways = [*plain, "one stage", *flags.schedules]
     processes = {way: start(way, threads=1 if way in plain or way == "one stage" else 2) for way in ways}
     times = {way: [] for way in ways}
@@ -51,7 +52,7 @@ def main() -> None:
             process.kill()
     step = {way: median(seconds) for way, seconds in times.items()}
     one_device = min(step[way] for way in plain)
-    accumulated = min(step[way] for way in WITH_MICROBATCHES)
+    accumulated = min(step[way] for way in WITH_MICROBATCHES if way in plain)
     rows: list[dict[str, object]] = []
     for way in ways:
         devices = 2 if way in flags.schedules else 1

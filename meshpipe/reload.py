@@ -1,0 +1,80 @@
+"""A compiled program as bytes, and loaded from them for other devices: milliseconds where compiling takes seconds.
+
+The only file that uses what JAX keeps private, because `jax.experimental.serialize_executable` loads a program only for
+the devices that it was compiled for. Where a part has moved in another version of JAX, or the backend cannot do it,
+functions return None and callers compile instead; `tests/test_reload.py` fails where that happens on the CPU.
+"""
+
+import io
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+
+@dataclass(frozen=True)
+class Serialised:
+    """A compiled program as bytes, which only the machine and versions that it comes from can load."""
+
+    data: bytes
+    device_ids: tuple[int, ...]
+    """The devices that it speaks of."""
+
+
+def serialise(compiled: jax.stages.Compiled, mesh: Mesh) -> Serialised | None:
+    """A program that XLA compiled in this process for the devices of `mesh`.
+
+    None for Python callbacks and constants that JAX passes as arguments, and where JAX's own cache of compiled programs
+    is in use: XLA's CPU backend loses parts of a program that was itself loaded, and cannot tell.
+    """
+    try:
+        unloaded = compiled._executable._unloaded_executable  # type: ignore[attr-defined]
+        effects = (*unloaded.unordered_effects, *unloaded.ordered_effects)
+        if effects or unloaded.host_callbacks or unloaded.keepalive or jax.config.values["jax_compilation_cache_dir"]:
+            return None
+        return Serialised(serialize_executable.serialize(compiled)[0], tuple(d.id for d in mesh.devices.flat))
+    except Exception:
+        return None
+
+
+def load(program: Serialised, target: Mesh, in_tree: Any, out_tree: Any) -> jax.stages.Compiled | None:
+    """The program for `target`, a mesh of the same shape with devices of the same kind.
+
+    `in_tree` and `out_tree` are the structures of its arguments and results, which bytes do not have.
+    """
+    try:
+        executable, arguments, no_keywords = _unpickler(program, list(target.devices.flat)).load()
+        information = jax.tree.unflatten(in_tree, arguments)
+        return jax.stages.Compiled(executable.load(), [], information, out_tree, no_kwargs=no_keywords)
+    except Exception:
+        return None
+
+
+def kept_arguments(lowered: jax.stages.Lowered) -> Hashable:
+    """Which arguments the program reads; JAX drops the others. None where that cannot be found out."""
+    try:
+        return tuple(sorted(lowered._lowering.compile_args["kept_var_idx"]))
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
+def _unpickler(program: Serialised, devices: list[jax.Device]) -> Any:
+    """Puts `devices` in place of those that the bytes speak of: in the shardings of arguments and results as well."""
+    from jax._src import compiler
+    from jax._src.lib import xla_client
+
+    ids = [[device.id for device in devices]]
+    options = compiler.get_compile_options(num_replicas=1, num_partitions=len(devices), device_assignment=ids)
+    counterpart = dict(zip(program.device_ids, devices, strict=True))
+    client = devices[0].client
+
+    class Unpickler(serialize_executable._JaxPjrtUnpickler):
+        def persistent_load(self, reference: tuple[Any, ...]) -> Any:
+            if reference[0] == "exec":
+                return client.deserialize_executable(reference[1], xla_client.DeviceList(tuple(devices)), options)
+            return counterpart[reference[1]] if reference[0] == "device" else super().persistent_load(reference)
+
+    return Unpickler(io.BytesIO(program.data), client, devices)
