@@ -13,10 +13,12 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 
 from meshpipe.compiler import Compiler
-from meshpipe.sharding import abstract, replicated
+from meshpipe.pipeline.transfer import transfer_between
+from meshpipe.sharding import abstract, is_local, place, replicated
 
 Arrays = tuple[jax.Array, ...]
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Move = Callable[[Arrays | None], Arrays | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +120,27 @@ class Optimizer:
         self._inits: dict[int, Any] = {}
         self._norms: dict[int, Any] = {}
         self._updates: dict[int, Any] = {}
-        self.good = jax.device_put(np.bool_(True), self._last)
-        self.finite: tuple[jax.Array, ...] = tuple(jax.device_put(np.bool_(True), s) for s in self._everywhere)
-        """For each stage, whether the last update left its parameters finite."""
+        self._local = [i for i, stage in enumerate(stages) if is_local(stage.mesh)]
+        self._last_is_local = is_local(stages[-1].mesh)
+        self._to_last, self._from_last = self._links()
+        self.reset()
+        self.finite: dict[int, jax.Array] = {i: place(np.bool_(True), self._everywhere[i]) for i in self._local}
+        """For each local stage, whether the last update left its parameters finite."""
+
+    def _links(self) -> tuple[dict[int, Move], dict[int, Move]]:
+        """What moves each stage's norm to the last stage, and that stage's scalars to each, where one end is here."""
+        last = self._stages[-1].mesh
+        to_last: dict[int, Move] = {}
+        from_last: dict[int, Move] = {}
+        for i, stage in enumerate(self._stages[:-1]):
+            if i in self._local or self._last_is_local:
+                scalar = abstract((), jnp.float32, self._everywhere[i])
+                # Loss and norm are read in every process.
+                scalars = (scalar, abstract((), jnp.bool_, self._everywhere[i]), scalar, scalar)
+                square = abstract((), jnp.float32, self._last)
+                to_last[i] = transfer_between(f"norm {i}", stage.mesh, (square,))
+                from_last[i] = transfer_between(f"scale {i}", last, scalars if jax.process_count() > 1 else scalars[:2])
+        return to_last, from_last
 
     def _state_shapes(self, stage: StageParameters) -> Any:
         """Optax's state of a stage, its parameter-like leaves placed like the parameters."""
@@ -133,13 +153,13 @@ class Optimizer:
 
         return jax.tree_util.tree_map_with_path(place, _initial(self._transformation, owned))
 
-    def init(self, params: Sequence[Arrays]) -> list[Any]:
-        """Optax's state of every stage, made on its submesh."""
+    def init(self, params: Mapping[int, Arrays]) -> dict[int, Any]:
+        """Optax's state of every local stage, made on its submesh."""
         compiler = Compiler()
-        states = []
-        for index, (shapes, leaves) in enumerate(zip(self.state_shapes, params, strict=True)):
+        states = {}
+        for index, leaves in params.items():
             program = self._inits.get(index) or self._compile_init(index, compiler)
-            states.append(jax.tree.unflatten(jax.tree.structure(shapes), program(leaves)))
+            states[index] = jax.tree.unflatten(jax.tree.structure(self.state_shapes[index]), program(leaves))
         return states
 
     def _compile_init(self, index: int, compiler: Compiler) -> Any:
@@ -154,7 +174,8 @@ class Optimizer:
 
     def reset(self) -> None:
         """Lets updates happen again after a step that was not finite."""
-        self.good = jax.device_put(np.bool_(True), self._last)
+        where = self._last if self._last_is_local else self._everywhere[self._local[0]]
+        self.good: jax.Array = place(np.bool_(True), where)
 
     def compile_tasks(self, compiler: Compiler | None = None) -> list[Callable[[], None]]:
         """Calls that compile what `init` and `update` run; they may run in threads at once.
@@ -190,32 +211,51 @@ class Optimizer:
             lowered = summary.lower((scalar,) * len(self._stages), (scalar, scalar), good)
             self._summarise = programs.compile(lowered, self._stages[-1].mesh)
 
-        return [*(lambda i=i: compile_stage(i) for i in range(len(self._stages))), compile_summary]
+        tasks: list[Callable[[], None]] = [lambda i=i: compile_stage(i) for i in self._local]  # type: ignore[misc]
+        return [*tasks, compile_summary] if self._last_is_local else tasks
 
     def update(
         self,
-        params: Sequence[Arrays],
-        states: Sequence[Any],
-        gradients: Sequence[Arrays],
-        before: Sequence[Arrays],
-        after: Sequence[Arrays],
+        params: Mapping[int, Arrays],
+        states: Mapping[int, Any],
+        gradients: Mapping[int, Arrays],
+        before: Mapping[int, Arrays],
+        after: Mapping[int, Arrays],
         totals: Arrays,
-    ) -> tuple[list[Arrays], list[Any], list[Arrays], tuple[jax.Array, jax.Array, jax.Array]]:
-        """New parameters, optimizer state and other state of every stage; loss, gradient norm, whether all is finite.
+    ) -> tuple[dict[int, Arrays], dict[int, Any], dict[int, Arrays], tuple[jax.Array, jax.Array, jax.Array]]:
+        """New parameters, optimizer state and other state of every local stage; loss, gradient norm, whether all is
+        finite.
 
         `params` and `states` are donated; `before` and `after` are the non-parameter state at both ends of the step.
+        `totals` are those of the last stage, where it is local.
         """
-        squares = jax.device_put([self._norms[i](g) for i, g in enumerate(gradients)], self._last)
-        loss, norm, scale, self.good = self._summarise(tuple(squares), totals, self.good)
-        scalars = [jax.device_put((scale, self.good), sharding) for sharding in self._everywhere]
-        results = [
-            self._updates[i](p, jax.tree.leaves(s), g, b, a, *scalars[i])
-            for i, (p, s, g, b, a) in enumerate(zip(params, states, gradients, before, after, strict=True))
-        ]
-        new_params, leaves, new_state = ([r[k] for r in results] for k in range(3))
-        new_states = [jax.tree.unflatten(jax.tree.structure(s), new) for s, new in zip(states, leaves, strict=True)]
-        self.finite = tuple(r[3] for r in results)
-        return new_params, new_states, new_state, (loss, norm, self.good)
+        own = {i: (self._norms[i](g),) for i, g in gradients.items()}
+        squares = {i: move(own.get(i)) for i, move in self._to_last.items()}
+        summed: tuple[jax.Array, ...] | None = None
+        if self._last_is_local:
+            squares[len(self._stages) - 1] = own[len(self._stages) - 1]
+            ordered = [square for _, (square,) in sorted(squares.items())]  # type: ignore[misc]
+            loss, norm, scale, self.good = self._summarise(tuple(ordered), totals, self.good)
+            summed = scale, self.good, loss, norm
+        scalars: dict[int, tuple[jax.Array, ...] | None] = {
+            i: move(summed if summed is None or jax.process_count() > 1 else summed[:2])
+            for i, move in self._from_last.items()
+        }
+        scalars[len(self._stages) - 1] = summed
+        results = {}
+        for i, leaves in params.items():
+            scale, good, *_ = scalars[i]  # type: ignore[misc]
+            opt_state = jax.tree.leaves(states[i])
+            results[i] = self._updates[i](leaves, opt_state, gradients[i], before[i], after[i], scale, good)
+        if summed is None:
+            summed = scalars[self._local[0]]
+            assert summed is not None
+            self.good = summed[1]
+        _, good, loss, norm = summed
+        new_params, leaves_of, new_state = ({i: r[k] for i, r in results.items()} for k in range(3))
+        new_states = {i: jax.tree.unflatten(jax.tree.structure(states[i]), new) for i, new in leaves_of.items()}
+        self.finite = {i: r[3] for i, r in results.items()}
+        return new_params, new_states, new_state, (loss, norm, good)
 
     def _sum_of_squares(self, stage: StageParameters) -> Callable[[Arrays], jax.Array]:
         counted = [path not in stage.borrowed for path in stage.params]

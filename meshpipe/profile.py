@@ -34,7 +34,8 @@ def profile_layers(model: StagedModel, batch: Mapping[str, Any], next_rank: Mesh
     a global batch, arrays or shapes; `next_rank` has the devices to which outputs are moved, None moves nothing.
     """
     started = time.perf_counter()
-    traced = model.traced = model.trace()
+    traced = model.trace()
+    model.traced = dict(enumerate(traced))
     keys = [_key(stage) for stage in traced]
     distinct = dict(zip(keys[::-1], traced[::-1], strict=True))  # the first of each
     with ThreadPoolExecutor() as pool:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshpipe.mesh import DATA, TENSOR
@@ -80,3 +81,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def abstract(shape: Sequence[int], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+
+
+def is_local(mesh: Mesh) -> bool:
+    """Whether this process has a device of the mesh."""
+    return any(device.process_index == jax.process_index() for device in mesh.devices.flat)
+
+
+def place(values: Any, shardings: Any) -> Any:
+    """Puts a pytree of numpy arrays, which are the same in all processes, onto shardings with local devices."""
+    leaves, treedef = jax.tree.flatten(values)
+    where = jax.tree.leaves(shardings)
+    if all(sharding.is_fully_addressable for sharding in where):
+        return jax.tree.unflatten(treedef, jax.device_put(leaves, where))
+    # `jax.device_put` onto devices of all processes would compare the values between them.
+    return jax.tree.unflatten(treedef, [_place_parts(v, s) for v, s in zip(leaves, where, strict=True)])
+
+
+def _place_parts(value: Any, sharding: NamedSharding) -> jax.Array:
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index], dtype=whole.dtype)
+
+
+def local_value(array: jax.Array) -> np.ndarray:
+    """The value of an array that every device has whole, waiting for it."""
+    return np.asarray(array.addressable_shards[0].data)

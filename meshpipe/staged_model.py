@@ -1,6 +1,6 @@
 """A user's layers and loss cut into stages on the submeshes of a mesh, compiled and ready to run."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,9 +27,9 @@ from meshpipe.pipeline.plan import Op, Plan
 from meshpipe.pipeline.programs import StagePrograms, compile_stage, copy_stage
 from meshpipe.pipeline.schedules import forwards_of, make_plan
 from meshpipe.pipeline.simulate import Costs
-from meshpipe.pipeline.stage import Boundary, StageFunction, StageSpec, TracedStage
+from meshpipe.pipeline.stage import Boundary, StageFunction, StageSpec, TracedStage, boundary_after
 from meshpipe.pipeline.validate import validate
-from meshpipe.sharding import ShardingRules, replicated
+from meshpipe.sharding import ShardingRules, is_local, place, replicated
 from meshpipe.tied import borrowed
 
 Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
@@ -95,7 +95,10 @@ class StagedModel:
         self.remat = config.remat_of_stages(self.plan.num_stages)
         """The rematerialisation of every stage; None where it is yet to be chosen, as `choose_remat` does."""
         self._cache: CompileCache | None = None
+        self._evaluation_traced: dict[int, TracedStage] | None = None
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
+        self.local = tuple(s for s, submesh in enumerate(self._meshes) if is_local(submesh))
+        """Stages of which this process has devices; the others are known by their shapes alone."""
         self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
         self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
 
@@ -106,7 +109,8 @@ class StagedModel:
 
     @property
     def layers_on_submeshes(self) -> list[tuple[Layer, Mesh]]:
-        return [(self.layers[i], mesh) for cut, mesh in zip(self.cuts, self._meshes, strict=True) for i in cut]
+        """The layers of the local stages, in order."""
+        return [(self.layers[i], self._meshes[s]) for s in self.local for i in self.cuts[s]]
 
     @classmethod
     def from_config(cls, config: Config) -> "StagedModel":
@@ -132,30 +136,33 @@ class StagedModel:
         """
         names = self.remat if remat is None else remat
         assert names is not None, "remat is to be chosen first"
-        return self._trace(remat=names, train=True)
+        traced = self._trace(range(self.plan.num_stages), remat=names, train=True)
+        return list(traced.values())
 
     def compile(self, also: Sequence[Callable[[], None]] = (), compiler: Compiler | None = None) -> None:
-        """Traces the stages one after the other, then compiles them, and `also`, in threads, where XLA runs at once."""
-        self.traced = self.trace()
+        """Traces the local stages one after the other, then compiles them, and `also`, in threads, where XLA runs at
+        once.
+        """
+        assert self.remat is not None, "remat is to be chosen first"
+        self.traced = self._trace(self.local, remat=self.remat, train=True)
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
-            programs = self._compile(self.traced, ops, self.remat or (), pool, compiler, also)
-        self.programs = dict(enumerate(programs))
-        self.executor = Executor(lower(self.plan), dict(enumerate(self.traced)), self.programs)
+            self.programs = self._compile(self.traced, ops, self.remat, pool, compiler, also)
+        self.executor = Executor("train", lower(self.plan), self._meshes, self.traced, self.programs)
 
     def _compile(
         self,
-        traced: list[TracedStage],
+        traced: dict[int, TracedStage],
         ops: Set[Op],
         remat: Sequence[str],
         pool: ThreadPoolExecutor,
         compiler: Compiler,
         also: Sequence[Callable[[], None]] = (),
-    ) -> list[StagePrograms]:
-        """Every stage's programs; a twin whose programs cannot be copied is traced again, in its place in `traced`.
+    ) -> dict[int, StagePrograms]:
+        """Every traced stage's programs; a twin whose programs cannot be copied is traced again, in its place.
 
         `also` is done while XLA, which takes longest for the stages, is at work.
         """
@@ -163,7 +170,7 @@ class StagedModel:
         def build(stage: TracedStage) -> StagePrograms:
             return compile_stage(stage, ops, remat=remat[stage.spec.index], compiler=compiler)
 
-        originals = [stage for stage in traced if stage.original is None]
+        originals = [stage for stage in traced.values() if stage.original is None]
         building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
         others = [pool.submit(task) for task in also]
         built = {index: future.result() for index, future in building.items()}
@@ -173,71 +180,95 @@ class StagedModel:
                 return built[stage.spec.index]
             return copy_stage(built[stage.original.spec.index], stage.spec.mesh, compiler)
 
-        programs: list[StagePrograms] = []
-        for index, found in enumerate(list(pool.map(copied, traced))):
+        programs: dict[int, StagePrograms] = {}
+        for index, found in zip(traced, list(pool.map(copied, traced.values())), strict=True):
             if found is None:
                 traced[index] = traced[index].again()
-            programs.append(found or build(traced[index]))
+            programs[index] = found or build(traced[index])
         for other in others:
             other.result()
         return programs
 
     @cached_property
     def evaluation(self) -> tuple[Executor, tuple[str, ...]]:
-        """A forward-only executor, compiled at its first use, and the names of the means that it sums up."""
+        """A forward-only executor, compiled at its first use, and the names of the means that it sums up, which are
+        known where the last stage is local.
+        """
         plan = forwards_of(self.plan)
         names: list[str] = []
         remat = ("none",) * self.plan.num_stages
-        traced = self._trace(remat=remat, train=False, names=names)
-        self._evaluation_traced = traced
+        traced = self._evaluation_traced = self._trace(self.local, remat=remat, train=False, names=names)
         with ThreadPoolExecutor() as pool:
             programs = self._compile(traced, {Op.FORWARD}, remat, pool, Compiler(self._cache))
-        return Executor(lower(plan), dict(enumerate(traced)), dict(enumerate(programs))), ("loss", *names)
+        return Executor("evaluate", lower(plan), self._meshes, traced, programs), ("loss", *names)
 
-    def place_seed(self, seed: int) -> list[jax.Array]:
-        """The seed's key data on every stage's submesh."""
-        data = jax.random.key_data(jax.random.key(seed))
-        return [jax.device_put(data, replicated(mesh)) for mesh in self._meshes]
+    def place_seed(self, seed: int) -> dict[int, jax.Array]:
+        """The seed's key data on every local stage's submesh."""
+        data = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        return {s: place(data, replicated(self._meshes[s])) for s in self.local}
 
-    def inputs(self, batch: Mapping[str, Any], seed: Sequence[jax.Array], step: int) -> dict[int, Any]:
-        """What every stage reads of a global batch, split into microbatches on its submesh."""
+    def inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array], step: int) -> dict[int, Any]:
+        """What every local stage reads of a global batch, split into microbatches on its submesh."""
         return self._inputs(self.traced, batch, seed, step)
 
-    def evaluation_inputs(self, batch: Mapping[str, Any], seed: Sequence[jax.Array]) -> dict[int, Any]:
+    def evaluation_inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array]) -> dict[int, Any]:
         """The same for `evaluation`."""
         _ = self.evaluation
+        assert self._evaluation_traced is not None
         return self._inputs(self._evaluation_traced, batch, seed, 0)
 
     def _inputs(
-        self, traced: Sequence[TracedStage], batch: Mapping[str, Any], seed: Sequence[jax.Array], step: int
+        self, traced: Mapping[int, TracedStage], batch: Mapping[str, Any], seed: Mapping[int, jax.Array], step: int
     ) -> dict[int, Any]:
         check_batch(batch, self.batch_shapes)
         fields: dict[str, Any] = {name: self._microbatches(np.asarray(value)) for name, value in batch.items()}
         fields["step"] = np.uint32(step)
-        wanted = [[fields[name] for name in stage.input_names if name not in _PLACED] for stage in traced]
-        shardings = [
-            [shape.sharding for name, shape in zip(stage.input_names, stage.inputs, strict=True) if name not in _PLACED]
-            for stage in traced
-        ]
-        arrays = jax.device_put(wanted, shardings)
-        placed = [{"seed": seed[s], "paths": self._path_hashes.get(s)} for s in range(len(traced))]
+        wanted = {s: [fields[name] for name in stage.input_names if name not in _PLACED] for s, stage in traced.items()}
+        shardings = {
+            s: [
+                shape.sharding
+                for name, shape in zip(stage.input_names, stage.inputs, strict=True)
+                if name not in _PLACED
+            ]
+            for s, stage in traced.items()
+        }
+        arrays = place(wanted, shardings)
+        placed = {s: {"seed": seed[s], "paths": self._path_hashes.get(s)} for s in traced}
         return {
             s: tuple(v for name, v in placed[s].items() if name in stage.input_names) + tuple(arrays[s])
-            for s, stage in enumerate(traced)
+            for s, stage in traced.items()
         }
+
+    def rows_read(self) -> np.ndarray:
+        """Which rows of a global batch the local stages read, in training and evaluation."""
+        size = next(iter(self.batch_shapes.values())).shape[0]
+        positions = self._microbatches(np.arange(size))
+        needed = np.zeros(size, bool)
+        for traced in (self.traced, self._evaluation_traced or {}):
+            for stage in traced.values():
+                for name, shape in zip(stage.input_names, stage.inputs, strict=True):
+                    if name in self.batch_shapes:
+                        assert shape.sharding is not None
+                        for index in shape.sharding.addressable_devices_indices_map(shape.shape).values():
+                            needed[positions[index[:2]]] = True
+        return np.flatnonzero(needed)
 
     def _microbatches(self, value: np.ndarray) -> np.ndarray:
         return value.reshape(self.config.num_microbatches, -1, *value.shape[1:])
 
-    def _trace(self, *, remat: Sequence[str], train: bool, names: list[str] | None = None) -> list[TracedStage]:
+    def _trace(
+        self, wanted: Collection[int], *, remat: Sequence[str], train: bool, names: list[str] | None = None
+    ) -> dict[int, TracedStage]:
+        """The wanted stages traced; of others only the shapes of what they hand on are found out."""
         fields = {
             name: jax.ShapeDtypeStruct(
                 (self.config.num_microbatches, s.shape[0] // self.config.num_microbatches, *s.shape[1:]), s.dtype
             )
             for name, s in self.batch_shapes.items()
         }
-        traced: list[TracedStage] = []
+        traced: dict[int, TracedStage] = {}
         seen: dict[Hashable, TracedStage] = {}
+        handed_on: dict[Hashable, Boundary] = {}
         boundary: Boundary | None = None
         for s, (mesh, owned) in enumerate(zip(self._meshes, self.parameters, strict=True)):
             spec = StageSpec(
@@ -252,12 +283,18 @@ class StagedModel:
                 checkpoint_policy=_policy(remat[s]),
             )
             kind = self._kind(spec, boundary, remat[s])
+            if s not in wanted:
+                if s > max(wanted):
+                    break
+                if kind not in handed_on:
+                    handed_on[kind] = boundary_after(spec, boundary, fields)
+                boundary = handed_on[kind]
+                continue
             if boundary is not None and kind in seen:
-                traced.append(seen[kind].twin(spec, boundary))
+                traced[s] = seen[kind].twin(spec, boundary)
             else:
-                traced.append(TracedStage(spec, boundary, fields))
-                seen[kind] = traced[-1]
-            boundary = traced[-1].boundary_out
+                traced[s] = seen[kind] = TracedStage(spec, boundary, fields)
+            boundary = traced[s].boundary_out
         return traced
 
     def _streams(self, stage: int) -> list[str]:
@@ -266,11 +303,9 @@ class StagedModel:
     @cached_property
     def _path_hashes(self) -> dict[int, jax.Array]:
         """On the submesh of every stage with random streams, what tells its draws from those of other stages."""
-        hashes = {s: [path_hash(path) for path in self._streams(s)] for s in range(len(self._meshes))}
+        hashes = {s: [path_hash(path) for path in self._streams(s)] for s in self.local}
         return {
-            s: jax.device_put(np.array(found, np.uint32), replicated(self._meshes[s]))
-            for s, found in hashes.items()
-            if found
+            s: place(np.array(found, np.uint32), replicated(self._meshes[s])) for s, found in hashes.items() if found
         }
 
     def _kind(self, spec: StageSpec, boundary: Boundary | None, remat: str) -> Hashable:

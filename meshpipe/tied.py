@@ -1,11 +1,14 @@
 """Parameters that are one although several stages use them, such as the embedding and the head of a language model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from meshpipe.optimizer import StageParameters
+from meshpipe.pipeline.transfer import transfer_between
+from meshpipe.sharding import abstract, is_local
 
 Arrays = tuple[jax.Array, ...]
 
@@ -39,24 +42,68 @@ class TiedLeaves:
                         f"Tied leaves must have the same shape and dtype. Got {owner} {shapes[owner].shape} and "
                         f"{path} {shapes[path].shape}."
                     )
-        self._pairs = [(where[group[0]], where[path]) for group in groups for path in group[1:]]
-        self._shardings = [[leaf.sharding for leaf in stage.params.values()] for stage in stages]
+        self._pairs: list[_Pair] = []
+        for group in groups:
+            for path in group[1:]:
+                self._pairs.append(_Pair(path, where[group[0]], where[path], stages))
         self._add = jax.jit(jnp.add, donate_argnums=0)
 
-    def sum_gradients(self, gradients: Sequence[Arrays]) -> list[Arrays]:
-        """Adds every borrowed leaf's gradient to its owner's, in the order of the groups; the borrowed stays."""
-        result = [list(leaves) for leaves in gradients]
-        for (s, i), (other, j) in self._pairs:
-            moved = jax.device_put(result[other][j], self._shardings[s][i])
-            result[s][i] = self._add(result[s][i], moved)
-        return [tuple(leaves) for leaves in result]
+    def sum_gradients(self, gradients: Mapping[int, Arrays]) -> dict[int, Arrays]:
+        """Adds every borrowed leaf's gradient to its owner's, in the order of the groups; the borrowed stays.
 
-    def share_values(self, params: Sequence[Arrays]) -> list[Arrays]:
+        By local stage, as everything here: where a pair has one end in another process, both take part.
+        """
+        result = {s: list(leaves) for s, leaves in gradients.items()}
+        for pair in self._pairs:
+            (s, i), (other, j) = pair.owner, pair.borrower
+            moved = pair.move_gradient(result[other][j] if other in result else None)
+            if s in result:
+                assert moved is not None
+                result[s][i] = self._add(result[s][i], moved)
+        return {s: tuple(leaves) for s, leaves in result.items()}
+
+    def share_values(self, params: Mapping[int, Arrays]) -> dict[int, Arrays]:
         """Gives every borrowed leaf a copy of its owner's value, so that they stay the same to the bit."""
-        result = [list(leaves) for leaves in params]
-        for (s, i), (other, j) in self._pairs:
-            result[other][j] = jnp.copy(jax.device_put(result[s][i], self._shardings[other][j]))
-        return [tuple(leaves) for leaves in result]
+        result = {s: list(leaves) for s, leaves in params.items()}
+        for pair in self._pairs:
+            (s, i), (other, j) = pair.owner, pair.borrower
+            moved = pair.move_value(result[s][i] if s in result else None)
+            if other in result:
+                assert moved is not None
+                result[other][j] = moved
+        return {s: tuple(leaves) for s, leaves in result.items()}
+
+
+class _Pair:
+    """A borrowed leaf and its owner, each as stage and place among its parameters."""
+
+    def __init__(self, path: str, owner: tuple[int, int], borrower: tuple[int, int], stages: Sequence[StageParameters]):
+        self.owner, self.borrower = owner, borrower
+        owned = list(stages[owner[0]].params.values())[owner[1]]
+        borrowed = list(stages[borrower[0]].params.values())[borrower[1]]
+        dtype = jnp.promote_types(owned.dtype, jnp.float32)
+        gradient = abstract(owned.shape, dtype, owned.sharding)
+        self.move_gradient = _move(f"tied gradient {path}", stages[borrower[0]].mesh, gradient)
+        self.move_value = _move(f"tied value {path}", stages[owner[0]].mesh, borrowed)
+
+
+def _move(name: str, source: Mesh, target: jax.ShapeDtypeStruct) -> Callable[[jax.Array | None], jax.Array | None]:
+    """Moves a copy of a leaf, since the leaf itself may be donated soon after."""
+    assert isinstance(target.sharding, NamedSharding)
+    if not is_local(source) and not is_local(target.sharding.mesh):  # type: ignore[arg-type]
+        return lambda leaf: None
+    if jax.process_count() == 1:
+        sharding = target.sharding
+        return lambda leaf: jnp.copy(jax.device_put(leaf, sharding))
+    # Between processes, leaves have to lie on the source as they will on the target.
+    copy = jax.jit(jnp.copy, out_shardings=NamedSharding(source, target.sharding.spec))
+    between = transfer_between(name, source, (target,))
+
+    def move(leaf: jax.Array | None) -> jax.Array | None:
+        moved = between(None if leaf is None else (copy(leaf),))
+        return None if moved is None else moved[0]
+
+    return move
 
 
 def borrowed(groups: Sequence[Sequence[str]]) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """Training state on a mesh, one step of it, and evaluation."""
 
+import json
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -15,6 +17,7 @@ from meshpipe.choose import Chooser
 from meshpipe.compile_cache import CompileCache
 from meshpipe.compiler import Compiler
 from meshpipe.config import Config
+from meshpipe.coordination import ask, tell
 from meshpipe.diagnose import first_non_finite
 from meshpipe.initialise import initialise
 from meshpipe.layer import LayerLike, Leaves
@@ -23,9 +26,12 @@ from meshpipe.optimizer import Optimizer
 from meshpipe.pipeline.clock import MeasuredStep
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.plan import Plan
-from meshpipe.sharding import ShardingRules
+from meshpipe.sharding import ShardingRules, local_value
 from meshpipe.staged_model import Loss, Metrics, StagedModel, StageInfo
 from meshpipe.tied import TiedLeaves
+
+LAST_STAGE_SECONDS = 3600.0
+"""How long to wait for what the last stage found out."""
 
 Batch = Mapping[str, Any]
 StateTree = dict[str, dict[str, Any]]
@@ -48,8 +54,8 @@ class StepResult:
     """Global norm of the gradient before clipping."""
     good: jax.Array
     """False when the loss or the norm is not finite, and the update was therefore left out."""
-    finite: tuple[jax.Array, ...]
-    """For each stage, whether its parameters are finite after the update."""
+    finite: dict[int, jax.Array]
+    """For each local stage, whether its parameters are finite after the update."""
     batch: Batch
     measured: MeasuredStep | None = None
     """When each action ran, where that was asked for."""
@@ -119,6 +125,7 @@ class Trainer:
         self.model = model
         self.seed = seed
         self.step_number = 0
+        self._told = 0
         self._unchecked: deque[tuple[int, jax.Array, Batch]] = deque()
         self.optimizer = Optimizer(optimizer, model.parameters, clip_norm)
         self.tied = TiedLeaves(model.tied, model.parameters)
@@ -129,8 +136,9 @@ class Trainer:
         self._seed_data = model.place_seed(seed)
         params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
         state = {path: leaf for _, layer in made for path, leaf in layer.items()}
-        self._params = self.tied.share_values([tuple(params[p] for p in s.params) for s in model.parameters])
-        self._state = [tuple(state[p] for p in s.state) for s in model.parameters]
+        stages = {s: model.parameters[s] for s in model.local}
+        self._params = self.tied.share_values({s: tuple(params[p] for p in of.params) for s, of in stages.items()})
+        self._state = {s: tuple(state[p] for p in of.state) for s, of in stages.items()}
         self._opt_states = self.optimizer.init(self._params)
         self.compile_seconds = time.perf_counter() - started
 
@@ -166,16 +174,19 @@ class Trainer:
     def loss_and_gradients(self, batch: Batch) -> tuple[jax.Array, Leaves]:
         """The loss of a batch and the gradient of every parameter, by leaf path, without an update.
 
-        A tied parameter's gradient stands under its owner's path.
+        A tied parameter's gradient stands under its owner's path. Of several processes, each has the gradients of its
+        own stages.
         """
-        gradients, _, (total, weight, *_), _ = self._accumulate(batch)
+        gradients, _, totals, _ = self._accumulate(batch)
         gradients = self.tied.sum_gradients(gradients)
+        total, weight = self._from_last_stage([local_value(value) for value in totals[:2]])
         divisor = np.float32(weight)
-        return total / divisor, {
+        stages = self.model.parameters
+        return jnp.float32(total) / divisor, {
             path: leaf / divisor
-            for stage, leaves in zip(self.model.parameters, gradients, strict=True)
-            for path, leaf in zip(stage.params, leaves, strict=True)
-            if path not in stage.borrowed
+            for s, leaves in gradients.items()
+            for path, leaf in zip(stages[s].params, leaves, strict=True)
+            if path not in stages[s].borrowed
         }
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -187,12 +198,24 @@ class Trainer:
         sums: list[np.ndarray] = []
         for batch in batches:
             inputs = self.model.evaluation_inputs(batch, self._seed_data)
-            _, _, totals = executor.run(dict(enumerate(self._params)), dict(enumerate(self._state)), inputs)
-            sums.append(np.asarray(jax.device_get(totals), np.float64))
+            _, _, totals = executor.run(self._params, self._state, inputs)
+            sums.append(np.asarray([local_value(value) for value in totals], np.float64))
         if not sums:
             raise ValueError("Evaluation needs at least one batch. Got none; lower the batch size or add data.")
         total = np.sum(sums, axis=0)
-        return {name: float(total[2 * i] / total[2 * i + 1]) for i, name in enumerate(names)}
+        means = {name: float(total[2 * i] / total[2 * i + 1]) for i, name in enumerate(names) if len(total)}
+        return self._from_last_stage(means)
+
+    def _from_last_stage(self, value: Any) -> Any:
+        """What the processes of the last stage have, in all processes; anything that JSON can hold."""
+        if jax.process_count() == 1:
+            return value
+        self._told += 1
+        last = self.model.stages[-1].submesh.devices.flat[0].process_index
+        key = f"meshpipe/last stage/{self._told}"
+        if jax.process_index() == last:
+            tell(key, json.dumps(jax.tree.map(float, value)))
+        return json.loads(ask(key, LAST_STAGE_SECONDS))
 
     def check(self, result: StepResult) -> None:
         """Waits for the step. Raises `NonFiniteError`, which names step, stage, microbatch and layer.
@@ -200,27 +223,29 @@ class Trainer:
         Of several bad steps the first is named, so it does to check some. The trainer is then as it was after the last
         good step, and can go on.
         """
-        if bool(result.good):
-            spoiled = [stage for stage, finite in enumerate(jax.device_get(result.finite)) if not finite]
+        if local_value(result.good):
+            spoiled = [stage for stage, finite in result.finite.items() if not local_value(finite)]
             if spoiled:
                 raise NonFiniteError(
                     f"Step {result.step} has a finite loss and gradient, but its update made parameters of stage "
                     f"{spoiled[0]} not finite. Lower the learning rate, and restore the last checkpoint."
                 )
             return
-        first = next(((step, batch) for step, good, batch in self._unchecked if not good), None)
+        first = next(((step, batch) for step, good, batch in self._unchecked if not local_value(good)), None)
         if first is None:
             raise NonFiniteError(f"Step {result.step} was left out, because a step before it was not finite.")
         step, batch = first
         self.step_number = step - 1
         self._unchecked.clear()
         self.optimizer.reset()
+        if jax.process_count() > 1:
+            raise NonFiniteError(f"Step {step} is not finite. Run it in one process to find out where that began.")
         origin = first_non_finite(self.model, self.params, self.state, self.seed, step - 1, batch)
         raise NonFiniteError(f"Step {step} is not finite: {origin}")
 
     def _remember(self, step: int, good: jax.Array, batch: Batch) -> None:
         """Keeps steps until they are known to be good, without waiting, so that the first bad one can be run again."""
-        while self._oldest_is_known() and self._unchecked[0][1]:
+        while self._oldest_is_known() and local_value(self._unchecked[0][1]):
             self._unchecked.popleft()
         if not self._oldest_is_known():  # else it is bad, and none after it counts
             self._unchecked.append((step, good, batch))
@@ -239,13 +264,18 @@ class Trainer:
         return {k: v for tree in self.state_tree() for k, v in tree["state"].items()}
 
     def state_tree(self) -> list[StateTree]:
-        """Everything that training changes, one tree a stage, for a checkpoint; `step` donates these arrays."""
+        """Everything that training changes, one tree a stage, for a checkpoint; `step` donates these arrays.
+
+        The trees of stages that live in other processes are empty.
+        """
         return [
             {
                 "params": dict(zip(stage.params, self._params[i], strict=True)),
                 "state": dict(zip(stage.state, self._state[i], strict=True)),
                 "optimizer": _by_path(self._opt_states[i]),
             }
+            if i in self._params
+            else {"params": {}, "state": {}, "optimizer": {}}
             for i, stage in enumerate(self.model.parameters)
         ]
 
@@ -258,28 +288,23 @@ class Trainer:
 
     def load_state_tree(self, trees: Sequence[StateTree], step: int) -> None:
         """Continues from restored trees as they were after update `step`."""
-        stages = self.model.parameters
-        self._params = [tuple(t["params"][p] for p in s.params) for t, s in zip(trees, stages, strict=True)]
-        self._state = [tuple(t["state"][p] for p in s.state) for t, s in zip(trees, stages, strict=True)]
-        self._opt_states = [
-            jax.tree.unflatten(jax.tree.structure(shapes), [tree["optimizer"][path] for path in _by_path(shapes)])
-            for tree, shapes in zip(trees, self.optimizer.state_shapes, strict=True)
-        ]
+        for i in self.model.local:
+            tree, stage, shapes = trees[i], self.model.parameters[i], self.optimizer.state_shapes[i]
+            self._params[i] = tuple(tree["params"][path] for path in stage.params)
+            self._state[i] = tuple(tree["state"][path] for path in stage.state)
+            leaves = [tree["optimizer"][path] for path in _by_path(shapes)]
+            self._opt_states[i] = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         self.step_number = step
         self._unchecked.clear()
         self.optimizer.reset()
 
     def _accumulate(
         self, batch: Batch, *, measure: bool = False
-    ) -> tuple[list[Any], list[Any], Any, MeasuredStep | None]:
+    ) -> tuple[dict[int, Any], dict[int, Any], Any, MeasuredStep | None]:
         inputs = self.model.inputs(batch, self._seed_data, self.step_number)
-        params, state = dict(enumerate(self._params)), dict(enumerate(self._state))
-        measured = None
         if measure:
-            gradients, after, totals, measured = self.model.executor.measure(params, state, inputs)
-        else:
-            gradients, after, totals = self.model.executor.run(params, state, inputs)
-        return list(gradients.values()), list(after.values()), totals, measured
+            return self.model.executor.measure(self._params, self._state, inputs)
+        return *self.model.executor.run(self._params, self._state, inputs), None
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

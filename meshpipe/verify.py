@@ -235,7 +235,7 @@ def _tolerance(trainer: Trainer) -> float:
     """The square root of the epsilon of the coarsest floating dtype of any value of the traced stages."""
     dtypes = {
         value.aval.dtype
-        for stage in trainer.model.traced
+        for stage in trainer.model.traced.values()
         for value in (*stage.closed.jaxpr.invars, *(v for e in stage.closed.jaxpr.eqns for v in e.outvars))
         if jnp.issubdtype(value.aval.dtype, jnp.floating)
     } | {leaf.dtype for leaf in trainer.params.values()}

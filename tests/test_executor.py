@@ -9,7 +9,7 @@ import pytest
 
 from meshpipe.mesh import make_mesh, submeshes
 from meshpipe.pipeline.executor import Executor
-from meshpipe.pipeline.lower import Compute, Program, lower
+from meshpipe.pipeline.lower import Compute, Instruction, Transfer, lower
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.programs import StagePrograms, compile_stage
 from meshpipe.pipeline.schedules import make_plan
@@ -73,7 +73,7 @@ def programs(traced: dict[int, TracedStage]) -> dict[int, StagePrograms]:
 
 def unrun(schedule: str, num_microbatches: int, traced: dict[int, TracedStage]) -> Executor:
     program = lower(make_plan(schedule, STAGES, num_microbatches))
-    return Executor(program, traced, dict.fromkeys(traced, UNCOMPILED))
+    return Executor("test", program, MESHES, traced, dict.fromkeys(traced, UNCOMPILED))
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
@@ -86,7 +86,8 @@ def test_a_step_sums_gradients_and_losses_and_advances_state(
     weight = rng.uniform(size=(num_microbatches, ROWS)).astype(np.float32)
     scales = [rng.normal(size=WIDTH).astype(np.float32) for _ in range(STAGES)]
 
-    executor = Executor(lower(make_plan(schedule, STAGES, num_microbatches)), traced, programs)
+    program = lower(make_plan(schedule, STAGES, num_microbatches))
+    executor = Executor("test", program, MESHES, traced, programs)
     fields = {"inputs": inputs, "weight": weight}
     place = {s: replicated(stage.spec.mesh) for s, stage in traced.items()}
     arguments = (
@@ -131,8 +132,16 @@ def test_a_step_is_a_flat_list_with_an_entry_per_instruction(traced: dict[int, T
 @pytest.mark.parametrize("local", [{0}, {1}, {0, 2}])
 def test_only_the_work_of_local_stages_is_resolved(local: set[int], traced: dict[int, TracedStage]) -> None:
     """The host work of a step does not grow with stages that live elsewhere."""
-    plan = make_plan("1f1b", STAGES, 4)
-    computes = tuple(i for i in lower(plan).instructions if isinstance(i, Compute))
+    program = lower(make_plan("1f1b", STAGES, 4))
     here = {s: stage for s, stage in traced.items() if s in local}
-    executor = Executor(Program(plan, computes), here, dict.fromkeys(local, UNCOMPILED))
-    assert len(executor._steps) == sum(action.stage in local for action in plan.actions) == len(local) * 2 * 4
+    executor = Executor("test", program, MESHES, here, dict.fromkeys(local, UNCOMPILED))
+    concerned = [i for i in program.instructions if stages_of(i) & local]
+    assert len(executor._steps) == len(concerned) < len(program.instructions)
+
+
+def stages_of(instruction: Instruction) -> set[int]:
+    if isinstance(instruction, Compute):
+        return {instruction.action.stage}
+    if isinstance(instruction, Transfer):
+        return {instruction.source.stage, instruction.target.stage}
+    return {buffer.stage for buffer in instruction.buffers}

@@ -23,6 +23,9 @@ GRADIENTS = [{k: RNG.normal(size=v.shape).astype(np.float32) for k, v in VALUES.
 WEIGHT = 5.0
 
 
+NO_STATE = {0: (), 1: ()}
+
+
 def stage(number, borrowed=frozenset()):
     mesh = RANKS[number]
     spec = {2: PartitionSpec(None, "tensor"), 1: PartitionSpec()}
@@ -44,17 +47,17 @@ def run(transformation, clip_norm=None, gradients=GRADIENTS):
     optimizer = Optimizer(transformation, stages, clip_norm)
     for task in optimizer.compile_tasks():
         task()
-    params = [put(VALUES, number) for number in range(2)]
+    params = {number: put(VALUES, number) for number in range(2)}
     states = optimizer.init(params)
     norms = []
     for mean in gradients:
-        sums = [put({k: v * np.float32(WEIGHT) for k, v in mean.items()}, number) for number in range(2)]
+        sums = {number: put({k: v * np.float32(WEIGHT) for k, v in mean.items()}, number) for number in range(2)}
         totals = jax.device_put((np.float32(10.0), np.float32(WEIGHT)), replicated(RANKS[1]))
-        params, states, _, (loss, norm, good) = optimizer.update(params, states, sums, [(), ()], [(), ()], totals)
+        params, states, _, (loss, norm, good) = optimizer.update(params, states, sums, NO_STATE, NO_STATE, totals)
         norms.append((float(loss), float(norm), bool(good)))
     named = {
         path: np.asarray(leaf)
-        for s, leaves in zip(stages, params, strict=True)
+        for s, leaves in zip(stages, params.values(), strict=True)
         for path, leaf in zip(s.params, leaves, strict=True)
     }
     return named, norms
@@ -134,7 +137,7 @@ def test_what_needs_every_stage_is_refused(transformation, reason):
 
 def test_optimizer_state_lies_like_the_parameters():
     optimizer = Optimizer(optax.adam(0.1), [stage(0), stage(1)])
-    (state, *_) = optimizer.init([put(VALUES, 0), put(VALUES, 1)])[0]
+    (state, *_) = optimizer.init({0: put(VALUES, 0), 1: put(VALUES, 1)})[0]
     assert state.mu["layers/0/kernel"].sharding.spec == PartitionSpec(None, "tensor")
 
 
@@ -186,4 +189,4 @@ def test_a_tree_over_the_whole_model_is_refused_with_the_way_out(transformation)
 def test_stages_may_be_without_parameters():
     nothing = StageParameters(RANKS[1], {}, {})
     optimizer = Optimizer(OptimizerConfig(weight_decay=0.1, clip_norm=1.0).build(4), [stage(0), nothing])
-    assert len(optimizer.init([put(VALUES, 0), ()])) == 2
+    assert len(optimizer.init({0: put(VALUES, 0), 1: ()})) == 2

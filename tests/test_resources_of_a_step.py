@@ -129,4 +129,4 @@ def test_a_stage_receives_only_the_batch_fields_that_it_reads():
         mesh=make_mesh(4),
         pipeline=PipelineConfig(num_microbatches=2),
     )
-    assert [stage.input_names for stage in made.model.traced] == [("inputs",), (), (), ("target",)]
+    assert [stage.input_names for stage in made.model.traced.values()] == [("inputs",), (), (), ("target",)]

@@ -69,7 +69,7 @@ def train(layer: Any, schedule: str = "1f1b", data: int = 1) -> tuple[list[int],
     for _ in range(2):
         trainer.step(BATCH)
     leaves = {path: np.asarray(leaf).tobytes() for path, leaf in (*trainer.params.items(), *trainer.state.items())}
-    return traces(trainer.model.traced), leaves
+    return traces(list(trainer.model.traced.values())), leaves
 
 
 def trace(layers: list[Any]) -> list[int]:

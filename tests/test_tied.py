@@ -30,8 +30,14 @@ def stage(number: int, leaves: dict[str, tuple[int, ...]], dtype: Any = jnp.floa
 STAGES = [stage(0, {OWNER: (4, 6), NEAR: (4, 6)}), stage(1, {FAR: (4, 6), OTHER: (6,)})]
 
 
-def put(values: dict[str, Any], stages: list[StageParameters] = STAGES) -> list[tuple[jax.Array, ...]]:
-    return [tuple(jax.device_put(values[p], leaf.sharding) for p, leaf in s.params.items()) for s in stages]
+NO_STATE: dict[int, tuple[jax.Array, ...]] = {0: (), 1: ()}
+
+
+def put(values: dict[str, Any], stages: list[StageParameters] = STAGES) -> dict[int, tuple[jax.Array, ...]]:
+    return {
+        number: tuple(jax.device_put(values[p], leaf.sharding) for p, leaf in s.params.items())
+        for number, s in enumerate(stages)
+    }
 
 
 def values(seed: int) -> dict[str, np.ndarray]:
@@ -41,7 +47,7 @@ def values(seed: int) -> dict[str, np.ndarray]:
 
 def test_gradients_of_a_group_add_up_at_the_owner() -> None:
     given = values(0)
-    (owner, near), (far, other) = TiedLeaves(GROUPS, STAGES).sum_gradients(put(given))
+    (owner, near), (far, other) = TiedLeaves(GROUPS, STAGES).sum_gradients(put(given)).values()
     np.testing.assert_array_equal(owner, (given[OWNER] + given[NEAR]) + given[FAR])
     assert owner.sharding == STAGES[0].params[OWNER].sharding
     for leaf, path in ((near, NEAR), (far, FAR), (other, OTHER)):
@@ -52,7 +58,7 @@ def test_gradients_of_a_group_add_up_at_the_owner() -> None:
 def test_values_are_shared_to_the_bit_where_each_leaf_lives(dtype: Any) -> None:
     stages = [stage(0, {OWNER: (4, 6), NEAR: (4, 6)}, dtype), stage(1, {FAR: (4, 6), OTHER: (6,)}, dtype)]
     given = {path: jnp.asarray(value, dtype) for path, value in values(0).items()}
-    (owner, near), (far, other) = TiedLeaves(GROUPS, stages).share_values(put(given, stages))
+    (owner, near), (far, other) = TiedLeaves(GROUPS, stages).share_values(put(given, stages)).values()
     for leaf in (owner, near, far):
         np.testing.assert_array_equal(np.asarray(leaf, np.float32), np.asarray(given[OWNER], np.float32))
     np.testing.assert_array_equal(np.asarray(other, np.float32), np.asarray(given[OTHER], np.float32))
@@ -62,7 +68,7 @@ def test_values_are_shared_to_the_bit_where_each_leaf_lives(dtype: Any) -> None:
 
 def test_a_shared_value_outlives_the_owner() -> None:
     """The owner is donated at the next update, also where both lie on the same devices."""
-    (owner, near), (far, _) = TiedLeaves(GROUPS, STAGES).share_values(put(values(0)))
+    (owner, near), (far, _) = TiedLeaves(GROUPS, STAGES).share_values(put(values(0))).values()
     owner.delete()
     np.testing.assert_array_equal(near, values(0)[OWNER])
     np.testing.assert_array_equal(far, values(0)[OWNER])
@@ -76,7 +82,10 @@ def test_updates_are_those_of_one_parameter() -> None:
         task()
     params = tied.share_values(put(values(0)))
     states = optimizer.init(params)
-    assert [len(jax.tree.leaves(state)) for state in states] == [3, 3]  # a count, and two moments of one owned leaf
+    assert [len(jax.tree.leaves(state)) for state in states.values()] == [
+        3,
+        3,
+    ]  # a count, and two moments of one owned leaf
 
     plain = {OWNER: values(0)[OWNER], OTHER: values(0)[OTHER]}
     chain = optax.chain(optax.clip_by_global_norm(0.5), transformation)
@@ -85,14 +94,14 @@ def test_updates_are_those_of_one_parameter() -> None:
         given = values(step)
         gradients = tied.sum_gradients(put({path: value * weight for path, value in given.items()}))
         totals = jax.device_put((np.float32(1), weight), replicated(RANKS[1]))
-        params, states, _, (_, norm, _) = optimizer.update(params, states, gradients, [(), ()], [(), ()], totals)
+        params, states, _, (_, norm, _) = optimizer.update(params, states, gradients, NO_STATE, NO_STATE, totals)
         params = tied.share_values(params)
 
         mean = {OWNER: given[OWNER] + given[NEAR] + given[FAR], OTHER: given[OTHER]}
         assert float(norm) == pytest.approx(float(optax.tree.norm(mean)), rel=1e-6)
         updates, plain_state = chain.update(mean, plain_state, plain)
         plain = optax.apply_updates(plain, updates)
-        (owner, near), (far, other) = params
+        (owner, near), (far, other) = params.values()
         np.testing.assert_array_equal(owner, near)
         np.testing.assert_array_equal(owner, far)
     np.testing.assert_allclose(owner, plain[OWNER], rtol=2e-5, atol=2e-6)

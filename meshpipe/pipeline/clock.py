@@ -65,6 +65,8 @@ class StepClock:
             start = max(dispatch - self._begin, *(ready.get(buffer, 0.0) for buffer in reads), 0.0)
             if isinstance(instruction, Compute):
                 start = max(start, free_at.get(instruction.rank, 0.0))
+            if isinstance(instruction, Transfer) and future is None:  # it ends elsewhere
+                continue
             # A result that was ready before its thread looked has an end that is a little late, never early.
             end = start if future is None else max(start, future.result() - self._begin)
             if isinstance(instruction, Transfer):

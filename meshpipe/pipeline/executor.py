@@ -5,14 +5,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from meshpipe.pipeline.clock import MeasuredStep, StepClock
 from meshpipe.pipeline.lower import Buffer, Compute, Free, Instruction, Program, Transfer
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.programs import StagePrograms
 from meshpipe.pipeline.stage import Arrays, TracedStage
-from meshpipe.pipeline.transfer import transfer_to
-from meshpipe.sharding import replicated
+from meshpipe.pipeline.transfer import transfer_between
+from meshpipe.sharding import place, replicated
 
 Slots = list[Any]
 Step = Callable[[Slots], None]
@@ -25,11 +26,22 @@ class Executor:
     """A program with its buffers resolved to slots of a list, so that a step is a walk over a flat list of calls.
 
     `traced` and `programs` hold the stages that live here; instructions of other stages are left out, so the work per
-    step is that of the local ranks. Every slot holds a flat tuple of arrays.
+    step is that of the local ranks. `meshes` has the submesh of every stage. Every slot holds a flat tuple of arrays.
+    `name` tells transfers of this executor from those of others.
     """
 
-    def __init__(self, program: Program, traced: Mapping[int, TracedStage], programs: Mapping[int, StagePrograms]):
+    def __init__(
+        self,
+        name: str,
+        program: Program,
+        meshes: Sequence[Mesh],
+        traced: Mapping[int, TracedStage],
+        programs: Mapping[int, StagePrograms],
+    ):
+        self._name = name
         self._plan = program.plan
+        self._meshes = meshes
+        self._moves: dict[tuple[str, int], Callable[[Arrays | None], Arrays | None]] = {}
         self._traced = traced
         self._programs = programs
         self._slots: Slots = []
@@ -37,8 +49,9 @@ class Executor:
         self._free: list[int] = []
         self._microbatches = {
             s: tuple(
-                jax.device_put(
-                    [np.uint32(m) for m in range(program.plan.num_microbatches)], replicated(stage.spec.mesh)
+                place(
+                    [np.uint32(m) for m in range(program.plan.num_microbatches)],
+                    [replicated(stage.spec.mesh)] * program.plan.num_microbatches,
                 )
             )
             for s, stage in traced.items()
@@ -126,6 +139,8 @@ class Executor:
     def _made(self, instruction: Compute | Transfer) -> Callable[[Slots], tuple[Arrays, Arrays]]:
         """What an observer is shown of an instruction that was just resolved."""
         if isinstance(instruction, Transfer):
+            if instruction.target.stage not in self._traced:
+                return lambda slots: ((), ())
             target = self._slot(instruction.target)
             return lambda slots: (slots[target], ())
         written = [(self._slot(buffer), buffer.kind in ("r", "w")) for buffer in instruction.writes]
@@ -162,19 +177,34 @@ class Executor:
         return free
 
     def _transfer(self, instruction: Transfer) -> Step:
-        source, target = self._slot(instruction.source), self._slot(instruction.target)
-        receiver = self._traced[instruction.target.stage]
-        if instruction.target.kind == "x":
-            shapes = receiver.x
-        else:
-            assert receiver.boundary_out is not None
-            shapes = receiver.boundary_out.gradients_on(receiver.spec.mesh, receiver.microbatch_size)
-        move = transfer_to(tuple(s.sharding for s in shapes))
+        move = self._move(instruction)
+        sends, receives = (buffer.stage in self._traced for buffer in (instruction.source, instruction.target))
+        source = self._slot(instruction.source) if sends else None
+        target = self._slot(instruction.target) if receives else None
 
         def transfer(slots: Slots) -> None:
-            slots[target] = move(slots[source])
+            moved = move(None if source is None else slots[source])
+            if target is not None:
+                slots[target] = moved
 
-        return transfer
+        def transfer_here(slots: Slots) -> None:
+            slots[target] = move(slots[source])  # type: ignore[index]
+
+        return transfer_here if sends and receives else transfer
+
+    def _move(self, instruction: Transfer) -> Callable[[Arrays | None], Arrays | None]:
+        """What moves the arrays of a boundary, made once for all microbatches."""
+        (kind, target), source = (instruction.target.kind, instruction.target.stage), instruction.source.stage
+        if (kind, target) not in self._moves:
+            # Either side knows what crosses the boundary.
+            boundary = self._traced[max(source, target)].boundary_in if max(source, target) in self._traced else None
+            boundary = boundary or self._traced[min(source, target)].boundary_out
+            assert boundary is not None
+            size = next(iter(self._traced.values())).microbatch_size
+            on = boundary.on if kind == "x" else boundary.gradients_on
+            name = f"{self._name} {kind} {target}"
+            self._moves[kind, target] = transfer_between(name, self._meshes[source], on(self._meshes[target], size))
+        return self._moves[kind, target]
 
     def _common(self, instruction: Compute) -> tuple[tuple[int, ...], jax.Array]:
         stage, microbatch = instruction.action.stage, instruction.action.microbatch
@@ -290,4 +320,5 @@ class Executor:
 def _zero_totals(stage: TracedStage) -> Arrays:
     if not stage.spec.is_last:
         return ()
-    return tuple(jax.device_put([np.float32(0)] * len(stage.output_vars), replicated(stage.spec.mesh)))
+    count = len(stage.output_vars)
+    return tuple(place([np.float32(0)] * count, [replicated(stage.spec.mesh)] * count))

@@ -102,22 +102,32 @@ class Timeline:
     @cached_property
     def period(self) -> float:
         """The time from step to step if steps follow each other and no rank waits for another between them."""
-        return max(self.ends[order[-1]] - self.starts[order[0]] for order in self.plan.orders)
+        return max(
+            self.ends[order[-1]] - self.starts[order[0]] for order in self.plan.orders if order[0] in self.starts
+        )
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
         """Time that each rank computes."""
-        return tuple(sum(self.ends[action] - self.starts[action] for action in order) for order in self.plan.orders)
+        return tuple(
+            sum(self.ends[action] - self.starts[action] for action in order if action in self.starts)
+            for order in self.plan.orders
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of which it has times: all, if it was not measured in one process of several."""
+        return sum(order[0] in self.starts for order in self.plan.orders)
 
     @property
     def bubble_fraction(self) -> float:
         """The share of the makespan in which ranks are idle, over all of them; 0 if everything takes no time."""
-        return max(0.0, 1 - sum(self.busy) / (self.makespan * self.plan.num_ranks)) if self.makespan else 0.0
+        return max(0.0, 1 - sum(self.busy) / (self.makespan * self.num_ranks)) if self.makespan else 0.0
 
     @property
     def bubble_between_steps(self) -> float:
         """The share of `period` in which ranks are idle, where the next step can begin before this one has ended."""
-        return max(0.0, 1 - sum(self.busy) / (self.period * self.plan.num_ranks)) if self.period else 0.0
+        return max(0.0, 1 - sum(self.busy) / (self.period * self.num_ranks)) if self.period else 0.0
 
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:

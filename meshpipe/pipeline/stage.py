@@ -77,6 +77,27 @@ class Boundary:
         return tuple(leaves[i] for i in self.differentiable)
 
 
+def boundary_after(
+    spec: StageSpec, boundary_in: Boundary | None, fields: Mapping[str, jax.ShapeDtypeStruct]
+) -> Boundary:
+    """What a stage that lives elsewhere hands on, found from shapes without its derivative.
+
+    Arguments are those of `TracedStage`.
+    """
+    activation = None if boundary_in is None else jax.tree.unflatten(boundary_in.treedef, boundary_in.leaves)
+    batch = {name: jax.ShapeDtypeStruct(field.shape[1:], field.dtype) for name, field in fields.items()}
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    scalar = jax.ShapeDtypeStruct((), jnp.uint32)
+    randomness = key, jax.ShapeDtypeStruct((spec.streams,), jnp.uint32), scalar, scalar
+
+    def output(*arguments: Any) -> Any:
+        return jax.tree.map(jnp.asarray, spec.function(*arguments)[0])
+
+    with jax.set_mesh(spec.mesh):
+        shapes = jax.eval_shape(output, dict(spec.params), dict(spec.state), activation, batch, randomness)
+    return Boundary(shapes)
+
+
 class TracedStage:
     """A stage's function traced with its derivative; the user's code runs once, here.
 

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from meshpipe.pipeline.peers import peers
+from meshpipe.sharding import is_local
 
 Arrays = tuple[jax.Array, ...]
 Shapes = Sequence[jax.ShapeDtypeStruct]
@@ -25,11 +26,6 @@ def transfer_to(shardings: tuple[Sharding, ...]) -> Callable[[Any], Any]:
     if len(devices) == 1:
         return partial(jax.device_put, device=devices.pop())
     return partial(jax.device_put, device=shardings)
-
-
-def is_local(mesh: Mesh) -> bool:
-    """Whether this process has a device of the submesh."""
-    return any(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
 
 def transfer_between(name: str, source: Mesh, shapes: Shapes) -> Callable[[Arrays | None], Arrays | None]:

@@ -72,8 +72,8 @@ def step_row(schedule: str, num_stages: int, num_microbatches: int, data: int, r
     chained = call_time(lambda: move(calls[0]()[0]))
     seed = trainer.model.place_seed(0)
     inputs = trainer.model.inputs(batch, seed, 0)
-    params = {s: placed(stage.params) for s, stage in enumerate(trainer.model.traced)}
-    states = {s: placed(stage.state) for s, stage in enumerate(trainer.model.traced)}
+    params = {s: placed(stage.params) for s, stage in trainer.model.traced.items()}
+    states = {s: placed(stage.state) for s, stage in trainer.model.traced.items()}
     run = trainer.model.executor.run
     engine = median(times_of(lambda: jax.block_until_ready(run(params, states, inputs)), repeats, warmups=3))
 

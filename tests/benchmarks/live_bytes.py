@@ -52,10 +52,10 @@ def measure_peaks(model: StagedModel, transformation: optax.GradientTransformati
     del made
     params_of = {s: tuple(params[path] for path in stage.params) for s, stage in enumerate(model.parameters)}
     state_of = {s: tuple(state[path] for path in stage.state) for s, stage in enumerate(model.parameters)}
-    optimizer_state = optimizer.init(list(params_of.values()))
+    optimizer_state = optimizer.init(params_of)
     model.compile()
     programs = {s: _watched(of_stage, live.sample) for s, of_stage in model.programs.items()}
-    executor = Executor(lower(model.plan), dict(enumerate(model.traced)), programs)
+    executor = Executor("train", lower(model.plan), [stage.submesh for stage in model.stages], model.traced, programs)
     inputs = model.inputs(batch, model.place_seed(0), 0)
     executor.run(params_of, state_of, inputs)
     del optimizer_state
