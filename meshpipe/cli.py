@@ -28,6 +28,7 @@ USAGE = """usage: meshpipe COMMAND ...
   plan RECIPE [flags] [--plot FILE.png]     stages, schedule, bubble and memory; runs no step
   plan RECIPE [flags] --compare             what every schedule would cost
   plan RECIPE --profile [flags]             what each layer costs on this machine, and a better cut
+  launch --processes N [flags] -- train RECIPE [flags]   a run of N processes on this machine
   checkpoint list DIR                       what is saved, and from which layout
   checkpoint show DIR [--step N]            everything that is written down about one checkpoint
   checkpoint verify DIR                     whether every byte of it is good
@@ -37,6 +38,8 @@ meshpipe COMMAND RECIPE --help shows the flags with their types, defaults and un
 Exit codes: 0 completed, 1 failed, 2 what was asked cannot be, 130 and 143 stopped by SIGINT and SIGTERM."""
 
 COMPLETED, FAILED, CANNOT_BE, INTERRUPTED = 0, 1, 2, 130
+DEVICES = "MESHPIPE_CPU_DEVICES"
+"""Variable by which `launch` tells its processes how many virtual CPU devices each takes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,13 +85,51 @@ def recipes(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    recipe, config, _ = _configure("train", arguments, "Trains a recipe.")
+    from meshpipe.distributed import DistributedConfig
+
+    recipe, config, distributed = _configure("train", arguments, "Trains a recipe.", DistributedConfig())
+    from meshpipe.coordination import process_count, process_index
+    from meshpipe.distributed import join, leave, own_address
     from meshpipe.loop import run
+    from meshpipe.pipeline.peers import open_peers
     from meshpipe.report import make_console
 
-    console = make_console()
+    join(distributed)
+    console = make_console(quiet=process_index() > 0)
     _take_devices(config, console)
-    return run(config, recipe, console)
+    if process_count() > 1:
+        open_peers(own_address(distributed.coordinator))
+    status = run(config, recipe, console)
+    if process_count() > 1:
+        leave(status)
+    return status
+
+
+def launch(arguments: list[str]) -> int:
+    """Starts the processes of one run on this machine; what follows `--` is the command of each."""
+    own, separator, command = arguments, "--", []
+    if separator in arguments:
+        place = arguments.index(separator)
+        own, command = arguments[:place], arguments[place + 1 :]
+    flags = tyro.cli(_LaunchFlags, args=own, prog="meshpipe launch", description=launch.__doc__)
+    if not command or command[0] != "train":
+        got = f"Got {command[0]!r}." if command else "Got nothing after it."
+        raise ValueError(f"The command after -- must be train: meshpipe launch --processes N -- train RECIPE. {got}")
+    from meshpipe.launch import Launch, free_port
+
+    port = 0
+
+    def of_process(number: int, restart: int) -> list[str]:
+        nonlocal port
+        if number == 0:
+            port = free_port(flags.address)
+        place = ["--coordinator", f"{flags.address}:{port}", "--process-id", str(number)]
+        place += ["--process-count", str(flags.processes)]
+        again = ["--auto-resume"] if restart and "--resume" not in command else []
+        return [sys.executable, "-m", "meshpipe", *command, *place, *again]
+
+    environment = {} if flags.devices_per_process is None else {DEVICES: str(flags.devices_per_process)}
+    return Launch(flags.processes, of_process, flags.max_restarts, environment).run()
 
 
 def verify(arguments: list[str]) -> int:
@@ -174,6 +215,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "verify": verify,
     "plan": plan,
+    "launch": launch,
     "checkpoint": checkpoint,
 }
 
@@ -328,6 +370,18 @@ class _PlanFlags:
 
 
 @dataclass(frozen=True)
+class _LaunchFlags:
+    processes: int
+    """Processes of the run."""
+    devices_per_process: int | None = None
+    """Virtual CPU devices of each; without it, those of the mesh are shared out evenly."""
+    max_restarts: int = 0
+    """How often a run that failed is started again, from the newest whole checkpoint if there is one."""
+    address: str = "127.0.0.1"
+    """Address of this machine that the processes listen at."""
+
+
+@dataclass(frozen=True)
 class _VerifyFlags:
     updates: int = 3
     """Updates to compare, each on a batch of its own."""
@@ -341,16 +395,25 @@ def _take_devices(config: "Config", console: "Console") -> None:
     """Without an accelerator, gives JAX as many virtual CPU devices as the mesh needs, and says so."""
     import jax
 
+    from meshpipe.coordination import process_count
     from meshpipe.mesh import use_cpu_devices
 
-    count = config.mesh.num_devices
-    use_cpu_devices(count)
+    count, processes = config.mesh.num_devices, process_count()
+    per_process = int(os.environ.get(DEVICES, 0)) or -(-count // processes)
+    use_cpu_devices(per_process)
     if jax.default_backend() == "cpu":
-        console.print(f"No accelerator: running on {count} virtual CPU device{'s' if count > 1 else ''}.")
+        if per_process * processes != count:
+            raise ValueError(
+                "On CPU, the devices of all processes must be those of the mesh. "
+                f"Got {processes} processes of {per_process} for a mesh of {count}. Choose a divisor of {count}."
+            )
+        shared = f" of {processes} processes" if processes > 1 else ""
+        console.print(f"No accelerator: running on {count} virtual CPU device{'s' if count > 1 else ''}{shared}.")
 
 
 def _quiet_libraries() -> None:
     """Hides what libraries say to their own developers; an error still comes up as one."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for library in ("absl", "orbax", "grain", "flax", "optax", "jax", "etils", "tensorstore"):
         warnings.filterwarnings("ignore", module=rf"{library}\b")
     logging.getLogger("absl").setLevel(logging.ERROR)

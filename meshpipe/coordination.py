@@ -63,6 +63,20 @@ def meet(name: str, timeout: float) -> None:
         _client().wait_at_barrier(name, round(timeout * 1000))
 
 
+def beat() -> None:
+    """Gives a sign of life."""
+    _client().key_value_set(f"{_BEATS}/{process_index()}", str(time.time()), allow_overwrite=True)
+
+
+def beats() -> dict[int, str]:
+    """The last sign of life of every process that has given one."""
+    found = _client().key_value_dir_get(_BEATS)
+    return {int(key.rpartition("/")[2]): text for key, text in found}
+
+
+_BEATS = "meshpipe/alive"
+
+
 def _client() -> Any:
     client = distributed.global_state.client
     assert client is not None, "jax.distributed was not started"

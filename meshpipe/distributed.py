@@ -1,24 +1,33 @@
 """Several processes of one run: how they find each other, and how all of them end when one fails."""
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
 import jax
 
-from meshpipe.coordination import ask_now, process_count, process_index, tell
+from meshpipe.coordination import ask_now, beat, beats, process_count, process_index, tell
+from meshpipe.signals import StopRequest
 
-ERROR = "meshpipe/error"
+ERROR, STOP = "meshpipe/error", "meshpipe/stop"
 POLL_SECONDS = 0.5
-HEARTBEAT_SECONDS = 10
+SILENCE_SECONDS = 8.0
+"""After this long without a sign of life a process counts as dead."""
+COORDINATOR_SILENCE_SECONDS = 15.0
 SHUTDOWN_SECONDS = 30
+CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
+"""Parts of the errors of transfers and collectives whose other end is gone."""
 FAILED = 1
+CLUSTERS = ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
+"""Variables of the environments in which `jax.distributed.initialize` finds out everything by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +38,17 @@ class DistributedConfig:
     """
 
     coordinator: str | None = None
-    """HOST:PORT at which process 0 listens, the same for all processes. HOST is the address by which others reach it."""
+    """HOST:PORT at which process 0 listens, the same for all processes; HOST is how the others reach its machine."""
     process_id: int | None = None
     """Number of this process, from 0."""
     process_count: int | None = None
-    """Processes of the run; each starts with the same command and its own number."""
+    """Processes of the run; each is started with the same command and its own number."""
+    step_timeout: float = 0.0
+    """Seconds without a finished step after which the run fails and says what each rank waits for; 0 waits for ever."""
 
     def __post_init__(self) -> None:
+        if self.step_timeout < 0:
+            raise ValueError(f"--step-timeout must be at least 0. Got {self.step_timeout}.")
         given = [self.coordinator, self.process_id, self.process_count]
         if any(value is not None for value in given) and any(value is None for value in given):
             raise ValueError(
@@ -44,36 +57,39 @@ class DistributedConfig:
             )
         if self.coordinator is None or self.process_id is None or self.process_count is None:
             return
-        host, colon, port = self.coordinator.rpartition(":")
-        if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(f"--coordinator must be HOST:PORT. Got {self.coordinator!r}.")
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"--coordinator must be HOST:PORT, e.g. 10.0.0.5:4321. Got {self.coordinator!r}.")
         if not 0 <= self.process_id < self.process_count:
             raise ValueError(
-                f"--process-id must be at least 0 and below --process-count. Got {self.process_id} of "
-                f"{self.process_count}."
+                "--process-id must be at least 0 and below --process-count. "
+                f"Got {self.process_id} of {self.process_count}."
             )
 
 
-def join(config: DistributedConfig, address: str | None = None) -> None:
-    """Meets the other processes of the run; does nothing for a run of one process.
+def join(config: DistributedConfig) -> None:
+    """Meets the other processes of the run; does nothing where there are none.
 
     Must be called before JAX is first used. Raises `ConnectionError` when they do not come together.
     """
-    if config.coordinator is None and not _in_cluster():
+    if config.coordinator is None and not any(name in os.environ for name in CLUSTERS):
+        return
+    if config.process_count == 1:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX would abort every process when one is gone; `Guard` ends them with a message and what was saved.
+    jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
             config.coordinator,
             config.process_count,
             config.process_id,
             coordinator_bind_address=config.coordinator if config.process_id == 0 else None,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except Exception as error:
         raise ConnectionError(
-            f"Process {config.process_id} of {config.process_count} could not join the others at "
+            f"Process {config.process_id} could not join the {config.process_count} of the run at "
             f"{config.coordinator}: {error}"
         ) from error
 
@@ -87,25 +103,22 @@ def own_address(coordinator: str | None) -> str:
         return str(probe.getsockname()[0])
 
 
-def _in_cluster() -> bool:
-    """Whether the environment is that of a job of several processes."""
-    sizes = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
-    values = [os.environ.get(name, "") for name in sizes]
-    return any(value not in ("", "1", "0") or (name == sizes[2] and value) for name, value in zip(sizes, values, strict=True))
-
-
 class Guard:
     """While entered, a failure of one process ends all of them within seconds, each with a message that names it.
 
-    Without it the others would wait for arrays that never come, or in the shutdown of JAX for minutes.
+    Every process gives a sign of life now and then, and process 0, which coordinates the run, watches for them.
+    `last_words` says what was saved. With one process it does nothing.
     """
 
-    def __init__(self, what_is_saved: "object" = None) -> None:
+    def __init__(self, last_words: Callable[[], str] = lambda: "") -> None:
+        self.last_words = last_words
         self._done = threading.Event()
+        self._answered = time.monotonic()
 
     def __enter__(self) -> "Guard":
         if process_count() > 1:
-            threading.Thread(target=self._watch, name="guard", daemon=True).start()
+            for work in (self._watch_others, self._watch_coordinator):
+                threading.Thread(target=work, name="guard", daemon=True).start()
         return self
 
     def __exit__(
@@ -114,30 +127,96 @@ class Guard:
         self._done.set()
 
     def fail(self, message: str) -> NoReturn:
-        """Tells the others why this process ends, and ends it."""
-        self._done.set()
-        text = f"process {process_index()} on {socket.gethostname()} failed: {message}"
-        try:
-            tell(ERROR, text)
-        except Exception:  # another process was first, or the coordinator is gone
-            traceback.print_exc()
-        _leave()
+        """Tells the others that this process fails and why, and ends it; with several processes only.
 
-    def _watch(self) -> None:
+        What looks as if another process were gone waits until it is known which, and ends with that.
+        """
+        if any(mark in message for mark in CONNECTION_MARKS):
+            time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
+        self._done.set()
+        try:
+            tell(ERROR, f"process {process_index()} on {socket.gethostname()} failed: {message}")
+        except Exception as error:
+            print(f"meshpipe: the others could not be told: {error}", file=sys.stderr)
+        leave(FAILED)
+
+    def _watch_others(self) -> None:
+        seen: dict[int, tuple[str, float]] = {}
         while not self._done.wait(POLL_SECONDS):
             try:
+                beat()
                 message = ask_now(ERROR)
-            except Exception:  # the coordinator is gone; JAX itself ends the process
-                continue
-            if message is not None and not self._done.is_set():
-                print(f"meshpipe: process {process_index()} stops because {message}", file=sys.stderr, flush=True)
-                _leave()
+                if message is None and process_index() == 0:
+                    silent = _silent(seen)
+                    if silent is not None:
+                        message = f"process {silent} gives no sign of life: it was killed, or it hangs"
+                        tell(ERROR, message)
+            except Exception as error:
+                message = f"process 0, which coordinates the run, is gone: {error}".splitlines()[0]
+            self._answered = time.monotonic()
+            if message is not None:
+                self._stop_because(message)
+
+    def _watch_coordinator(self) -> None:
+        """A process that is stopped, not killed, leaves questions to it without an answer."""
+        while not self._done.wait(POLL_SECONDS):
+            if time.monotonic() - self._answered > COORDINATOR_SILENCE_SECONDS:
+                self._stop_because("process 0, which coordinates the run, does not answer")
+
+    def _stop_because(self, message: str) -> None:
+        if self._done.is_set():
+            return
+        self._done.set()
+        saved = self.last_words()
+        text = f"meshpipe: process {process_index()} stops because {message}\n{saved}".strip()
+        print(text, file=sys.stderr, flush=True)
+        leave(FAILED)
 
 
-def _leave() -> NoReturn:
-    """Ends the process at once, past JAX's shutdown, which would wait for the others."""
+class StopTogether:
+    """Lets all processes of a run stop after the same step when one of them is asked to, without a barrier.
+
+    It relies on a loop that hands over a step only after it has read the result of the step before the last, which
+    needs all processes to have handed over that one. So whoever is asked after handing over step k can let all stop
+    after step k + 2: nobody has handed over more by then, and everybody looks before handing over the next.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self._request = request
+        self._has_told = False
+
+    def after(self, step: int) -> bool:
+        """Whether `step`, the last that was handed over, is the last of the run."""
+        if process_count() == 1:
+            return bool(self._request)
+        if self._request.signal is not None and not self._has_told:
+            self._has_told = True
+            with contextlib.suppress(RuntimeError):  # another process was asked as well, and was first
+                tell(STOP, f"{step + 2} {int(self._request.signal)}")
+        agreed = ask_now(STOP)
+        if agreed is None:
+            return False
+        last, number = map(int, agreed.split())
+        self._request.signal = signal.Signals(number)
+        return step >= last
+
+
+def _silent(seen: dict[int, tuple[str, float]]) -> int | None:
+    """A process whose last sign of life is too long ago; `seen` has what was seen of each, and when."""
+    now = time.monotonic()
+    for process, sign in beats().items():
+        if seen.get(process, ("", 0.0))[0] != sign:
+            seen[process] = sign, now
+    return next((process for process, (_, at) in sorted(seen.items()) if now - at > SILENCE_SECONDS), None)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a process of several at once, past JAX's shutdown, which aborts processes that it finds without the others.
+
+    Process 0 leaves a little later, since it has the messages that the others may still have to read.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if process_index() == 0:
-        time.sleep(3 * POLL_SECONDS)  # it has the messages, which the others still have to read
-    os._exit(FAILED)
+        time.sleep(3 * POLL_SECONDS)
+    os._exit(status)

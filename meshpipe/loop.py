@@ -1,5 +1,6 @@
 """A run of a recipe from its first check to its exit status: data, evaluation, checkpoints, metrics and signals."""
 
+import hashlib
 import itertools
 import sys
 import time
@@ -15,10 +16,13 @@ from rich.console import Console
 
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
+from meshpipe.coordination import meet, process_count, process_index, tell_all
 from meshpipe.data import BatchIterator, Source, batches
+from meshpipe.distributed import Guard, StopTogether
 from meshpipe.metrics import MetricsFile, ProgressLine, speed
 from meshpipe.picture import Panel, draw_timelines, has_matplotlib
 from meshpipe.pipeline.clock import MeasuredStep
+from meshpipe.pipeline.lower import lower
 from meshpipe.record import (
     checkpoint_metadata,
     config_values,
@@ -28,6 +32,7 @@ from meshpipe.record import (
     versions,
 )
 from meshpipe.report import layout_lines
+from meshpipe.sharding import local_value
 from meshpipe.signals import StopRequest
 from meshpipe.trace import check_trace, write_trace
 from meshpipe.trainer import NonFiniteError, StepResult, Trainer
@@ -35,6 +40,12 @@ from meshpipe.trainer import NonFiniteError, StepResult, Trainer
 COMPLETED, FAILED = 0, 1
 STEPS_BEFORE_TRACE = 2
 """The first steps of a run are not like the others."""
+END_SECONDS = 600.0
+"""How long processes wait for each other to come to the end."""
+COMPILE_SECONDS = 3600.0
+"""How long processes wait for each other to compile."""
+TELL_SECONDS = 60.0
+"""How long processes wait for each other's times of a step."""
 LONGEST_TRACE = 10
 """Timed steps that a trace holds, the last ones."""
 
@@ -45,7 +56,9 @@ def run(config: Config, recipe: str, console: Console) -> int:
     Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
     """
     resume, folder = config.checkpoint.resume, config.checkpoint.checkpoint_dir
-    MetricsFile.check(config.metrics, append=resume)
+    is_first = process_index() == 0
+    metrics_file = config.metrics if is_first else None
+    MetricsFile.check(metrics_file, append=resume)
     check_trace(config.trace)
     saved = saved_run(config)
     if saved is not None and saved["step"] >= config.steps:
@@ -58,20 +71,56 @@ def run(config: Config, recipe: str, console: Console) -> int:
     if held_out is not None:
         batches(held_out, config.batch_size)
     with StopRequest() as stop, ExitStack() as files:
-        trainer = Trainer.from_config(config)
-        for line in layout_lines(recipe, trainer.model):
-            console.print(line)
-        console.print(f"Compiled in {trainer.compile_seconds:.1f} s.")
-        checkpointer = None
-        if folder is not None:
-            checkpointer = files.enter_context(Checkpointer(folder, keep=config.checkpoint.checkpoint_keep))
-            if saved is not None:
-                trees = checkpointer.restore(saved["step"], trainer.abstract_state_tree())
-                trainer.load_state_tree(trees, saved["step"])
-                console.print(f"Resumed after step {saved['step']} of {folder}.")
-        metrics = files.enter_context(MetricsFile(config.metrics, append=resume))
-        files_of_run = Outputs(recipe, metrics, checkpointer, console)
-        return Loop(config, trainer, train_batches, held_out, files_of_run, stop).run()
+        guard = files.enter_context(Guard(lambda: _newest_sentence(folder)))
+        try:
+            trainer = Trainer.from_config(config)
+            if process_count() > 1:
+                _compare_programs(trainer)
+                train_batches.read_only(trainer.model.rows_read())
+            for line in layout_lines(recipe, trainer.model):
+                console.print(line)
+            console.print(f"Compiled in {trainer.compile_seconds:.1f} s.")
+            checkpointer = None
+            if folder is not None:
+                checkpointer = files.enter_context(Checkpointer(folder, keep=config.checkpoint.checkpoint_keep))
+                if saved is not None:
+                    trees = checkpointer.restore(saved["step"], trainer.abstract_state_tree())
+                    trainer.load_state_tree(trees, saved["step"])
+                    console.print(f"Resumed after step {saved['step']} of {folder}.")
+            metrics = files.enter_context(MetricsFile(metrics_file, append=resume))
+            files_of_run = Outputs(recipe, metrics, checkpointer, console)
+            loop = Loop(config, trainer, train_batches, held_out, files_of_run, stop)
+            status = loop.run()
+        except Exception as error:
+            if process_count() == 1:
+                raise
+            traceback.print_exc()
+            guard.fail(f"{type(error).__name__}: {error}")
+        if process_count() > 1:
+            if status == FAILED:
+                guard.fail(loop.error)
+            meet("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
+        return status
+
+
+def _compare_programs(trainer: Trainer) -> None:
+    """Meets the other processes before the first transfer: all is compiled, and all run the same program.
+
+    Raises `ValueError` when they do not, which different versions of a recipe or of meshpipe would cause.
+    """
+    own = hashlib.sha256(lower(trainer.plan).to_text().encode()).hexdigest()
+    others = tell_all("meshpipe/program", own, COMPILE_SECONDS)
+    different = [str(process) for process, other in enumerate(others) if other != own]
+    if different:
+        raise ValueError(
+            "All processes must run the same program. Process "
+            f"{', '.join(different)} differs from process {process_index()}. Start all with the same command and code."
+        )
+
+
+def _newest_sentence(folder: str | None) -> str:
+    steps = [] if folder is None else Checkpointer(folder).steps()
+    return f"The last good checkpoint is step {steps[-1]} of {folder}." if steps else "Nothing was saved."
 
 
 @dataclass(frozen=True)
@@ -121,6 +170,8 @@ class Loop:
         self._clock = time.perf_counter()
         self._saved_step = trainer.step_number if trainer.step_number else None
         self._evaluated_step: int | None = None
+        self.error = ""
+        """What made it fail."""
         self._progress = ProgressLine(outputs.console, config.steps, trainer.step_number)
 
     def run(self) -> int:
@@ -143,6 +194,7 @@ class Loop:
         except OSError as exception:
             status, error = "failed", error or exception
         if error is not None:
+            self.error = f"{type(error).__name__}: {error}"
             self._explain(error, saved)
             return FAILED
         self._say(self._last_line(status, saved))
@@ -150,7 +202,9 @@ class Loop:
 
     def _train(self) -> str:
         config, trainer = self._config, self._trainer
-        while trainer.step_number < config.steps and not self._stop:
+        stopped = False
+        together = StopTogether(self._stop)
+        while trainer.step_number < config.steps and not (stopped := together.after(trainer.step_number)):
             batch = next(self._batches)
             measure = self._is_timed(trainer.step_number + 1)
             if measure:
@@ -170,7 +224,7 @@ class Loop:
         self._save()
         if self._out.checkpointer is not None:
             self._out.checkpointer.wait()
-        if self._stop:
+        if stopped:
             return "stopped"
         self._evaluate()
         return "completed"
@@ -185,8 +239,8 @@ class Loop:
         self._good_step = result.step
         self._values = {
             "step": result.step,
-            "loss": float(result.loss),
-            "grad_norm": float(result.grad_norm),
+            "loss": float(local_value(result.loss)),
+            "grad_norm": float(local_value(result.grad_norm)),
             # The schedule counts the updates before this one.
             "learning_rate": float(self._learning_rate(result.step - 1)),
             "step_time_s": seconds,
@@ -195,7 +249,7 @@ class Loop:
         if tokens is not None:
             self._values["tokens_per_s"] = tokens / seconds
         if result.measured is not None:
-            self._values["bubble_fraction"] = result.measured.timeline.bubble_fraction
+            self._values["bubble_fraction"] = _bubble_of_all(result)
             self._trace(result.step, result.measured)
         done = {"step_time_s": seconds, "examples": self._config.batch_size, "tokens": tokens or 0}
         self._work = {name: total + done[name] for name, total in self._work.items()}
@@ -212,13 +266,16 @@ class Loop:
         """Writes the trace anew with one more step, and a picture of the first."""
         if self._config.trace is None:
             return
+        file = Path(self._config.trace)
+        if process_index():  # a file for each process, of its own ranks
+            file = file.with_suffix(f".process{process_index()}.json")
         if not self._timed and has_matplotlib():
             panel = Panel(measured.timeline, f"{measured.timeline.plan.schedule}, step {step}", in_seconds=True)
-            draw_timelines([panel], Path(self._config.trace).with_suffix(".png"))
+            draw_timelines([panel], file.with_suffix(".png"))
         self._timed[step] = measured
         if len(self._timed) > LONGEST_TRACE:
             del self._timed[min(self._timed)]
-        write_trace(self._config.trace, self._timed)
+        write_trace(file, self._timed)
         self._clock = time.perf_counter()
 
     def _evaluate(self) -> None:
@@ -227,6 +284,9 @@ class Loop:
         started = time.perf_counter()
         config = self._config
         in_order = batches(self._held_out, config.batch_size, shuffle=False, epochs=1)
+        if process_count() > 1:
+            _ = self._trainer.model.evaluation
+            in_order.read_only(self._trainer.model.rows_read(evaluation=True))
         values = self._trainer.evaluate(itertools.islice(in_order, config.eval_batches))
         self._evaluated_step = self._good_step
         self._clock = time.perf_counter()
@@ -303,6 +363,18 @@ class Loop:
 def _completion_time(result: StepResult) -> float:
     jax.block_until_ready(result.good)
     return time.perf_counter()
+
+
+def _bubble_of_all(result: StepResult) -> float:
+    """The idle share of all ranks in a timed step, also of those that live in other processes."""
+    assert result.measured is not None
+    timeline = result.measured.timeline
+    if process_count() == 1:
+        return timeline.bubble_fraction
+    own = f"{timeline.makespan!r} {sum(timeline.busy)!r} {timeline.num_ranks}"
+    told = tell_all(f"meshpipe/busy/{result.step}", own, TELL_SECONDS)
+    makespans, busy, ranks = zip(*(map(float, text.split()) for text in told), strict=True)
+    return max(0.0, 1 - sum(busy) / (max(makespans) * sum(ranks)))
 
 
 def _is_due(step: int, every: int) -> bool:

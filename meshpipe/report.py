@@ -37,12 +37,12 @@ class Stage(Protocol):
     def parameter_bytes(self) -> int: ...
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    """Standard output, or error: as wide as the terminal, or wide enough for any table."""
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return (
-        console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=PLAIN_WIDTH)
-    )
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Standard output, or error, or none: as wide as the terminal, or wide enough for any table."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet)
+    if console.is_terminal:
+        return console
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet, width=PLAIN_WIDTH)
 
 
 def make_table(*columns: str, right: Iterable[str] = ()) -> Table:

@@ -239,18 +239,19 @@ class StagedModel:
             for s, stage in traced.items()
         }
 
-    def rows_read(self) -> np.ndarray:
-        """Which rows of a global batch the local stages read, in training and evaluation."""
+    def rows_read(self, *, evaluation: bool = False) -> np.ndarray:
+        """Which rows of a global batch the local stages read, in training or in evaluation."""
+        traced = self._evaluation_traced if evaluation else self.traced
+        assert traced is not None, "compile first"
         size = next(iter(self.batch_shapes.values())).shape[0]
         positions = self._microbatches(np.arange(size))
         needed = np.zeros(size, bool)
-        for traced in (self.traced, self._evaluation_traced or {}):
-            for stage in traced.values():
-                for name, shape in zip(stage.input_names, stage.inputs, strict=True):
-                    if name in self.batch_shapes:
-                        assert shape.sharding is not None
-                        for index in shape.sharding.addressable_devices_indices_map(shape.shape).values():
-                            needed[positions[index[:2]]] = True
+        for stage in traced.values():
+            for name, shape in zip(stage.input_names, stage.inputs, strict=True):
+                if name in self.batch_shapes:
+                    assert shape.sharding is not None
+                    for index in shape.sharding.addressable_devices_indices_map(shape.shape).values():
+                        needed[positions[index[:2]]] = True
         return np.flatnonzero(needed)
 
     def _microbatches(self, value: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Batches from a data set: shuffled, prefetched, and resumable at any example."""
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -50,17 +51,33 @@ class BatchIterator(Iterator[Batch]):
         # Grain takes seeds of 32 bits.
         self._order = {"seed": seed % 2**32, "shuffle": shuffle}
         self._epochs = epochs
+        self._rows: frozenset[int] | None = None
         self._start(0)
 
+    def read_only(self, rows: Iterable[int]) -> None:
+        """From now on reads the examples of these rows of every batch alone; the other rows are zeros."""
+        self._rows = frozenset(map(int, rows))
+        self._start(self._examples)
+
     def _start(self, examples: int) -> None:
-        dataset = grain.MapDataset.source(self._source).seed(self._order["seed"])
+        dataset = grain.MapDataset.range(len(self._source)).seed(self._order["seed"])
         if self._order["shuffle"]:
             dataset = dataset.shuffle()  # a new order in every epoch
-        dataset = dataset.repeat(self._epochs)[examples:].batch(self._batch_size, drop_remainder=True)
+        dataset = dataset.repeat(self._epochs)[examples:].map_with_index(self._read)
+        dataset = dataset.batch(self._batch_size, drop_remainder=True)
         # Two threads read ahead: examples are cheap slices, and the cores belong to the training.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         self._examples = examples
         self._iterator = iter(dataset.to_iter_dataset(options))
+
+    def _read(self, position: int, index: int) -> Mapping[str, Any]:
+        if self._rows is None or position % self._batch_size in self._rows:
+            return self._source[index]
+        return self._blank
+
+    @cached_property
+    def _blank(self) -> Mapping[str, Any]:
+        return {name: np.zeros_like(value) for name, value in self._source[0].items()}
 
     def __next__(self) -> Batch:
         batch = next(self._iterator)

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache
 
 import jax
 from jax.experimental import transfer
@@ -54,7 +53,16 @@ class Peers:
         return self._connections[process].pull(number, list(shapes))
 
 
-@cache
-def peers(address: str = "127.0.0.1") -> Peers:
-    """Those of this process, opened at the first call, which gives the address."""
-    return Peers(address)
+def open_peers(address: str) -> None:
+    """Opens the sockets of this process, once; see `Peers`."""
+    _peers.append(Peers(address))
+
+
+def peers() -> Peers:
+    """Those of this process, at the loopback address if they were not opened before."""
+    if not _peers:
+        open_peers("127.0.0.1")
+    return _peers[0]
+
+
+_peers: list[Peers] = []
