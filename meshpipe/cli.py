@@ -99,7 +99,7 @@ def train(arguments: list[str]) -> int:
     _take_devices(config, console)
     if process_count() > 1:
         open_peers(own_address(distributed.coordinator))
-    status = run(config, recipe, console)
+    status = run(config, recipe, console, distributed.step_timeout)
     if process_count() > 1:
         leave(status)
     return status

@@ -78,6 +78,10 @@ class Launch:
                     process.wait()
         for reader in readers:
             reader.join(timeout=5)
+        for process in self._processes:
+            for pipe in (process.stdout, process.stderr):
+                assert pipe is not None
+                pipe.close()
         return code
 
     def _start(self, number: int, restart: int) -> "subprocess.Popen[str]":

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import sys
 import time
 import traceback
@@ -36,6 +37,7 @@ from meshpipe.sharding import local_value
 from meshpipe.signals import StopRequest
 from meshpipe.trace import check_trace, write_trace
 from meshpipe.trainer import NonFiniteError, StepResult, Trainer
+from meshpipe.watchdog import Watchdog
 
 COMPLETED, FAILED = 0, 1
 STEPS_BEFORE_TRACE = 2
@@ -50,8 +52,10 @@ LONGEST_TRACE = 10
 """Timed steps that a trace holds, the last ones."""
 
 
-def run(config: Config, recipe: str, console: Console) -> int:
+def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0) -> int:
     """Trains as `config` says; returns the exit status 0, 1, 130 or 143.
+
+    After `step_timeout` seconds without the end of a step the process ends with status 1; 0 waits for ever.
 
     Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
     """
@@ -89,7 +93,11 @@ def run(config: Config, recipe: str, console: Console) -> int:
                     console.print(f"Resumed after step {saved['step']} of {folder}.")
             metrics = files.enter_context(MetricsFile(metrics_file, append=resume))
             files_of_run = Outputs(recipe, metrics, checkpointer, console)
-            loop = Loop(config, trainer, train_batches, held_out, files_of_run, stop)
+            give_up = guard.fail if process_count() > 1 else lambda message: os._exit(FAILED)
+            watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, give_up))
+            loop = Loop(
+                config, trainer, train_batches, held_out, files_of_run, stop, watchdog if step_timeout else None
+            )
             status = loop.run()
         except Exception as error:
             if process_count() == 1:
@@ -148,7 +156,9 @@ class Loop:
         held_out: Source | None,
         outputs: Outputs,
         stop: StopRequest,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        self._watchdog = watchdog
         self._config = config
         self._trainer = trainer
         self._batches = train_batches
@@ -209,7 +219,10 @@ class Loop:
             measure = self._is_timed(trainer.step_number + 1)
             if measure:
                 self._finish_step()
-            result = trainer.step(batch, measure=measure)
+            if self._watchdog is not None:
+                self._watchdog.begin_step()
+            observe = None if self._watchdog is None else self._watchdog.observe
+            result = trainer.step(batch, measure=measure, observe=observe)
             # A thread notes when it is complete, since this one will look only after handing over the next step.
             completion = self._watch.submit(_completion_time, result)
             self._finish_step()
@@ -237,6 +250,8 @@ class Loop:
         self._trainer.check(result)
         seconds, self._clock = completion.result() - self._clock, completion.result()
         self._good_step = result.step
+        if self._watchdog is not None:
+            self._watchdog.end_step()
         self._values = {
             "step": result.step,
             "loss": float(local_value(result.loss)),

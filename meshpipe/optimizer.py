@@ -1,19 +1,21 @@
 """Optax on every stage, and what must cross stages: the global norm, clipping by it, and tied parameters."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 
 from meshpipe.compiler import Compiler
 from meshpipe.pipeline.transfer import transfer_between
+from meshpipe.separable import kinds_of_updates
 from meshpipe.sharding import abstract, is_local, place, replicated
 
 Arrays = tuple[jax.Array, ...]
@@ -110,7 +112,7 @@ class Optimizer:
         stages: Sequence[StageParameters],
         clip_norm: float | None = None,
     ):
-        check_separable(transformation, [stage.owned for stage in stages])
+        self._kinds = kinds_of_updates(transformation, [stage.owned for stage in stages])
         self._transformation = transformation
         self._stages = stages
         self._clip_norm = clip_norm
@@ -180,9 +182,30 @@ class Optimizer:
     def compile_tasks(self, compiler: Compiler | None = None) -> list[Callable[[], None]]:
         """Calls that compile what `init` and `update` run; they may run in threads at once.
 
-        Programs see leaves without their paths, so that stages of equal shapes share them.
+        Programs see leaves without their paths, so that stages of equal shapes that are updated alike share them: the
+        first is traced and compiled, the others get copies.
         """
         programs = compiler or Compiler()
+        firsts: dict[Hashable, int] = {}
+        for index in self._local:
+            firsts.setdefault(self._kind(index), index)
+        done: dict[int, Future[None]] = {index: Future() for index in firsts.values()}
+
+        def compile_first(index: int) -> None:
+            try:
+                compile_stage(index)
+            finally:
+                done[index].set_result(None)
+
+        def copy_stage(index: int) -> None:
+            first = firsts[self._kind(index)]
+            done[first].result()
+            for found in (self._norms, self._updates, self._inits):
+                copy = programs.copy(found[first], self._stages[index].mesh) if first in found else None
+                if copy is None:
+                    return compile_stage(index)
+                found[index] = copy
+            return None
 
         def compile_stage(index: int) -> None:
             stage, treedef = self._stages[index], jax.tree.structure(self.state_shapes[index])
@@ -211,8 +234,18 @@ class Optimizer:
             lowered = summary.lower((scalar,) * len(self._stages), (scalar, scalar), good)
             self._summarise = programs.compile(lowered, self._stages[-1].mesh)
 
-        tasks: list[Callable[[], None]] = [lambda i=i: compile_stage(i) for i in self._local]  # type: ignore[misc]
+        tasks: list[Callable[[], None]] = [partial(compile_first, index) for index in done]
+        tasks += [partial(copy_stage, index) for index in self._local if index not in done]
         return [*tasks, compile_summary] if self._last_is_local else tasks
+
+    def _kind(self, index: int) -> Hashable:
+        """Equal for stages that one program serves."""
+        stage = self._stages[index]
+        leaves = [*stage.params.values(), *stage.state.values(), *jax.tree.leaves(self.state_shapes[index])]
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
+        borrowed = tuple(path in stage.borrowed for path in stage.params)
+        alone = index if self._kinds[index] is None else None
+        return self._kinds[index], alone, shapes, borrowed, len(stage.params)
 
     def update(
         self,
@@ -311,59 +344,3 @@ def _initial(transformation: optax.GradientTransformation, params: Shapes) -> An
             "masks and labels as functions of the parameters, e.g. mask=lambda params: jax.tree.map(...). Optax says: "
             f"{error}"
         ) from error
-
-
-def check_separable(transformation: optax.GradientTransformation, stages: Sequence[Shapes]) -> None:
-    """Raises `ValueError` when a stage's update would need another stage's gradients, which a stage does not have."""
-    if len(stages) < 2:
-        return
-    stage_of = {path: index for index, stage in enumerate(stages) for path in stage}
-    params = {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
-    state = jax.eval_shape(transformation.init, params)
-    closed, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
-    if _draws_random_numbers(closed.jaxpr):
-        raise ValueError(
-            "An optimizer must not draw random numbers when there are several stages: its draws would depend on how "
-            "the layers are cut. Got a transformation that does, such as optax.add_noise. Leave it out."
-        )
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    sources = [frozenset((stage_of[path[0].key],)) for path in paths]
-    reached = _dependencies(closed.jaxpr, [*sources, *([frozenset()] * len(jax.tree.leaves(state))), *sources])
-    for (path, _), found in zip(jax.tree_util.tree_flatten_with_path(shapes)[0], reached, strict=True):
-        if len(found) > 1:
-            raise ValueError(
-                "An optimizer must update each parameter from its own gradient, since no stage sees another's. Got a "
-                f"transformation in which {path[-1].key} depends on stages "
-                f"{', '.join(map(str, sorted(found)))}. For clipping by the global norm leave "
-                "optax.clip_by_global_norm out and pass clip_norm=..., which counts every stage."
-            )
-
-
-def _dependencies(jaxpr: Any, inputs: Sequence[frozenset[int]]) -> list[frozenset[int]]:
-    """For each output of a traced program, the union of the sources of the inputs that it depends on."""
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
-    nothing: frozenset[int] = frozenset()
-
-    def of(atom: Any) -> frozenset[int]:
-        return nothing if hasattr(atom, "val") else known.get(atom, nothing)
-
-    for equation in jaxpr.eqns:
-        operands = [of(atom) for atom in equation.invars]
-        name, params = equation.primitive.name, equation.params
-        if name in ("jit", "pjit", "closed_call"):
-            results = _dependencies(params["jaxpr"].jaxpr, operands)
-        elif name == "cond":
-            branches = [_dependencies(branch.jaxpr, operands[1:]) for branch in params["branches"]]
-            results = [operands[0].union(*outs) for outs in zip(*branches, strict=True)]
-        else:
-            results = [nothing.union(*operands)] * len(equation.outvars)
-        known.update(zip(equation.outvars, results, strict=True))
-    return [of(atom) for atom in jaxpr.outvars]
-
-
-def _draws_random_numbers(jaxpr: Any) -> bool:
-    names = ("random_", "threefry", "rng_")
-    return any(
-        equation.primitive.name.startswith(names) or any(map(_draws_random_numbers, jaxprs_in_params(equation.params)))
-        for equation in jaxpr.eqns
-    )

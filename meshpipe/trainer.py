@@ -25,6 +25,7 @@ from meshpipe.mesh import make_mesh
 from meshpipe.optimizer import Optimizer
 from meshpipe.pipeline.clock import MeasuredStep
 from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.pipeline.executor import Observer
 from meshpipe.pipeline.plan import Plan
 from meshpipe.sharding import ShardingRules, local_value
 from meshpipe.staged_model import Loss, Metrics, StagedModel, StageInfo
@@ -154,13 +155,14 @@ class Trainer:
     def stages(self) -> tuple[StageInfo, ...]:
         return self.model.stages
 
-    def step(self, batch: Batch, *, measure: bool = False) -> StepResult:
+    def step(self, batch: Batch, *, measure: bool = False, observe: Observer | None = None) -> StepResult:
         """One update on a global batch of numpy arrays; returns as soon as the work is dispatched.
 
         With `measure` it waits for the steps before and for its own gradients, and the result has the times of all its
-        actions. Raises `ValueError` when the batch's fields or shapes are not those of the example.
+        actions. `observe` is called after each action is dispatched, unless it is measured. Raises `ValueError` when
+        the batch's fields or shapes are not those of the example.
         """
-        gradients, after, totals, measured = self._accumulate(batch, measure=measure)
+        gradients, after, totals, measured = self._accumulate(batch, measure=measure, observe=observe)
         gradients = self.tied.sum_gradients(gradients)
         self._params, self._opt_states, self._state, (loss, norm, good) = self.optimizer.update(
             self._params, self._opt_states, gradients, self._state, after, totals
@@ -299,12 +301,12 @@ class Trainer:
         self.optimizer.reset()
 
     def _accumulate(
-        self, batch: Batch, *, measure: bool = False
+        self, batch: Batch, *, measure: bool = False, observe: Observer | None = None
     ) -> tuple[dict[int, Any], dict[int, Any], Any, MeasuredStep | None]:
         inputs = self.model.inputs(batch, self._seed_data, self.step_number)
         if measure:
             return self.model.executor.measure(self._params, self._state, inputs)
-        return *self.model.executor.run(self._params, self._state, inputs), None
+        return *self.model.executor.run(self._params, self._state, inputs, observe), None
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

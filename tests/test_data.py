@@ -206,3 +206,26 @@ def test_a_single_file_is_mapped_and_its_last_tenth_held_out(tmp_path):
 def test_data_that_cannot_be_is_refused(tmp_path, make, message: str):
     with pytest.raises(ValueError, match=message):
         make(tmp_path)
+
+
+def test_only_the_wanted_rows_are_read_and_the_position_is_that_of_all() -> None:
+    read: list[int] = []
+
+    class Watched(Numbers):
+        def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+            read.append(index)
+            return super().__getitem__(index)
+
+    whole, part = batches(Numbers(20), 4, 3), batches(Watched(20), 4, 3)
+    expected = [next(whole) for _ in range(6)]
+    part.read_only([1, 2])
+    read.clear()
+    found = [next(part) for _ in range(3)]
+    for all_rows, some_rows in zip(expected[:3], found, strict=True):
+        for name, values in all_rows.items():
+            np.testing.assert_array_equal(some_rows[name][[1, 2]], values[[1, 2]])
+            assert not some_rows[name][[0, 3]].any()
+    part.read_only([])
+    assert not any(value.any() for value in next(part).values())
+    part.read_only(range(4))
+    np.testing.assert_array_equal(next(part)["number"], expected[4]["number"])

@@ -1,0 +1,42 @@
+"""A run of several processes computes what one process does, bit for bit, and each has only its own stages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Ended, run_processes
+
+SCRIPT = str(Path(__file__).parent / "train_small.py")
+
+
+def results(ended: Ended) -> list[dict[str, Any]]:
+    assert not any(ended.codes), ended
+    lines = [line for log in ended.logs for line in log.splitlines() if line.startswith("RESULT ")]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+
+
+CASES = [
+    pytest.param(2, "--mesh 2 1 1", id="two stages in two processes"),
+    pytest.param(4, "--mesh 2 2 1", id="data across processes", marks=pytest.mark.slow),
+    pytest.param(2, "--mesh 2 1 1 --schedule interleaved-1f1b --tied", id="four stages, tied", marks=pytest.mark.slow),
+    pytest.param(2, "--mesh 2 1 1 --schedule zb-v", id="both ends of a V", marks=pytest.mark.slow),
+    pytest.param(2, "--mesh 4 1 1 --schedule zb-h1", id="two ranks each", marks=pytest.mark.slow),
+    pytest.param(4, "--mesh 2 1 2", id="tensor across processes", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("count", "flags"), CASES)
+def test_processes_compute_what_one_does(count: int, flags: str, tmp_path: Path) -> None:
+    command = [SCRIPT, *flags.split()]
+    (alone,) = results(run_processes(1, command, tmp_path))
+    together = results(run_processes(count, command, tmp_path))
+    assert len(together) == count
+    for result in together:
+        assert result["scalars"] == alone["scalars"]
+        assert result["held out"] == alone["held out"]
+        assert result["parameters"].items() <= alone["parameters"].items()
+    assert {path for result in together for path in result["parameters"]} == set(alone["parameters"])
+    assert sorted({s for result in together for s in result["stages"]}) == alone["stages"]
+    if count == 2 and flags == "--mesh 2 1 1":
+        assert [result["stages"] for result in together] == [[0], [1]]

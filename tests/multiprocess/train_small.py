@@ -1,0 +1,74 @@
+"""Trains a small model in this process, which may be one of several, and prints the bits of what came out."""
+
+import argparse
+import json
+import zlib
+
+import meshpipe
+from meshpipe.distributed import DistributedConfig, join, leave
+
+WIDTH, ROWS, LAYERS = 8, 16, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mesh", type=int, nargs=3, default=(2, 1, 1))
+    parser.add_argument("--schedule", default="1f1b")
+    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--process-id", type=int)
+    parser.add_argument("--process-count", type=int)
+    flags = parser.parse_args()
+    pipeline, data, tensor = flags.mesh
+    meshpipe.use_cpu_devices(pipeline * data * tensor // (flags.process_count or 1))
+    place = {name: getattr(flags, name) for name in ("coordinator", "process_id", "process_count")}
+    join(DistributedConfig(**place))
+    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied)
+    if flags.process_count:
+        from meshpipe.coordination import meet
+
+        meet("end", 60.0)
+        leave(0)
+
+
+def train(mesh: object, schedule: str, tied: bool) -> None:
+    import jax
+    import numpy as np
+    import optax
+    from flax import nnx
+
+    from meshpipe.sharding import local_value
+
+    class Block(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+            self.dropout = nnx.Dropout(0.2, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.dropout(x + jax.numpy.tanh(self.linear(x)))
+
+    rng = np.random.default_rng(0)
+    batches = [{k: rng.normal(size=(ROWS, WIDTH)).astype(np.float32) for k in ("inputs", "goal")} for _ in range(4)]
+    trainer = meshpipe.Trainer(
+        [Block] * LAYERS,
+        lambda output, batch: (((output - batch["goal"]) ** 2).sum(), output.size),
+        optax.adam(1e-2),
+        batch=batches[0],
+        mesh=mesh,  # type: ignore[arg-type]
+        pipeline=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=4),
+        clip_norm=0.5,
+        tied=[("layers/0/linear/kernel", "layers/3/linear/kernel")] if tied else (),
+    )
+    scalars = []
+    for batch in batches[:3]:
+        result = trainer.step(batch)
+        trainer.check(result)
+        scalars.append([float(local_value(value)).hex() for value in (result.loss, result.grad_norm)])
+    bits = {path: zlib.crc32(local_value(leaf).tobytes()) for path, leaf in trainer.params.items()}
+    found = {"scalars": scalars, "held out": trainer.evaluate(batches[3:]), "parameters": bits}
+    traced = sorted(trainer.model.traced)
+    print("RESULT", json.dumps({**found, "stages": traced, "rows": len(trainer.model.rows_read())}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""How processes join, and when they stop together."""
+
+import signal
+
+import pytest
+
+from meshpipe import distributed
+from meshpipe.distributed import DistributedConfig, StopTogether, own_address
+from meshpipe.signals import StopRequest
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "a:1"}, "belong together"),
+        ({"process_id": 0}, "belong together"),
+        ({"coordinator": "nowhere", "process_id": 0, "process_count": 2}, "must be HOST:PORT"),
+        ({"coordinator": "a:70000", "process_id": 0, "process_count": 2}, "must be HOST:PORT"),
+        ({"coordinator": "a:1", "process_id": 2, "process_count": 2}, "below --process-count. Got 2 of 2"),
+        ({"step_timeout": -1.0}, "--step-timeout must be at least 0"),
+    ],
+)
+def test_places_that_cannot_be(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistributedConfig(**given)  # type: ignore[arg-type]
+
+
+def test_the_own_address_is_that_of_the_way_to_the_coordinator() -> None:
+    assert own_address("127.0.0.1:1234") == "127.0.0.1"
+    assert own_address(None) == "127.0.0.1"
+
+
+def test_one_process_stops_when_it_is_asked_to() -> None:
+    request = StopRequest()
+    together = StopTogether(request)
+    assert not together.after(3)
+    request.signal = signal.SIGTERM
+    assert together.after(3)
+
+
+def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is one step behind or ahead of the one that is asked takes as many steps as all."""
+    told: dict[str, str] = {}
+
+    def tell(key: str, text: str) -> None:
+        if key in told:
+            raise RuntimeError("ALREADY_EXISTS")
+        told[key] = text
+
+    for name, replacement in {"process_count": lambda: 3, "tell": tell, "ask_now": told.get}.items():
+        monkeypatch.setattr(distributed, name, replacement)
+    requests = [StopRequest() for _ in range(3)]
+    processes = [StopTogether(request) for request in requests]
+    assert not any(process.after(step) for process, step in zip(processes, (4, 5, 6), strict=True))
+    requests[1].signal = signal.SIGTERM
+    requests[2].signal = signal.SIGINT
+    steps = [4, 5, 6]
+    assert not processes[1].after(5)
+    for index, process in enumerate(processes):
+        while not process.after(steps[index]):
+            steps[index] += 1
+    assert steps == [7, 7, 7]
+    assert all(request.signal == signal.SIGTERM for request in requests)
