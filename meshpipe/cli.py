@@ -95,12 +95,19 @@ def train(arguments: list[str]) -> int:
     from meshpipe.report import make_console
 
     join(distributed)
+    several = process_count() > 1
     console = make_console(quiet=process_index() > 0)
-    _take_devices(config, console)
-    if process_count() > 1:
-        open_peers(own_address(distributed.coordinator))
-    status = run(config, recipe, console, distributed.step_timeout)
-    if process_count() > 1:
+    try:
+        _take_devices(config, console)
+        if several:
+            open_peers(own_address(distributed.coordinator))
+        status = run(config, recipe, console, distributed.step_timeout)
+    except ValueError as error:
+        if not several:
+            raise
+        print(f"meshpipe: {error}{_origin(error)}", file=sys.stderr)
+        status = CANNOT_BE
+    if several:
         leave(status)
     return status
 
@@ -119,17 +126,16 @@ def launch(arguments: list[str]) -> int:
 
     port = 0
 
-    def of_process(number: int, restart: int) -> list[str]:
+    def of_process(number: int) -> list[str]:
         nonlocal port
         if number == 0:
             port = free_port(flags.address)
         place = ["--coordinator", f"{flags.address}:{port}", "--process-id", str(number)]
         place += ["--process-count", str(flags.processes)]
-        again = ["--auto-resume"] if restart and "--resume" not in command else []
-        return [sys.executable, "-m", "meshpipe", *command, *place, *again]
+        return [sys.executable, "-m", "meshpipe", *command, *place]
 
     environment = {} if flags.devices_per_process is None else {DEVICES: str(flags.devices_per_process)}
-    return Launch(flags.processes, of_process, flags.max_restarts, environment).run()
+    return Launch(flags.processes, of_process, environment).run()
 
 
 def verify(arguments: list[str]) -> int:
@@ -375,8 +381,6 @@ class _LaunchFlags:
     """Processes of the run."""
     devices_per_process: int | None = None
     """Virtual CPU devices of each; without it, those of the mesh are shared out evenly."""
-    max_restarts: int = 0
-    """How often a run that failed is started again, from the newest whole checkpoint if there is one."""
     address: str = "127.0.0.1"
     """Address of this machine that the processes listen at."""
 

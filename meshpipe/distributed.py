@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
@@ -26,15 +26,13 @@ SHUTDOWN_SECONDS = 30
 CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
 """Parts of the errors of transfers and collectives whose other end is gone."""
 FAILED = 1
-CLUSTERS = ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
-"""Variables of the environments in which `jax.distributed.initialize` finds out everything by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """How this process joins others in one run; without any of it, a run has one process unless its cluster says more.
 
-    Slurm, Open MPI, Kubernetes and Cloud TPU are recognised by `jax.distributed.initialize`.
+    Tasks of Slurm (`srun`), Open MPI and Cloud TPU find out everything by themselves, by `jax.distributed.initialize`.
     """
 
     coordinator: str | None = None
@@ -72,7 +70,7 @@ def join(config: DistributedConfig) -> None:
 
     Must be called before JAX is first used. Raises `ConnectionError` when they do not come together.
     """
-    if config.coordinator is None and not any(name in os.environ for name in CLUSTERS):
+    if config.coordinator is None and not _in_cluster(os.environ):
         return
     if config.process_count == 1:
         return
@@ -92,6 +90,12 @@ def join(config: DistributedConfig) -> None:
             f"Process {config.process_id} could not join the {config.process_count} of the run at "
             f"{config.coordinator}: {error}"
         ) from error
+
+
+def _in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several tasks of a job for which JAX finds the others."""
+    sizes = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return any(size not in ("", "1") for size in sizes) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def own_address(coordinator: str | None) -> str:
@@ -136,8 +140,9 @@ class Guard:
         self._done.set()
         try:
             tell(ERROR, f"process {process_index()} on {socket.gethostname()} failed: {message}")
-        except Exception as error:
-            print(f"meshpipe: the others could not be told: {error}", file=sys.stderr)
+        except Exception:  # another process was first, or there is nobody left to tell
+            with contextlib.suppress(Exception):
+                print(f"meshpipe: process {process_index()} stops because {ask_now(ERROR)}", file=sys.stderr)
         leave(FAILED)
 
     def _watch_others(self) -> None:

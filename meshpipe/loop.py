@@ -60,6 +60,11 @@ def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0
     Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
     """
     resume, folder = config.checkpoint.resume, config.checkpoint.checkpoint_dir
+    if process_count() > 1 and folder is not None:
+        raise ValueError(
+            f"Checkpoints are written by runs of one process. Got --checkpoint-dir {folder} in a run of "
+            f"{process_count()} processes. Leave it out, or run in one process."
+        )
     is_first = process_index() == 0
     metrics_file = config.metrics if is_first else None
     MetricsFile.check(metrics_file, append=resume)
@@ -100,7 +105,7 @@ def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0
             )
             status = loop.run()
         except Exception as error:
-            if process_count() == 1:
+            if process_count() == 1 or isinstance(error, ValueError):
                 raise
             traceback.print_exc()
             guard.fail(f"{type(error).__name__}: {error}")

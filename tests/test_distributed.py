@@ -30,6 +30,22 @@ def test_the_own_address_is_that_of_the_way_to_the_coordinator() -> None:
     assert own_address(None) == "127.0.0.1"
 
 
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # a shell in an allocation, without srun
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, True),
+    ],
+)
+def test_jobs_of_several_tasks_are_recognised(environment: dict[str, str], several: bool) -> None:
+    assert distributed._in_cluster(environment) == several
+
+
 def test_one_process_stops_when_it_is_asked_to() -> None:
     request = StopRequest()
     together = StopTogether(request)
