@@ -19,7 +19,7 @@ COSTS = ModelCosts((LayerCosts("Dense", 1.0, 2.0, 1.0, 1.0, 0.0, 288, 256),) * 4
 
 CALLS = {
     # Commands and recipes.
-    "no command": ("", "The command must be one of recipes, train, verify, plan, checkpoint. Got none."),
+    "no command": ("", "The command must be one of recipes, train, verify, plan, launch, checkpoint. Got none."),
     "unknown command": ("trian TINY", "Did you mean train?"),
     "no recipe": ("train", "A recipe comes first: meshpipe train RECIPE [flags]. Got none."),
     "flag before the recipe": ("train --steps 3 TINY", "A recipe comes first"),
