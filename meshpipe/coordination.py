@@ -1,7 +1,7 @@
 """Short texts that the processes of a run tell each other, through the service that `jax.distributed` starts.
 
-The public API of JAX has no key-value store, so this module alone uses a private name, `jax._src.distributed`, whose
-client Orbax uses too; its test fails when it moves.
+The public API of JAX has no key-value store, so this module uses a private name, `jax._src.distributed`, whose client
+Orbax uses too; its test fails when it moves.
 """
 
 import time

@@ -65,6 +65,12 @@ def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0
             f"Checkpoints are written by runs of one process. Got --checkpoint-dir {folder} in a run of "
             f"{process_count()} processes. Leave it out, or run in one process."
         )
+    if process_count() > 1 and config.pipeline.needs_costs and config.pipeline.costs is None:
+        raise ValueError(
+            "Processes that each measured layers would choose different plans. Got --schedule auto or --partition "
+            "measured without --costs. Write them once by `meshpipe plan RECIPE --profile --save-costs FILE.json`, and "
+            "pass --costs FILE.json to all."
+        )
     is_first = process_index() == 0
     metrics_file = config.metrics if is_first else None
     MetricsFile.check(metrics_file, append=resume)

@@ -1,8 +1,8 @@
 """A compiled program as bytes, and loaded from them for other devices: milliseconds where compiling takes seconds.
 
-The only file that uses what JAX keeps private, because `jax.experimental.serialize_executable` loads a program only for
-the devices that it was compiled for. Where a part has moved in another version of JAX, or the backend cannot do it,
-functions return None and callers compile instead; `tests/test_reload.py` fails where that happens on the CPU.
+It uses what JAX keeps private, because `jax.experimental.serialize_executable` loads a program only for the devices
+that it was compiled for. Where a part has moved in another version of JAX, or the backend cannot do it, functions
+return None and callers compile instead; `tests/test_reload.py` fails where that happens on the CPU.
 """
 
 import io

@@ -83,18 +83,20 @@ class _Pair:
         borrowed = list(stages[borrower[0]].params.values())[borrower[1]]
         dtype = jnp.promote_types(owned.dtype, jnp.float32)
         gradient = abstract(owned.shape, dtype, owned.sharding)
-        self.move_gradient = _move(f"tied gradient {path}", stages[borrower[0]].mesh, gradient)
-        self.move_value = _move(f"tied value {path}", stages[owner[0]].mesh, borrowed)
+        self.move_gradient = _move(f"tied gradient {path}", stages[borrower[0]].mesh, gradient, donated=False)
+        self.move_value = _move(f"tied value {path}", stages[owner[0]].mesh, borrowed, donated=True)
 
 
-def _move(name: str, source: Mesh, target: jax.ShapeDtypeStruct) -> Callable[[jax.Array | None], jax.Array | None]:
-    """Moves a copy of a leaf, since the leaf itself may be donated soon after."""
+def _move(
+    name: str, source: Mesh, target: jax.ShapeDtypeStruct, *, donated: bool
+) -> Callable[[jax.Array | None], jax.Array | None]:
+    """Moves a leaf, or a copy of one that is donated soon after."""
     assert isinstance(target.sharding, NamedSharding)
     if not is_local(source) and not is_local(target.sharding.mesh):  # type: ignore[arg-type]
         return lambda leaf: None
     if jax.process_count() == 1:
         sharding = target.sharding
-        return lambda leaf: jnp.copy(jax.device_put(leaf, sharding))
+        return lambda leaf: jnp.copy(jax.device_put(leaf, sharding)) if donated else jax.device_put(leaf, sharding)
     # Between processes, leaves have to lie on the source as they will on the target.
     copy = jax.jit(jnp.copy, out_shardings=NamedSharding(source, target.sharding.spec))
     between = transfer_between(name, source, (target,))

@@ -70,6 +70,11 @@ class _Sockets:
     """By sockets between the two processes of each pair of devices, at the same place in both submeshes."""
 
     def __init__(self, name: str, pairs: Sequence[tuple[jax.Device, jax.Device]], shapes: Shapes):
+        if any(shape.size == 0 for shape in shapes):
+            raise ValueError(
+                f"Arrays that move between processes must not be empty. Got shapes {[shape.shape for shape in shapes]} "
+                f"for {name}. Leave the empty ones out of what layers hand on."
+            )
         here = jax.process_index()
         self._shapes = shapes
         self._count = 0
