@@ -125,7 +125,9 @@ def launch(arguments: list[str]) -> int:
             port = free_port(flags.address)
         place = ["--coordinator", f"{flags.address}:{port}", "--process-id", str(number)]
         place += ["--process-count", str(flags.processes)]
-        again = ["--auto-resume"] if restart and "--resume" not in command else []
+        again = []
+        if restart and "--resume" not in command:  # of flags that are given twice, the last counts
+            again = ["--auto-resume", "--resume-from", "None"]
         return [sys.executable, "-m", "meshpipe", *command, *place, *again]
 
     environment = {} if flags.devices_per_process is None else {DEVICES: str(flags.devices_per_process)}
