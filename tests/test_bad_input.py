@@ -101,10 +101,6 @@ CALLS = {
         "train TINY --resume-from 2 --checkpoint-dir folder",
         "or leave --resume-from out to start a new one",
     ),
-    "resume from a step that is not there": (
-        "train TINY --resume-from 3 --checkpoint-dir saved",
-        "Got 3. Whole steps there: 2, 4.",
-    ),
     "resume from without a folder": ("train TINY --resume-from 3", "add --checkpoint-dir DIR"),
     "automatic resume without a folder": ("train TINY --auto-resume", "add --checkpoint-dir DIR"),
     "resume from two steps": ("train TINY --resume-from 2 --resume --checkpoint-dir saved", "Leave one of them out"),
@@ -129,6 +125,10 @@ CALLS_WITH_CHECKPOINTS = {
         "Got optimizer 'sgd', and saved was saved with 'adamw'.",
     ),
     "other data": ("train TINY --data.count 100 RESUME", "or start a new run"),
+    "resume from a step that is not there": (
+        "train TINY --resume-from 3 --checkpoint-dir saved",
+        "Got 3. Whole steps there: 2, 4.",
+    ),
     "no such step": ("checkpoint show saved --step 3", "Whole steps there: 2, 4."),
     "no such step to verify": ("checkpoint verify saved --step 3", "Whole steps there: 2, 4."),
     "step that is no number": ("checkpoint show saved --step last", "--step"),
