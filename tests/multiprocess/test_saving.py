@@ -72,23 +72,20 @@ def test_saved_by_two_processes_and_gone_on_with_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("moves", "tolerance"),
     [
-        pytest.param([(1, ""), (2, ""), (1, ""), (2, "--schedule gpipe")], 0, id="the same submeshes"),
-        pytest.param([(2, ""), (4, "--mesh.data 2"), (2, "--mesh.data 2"), (1, "")], 1e-6, id="data across processes"),
+        pytest.param([(1, ""), (2, "")], 0, id="the same submeshes"),
         pytest.param(
-            [(4, "--mesh.pipeline 4"), (1, "--mesh.tensor 2"), (4, "--mesh.tensor 2"), (2, "--mesh.pipeline 4")],
-            1e-6,
-            id="other stages, tensor across processes",
+            [(2, ""), (4, "--mesh.data 2"), (1, "--mesh.tensor 2"), (4, "--mesh.pipeline 4")], 1e-6, id="any layout"
         ),
     ],
 )
 def test_moves_between_numbers_of_processes(moves: list[tuple[int, str]], tolerance: float, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    stayed = train(tmp_path / "other", 1, "--steps", "8")
+    last = 2 * len(moves)
+    stayed = train(tmp_path / "other", 1, "--steps", str(last))
     moved: dict[int, float] = {}
-    for steps, (processes, flags) in zip((2, 4, 6, 8), moves, strict=True):
+    for steps, (processes, flags) in zip(range(2, last + 1, 2), moves, strict=True):
         moved |= train(tmp_path, processes, "--steps", str(steps), "--auto-resume", *flags.split())
     assert list(moved) == list(stayed)
     assert moved == pytest.approx(stayed, rel=tolerance, abs=0)
-    assert (
-        Checkpointer(tmp_path / "run").metadata(8)["data"] == Checkpointer(tmp_path / "other/run").metadata(8)["data"]
-    )
+    positions = [Checkpointer(folder / "run").metadata(last)["data"] for folder in (tmp_path, tmp_path / "other")]
+    assert positions[0] == positions[1]
