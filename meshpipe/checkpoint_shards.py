@@ -19,9 +19,10 @@ _Index = Mapping[str, Mapping[str, Any]]
 
 
 def own_files(items: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, bytes | memoryview]:
-    """Copies of the first replicas of all shards that are in this process, by the names of their files.
+    """The bytes of the first replicas of all shards that are in this process, by the names of their files.
 
-    The process that has a leaf's first shard describes the leaf too.
+    They stay as they are when the arrays are donated: on accelerators they are copies, and the memory of a CPU array is
+    not used again while something looks at it. The process that has a leaf's first shard describes the leaf too.
     """
     own = [
         (f"{item}/{directory_name(key)}", leaf, shard)
@@ -36,7 +37,7 @@ def own_files(items: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, bytes |
     for folder, leaf, shard in own:
         chunks = leaf.sharding.shard_shape(leaf.shape)
         (name,) = _chunk_names(shard.index, leaf.shape, chunks)
-        files[f"{folder}/{name}"] = np.array(shard.data, order="C").reshape(-1).view(np.uint8).data
+        files[f"{folder}/{name}"] = np.ascontiguousarray(shard.data).reshape(-1).view(np.uint8).data
         if not any(part.start for part in shard.index):
             files[f"{folder}/{ZARRAY}"] = _zarray(leaf, chunks)
     return files
