@@ -1,10 +1,12 @@
 """Checkpoints on Orbax: an item per stage, leaves keyed by path, a step listed only once it is whole."""
 
 import atexit
+import itertools
 import json
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from meshpipe.checkpoint_index import CheckpointError as CheckpointError
-from meshpipe.checkpoint_index import Tree, check_leaf, index_leaves, with_sharding
+from meshpipe.checkpoint_index import Tree, check_leaf, index_leaves, is_index, with_sharding
 from meshpipe.checkpoint_items import (
     META,
     directory_name,
@@ -28,9 +30,15 @@ from meshpipe.checkpoint_items import (
     read_document,
     start_save,
 )
+from meshpipe.checkpoint_shards import all_files, document_files, files_to_read, own_files
+from meshpipe.checkpoint_together import SaveTogether
 from meshpipe.checksums import CHECKSUMS, differences, flush_folder, write_checksums
+from meshpipe.coordination import process_count, process_index
 
 _FORMAT = 1
+_LEFTOVER = re.compile(r"[0-9]+\.(partial.*|deleted)")
+WAIT_SECONDS = 1800.0
+"""How long processes wait for each other in a save."""
 
 
 class CheckpointWriteError(OSError):
@@ -49,17 +57,37 @@ class CheckpointConfig:
     """Newest checkpoints kept; older ones are removed after a save. 0 keeps all."""
     resume: bool = False
     """Go on from the newest checkpoint of the folder; an error when there is none."""
+    resume_from: int | None = None
+    """Go on from this checkpoint of the folder. Newer ones are renamed to STEP.superseded once it is restored."""
+    auto_resume: bool = False
+    """Go on from the newest checkpoint of the folder if there is one, else start from the beginning."""
+
+    @property
+    def may_continue(self) -> bool:
+        """Whether the run may be the continuation of another, to whose files it appends."""
+        return self.resume or self.auto_resume or self.resume_from is not None
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "checkpoint_keep"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0. Got {getattr(self, name)}.")
         if self.checkpoint_dir is None:
-            for name, asked in (("--resume", self.resume), ("--checkpoint-every", self.checkpoint_every > 0)):
+            flags = {
+                "--resume": self.resume,
+                "--resume-from": self.resume_from is not None,
+                "--auto-resume": self.auto_resume,
+                "--checkpoint-every": self.checkpoint_every > 0,
+            }
+            for name, asked in flags.items():
                 if asked:
                     raise ValueError(f"{name} needs a folder of checkpoints. Got none: add --checkpoint-dir DIR.")
         elif not self.checkpoint_dir.strip():
             raise ValueError("--checkpoint-dir must name a folder. Got an empty name.")
+        if self.resume_from is not None and (self.resume or self.auto_resume):
+            other = "--resume" if self.resume else "--auto-resume"
+            raise ValueError(
+                f"--resume-from names a checkpoint, and {other} takes the newest. Got both. Leave one of them out."
+            )
 
 
 class Checkpointer:
@@ -77,10 +105,14 @@ class Checkpointer:
     Nothing is written, not even the folder, before the first `save`; nothing is removed before it either. One
     checkpointer at a time may write to a folder; others may read. `keep` is the number of newest steps to keep, 0 for
     all. The last save is complete only after `wait` or `close`, or at the end of the `with` block.
+
+    Of a run of several processes, each has a checkpointer of the same folder, on a file system that they share, and
+    calls `save` for the same steps; each writes its own shards, and the step is there when all are. After
+    `wait_seconds` without a word from another process, its part counts as failed.
     Raises `CheckpointError` when the folder is none of this machine's file systems.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 3):
+    def __init__(self, directory: str | Path, *, keep: int = 3, wait_seconds: float = WAIT_SECONDS):
         if "://" in str(directory):
             raise CheckpointError(
                 f"Checkpoints are written to folders. Got {str(directory)!r}. Mount the storage, and give its path."
@@ -88,7 +120,7 @@ class Checkpointer:
         if keep < 0:
             raise CheckpointError(f"keep must be at least 0. Got {keep}.")
         self.directory = Path(directory).absolute()
-        self._keep = keep
+        self._keep, self._wait_seconds = keep, wait_seconds
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._items: tuple[str, ...] = ()
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -102,21 +134,37 @@ class Checkpointer:
     ) -> None:
         self.close()
 
-    def save(self, step: int, trees: Sequence[Tree], metadata: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        trees: Sequence[Tree],
+        metadata: Mapping[str, Any],
+        shapes: Sequence[Tree] | None = None,
+    ) -> None:
         """Takes hold of the arrays, then writes them in the background; they may be donated as soon as this returns.
 
-        `metadata` is anything JSON can hold. Waits for the save before. Raises `CheckpointError` when the step is not
-        newer than all that are there, or something is given that cannot be saved; `CheckpointWriteError` when the save
-        before this one could not be written.
+        `metadata` is anything JSON can hold. `shapes`, which only a run of several processes needs, are the trees of
+        all stages as `jax.ShapeDtypeStruct`s with their shardings; leaves without a device in this process are not in
+        `trees`. Waits for the save before. Raises `CheckpointError` when the step is not newer than all that are there,
+        or something is given that cannot be saved; `CheckpointWriteError` when the save before this one could not be
+        written.
         """
         self.wait()
-        self._check_newer(step)
-        leaves, items = index_leaves(trees)
+        leaves, items = index_leaves(trees, shapes)
         document = {"format": _FORMAT, "step": step, "user": dict(metadata), "leaves": leaves, "stages": len(trees)}
         try:
             json.dumps(document)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"The metadata of a checkpoint must be what JSON can hold. {error}.") from error
+        if process_count() == 1:
+            self._save_alone(step, items, document)
+        else:
+            self._save_together(step, items, document)
+        atexit.unregister(self._warn_at_exit)
+        atexit.register(self._warn_at_exit)
+
+    def _save_alone(self, step: int, items: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+        self._check_newer(step)
         partial = self.directory / f"{step}.partial"
         with ExitStack() as quiet:
             quiet.enter_context(quiet_orbax())
@@ -127,35 +175,76 @@ class Checkpointer:
             except OSError as error:
                 raise self._write_error(step, error) from error
             self._writing = step, self._background.submit(self._commit, orbax, partial, quiet.pop_all())
-        atexit.unregister(self._warn_at_exit)
-        atexit.register(self._warn_at_exit)
+
+    def _save_together(self, step: int, items: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+        partial = self.directory / f"{step}.partial"
+        together = SaveTogether(partial, self._wait_seconds)
+
+        def prepare() -> None:
+            self._check_newer(step)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._clear()
+
+        try:
+            together.begin(prepare)
+        except OSError as error:
+            raise self._write_error(step, error) from error
+        files = own_files(items)
+        if process_index() == 0:
+            files |= document_files(document)
+        leaves = all_files(document["leaves"])
+        writing = self._background.submit(together.finish, files, leaves, lambda: self._publish(partial))
+        self._writing = step, writing
 
     def restore(self, step: int, abstract: Sequence[Tree]) -> list[dict[str, dict[str, jax.Array]]]:
         """The saved leaves with the shapes, dtypes and shardings of `abstract`, whatever stages and shardings they
         were saved from.
 
         Leaves of `abstract` are arrays or `jax.ShapeDtypeStruct`s; without a sharding they go to the first device.
-        Only the leaves asked for are read, after their files were compared with their checksums. Raises
-        `CheckpointError` when the step is not there or damaged, or a leaf is missing or has another shape or dtype.
+        Only files with shards that this process needs are read, after they were compared with their checksums. Leaves
+        without a device in this process are not returned. Raises `CheckpointError` when the step is not there or
+        damaged, or a leaf is missing or has another shape or dtype.
         """
         leaves = self._document(step)["leaves"]
         wanted: dict[tuple[int, str], dict[str, jax.ShapeDtypeStruct]] = {}
+        needed: dict[str, list[set[str] | None]] = {}
         for stage, tree in enumerate(abstract):
             for section, part in tree.items():
                 for path, leaf in part.items():
                     key = f"{section}/{path}"
                     check_leaf(step, key, leaf, leaves)
-                    wanted.setdefault((stage, leaves[key]["item"]), {})[key] = with_sharding(leaf)
-        needed = {f"{item}/{directory_name(key)}/" for (_, item), shapes in wanted.items() for key in shapes}
-        self._check_bytes(step, lambda name: leaf_of(name) is None or name[: name.rindex("/") + 1] in needed)
+                    shape, item = with_sharding(leaf), leaves[key]["item"]
+                    if shape.sharding.addressable_devices:
+                        wanted.setdefault((stage, item), {})[key] = shape
+                        needed.setdefault(f"{item}/{directory_name(key)}", []).append(files_to_read(leaves[key], shape))
+
+        def is_needed(name: str) -> bool:
+            folder, _, file = name.rpartition("/")
+            return leaf_of(name) is None or any(names is None or file in names for names in needed.get(folder, ()))
+
+        self._check_bytes(step, is_needed)
         found: list[dict[str, jax.Array]] = [{} for _ in abstract]
         with quiet_orbax():
             for (stage, item), shapes in wanted.items():
                 found[stage].update(read_arrays(self.directory / str(step) / item, shapes))
         return [
-            {section: {path: arrays[f"{section}/{path}"] for path in part} for section, part in tree.items()}
+            {
+                section: {path: arrays[key] for path in part if (key := f"{section}/{path}") in arrays}
+                for section, part in tree.items()
+            }
             for arrays, tree in zip(found, abstract, strict=True)
         ]
+
+    def supersede(self, step: int) -> list[int]:
+        """Renames the steps that are newer than this one to `STEP.superseded`, so that its run can be gone on with; the
+        steps that were renamed. In a run of several processes, process 0 does so.
+        """
+        newer = [other for other in self.steps() if other > step]
+        for other in reversed(newer):  # what is left after a failure is what was there before a step
+            names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+            free = (path for name in names if not (path := self.directory / f"{other}.superseded{name}").exists())
+            self._folder(other).rename(next(free))
+        return newer
 
     def steps(self) -> list[int]:
         """Steps that were saved as a whole, oldest first; none where there is no folder."""
@@ -219,10 +308,13 @@ class Checkpointer:
             raise CheckpointError(f"{path} is in the way of a checkpoint and is none. Move it, or name another folder.")
 
     def _commit(self, orbax: ocp.AsyncCheckpointer, partial: Path, quiet: ExitStack) -> None:
-        """Gives a written step its final name, then removes the steps beyond `keep`."""
         with quiet:
             orbax.wait_until_finished()
         write_checksums(partial)
+        self._publish(partial)
+
+    def _publish(self, partial: Path) -> None:
+        """Gives a written step its final name, then removes the steps beyond `keep`."""
         partial.rename(partial.with_suffix(""))
         flush_folder(self.directory)
         for step in self.steps()[: -self._keep] if self._keep else ():
@@ -234,8 +326,9 @@ class Checkpointer:
         steps = self.steps()
         if step in steps:
             return CheckpointWriteError(f"Step {step} is saved in {self.directory}, but older ones remain: {error}.")
-        for leftover in self.directory.glob(f"{step}.partial*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if process_index() == 0:
+            for leftover in self.directory.glob(f"{step}.partial*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         rest = f"The newest step there is {steps[-1]}." if steps else "No other step is there."
         return CheckpointWriteError(f"Step {step} could not be written to {self.directory}: {error}. {rest}")
 
@@ -251,13 +344,16 @@ class Checkpointer:
         if self._orbax is not None and items == self._items:
             return self._orbax
         if self._orbax is None:
-            for leftover in self.directory.iterdir():
-                if re.fullmatch(r"[0-9]+\.(partial.*|deleted)", leftover.name):
-                    shutil.rmtree(leftover)
+            self._clear()
         else:
             self._orbax.close()
         self._orbax, self._items = open_orbax(items), items
         return self._orbax
+
+    def _clear(self) -> None:
+        for leftover in self.directory.iterdir():
+            if _LEFTOVER.fullmatch(leftover.name):
+                shutil.rmtree(leftover)
 
     def _folder(self, step: int) -> Path:
         steps = self.steps()
@@ -274,7 +370,7 @@ class Checkpointer:
             document = read_document(folder)
             version, saved_step, leaves = document["format"], document["step"], document["leaves"]
             known = version == _FORMAT and isinstance(document["user"], dict)
-            known = known and all(re.fullmatch("stage_[0-9]+", leaf["item"]) for leaf in leaves.values())
+            known = known and is_index(leaves)
         except (ValueError, KeyError, TypeError, AttributeError):
             known = False
         if not known:
@@ -333,12 +429,14 @@ def list_checkpoints(directory: str | Path) -> list[int]:
     return steps
 
 
-def verify_checkpoint(directory: str | Path, step: int) -> list[str]:
+def verify_checkpoint(directory: str | Path, step: int, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with any byte of a step, one sentence for each file; empty when all is good.
 
-    Raises `CheckpointError` when the step is not there.
+    With a `share` of `(i, n)` only the files of reader `i` of `n`, who together read all. Raises `CheckpointError` when
+    the step is not there.
     """
-    return _problems(Checkpointer(directory)._folder(step))
+    reader, readers = share
+    return _problems(Checkpointer(directory)._folder(step), lambda name: zlib.crc32(name.encode()) % readers == reader)
 
 
 def _problems(folder: Path, concerns: Callable[[str], bool] = lambda name: True) -> list[str]:

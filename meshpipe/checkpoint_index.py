@@ -1,5 +1,6 @@
 """Which leaves a checkpoint holds, and whether they are those that are asked for."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,21 +16,28 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or does not fit what is to be restored; the message gives the way out."""
 
 
-def index_leaves(trees: Sequence[Tree]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, jax.Array]]]:
+def index_leaves(
+    trees: Sequence[Tree], shapes: Sequence[Tree] | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, jax.Array]]]:
     """Where each leaf is to be found, and the arrays of each item; a leaf that several stages own is saved by the
     first.
+
+    `shapes` has all leaves where some are only in other processes, and therefore not in `trees`.
     """
     index: dict[str, dict[str, Any]] = {}
     items: dict[str, dict[str, jax.Array]] = {}
-    for stage, tree in enumerate(trees):
+    for stage, tree in enumerate(trees if shapes is None else shapes):
         item = f"stage_{stage}"
         for section, leaves in tree.items():
-            for path, leaf in leaves.items():
+            for path, shape in leaves.items():
                 key = f"{section}/{path}"
-                _check_array(key, leaf)
-                entry = {"item": item, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+                leaf = shape if shapes is None else trees[stage].get(section, {}).get(path)
+                if leaf is not None or shape.sharding.addressable_devices:
+                    _check_array(key, leaf)
+                chunks = list(shape.sharding.shard_shape(tuple(shape.shape)))
+                entry = {"item": item, "shape": list(shape.shape), "dtype": str(shape.dtype), "chunks": chunks}
                 first = index.setdefault(key, entry)
-                if first is entry and leaf.size:
+                if first is entry and leaf is not None and leaf.size:
                     items.setdefault(item, {})[key] = leaf
                 elif (first["shape"], first["dtype"]) != (entry["shape"], entry["dtype"]):
                     raise CheckpointError(
@@ -38,6 +46,22 @@ def index_leaves(trees: Sequence[Tree]) -> tuple[dict[str, dict[str, Any]], dict
                         f"{entry['dtype']}{entry['shape']} in {item}. Give them paths of their own."
                     )
     return index, items
+
+
+def is_index(leaves: Any) -> bool:
+    """Whether this, which is data from a file, is what `index_leaves` makes; versions before had no chunks."""
+    return isinstance(leaves, dict) and all(
+        re.fullmatch("stage_[0-9]+", leaf["item"])
+        and all(isinstance(size, int) and size >= 0 for size in leaf["shape"])
+        and ("chunks" not in leaf or _are_chunks(leaf["chunks"], leaf["shape"]))
+        for leaf in leaves.values()
+    )
+
+
+def _are_chunks(chunks: Sequence[Any], shape: Sequence[int]) -> bool:
+    return len(chunks) == len(shape) and all(
+        isinstance(chunk, int) and min(1, size) <= chunk <= size for chunk, size in zip(chunks, shape, strict=True)
+    )
 
 
 def _check_array(key: str, leaf: Any) -> None:
@@ -67,6 +91,6 @@ def check_leaf(step: int, key: str, leaf: Any, leaves: Mapping[str, Any]) -> Non
 
 
 def with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding of an array, on the first device unless it says where."""
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Shape, dtype and sharding of an array, on the first device of this process unless it says where."""
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -4,12 +4,14 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 CHECKSUMS = "checksums.json"
+Checksums = Mapping[str, Sequence[int]]
+"""Size and CRC-32 of every file, by its name in the folder."""
 _CHUNK = 1 << 20
 _Result = TypeVar("_Result")
 
@@ -22,14 +24,30 @@ def write_checksums(folder: Path) -> None:
     speed of SHA-256; it protects against accidents, not against forgery.
     """
     names = [name for name, status in _files(folder) if stat.S_ISREG(status.st_mode)]
-    files = _for_each(names, lambda name: _size_and_crc(folder / name, flush=True))
+    write_list(folder, _for_each(names, lambda name: _size_and_crc(folder / name, flush=True)))
+
+
+def write_list(folder: Path, files: Checksums) -> None:
+    """Writes what the files of the folder have to be into it, and all names in it through to the disk."""
     text = json.dumps(files, sort_keys=True)
-    with open(folder / CHECKSUMS, "w") as file:
-        json.dump({"files": files, "crc32": zlib.crc32(text.encode())}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    _write(folder / CHECKSUMS, json.dumps({"files": files, "crc32": zlib.crc32(text.encode())}).encode())
     for below, _, _ in os.walk(folder):
         flush_folder(Path(below))
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes | memoryview]) -> dict[str, list[int]]:
+    """Writes files into the folder and through to the disk; returns the checksums of what was to be written."""
+    for below in {folder / Path(name).parent for name in contents}:
+        below.mkdir(parents=True, exist_ok=True)
+    return _for_each(list(contents), lambda name: _write(folder / name, contents[name]))
+
+
+def check_sizes(folder: Path, files: Checksums) -> None:
+    """Raises `OSError` when the folder does not have just these files in these sizes, without reading them."""
+    found = {name: status.st_size for name, status in _files(folder)}
+    wrong = {name for name in found.keys() | files.keys() if name not in files or found.get(name) != files[name][0]}
+    if wrong:
+        raise OSError(f"{min(wrong)} is not as it was written, and neither are {len(wrong) - 1} other files")
 
 
 def differences(folder: Path, concerns: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
@@ -100,6 +118,16 @@ def _size_and_crc(path: Path, *, flush: bool = False) -> tuple[int, int]:
         if flush:
             os.fsync(file.fileno())
     return size, crc
+
+
+def _write(path: Path, content: bytes | memoryview) -> list[int]:
+    data = memoryview(content)
+    with open(path, "wb", buffering=0) as file:
+        written = 0
+        while written < len(data):
+            written += file.write(data[written:])
+        os.fsync(file.fileno())
+    return [len(data), zlib.crc32(data)]
 
 
 def _for_each(names: Sequence[str], function: Callable[[str], _Result]) -> dict[str, _Result]:

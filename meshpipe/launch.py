@@ -20,23 +20,28 @@ SECONDS_TO_END = 20.0
 """How long processes may take to end by themselves after one of them failed."""
 POLL_SECONDS = 0.05
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOT_RESTARTED = (0, 2, 130, 143)
+"""Exit codes of runs that completed, that cannot be, and that were stopped."""
 
-Command = Callable[[int], Sequence[str]]
-"""The command of a process, from its number."""
+Command = Callable[[int, int], Sequence[str]]
+"""The command of a process: from its number, and how often the run was restarted."""
 
 
 @dataclass
 class Launch:
-    """One run of several processes."""
+    """One run of several processes, started again at most `max_restarts` times after a failure."""
 
     num_processes: int
     command: Command
+    max_restarts: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds_to_end: float = SECONDS_TO_END
 
     def __post_init__(self) -> None:
         if self.num_processes < 1:
             raise ValueError(f"--processes must be at least 1. Got {self.num_processes}.")
+        if self.max_restarts < 0:
+            raise ValueError(f"--max-restarts must be at least 0. Got {self.max_restarts}.")
         self._stop: int | None = None
         self._processes: list[subprocess.Popen[str]] = []
 
@@ -44,17 +49,22 @@ class Launch:
         """The exit code of the first process that failed, else 0. A signal to this process is passed on to all."""
         before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
         try:
-            return self._run()
+            for restart in range(self.max_restarts + 1):
+                code = self._run_once(restart)
+                if code in NOT_RESTARTED or self._stop is not None or restart == self.max_restarts:
+                    return code
+                _say(f"Starting the run again ({restart + 1} of {self.max_restarts}).")
+            raise AssertionError("unreachable")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _run(self) -> int:
+    def _run_once(self, restart: int) -> int:
         self._processes = []
         readers = []
         try:
             for number in range(self.num_processes):
-                process = self._start(number)
+                process = self._start(number, restart)
                 self._processes.append(process)
                 for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                     assert source is not None
@@ -74,9 +84,9 @@ class Launch:
                 pipe.close()
         return code
 
-    def _start(self, number: int) -> "subprocess.Popen[str]":
+    def _start(self, number: int, restart: int) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            self.command(number),
+            self.command(number, restart),
             env=os.environ | dict(self.environment) | {"PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -59,12 +59,7 @@ def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0
 
     Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
     """
-    resume, folder = config.checkpoint.resume, config.checkpoint.checkpoint_dir
-    if process_count() > 1 and folder is not None:
-        raise ValueError(
-            f"Checkpoints are written by runs of one process. Got --checkpoint-dir {folder} in a run of "
-            f"{process_count()} processes. Leave it out, or run in one process."
-        )
+    resume, folder = config.checkpoint.may_continue, config.checkpoint.checkpoint_dir
     if process_count() > 1 and config.pipeline.needs_costs and config.pipeline.costs is None:
         raise ValueError(
             "Processes that each measured layers would choose different plans. Got --schedule auto or --partition "
@@ -102,6 +97,9 @@ def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0
                     trees = checkpointer.restore(saved["step"], trainer.abstract_state_tree())
                     trainer.load_state_tree(trees, saved["step"])
                     console.print(f"Resumed after step {saved['step']} of {folder}.")
+                    if config.checkpoint.resume_from is not None and is_first:
+                        for step in checkpointer.supersede(saved["step"]):
+                            console.print(f"Step {step} is now {step}.superseded.")
             metrics = files.enter_context(MetricsFile(metrics_file, append=resume))
             files_of_run = Outputs(recipe, metrics, checkpointer, console)
             give_up = guard.fail if process_count() > 1 else lambda message: os._exit(FAILED)
@@ -334,7 +332,7 @@ class Loop:
             self._batches.get_state(),
             self._trainer.plan.schedule,
         )
-        checkpointer.save(step, self._trainer.state_tree(), metadata)
+        checkpointer.save(step, self._trainer.state_tree(), metadata, self._trainer.abstract_state_tree())
         self._saved_step = step
         self._clock = time.perf_counter()
 

@@ -13,6 +13,7 @@ import jax
 
 from meshpipe.checkpoint import Checkpointer, verify_checkpoint
 from meshpipe.config import Config
+from meshpipe.coordination import process_count, process_index, tell_all
 
 MAY_CHANGE: Mapping[str, frozenset[str]] = {
     "model": frozenset(),
@@ -20,6 +21,8 @@ MAY_CHANGE: Mapping[str, frozenset[str]] = {
 }
 """Fields that may differ when a run is gone on with: they change what it does next, not what was saved."""
 
+RESUME_SECONDS = 1800.0
+"""How long processes wait for each other to read a checkpoint."""
 PACKAGES = ("meshpipe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -94,45 +97,73 @@ def checkpoint_metadata(
 
 
 def saved_run(config: Config) -> dict[str, Any] | None:
-    """Metadata of the newest checkpoint, where a run is asked to go on from it; None for a new run.
+    """Metadata of the checkpoint to go on from, where a run is asked to and there is one; None for a new run.
 
-    Raises `ValueError` when there is none, when it is of another run, and when a new run would mix with it.
+    Raises `ValueError` when there is none but has to be, when it is of another run, and when a new run would mix with
+    it. Of a run of several processes, all raise the same.
     """
-    folder = config.checkpoint.checkpoint_dir
+    options = config.checkpoint
+    folder = options.checkpoint_dir
     if folder is None:
         return None
     _check_folder(Path(folder))
     checkpointer = Checkpointer(folder)
     steps = checkpointer.steps()
-    if not config.checkpoint.resume:
-        if steps:
-            raise ValueError(
-                "A new run needs a --checkpoint-dir without checkpoints, so that two runs do not mix. "
-                f"Got {folder!r}, which holds steps up to {steps[-1]}. Pass --resume to go on, or name another folder."
-            )
+    _check_shared(folder, steps)
+    if steps and not options.may_continue:
+        raise ValueError(
+            "A new run needs a --checkpoint-dir without checkpoints, so that two runs do not mix. "
+            f"Got {folder!r}, which holds steps up to {steps[-1]}. Pass --resume to go on, or name another folder."
+        )
+    if not steps and (options.auto_resume or not options.may_continue):
         return None
+    flag = "--resume" if options.resume_from is None else "--resume-from"
     if not steps:
         raise ValueError(
-            f"--resume needs a whole checkpoint in --checkpoint-dir. Got {folder!r}, which has none. "
-            "Name the folder of the run to go on with, or leave --resume out to start a new one."
+            f"{flag} needs a whole checkpoint in --checkpoint-dir. Got {folder!r}, which has none. "
+            f"Name the folder of the run to go on with, or leave {flag} out to start a new one."
         )
-    _check_whole(folder, steps)
-    metadata = checkpointer.metadata(steps[-1])
+    step = steps[-1] if options.resume_from is None else options.resume_from
+    if step not in steps:
+        raise ValueError(
+            f"--resume-from must name a step that is saved in {folder}. Got {step}. "
+            f"Whole steps there: {', '.join(map(str, steps))}."
+        )
+    _check_whole(folder, step, steps)
+    metadata = checkpointer.metadata(step)
     check_continues(config, metadata, folder)
     return metadata
 
 
-def _check_whole(folder: str, steps: Sequence[int]) -> None:
-    """Reads every byte of the newest step, since a damaged one should not be found only after a long compilation."""
-    problems = verify_checkpoint(folder, steps[-1])
+def _check_shared(folder: str, steps: Sequence[int]) -> None:
+    """Raises `ValueError` when processes see different checkpoints."""
+    if process_count() == 1:
+        return
+    seen = tell_all("meshpipe/resume/steps", json.dumps(steps), RESUME_SECONDS)
+    if len(set(seen)) > 1:
+        found = "; ".join(f"steps {text} in process {process}" for process, text in enumerate(seen))
+        raise ValueError(
+            f"All processes must see the same --checkpoint-dir. Got {found}. "
+            "Name a folder of a file system that they share."
+        )
+
+
+def _check_whole(folder: str, step: int, steps: Sequence[int]) -> None:
+    """Reads every byte of a step, each process its share, since a damaged one should not be found only after a long
+    compilation.
+    """
+    problems = verify_checkpoint(folder, step, share=(process_index(), process_count()))
+    if process_count() > 1:
+        told = tell_all("meshpipe/resume/problems", json.dumps(problems), RESUME_SECONDS)
+        problems = sorted({problem for text in told for problem in json.loads(text)})
     if not problems:
         return
-    others = [step for step in steps[:-1] if not verify_checkpoint(folder, step)]
+    good = next((other for other in reversed(steps) if other != step and not verify_checkpoint(folder, other)), None)
     way_out = (
-        f"Remove {folder}/{steps[-1]} to go on from step {others[-1]}." if others else "No other step there is good."
+        "No other step there is good." if good is None else f"Pass --resume-from {good}, the newest step that is good."
     )
     raise ValueError(
-        f"--resume needs a whole checkpoint. Got step {steps[-1]} in {folder}, which is damaged: "
+        f"To go on, a run needs a whole checkpoint. Got step {step} in {folder}, which is damaged: "
         f"{'; '.join(problems[:3])}. {way_out}"
     )
 

@@ -97,6 +97,13 @@ CALLS = {
     "picture in a missing folder": ("plan TINY --plot missing/a.png", "a folder that exists"),
     "resume without a folder": ("train TINY --resume", "add --checkpoint-dir DIR"),
     "saving without a folder": ("train TINY --checkpoint-every 2", "add --checkpoint-dir DIR"),
+    "resume from nothing": (
+        "train TINY --resume-from 2 --checkpoint-dir folder",
+        "or leave --resume-from out to start a new one",
+    ),
+    "resume from without a folder": ("train TINY --resume-from 3", "add --checkpoint-dir DIR"),
+    "automatic resume without a folder": ("train TINY --auto-resume", "add --checkpoint-dir DIR"),
+    "resume from two steps": ("train TINY --resume-from 2 --resume --checkpoint-dir saved", "Leave one of them out"),
     "resume of nothing": ("train TINY --resume --checkpoint-dir folder", "or leave --resume out to start a new one"),
     "resume of a missing folder": ("train TINY --resume --checkpoint-dir missing", "or leave --resume out"),
     "checkpoints into a file": ("train TINY --checkpoint-dir old.jsonl", "Name another folder."),
@@ -118,6 +125,10 @@ CALLS_WITH_CHECKPOINTS = {
         "Got optimizer 'sgd', and saved was saved with 'adamw'.",
     ),
     "other data": ("train TINY --data.count 100 RESUME", "or start a new run"),
+    "resume from a step that is not there": (
+        "train TINY --resume-from 3 --checkpoint-dir saved",
+        "Got 3. Whole steps there: 2, 4.",
+    ),
     "no such step": ("checkpoint show saved --step 3", "Whole steps there: 2, 4."),
     "no such step to verify": ("checkpoint verify saved --step 3", "Whole steps there: 2, 4."),
     "step that is no number": ("checkpoint show saved --step last", "--step"),
@@ -211,7 +222,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(
 ) -> None:
     damage(saved / "4", item)
     resume = "train TINY --steps 9 --metrics new.jsonl --resume --checkpoint-dir saved"
-    refuse(resume, "Remove saved/4 to go on from step 2.", folder, capsys)
+    refuse(resume, "Pass --resume-from 2, the newest step that is good.", folder, capsys)
     assert main(["checkpoint", "verify", "saved"]) == 1
     assert "step 2: every byte is good" in capsys.readouterr().out
     assert main(["checkpoint", "verify", "saved", "--step", "2"]) == 0
@@ -223,4 +234,4 @@ def test_a_checkpoint_without_one_of_its_files_is_not_gone_on_with(
     max(
         (path for path in (saved / "4" / "stage_1").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
     ).unlink()
-    refuse("train TINY --steps 9 --resume --checkpoint-dir saved", "Remove saved/4 to", folder, capsys)
+    refuse("train TINY --steps 9 --resume --checkpoint-dir saved", "Pass --resume-from 2", folder, capsys)

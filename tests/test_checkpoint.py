@@ -264,7 +264,8 @@ def test_description(saved):
     info = describe_checkpoint(saved, 3)
     assert info.step == 3
     assert info.bytes > 64 * 4
-    assert info.leaves["params/layers/1/kernel"] == {"item": "stage_1", "shape": [8, 8], "dtype": "float32"}
+    kernel = {"item": "stage_1", "shape": [8, 8], "dtype": "float32", "chunks": [4, 8]}
+    assert info.leaves["params/layers/1/kernel"] == kernel
     assert abs(info.saved_at - time.time()) < 3600
 
 

@@ -400,7 +400,8 @@ def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.Capt
     assert main(["train", "tiny:pipeline", "--help"]) == 0
     out = capsys.readouterr().out
     flags = """--mesh.pipeline --mesh.data --mesh.tensor --schedule --stages-per-rank --num-microbatches --remat --steps
-        --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --metrics
+        --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --resume-from
+        --auto-resume --metrics
         --eval-every --measure-every --trace --partition --costs --memory-limit --data.count --model.width"""
     for flag in flags.split():
         assert f"{flag} " in out or f"{flag}, " in out, flag

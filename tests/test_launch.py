@@ -18,7 +18,7 @@ def script(text: str) -> list[str]:
 
 
 def launch(scripts: list[str], **options: float) -> int:
-    return Launch(len(scripts), lambda number: script(scripts[number]), **options).run()  # type: ignore[arg-type]
+    return Launch(len(scripts), lambda number, restart: script(scripts[number]), **options).run()  # type: ignore[arg-type]
 
 
 def test_output_names_its_process(capfd: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +44,20 @@ def test_others_may_end_by_themselves_after_a_failure(tmp_path: Path) -> None:
     assert file.exists()
 
 
+def test_a_failed_run_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = "sys.exit(0 if int(sys.argv[1]) == 2 else 1)"
+    assert Launch(2, lambda number, restart: [*script(text), str(restart)], max_restarts=3).run() == 0
+    assert "Starting the run again (2 of 3)." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "starts"), [(1, 3), (2, 1)])
+def test_restarts_end_and_what_cannot_be_is_not_tried_again(tmp_path: Path, code: int, starts: int) -> None:
+    file = tmp_path / "starts"
+    text = f"open({str(file)!r}, 'a').write('x'); sys.exit({code})"
+    assert Launch(1, lambda number, restart: script(text), max_restarts=2).run() == code
+    assert file.read_text() == "x" * starts
+
+
 def test_a_signal_reaches_every_process_once(tmp_path: Path) -> None:
     child = f"""
 import signal, sys, time
@@ -64,7 +78,7 @@ sys.exit(143 if count == 1 else 1)
         f"""
 import sys
 from meshpipe.launch import Launch
-sys.exit(Launch(2, lambda n: [sys.executable, {str(tmp_path / "child.py")!r}, str(n)]).run())
+sys.exit(Launch(2, lambda n, restart: [sys.executable, {str(tmp_path / "child.py")!r}, str(n)], max_restarts=2).run())
 """
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}

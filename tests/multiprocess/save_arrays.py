@@ -1,0 +1,159 @@
+"""One of two processes of two devices each, which save arrays together, also when one of them fails."""
+
+import argparse
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import meshpipe
+from meshpipe.distributed import DistributedConfig, join, leave
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--process-id", type=int)
+    parser.add_argument("--process-count", type=int)
+    flags = parser.parse_args()
+    meshpipe.use_cpu_devices(2)
+    join(
+        DistributedConfig(coordinator=flags.coordinator, process_id=flags.process_id, process_count=flags.process_count)
+    )
+    (killed if flags.kill else run)(Path("run"))
+    leave(0)
+
+
+def arrays(offset: float) -> tuple[list, list]:
+    """Trees of two stages, the first across both processes, the second on the devices of process 1; their shapes."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    everywhere = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+    second = Mesh(np.array(jax.devices()[2:]), ("b",))
+    values = np.arange(64, dtype=np.float32).reshape(8, 8) + offset
+    places = [
+        {
+            "split": (everywhere, ("a", "b"), values),
+            "replicated": (everywhere, (None, "b"), values + 1),
+            "count": (everywhere, (), values[0, 0]),
+        },
+        {"own": (second, ("b",), values + 2), "count": (second, (), values[0, 0]), "empty": (second, (), values[:0])},
+    ]
+    shapes: list = []
+    trees: list = []
+    for leaves in places:
+        placed = {name: (NamedSharding(mesh, PartitionSpec(*s)), value) for name, (mesh, s, value) in leaves.items()}
+        shape = {n: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for n, (sharding, v) in placed.items()}
+        local = {
+            n: jax.make_array_from_callback(v.shape, sharding, lambda index, v=v: v[index])
+            for n, (sharding, v) in placed.items()
+            if sharding.addressable_devices
+        }
+        shapes.append({"params": shape})
+        trees.append({"params": local})
+    return trees, shapes
+
+
+def run(folder: Path) -> None:
+    import numpy as np
+
+    from meshpipe import checkpoint_together, checksums
+    from meshpipe.checkpoint import Checkpointer, CheckpointWriteError, verify_checkpoint
+    from meshpipe.coordination import meet, process_index
+
+    me = process_index()
+    found: dict = {}
+
+    def fails(checkpointer: Checkpointer, step: int) -> str:
+        trees, shapes = arrays(step)
+        checkpointer.save(step, trees, {}, shapes)
+        try:
+            checkpointer.wait()
+        except CheckpointWriteError as error:
+            return str(error)
+        raise AssertionError("the save did not fail")
+
+    checkpointer = Checkpointer(folder)
+    trees, shapes = arrays(0)
+    checkpointer.save(1, trees, {"seed": 7}, shapes)
+    checkpointer.wait()
+    assert checkpointer.steps() == [1]
+    assert verify_checkpoint(folder, 1) == []
+
+    read: list[str] = []
+    compare = checksums._compare
+    checksums._compare = lambda path, saved: (
+        read.append(str(path.relative_to(folder.absolute() / "1"))),
+        compare(path, saved),
+    )[1]
+    restored = checkpointer.restore(1, shapes)
+    checksums._compare = compare
+    found["read"] = sorted(name for name in read if name.startswith("stage_") and name[-1].isdigit())
+    for tree, expected in zip(restored, trees, strict=True):
+        assert tree["params"].keys() == expected["params"].keys()
+        for name, leaf in expected["params"].items():
+            assert leaf.sharding == tree["params"][name].sharding
+            for a, b in zip(leaf.addressable_shards, tree["params"][name].addressable_shards, strict=True):
+                np.testing.assert_array_equal(a.data, b.data)
+
+    write = checkpoint_together.write_files
+
+    def broken(*arguments: object) -> None:
+        raise OSError("no space left")
+
+    if me == 1:
+        checkpoint_together.write_files = broken
+    found["failed"] = fails(checkpointer, 2)
+    checkpoint_together.write_files = write
+
+    def slow(*arguments: object) -> object:
+        time.sleep(1.5)
+        return write(*arguments)
+
+    if me == 1:
+        checkpoint_together.write_files = slow
+    with Checkpointer(folder, wait_seconds=0.5) as impatient:
+        found["slow"] = fails(impatient, 3)
+    checkpoint_together.write_files = write
+    found["not shared"] = fails(Checkpointer(f"only-{me}"), 4)
+    meet("failed", 60)
+    assert checkpointer.steps() == [1]
+    trees, shapes = arrays(5)
+    checkpointer.save(5, trees, {}, shapes)
+    checkpointer.close()
+    assert checkpointer.steps() == [1, 5]
+    assert verify_checkpoint(folder, 5) == []
+    print("RESULT", json.dumps(found), flush=True)
+    meet("end", 60)
+
+
+def killed(folder: Path) -> None:
+    from meshpipe import checkpoint_together
+    from meshpipe.checkpoint import Checkpointer, CheckpointWriteError
+    from meshpipe.coordination import process_index
+
+    checkpointer = Checkpointer(folder, wait_seconds=3)
+    trees, shapes = arrays(0)
+    checkpointer.save(1, trees, {}, shapes)
+    checkpointer.wait()
+    write = checkpoint_together.write_files
+
+    def dies(partial: Path, contents: dict) -> None:
+        write(partial, dict(list(contents.items())[:2]))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if process_index() == 1:
+        checkpoint_together.write_files = dies
+    checkpointer.save(2, trees, {}, shapes)
+    try:
+        checkpointer.wait()
+    except CheckpointWriteError as error:
+        print("RESULT", json.dumps({"failed": str(error)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Checkpoints of several processes: each writes and reads its own shards, a step is there as a whole or not at all, and
+a run goes on with another number of processes.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import ROOT, Ended, run_processes
+
+from meshpipe.checkpoint import Checkpointer, list_checkpoints, verify_checkpoint
+
+ARRAYS = str(Path(__file__).parent / "save_arrays.py")
+RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
+
+
+def results(ended: Ended) -> list[dict[str, Any]]:
+    lines = [line for log in ended.logs for line in log.splitlines() if line.startswith("RESULT ")]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+
+
+def test_arrays_of_two_processes(tmp_path: Path) -> None:
+    ended = run_processes(2, [ARRAYS], tmp_path)
+    assert ended.codes == [0, 0], ended
+    first, second = results(ended)
+    assert first["read"] == [
+        *("stage_0/params.count/0", "stage_0/params.replicated/0.0", "stage_0/params.replicated/0.1"),
+        *("stage_0/params.split/0.0", "stage_0/params.split/0.1"),
+    ]
+    assert second["read"] == [
+        *("stage_0/params.count/0", "stage_0/params.replicated/0.0", "stage_0/params.replicated/0.1"),
+        *("stage_0/params.split/1.0", "stage_0/params.split/1.1"),
+        *("stage_1/params.own/0.0", "stage_1/params.own/1.0"),
+    ]
+    for found in (first, second):
+        assert "process 1: no space left. The newest step there is 1." in found["failed"], ended
+        assert "process 1 was not heard of for 0 s" in found["slow"] or "for 1 s" in found["slow"], ended
+        assert "what process 1 wrote is not in the " in found["not shared"], ended
+    assert sorted(os.listdir(tmp_path / "run")) == ["1", "5"]
+
+
+@pytest.mark.slow
+def test_a_step_in_which_a_process_was_killed_is_not_there(tmp_path: Path) -> None:
+    ended = run_processes(2, [ARRAYS, "--kill"], tmp_path)
+    assert ended.codes == [0, -9], ended
+    assert "process 1 was not heard of for 3 s" in results(ended)[0]["failed"], ended
+    assert list_checkpoints(tmp_path / "run") == [1]
+    assert verify_checkpoint(tmp_path / "run", 1) == []
+
+
+def train(folder: Path, processes: int, *flags: str) -> dict[int, float]:
+    """Trains the tiny recipe, saving into the folder `run`; the losses by step."""
+    metrics = folder / f"metrics-{len(list(folder.iterdir()))}.jsonl"
+    options = ["--checkpoint-dir", "run", "--eval-batches", "0", "--metrics", str(metrics), *flags]
+    ended = run_processes(processes, ["-m", "meshpipe", "train", RECIPE, *options], folder)
+    assert not any(ended.codes), ended
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
+
+
+def test_saved_by_two_processes_and_gone_on_with_by_one(tmp_path: Path) -> None:
+    together = train(tmp_path, 2, "--steps", "4", "--checkpoint-every", "2")
+    assert verify_checkpoint(tmp_path / "run", 2) == []
+    alone = train(tmp_path, 1, "--steps", "4", "--resume-from", "2")
+    assert alone == {step: together[step] for step in (3, 4)}
+    assert sorted(os.listdir(tmp_path / "run")) == ["2", "4", "4.superseded"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moves", "tolerance"),
+    [
+        pytest.param([(1, ""), (2, "")], 0, id="the same submeshes"),
+        pytest.param(
+            [(2, ""), (4, "--mesh.data 2"), (1, "--mesh.tensor 2"), (4, "--mesh.pipeline 4")], 1e-6, id="any layout"
+        ),
+    ],
+)
+def test_moves_between_numbers_of_processes(moves: list[tuple[int, str]], tolerance: float, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    last = 2 * len(moves)
+    stayed = train(tmp_path / "other", 1, "--steps", str(last))
+    moved: dict[int, float] = {}
+    for steps, (processes, flags) in zip(range(2, last + 1, 2), moves, strict=True):
+        moved |= train(tmp_path, processes, "--steps", str(steps), "--auto-resume", *flags.split())
+    assert list(moved) == list(stayed)
+    assert moved == pytest.approx(stayed, rel=tolerance, abs=0)
+    positions = [Checkpointer(folder / "run").metadata(last)["data"] for folder in (tmp_path, tmp_path / "other")]
+    assert positions[0] == positions[1]
