@@ -10,10 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from saved_trees import assert_same, on, shapes, trees
 
 from meshpipe.checkpoint import Checkpointer, CheckpointError
-from meshpipe.checkpoint_index import index_leaves
-from meshpipe.checkpoint_items import quiet_orbax, read_arrays
-from meshpipe.checkpoint_shards import all_files, document_files, files_to_read, own_files
-from meshpipe.checksums import write_checksums, write_files
+from meshpipe.checkpoint.checksums import write_checksums, write_files
+from meshpipe.checkpoint.index import index_leaves
+from meshpipe.checkpoint.items import quiet_orbax, read_arrays
+from meshpipe.checkpoint.shards import all_files, document_files, files_to_read, own_files
 from meshpipe.mesh import make_mesh, submeshes
 
 

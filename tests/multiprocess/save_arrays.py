@@ -41,7 +41,12 @@ def arrays(offset: float) -> tuple[list, list]:
             "replicated": (everywhere, (None, "b"), values + 1),
             "count": (everywhere, (), values[0, 0]),
         },
-        {"own": (second, ("b",), values + 2), "count": (second, (), values[0, 0]), "empty": (second, (), values[:0])},
+        {
+            "own": (second, ("b",), values + 2),
+            "moment": (second, (None, "b"), values + 3),
+            "count": (second, (), values[0, 0]),
+            "empty": (second, (), values[:0]),
+        },
     ]
     shapes: list = []
     trees: list = []
@@ -61,8 +66,7 @@ def arrays(offset: float) -> tuple[list, list]:
 def run(folder: Path) -> None:
     import numpy as np
 
-    from meshpipe import checkpoint_together, checksums
-    from meshpipe.checkpoint import Checkpointer, CheckpointWriteError, verify_checkpoint
+    from meshpipe.checkpoint import Checkpointer, CheckpointWriteError, checksums, together, verify_checkpoint
     from meshpipe.coordination import meet, process_index
 
     me = process_index()
@@ -100,25 +104,25 @@ def run(folder: Path) -> None:
             for a, b in zip(leaf.addressable_shards, tree["params"][name].addressable_shards, strict=True):
                 np.testing.assert_array_equal(a.data, b.data)
 
-    write = checkpoint_together.write_files
+    write = together.write_files
 
     def broken(*arguments: object) -> None:
         raise OSError("no space left")
 
     if me == 1:
-        checkpoint_together.write_files = broken
+        together.write_files = broken
     found["failed"] = fails(checkpointer, 2)
-    checkpoint_together.write_files = write
+    together.write_files = write
 
     def slow(*arguments: object) -> object:
         time.sleep(1.5)
         return write(*arguments)
 
     if me == 1:
-        checkpoint_together.write_files = slow
+        together.write_files = slow
     with Checkpointer(folder, wait_seconds=0.5) as impatient:
         found["slow"] = fails(impatient, 3)
-    checkpoint_together.write_files = write
+    together.write_files = write
     found["not shared"] = fails(Checkpointer(f"only-{me}"), 4)
     meet("failed", 60)
     assert checkpointer.steps() == [1]
@@ -132,22 +136,21 @@ def run(folder: Path) -> None:
 
 
 def killed(folder: Path) -> None:
-    from meshpipe import checkpoint_together
-    from meshpipe.checkpoint import Checkpointer, CheckpointWriteError
+    from meshpipe.checkpoint import Checkpointer, CheckpointWriteError, together
     from meshpipe.coordination import process_index
 
     checkpointer = Checkpointer(folder, wait_seconds=3)
     trees, shapes = arrays(0)
     checkpointer.save(1, trees, {}, shapes)
     checkpointer.wait()
-    write = checkpoint_together.write_files
+    write = together.write_files
 
     def dies(partial: Path, contents: dict) -> None:
         write(partial, dict(list(contents.items())[:2]))
         os.kill(os.getpid(), signal.SIGKILL)
 
     if process_index() == 1:
-        checkpoint_together.write_files = dies
+        together.write_files = dies
     checkpointer.save(2, trees, {}, shapes)
     try:
         checkpointer.wait()

@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from damage import KINDS, damage_each_file
 from processes import ROOT, Ended, run_processes
 
-from meshpipe.checkpoint import Checkpointer, list_checkpoints, verify_checkpoint
+from meshpipe.checkpoint import Checkpointer, CheckpointError, list_checkpoints, verify_checkpoint
 
 ARRAYS = str(Path(__file__).parent / "save_arrays.py")
 RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
@@ -32,6 +34,7 @@ def test_arrays_of_two_processes(tmp_path: Path) -> None:
     assert second["read"] == [
         *("stage_0/params.count/0", "stage_0/params.replicated/0.0", "stage_0/params.replicated/0.1"),
         *("stage_0/params.split/1.0", "stage_0/params.split/1.1"),
+        *("stage_1/params.moment/0.0", "stage_1/params.moment/0.1"),
         *("stage_1/params.own/0.0", "stage_1/params.own/1.0"),
     ]
     for found in (first, second):
@@ -39,6 +42,26 @@ def test_arrays_of_two_processes(tmp_path: Path) -> None:
         assert "process 1 was not heard of for 0 s" in found["slow"] or "for 1 s" in found["slow"], ended
         assert "what process 1 wrote is not in the " in found["not shared"], ended
     assert sorted(os.listdir(tmp_path / "run")) == ["1", "5"]
+    check_damage(tmp_path / "run", 5)
+
+
+def check_damage(folder: Path, step: int) -> None:
+    """Damage to any file that several processes wrote is found by verify and by a restore of all leaves in one."""
+    saved = Checkpointer(folder).leaves(step)
+    wanted = {
+        name.removeprefix("params/"): jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in saved.items()
+    }
+    found = 0
+    for kind in KINDS:
+        for name in damage_each_file(folder / str(step), kind):
+            problems = verify_checkpoint(folder, step)
+            assert problems, f"{kind} of {name} was not found"
+            assert name in problems[0]
+            with pytest.raises(CheckpointError, match="is damaged: "):
+                Checkpointer(folder).restore(step, [{"params": wanted}])
+            found += 1
+    assert found >= 60
+    assert verify_checkpoint(folder, step) == []
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from meshpipe.checkpoint_items import META, directory_name
+from meshpipe.checkpoint.items import META, directory_name
 
 ZARRAY = ".zarray"
 _Index = Mapping[str, Mapping[str, Any]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from meshpipe.checkpoint_items import directory_name
+from meshpipe.checkpoint.items import directory_name
 
 Tree = Mapping[str, Mapping[str, Any]]
 """What one stage saves: sections such as `params`, each a flat dict of arrays by leaf path."""

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
-from meshpipe.checksums import check_sizes, write_files, write_list
+from meshpipe.checkpoint.checksums import check_sizes, write_files, write_list
 from meshpipe.coordination import ask, process_count, process_index, tell
 
 _numbers = itertools.count()

@@ -1,0 +1,48 @@
+"""The flags of checkpoints."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where and how often a run saves, and whether it goes on from what was saved."""
+
+    checkpoint_dir: str | None = None
+    """Folder of the checkpoints, made when missing; None saves nothing."""
+    checkpoint_every: int = 0
+    """Updates between saves; 0 saves only at the end. A run that completes or is stopped is always saved at its end."""
+    checkpoint_keep: int = 3
+    """Newest checkpoints kept; older ones are removed after a save. 0 keeps all."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the folder; an error when there is none."""
+    resume_from: int | None = None
+    """Go on from this checkpoint of the folder. Newer ones are renamed to STEP.superseded once it is restored."""
+    auto_resume: bool = False
+    """Go on from the newest checkpoint of the folder if there is one, else start from the beginning."""
+
+    @property
+    def may_continue(self) -> bool:
+        """Whether the run may be the continuation of another, to whose files it appends."""
+        return self.resume or self.auto_resume or self.resume_from is not None
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "checkpoint_keep"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0. Got {getattr(self, name)}.")
+        if self.checkpoint_dir is None:
+            flags = {
+                "--resume": self.resume,
+                "--resume-from": self.resume_from is not None,
+                "--auto-resume": self.auto_resume,
+                "--checkpoint-every": self.checkpoint_every > 0,
+            }
+            for name, asked in flags.items():
+                if asked:
+                    raise ValueError(f"{name} needs a folder of checkpoints. Got none: add --checkpoint-dir DIR.")
+        elif not self.checkpoint_dir.strip():
+            raise ValueError("--checkpoint-dir must name a folder. Got an empty name.")
+        if self.resume_from is not None and (self.resume or self.auto_resume):
+            other = "--resume" if self.resume else "--auto-resume"
+            raise ValueError(
+                f"--resume-from names a checkpoint, and {other} takes the newest. Got both. Leave one of them out."
+            )
