@@ -25,7 +25,8 @@ from meshpipe.pipeline.schedules import gpipe, loop, zigzag
 from meshpipe.pipeline.simulate import Timeline
 from meshpipe.profile import operations_of_layers, profile_layers, setting_of
 from meshpipe.sharding import ShardingRules
-from meshpipe.staged_model import Choice, Loss, Metrics, StagedModel, training_plan
+from meshpipe.stage_function import Loss, Metrics
+from meshpipe.staged_model import Choice, StagedModel, training_plan
 
 MOST_STAGES_PER_RANK = 4
 """The most that `auto` tries where no number of stages per rank is given."""

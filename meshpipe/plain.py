@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from meshpipe.layer import Layer, Leaves, Randomness, path_hash
-from meshpipe.staged_model import Loss
+from meshpipe.stage_function import Loss
 
 Batch = Mapping[str, Any]
 

@@ -62,7 +62,7 @@ def profile_layers(model: StagedModel, batch: Mapping[str, Any], next_rank: Mesh
 def setting_of(model: StagedModel) -> Setting:
     """What the costs of this model's layers depend on."""
     sizes = model.mesh.shape
-    size = next(iter(model.batch_shapes.values())).shape[0] // model.config.num_microbatches
+    size = next(iter(model.microbatches.shapes.values())).shape[0] // model.config.num_microbatches
     return Setting(size, sizes.get(DATA, 1), sizes.get(TENSOR, 1), model.config.remat)
 
 

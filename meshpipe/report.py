@@ -82,7 +82,7 @@ def _remat(model: StagedModel) -> str:
 
 def _microbatches(model: StagedModel) -> str:
     count = model.plan.num_microbatches
-    (batch_size,) = {shape.shape[0] for shape in model.batch_shapes.values()}
+    (batch_size,) = {shape.shape[0] for shape in model.microbatches.shapes.values()}
     return f"{_count(count, 'microbatch', 'microbatches')} of {_count(batch_size // count, 'example')}"
 
 

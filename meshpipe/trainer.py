@@ -28,7 +28,8 @@ from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Observer
 from meshpipe.pipeline.plan import Plan
 from meshpipe.sharding import ShardingRules, local_value
-from meshpipe.staged_model import Loss, Metrics, StagedModel, StageInfo
+from meshpipe.stage_function import Loss, Metrics
+from meshpipe.staged_model import StagedModel, StageInfo
 from meshpipe.tied import TiedLeaves
 
 LAST_STAGE_SECONDS = 3600.0

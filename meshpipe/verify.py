@@ -18,7 +18,7 @@ from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plain import PlainTrainer
 from meshpipe.sharding import ShardingRules
-from meshpipe.staged_model import Loss
+from meshpipe.stage_function import Loss
 from meshpipe.trainer import Trainer
 
 SMALL = 1e-2

@@ -1,0 +1,47 @@
+"""Compiling many stages at once: equal ones a single time, all in threads."""
+
+from collections.abc import Callable, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+
+from meshpipe.compiler import Compiler
+from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.programs import StagePrograms, compile_stage, copy_stage
+from meshpipe.pipeline.stage import TracedStage
+
+
+def compile_stages(
+    traced: dict[int, TracedStage],
+    ops: Set[Op],
+    remat: Sequence[str],
+    pool: ThreadPoolExecutor,
+    compiler: Compiler,
+    also: Sequence[Callable[[], None]] = (),
+) -> dict[int, StagePrograms]:
+    """The programs for `ops` of every traced stage, by stage.
+
+    A twin whose programs cannot be copied is traced again, in its place in `traced`.
+
+    `remat` has the name of every stage. `also` is done while XLA, which takes longest for the stages, is at work.
+    """
+
+    def build(stage: TracedStage) -> StagePrograms:
+        return compile_stage(stage, ops, remat=remat[stage.spec.index], compiler=compiler)
+
+    originals = [stage for stage in traced.values() if stage.original is None]
+    building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
+    others = [pool.submit(task) for task in also]
+    built = {index: future.result() for index, future in building.items()}
+
+    def copied(stage: TracedStage) -> StagePrograms | None:
+        if stage.original is None:
+            return built[stage.spec.index]
+        return copy_stage(built[stage.original.spec.index], stage.spec.mesh, compiler)
+
+    programs: dict[int, StagePrograms] = {}
+    for index, found in zip(traced, list(pool.map(copied, traced.values())), strict=True):
+        if found is None:
+            traced[index] = traced[index].again()
+        programs[index] = found or build(traced[index])
+    for other in others:
+        other.result()
+    return programs
