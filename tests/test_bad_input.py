@@ -150,7 +150,7 @@ def started() -> None:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("meshpipe.staged_model.compile_stage", must_not_compile)
+    monkeypatch.setattr("meshpipe.compile_stages.compile_stage", must_not_compile)
     monkeypatch.setattr("meshpipe.profile.compile_stage", must_not_compile)
     (tmp_path / "folder").mkdir()
     (tmp_path / "old.jsonl").write_text('{"event": "end"}\n')

@@ -10,9 +10,10 @@ import pytest
 import small_model
 from flax import nnx
 
+import meshpipe.compile_stages
 import meshpipe.optimizer
 import meshpipe.plain
-import meshpipe.staged_model
+import meshpipe.stage_function
 import meshpipe.tied
 from meshpipe import PipelineConfig, make_mesh, verify
 from meshpipe.pipeline.programs import compile_stage
@@ -94,13 +95,13 @@ def test_dropout_and_batch_statistics_pass():
 
 
 def test_normalising_each_microbatch_is_found(monkeypatch):
-    original = meshpipe.staged_model._sum_and_weight
+    original = meshpipe.stage_function._loss
 
-    def mean(result):
-        total, weight = original(result)
+    def mean(loss, value, batch):
+        total, weight = original(loss, value, batch)
         return total / jnp.maximum(weight, 1.0), (weight > 0).astype(jnp.float32)
 
-    monkeypatch.setattr(meshpipe.staged_model, "_sum_and_weight", mean)
+    monkeypatch.setattr(meshpipe.stage_function, "_loss", mean)
     found = report()
     assert not found.ok
     assert found.first.update == 1
@@ -172,7 +173,7 @@ def test_wiping_an_accumulator_is_found(monkeypatch):
         wiped = lambda accumulators, *rest: programs.backward(programs.zeros(), *rest)  # noqa: E731
         return dataclasses.replace(programs, backward=wiped)
 
-    monkeypatch.setattr(meshpipe.staged_model, "compile_stage", compile_and_wipe)
+    monkeypatch.setattr(meshpipe.compile_stages, "compile_stage", compile_and_wipe)
     found = report()
     assert not found.ok
     wrong = {d.layer for d in found.differences if d.quantity == "gradient" and d.update == 1 and not d.ok}
