@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, jaxprs_in_params
 
-from meshpipe.pipeline.jaxpr import extract
+from meshpipe.pipeline.jaxpr import MissingInputError, extract
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -32,9 +32,8 @@ def kinds_of_updates(transformation: optax.GradientTransformation, stages: Seque
         parts = [(start, (params,), state), (update, (params, state, params), shapes)]
         try:
             kinds.append(tuple(_part_of_stage(*part, place) for part in parts))
-        except (
-            AssertionError
-        ):  # one operation works on leaves of several stages (a `cond`), though it does not mix them
+        except MissingInputError:
+            # One operation works on leaves of several stages (a `cond`), though it does not mix them.
             kinds.append(None)
     return kinds
 

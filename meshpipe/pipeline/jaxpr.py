@@ -14,13 +14,17 @@ CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "remat2", "checkpoint
 """Operations that only hold a program of their own."""
 
 
+class MissingInputError(ValueError):
+    """A part of a traced program needs values that were not given to it."""
+
+
 def extract(
     closed: ClosedJaxpr, inputs: Sequence[Var], outputs: Sequence[Var | Literal], *, effects: bool = False
 ) -> ClosedJaxpr:
     """The part of a traced program that computes `outputs` from `inputs`.
 
     `inputs` may be inputs of the program or values from its middle, whose equations then stay out. `effects` keeps
-    equations with side effects (`jax.debug.print`) although no output needs them. Raises `AssertionError` when an
+    equations with side effects (`jax.debug.print`) although no output needs them. Raises `MissingInputError` when an
     output needs an input that is not given.
     """
     jaxpr = closed.jaxpr
@@ -34,7 +38,8 @@ def extract(
         needed.difference_update(equation.outvars)
         needed.update(v for v in variables(equation.invars) if v not in given)
     missing = needed - set(jaxpr.constvars)
-    assert not missing, f"{len(missing)} values are needed but not given"
+    if missing:
+        raise MissingInputError(f"All values that the outputs need must be given. {len(missing)} are not.")
     constants = [(v, c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True) if v in needed]
     part = _replace(jaxpr, [v for v, _ in constants], inputs, outputs, kept[::-1], keep_effects=effects)
     return ClosedJaxpr(part, [c for _, c in constants])
