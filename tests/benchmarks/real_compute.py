@@ -25,6 +25,7 @@ WIDTH, HEADS, LENGTH, VOCABULARY, BATCH, LAYERS, MICROBATCHES = 256, 8, 128, 256
 LEARNING_RATE = 1e-2
 WITHOUT_MICROBATCHES = ("one jit", "two programs")
 WITH_MICROBATCHES = ("scan", "grad and accumulate", "two programs, microbatches")
+TWO_STAGES_PER_RANK = ("interleaved-1f1b", "looped-bfs", "zb-v", "dualpipe-v")
 SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-v")
 
 
@@ -106,13 +107,16 @@ def pipeline_step(way: str) -> Callable[[], None]:
     import meshpipe
 
     batch = example()
+    schedule = "1f1b" if way == "one stage" else way
+    # With two stages per rank, two of the eight blocks each; the layers before and after them are light.
+    partition = "0,3,5,7" if way in TWO_STAGES_PER_RANK else "even"
     trainer = meshpipe.Trainer(
         layers(),
         loss,
         optax.sgd(LEARNING_RATE),
         batch=batch,
         mesh=meshpipe.make_mesh(1 if way == "one stage" else 2),
-        pipeline=meshpipe.PipelineConfig(schedule="1f1b" if way == "one stage" else way, num_microbatches=MICROBATCHES),
+        pipeline=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=MICROBATCHES, partition=partition),
     )
 
     def step() -> None:
