@@ -1,0 +1,3 @@
+"""The commands of `meshpipe`, their messages and their exit codes."""
+
+from meshpipe.cli.main import main as main

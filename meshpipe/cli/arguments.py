@@ -1,0 +1,71 @@
+"""From the arguments of a command to a recipe, its configuration and the command's own flags."""
+
+import difflib
+import sysconfig
+import traceback
+from collections.abc import Callable
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+# JAX and what builds on it takes seconds to import, so a command imports what it needs once it knows that it does.
+if TYPE_CHECKING:
+    from meshpipe.config import Config
+
+COMPLETED, FAILED, CANNOT_BE, INTERRUPTED = 0, 1, 2, 130
+Command = Callable[[list[str]], int]
+_WITHOUT_PREFIX = tyro.conf.arg(name="")
+
+
+def choose(name: str, commands: dict[str, Command], program: str) -> Command:
+    if name in commands:
+        return commands[name]
+    near = difflib.get_close_matches(name, commands, n=1)
+    got = f"Got {name!r}." if name else "Got none."
+    suggestion = f" Did you mean {near[0]}?" if near else f" `{program} --help` explains them."
+    raise ValueError(f"The command must be one of {', '.join(commands)}. {got}{suggestion}")
+
+
+def configure(command: str, arguments: list[str], description: str, extra: Any = None) -> tuple[str, "Config", Any]:
+    """The recipe's name, its configuration with the flags applied, and the command's own flags in place of `extra`.
+
+    Raises `ValueError` for an unknown recipe, and `SystemExit` after `--help` or a wrong flag.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: meshpipe {command} RECIPE [flags]\n\n{description}")
+        print("`meshpipe recipes` lists the recipes of this folder; a recipe followed by --help shows its flags.")
+        raise SystemExit(COMPLETED)
+    if not arguments or arguments[0].startswith("-"):
+        got = f"Got {arguments[0]!r} in its place." if arguments else "Got none."
+        raise ValueError(
+            f"A recipe comes first: meshpipe {command} RECIPE [flags]. {got} `meshpipe recipes` lists what there is."
+        )
+    from meshpipe.config import Config
+    from meshpipe.recipe import find
+
+    recipe = find(arguments[0])
+    fields: list[Any] = [("config", Annotated[Config, _WITHOUT_PREFIX], recipe.config())]
+    if extra is not None:
+        fields.append(("extra", Annotated[type(extra), _WITHOUT_PREFIX], extra))
+    flags = make_dataclass("Flags", [(name, kind, field(default=default)) for name, kind, default in fields])
+    chosen: Any = tyro.cli(
+        flags,
+        args=arguments[1:],
+        prog=f"meshpipe {command} {arguments[0]}",
+        description=f"{description} {recipe.summary}".strip(),
+    )
+    return recipe.name, chosen.config, getattr(chosen, "extra", None)
+
+
+def origin(error: ValueError) -> str:
+    """The user's line that a library complains of: such a message knows neither meshpipe nor the layer."""
+    paths = sysconfig.get_paths()
+    libraries = ("<", paths["stdlib"], paths["purelib"], paths["platlib"])
+    own = Path(__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f for f in frames if own in Path(f.filename).parents or not f.filename.startswith(libraries)]
+    if inside[-1] is frames[-1]:
+        return ""
+    return f" ({inside[-1].filename}, line {inside[-1].lineno})"

@@ -1,0 +1,88 @@
+"""`meshpipe checkpoint`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from meshpipe.cli.arguments import COMPLETED, FAILED, Command, choose
+
+USAGE = """usage: meshpipe checkpoint list DIR
+       meshpipe checkpoint show DIR [--step N]
+       meshpipe checkpoint verify DIR [--step N]
+
+list shows what is saved, and from which layout; show everything that is written down about one checkpoint;
+verify whether every byte is good."""
+
+
+@dataclass(frozen=True)
+class _Folder:
+    directory: tyro.conf.Positional[Path]
+    """Folder of a run's checkpoints."""
+
+
+@dataclass(frozen=True)
+class _FolderAndStep:
+    directory: tyro.conf.Positional[Path]
+    """Folder of a run's checkpoints."""
+    step: int | None = None
+    """One step; without it, the newest to show, and all to verify."""
+
+
+def checkpoint_list(arguments: list[str]) -> int:
+    flags = tyro.cli(_Folder, args=arguments, prog="meshpipe checkpoint list", description="Lists whole checkpoints.")
+    from meshpipe.checkpoint import CheckpointError, CheckpointInfo, describe_checkpoint, list_checkpoints
+    from meshpipe.checkpoint_report import checkpoint_table
+    from meshpipe.report import make_console
+
+    whole: list[CheckpointInfo] = []
+    damaged: list[str] = []
+    for step in list_checkpoints(flags.directory):
+        try:
+            whole.append(describe_checkpoint(flags.directory, step))
+        except CheckpointError as error:
+            damaged.append(str(error))
+    make_console().print(checkpoint_table(whole))
+    for message in damaged:
+        print(f"meshpipe: {message}", file=sys.stderr)
+    return FAILED if damaged else COMPLETED
+
+
+def checkpoint_show(arguments: list[str]) -> int:
+    description = "Shows everything that is written down about one checkpoint."
+    flags = tyro.cli(_FolderAndStep, args=arguments, prog="meshpipe checkpoint show", description=description)
+    from meshpipe.checkpoint import describe_checkpoint, list_checkpoints
+    from meshpipe.checkpoint_report import print_checkpoint
+    from meshpipe.report import make_console
+
+    step = list_checkpoints(flags.directory)[-1] if flags.step is None else flags.step
+    print_checkpoint(make_console(), describe_checkpoint(flags.directory, step))
+    return COMPLETED
+
+
+def checkpoint_verify(arguments: list[str]) -> int:
+    description = "Compares every byte of the checkpoints with the checksums written when they were saved."
+    flags = tyro.cli(_FolderAndStep, args=arguments, prog="meshpipe checkpoint verify", description=description)
+    from meshpipe.checkpoint import list_checkpoints, verify_checkpoint
+
+    steps = list_checkpoints(flags.directory) if flags.step is None else [flags.step]
+    problems = {step: verify_checkpoint(flags.directory, step) for step in steps}
+    for step, found in problems.items():
+        print(f"step {step}: {'; '.join(found) if found else 'every byte is good'}")
+    return FAILED if any(problems.values()) else COMPLETED
+
+
+COMMANDS: dict[str, Command] = {
+    "list": checkpoint_list,
+    "show": checkpoint_show,
+    "verify": checkpoint_verify,
+}
+
+
+def checkpoint(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return COMPLETED
+    name, *rest = arguments or [""]
+    return choose(name, COMMANDS, "meshpipe checkpoint")(rest)

@@ -1,0 +1,32 @@
+"""The devices that a command runs on."""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshpipe.config import Config
+
+DEVICES = "MESHPIPE_CPU_DEVICES"
+"""Variable by which `launch` tells its processes how many virtual CPU devices each takes."""
+
+
+def take_devices(config: "Config", console: "Console") -> None:
+    """Without an accelerator, gives JAX as many virtual CPU devices as the mesh needs, and says so."""
+    import jax
+
+    from meshpipe.coordination import process_count
+    from meshpipe.mesh import use_cpu_devices
+
+    count, processes = config.mesh.num_devices, process_count()
+    per_process = int(os.environ.get(DEVICES, 0)) or -(-count // processes)
+    use_cpu_devices(per_process)
+    if jax.default_backend() == "cpu":
+        if per_process * processes != count:
+            raise ValueError(
+                "On CPU, the devices of all processes must be those of the mesh. "
+                f"Got {processes} processes of {per_process} for a mesh of {count}. Choose a divisor of {count}."
+            )
+        shared = f" of {processes} processes" if processes > 1 else ""
+        console.print(f"No accelerator: running on {count} virtual CPU device{'s' if count > 1 else ''}{shared}.")

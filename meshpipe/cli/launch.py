@@ -1,0 +1,54 @@
+"""`meshpipe launch`."""
+
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from meshpipe.cli.devices import DEVICES
+
+
+@dataclass(frozen=True)
+class _LaunchFlags:
+    processes: int
+    """Processes of the run."""
+    devices_per_process: int | None = None
+    """Virtual CPU devices of each; without it, those of the mesh are shared out evenly."""
+    max_restarts: int = 0
+    """How often a run that failed is started again, from its newest checkpoint if there is one by then."""
+    address: str = "127.0.0.1"
+    """Address of this machine that the processes listen at."""
+
+
+def launch(arguments: list[str]) -> int:
+    """Starts the processes of one run on this machine; what follows `--` is the command of each."""
+    own, separator, command = arguments, "--", []
+    if separator in arguments:
+        place = arguments.index(separator)
+        own, command = arguments[:place], arguments[place + 1 :]
+    flags = tyro.cli(_LaunchFlags, args=own, prog="meshpipe launch", description=launch.__doc__)
+    if not command or command[0] != "train":
+        got = f"Got {command[0]!r}." if command else "Got nothing after it."
+        raise ValueError(f"The command after -- must be train: meshpipe launch --processes N -- train RECIPE. {got}")
+    if flags.max_restarts and not any(argument.startswith("--checkpoint-dir") for argument in command):
+        raise ValueError(
+            f"A run is started again from its newest checkpoint. Got --max-restarts {flags.max_restarts} without "
+            "--checkpoint-dir. Add --checkpoint-dir DIR after train RECIPE."
+        )
+    from meshpipe.launch import Launch, free_port
+
+    port = 0
+
+    def of_process(number: int, restart: int) -> list[str]:
+        nonlocal port
+        if number == 0:
+            port = free_port(flags.address)
+        place = ["--coordinator", f"{flags.address}:{port}", "--process-id", str(number)]
+        place += ["--process-count", str(flags.processes)]
+        again = []
+        if restart and "--resume" not in command:  # of flags that are given twice, the last counts
+            again = ["--auto-resume", "--resume-from", "None"]
+        return [sys.executable, "-m", "meshpipe", *command, *place, *again]
+
+    environment = {} if flags.devices_per_process is None else {DEVICES: str(flags.devices_per_process)}
+    return Launch(flags.processes, of_process, flags.max_restarts, environment).run()

@@ -1,0 +1,67 @@
+"""Finds the command, runs it, and turns what goes wrong into a message and an exit code."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from meshpipe.cli.arguments import CANNOT_BE, COMPLETED, INTERRUPTED, Command, choose, origin
+from meshpipe.cli.checkpoint import checkpoint
+from meshpipe.cli.launch import launch
+from meshpipe.cli.plan import plan
+from meshpipe.cli.recipes import recipes
+from meshpipe.cli.train import train
+from meshpipe.cli.verify import verify
+
+USAGE = """usage: meshpipe COMMAND ...
+
+  recipes                                   what the folder recipes/ offers
+  train RECIPE [flags]                      train
+  verify RECIPE [flags]                     compare with plain training on one device
+  plan RECIPE [flags] [--plot FILE.png]     stages, schedule, bubble and memory; runs no step
+  plan RECIPE [flags] --compare             what every schedule would cost
+  plan RECIPE --profile [flags]             what each layer costs on this machine, and a better cut
+  launch --processes N [flags] -- train RECIPE [flags]   a run of N processes on this machine
+  checkpoint list DIR                       what is saved, and from which layout
+  checkpoint show DIR [--step N]            everything that is written down about one checkpoint
+  checkpoint verify DIR                     whether every byte of it is good
+
+RECIPE is FILE.py:FUNCTION, or FILE:FUNCTION for a file of the folder recipes/.
+meshpipe COMMAND RECIPE --help shows the flags with their types, defaults and units.
+Exit codes: 0 completed, 1 failed, 2 what was asked cannot be, 130 and 143 stopped by SIGINT and SIGTERM."""
+
+COMMANDS: dict[str, Command] = {
+    "recipes": recipes,
+    "train": train,
+    "verify": verify,
+    "plan": plan,
+    "launch": launch,
+    "checkpoint": checkpoint,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return COMPLETED
+    _quiet_libraries()
+    try:
+        return choose(command, COMMANDS, "meshpipe")(rest)
+    except SystemExit as end:  # from tyro, after --help or a wrong flag
+        return end.code if isinstance(end.code, int) else COMPLETED
+    except ValueError as error:
+        print(f"meshpipe: {error}{origin(error)}", file=sys.stderr)
+        return CANNOT_BE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _quiet_libraries() -> None:
+    """Hides what libraries say to their own developers; an error still comes up as one."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for library in ("absl", "orbax", "grain", "flax", "optax", "jax", "etils", "tensorstore"):
+        warnings.filterwarnings("ignore", module=rf"{library}\b")
+    logging.getLogger("absl").setLevel(logging.ERROR)

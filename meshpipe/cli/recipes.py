@@ -1,0 +1,37 @@
+"""`meshpipe recipes`."""
+
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from meshpipe.cli.arguments import CANNOT_BE, COMPLETED
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """No flags."""
+
+
+def recipes(arguments: list[str]) -> int:
+    """Lists the recipes of the current folder; one that fails is told on standard error, with exit code 2."""
+    tyro.cli(_Nothing, args=arguments, prog="meshpipe recipes", description="Lists what the folder recipes/ offers.")
+    from meshpipe.recipe import RecipeError, discover
+    from meshpipe.report import make_console, make_table
+
+    table = make_table(
+        "recipe", "pipeline", "data", "tensor", "devices", "about", right=("pipeline", "data", "tensor", "devices")
+    )
+    failures = []
+    for recipe in discover():
+        try:
+            mesh = recipe.config().mesh
+        except RecipeError as failure:
+            failures.append(failure)
+            continue
+        sizes = (mesh.pipeline, mesh.data, mesh.tensor, mesh.num_devices)
+        table.add_row(recipe.name, *map(str, sizes), recipe.summary)
+    make_console().print(table)
+    for error in failures:
+        print(f"meshpipe: {error}", file=sys.stderr)
+    return CANNOT_BE if failures else COMPLETED

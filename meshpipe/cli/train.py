@@ -1,0 +1,34 @@
+"""`meshpipe train`."""
+
+import sys
+
+from meshpipe.cli.arguments import CANNOT_BE, configure, origin
+from meshpipe.cli.devices import take_devices
+
+
+def train(arguments: list[str]) -> int:
+    from meshpipe.distributed import DistributedConfig
+
+    recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
+    from meshpipe.coordination import process_count, process_index
+    from meshpipe.distributed import join, leave, own_address
+    from meshpipe.loop import run
+    from meshpipe.pipeline.peers import open_peers
+    from meshpipe.report import make_console
+
+    join(distributed)
+    several = process_count() > 1
+    console = make_console(quiet=process_index() > 0)
+    try:
+        take_devices(config, console)
+        if several:
+            open_peers(own_address(distributed.coordinator))
+        status = run(config, recipe, console, distributed.step_timeout)
+    except ValueError as error:
+        if not several:
+            raise
+        print(f"meshpipe: {error}{origin(error)}", file=sys.stderr)
+        status = CANNOT_BE
+    if several:
+        leave(status)
+    return status

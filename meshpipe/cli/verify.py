@@ -1,0 +1,43 @@
+"""`meshpipe verify`."""
+
+import sys
+from dataclasses import dataclass
+
+from meshpipe.cli.arguments import COMPLETED, FAILED, configure
+from meshpipe.cli.devices import take_devices
+
+
+@dataclass(frozen=True)
+class _VerifyFlags:
+    updates: int = 3
+    """Updates to compare, each on a batch of its own."""
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"--updates must be at least 1. Got {self.updates}.")
+
+
+def verify(arguments: list[str]) -> int:
+    _, config, extra = configure(
+        "verify", arguments, "Compares a recipe at its layout with plain training on one device.", _VerifyFlags()
+    )
+    from meshpipe.report import difference_table, make_console
+    from meshpipe.verify import verify_recipe
+
+    console = make_console()
+    take_devices(config, console)
+    report = verify_recipe(config, extra.updates)
+    console.print(difference_table(report.worst_by_layer().values()))
+    first = report.first
+    if first is None:
+        compared = f"over {extra.updates} update{'s' if extra.updates > 1 else ''}"
+        console.print(f"Equal to plain training on one device {compared}; relative tolerance {report.tolerance:.1g}.")
+        return COMPLETED
+    what = f"{first.quantity} {first.path}".strip()
+    when = f"in update {first.update}" if first.update else "before the first update"
+    print(
+        f"meshpipe: the first difference is in {first.layer}: {what} differs {when} by {first.found:.3g}, "
+        f"with {first.allowed:.3g} allowed.",
+        file=sys.stderr,
+    )
+    return FAILED
