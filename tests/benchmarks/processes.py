@@ -5,8 +5,10 @@
 The first table has the transformer of `real_compute.py` in two stages, the second stages so small that only the host's
 work is left. A step is timed here, from the word to begin until every process has its parameters; `two/one` is what
 the second process costs, the median over the rounds. `dispatch` is how long a call of `Trainer.step` takes, without
-waiting for what it hands out; it is divided by the actions that the process itself runs, all or half of them. All
-processes are compiled first, then take turns, so that noise of the machine meets all of them.
+waiting for what it hands out; it is divided by the actions that the process itself runs, all or half of them. `busy
+cores` is the time of all processors that a step takes, over its length: XLA's virtual devices of one process share
+their threads, so there the bubble of one device is partly filled with the work of the other, which two processes of one
+thread cannot do. All processes are compiled first, then take turns, so that noise of the machine meets all of them.
 """
 
 import argparse
@@ -54,12 +56,13 @@ def compare(model: str, schedule: str, flags: argparse.Namespace) -> list[dict[s
     repeats = TINY_STEPS if model == "tiny" else 1
     steps: dict[int, list[float]] = {1: [], 2: []}
     dispatch: dict[int, list[float]] = {1: [], 2: []}
+    busy: dict[int, list[float]] = {1: [], 2: []}
     try:
         for _ in range(flags.rounds):
             for count, run in runs.items():
                 found = [take_step(run) for _ in range(repeats)]
-                steps[count].append(median(seconds for seconds, _ in found))
-                dispatch[count].append(median(handed_out for _, handed_out in found))
+                for values, into in zip(zip(*found, strict=True), (steps, dispatch, busy), strict=True):
+                    into[count].append(median(values))
     finally:
         for run in runs.values():
             for process in reversed(run):  # the one that coordinates last
@@ -74,6 +77,7 @@ def compare(model: str, schedule: str, flags: argparse.Namespace) -> list[dict[s
             "step, ms": median(steps[count]) * 1e3,
             "fastest, ms": min(steps[count]) * 1e3,
             "two/one": ratio if count == 2 else 1.0,
+            "busy cores": median(busy[count]),
             "step, us per action": median(steps[count]) / actions * 1e6,
             "dispatch, us per own action": median(dispatch[count]) / (actions / count) * 1e6,
         }
@@ -89,33 +93,35 @@ def start(model: str, schedule: str, microbatches: int, count: int) -> Run:
     for number in range(count):
         command = [sys.executable, __file__, "--microbatches", str(microbatches)]
         command += ["--answer", model, schedule, str(number), str(port)]
-        run.append(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        )
+        run.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment))
     for _ in range(2):
         take_step(run)
     return run
 
 
-def take_step(run: Run) -> tuple[float, float]:
-    """Seconds until all processes are through a step, and the longest that one of them took to hand it out."""
+def take_step(run: Run) -> tuple[float, float, float]:
+    """Seconds until all processes are through a step, the longest that one took to hand it out, and busy cores."""
     begin = time.perf_counter()
     for process in run:
         assert process.stdin is not None
         process.stdin.write("step\n")
         process.stdin.flush()
-    handed_out = []
+    handed_out, cpu = [], []
     for process in run:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
             raise SystemExit(f"{process.args} ended with {process.wait()}.")
-        handed_out.append(float(json.loads(line)))
-    return time.perf_counter() - begin, max(handed_out)
+        for value, into in zip(json.loads(line), (handed_out, cpu), strict=True):
+            into.append(value)
+    seconds = time.perf_counter() - begin
+    return seconds, max(handed_out), sum(cpu) / seconds
 
 
 def answer(model: str, schedule: str, microbatches: int, number: int, port: int) -> None:
-    """In a process of its own: takes a step for every line of input, and answers with the seconds of its dispatch."""
+    """In a process of its own: takes a step for every line of input, and answers with the seconds of its dispatch
+    and of all its threads' work.
+    """
     import jax
     import optax
 
@@ -137,11 +143,11 @@ def answer(model: str, schedule: str, microbatches: int, number: int, port: int)
         pipeline=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=microbatches),
     )
     for _ in sys.stdin:
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         result = trainer.step(batch)
         handed_out = time.perf_counter() - begin
         jax.block_until_ready((result.good, trainer.params))
-        print(handed_out, flush=True)
+        print(json.dumps([handed_out, time.process_time() - cpu]), flush=True)
 
 
 Job = tuple[list[Callable[[Any], Any]], Callable[[Any, Mapping[str, Any]], Any], dict[str, Any]]
