@@ -1,4 +1,4 @@
-"""Lists of instructions carried out with every transfer as a meeting: those of all schedules end, mixed-up ones do not."""
+"""Instructions carried out with every transfer as a meeting: those of all schedules end, mixed-up ones do not."""
 
 import itertools
 

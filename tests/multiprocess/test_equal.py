@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Ended, run_processes
+from processes import ROOT, Ended, run_processes
 
 SCRIPT = str(Path(__file__).parent / "train_small.py")
 
@@ -40,3 +40,13 @@ def test_processes_compute_what_one_does(count: int, flags: str, tmp_path: Path)
     assert sorted({s for result in together for s in result["stages"]}) == alone["stages"]
     if count == 2 and flags == "--mesh 2 1 1":
         assert [result["stages"] for result in together] == [[0], [1]]
+
+
+def test_processes_with_different_flags_say_so_before_anything_moves(tmp_path: Path) -> None:
+    recipe = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
+    own = [["--num-microbatches", "4"], ["--num-microbatches", "8"]]
+    ended = run_processes(2, ["-m", "meshpipe", "train", recipe], tmp_path, own)
+    assert ended.codes == [2, 2], ended
+    for log in ended.logs:
+        assert "process 1 has another plan (1f1b of 2 stages on 2 ranks, 8 microbatches, not 1f1b of 2 stages" in log
+        assert "Traceback" not in log
