@@ -9,7 +9,6 @@ import jax
 
 from meshpipe.coordination import ask, process_count, process_index, tell
 from meshpipe.mesh import describe
-from meshpipe.pipeline.lower import lower
 from meshpipe.pipeline.rendezvous import check_program
 from meshpipe.record import versions
 from meshpipe.trainer import Trainer
@@ -26,7 +25,7 @@ def agree(trainer: Trainer) -> None:
     Process 0 compares, so that the messages grow with the number of processes and no faster. Raises `ValueError`, in
     every process, naming what differs where, and when ranks could wait for each other for ever.
     """
-    check_program(lower(trainer.plan))
+    check_program(trainer.model.program)
     tell(f"meshpipe/agreement/{process_index()}", json.dumps(describe_step(trainer)))
     if process_index() == 0:
         told = (ask(f"meshpipe/agreement/{process}", COMPILE_SECONDS) for process in range(process_count()))
@@ -55,7 +54,7 @@ def describe_step(trainer: Trainer) -> dict[str, str]:
         "seed": str(trainer.seed),
         "batch": ", ".join(f"{name} {_shape(shape)}" for name, shape in sorted(model.batch_shapes.items())),
         "plan": f"{plan.schedule} of {plan.num_stages} stages on {ranks}, {plan.num_microbatches} microbatches",
-        "instructions": _hash(lower(plan).to_text()),
+        "instructions": _hash(model.program.to_text()),
     }
     for s, tree in enumerate(trainer.abstract_state_tree()):
         parts = {part: {path: _shape(leaf) for path, leaf in leaves.items()} for part, leaves in tree.items()}

@@ -22,7 +22,7 @@ from meshpipe.optimizer import StageParameters
 from meshpipe.partition import partition
 from meshpipe.pipeline.config import CHECKPOINT_POLICIES, PipelineConfig
 from meshpipe.pipeline.executor import Executor
-from meshpipe.pipeline.lower import lower
+from meshpipe.pipeline.lower import Program, lower
 from meshpipe.pipeline.plan import Op, Plan
 from meshpipe.pipeline.programs import StagePrograms, compile_stage, copy_stage
 from meshpipe.pipeline.schedules import forwards_of, make_plan
@@ -129,6 +129,11 @@ class StagedModel:
             tied=config.model.tied(),
         )
 
+    @cached_property
+    def program(self) -> Program:
+        """The plan with its transfers, the same in every process."""
+        return lower(self.plan)
+
     def trace(self, remat: Sequence[str] | None = None) -> list[TracedStage]:
         """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps.
 
@@ -151,7 +156,7 @@ class StagedModel:
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
             self.programs = self._compile(self.traced, ops, self.remat, pool, compiler, also)
-        self.executor = Executor("train", lower(self.plan), self._meshes, self.traced, self.programs)
+        self.executor = Executor("train", self.program, self._meshes, self.traced, self.programs)
 
     def _compile(
         self,
