@@ -23,6 +23,11 @@ def process_index() -> int:
     return distributed.global_state.process_id or 0
 
 
+def coordinator_address() -> str | None:
+    """HOST:PORT of process 0, also where a cluster said it; None without other processes."""
+    return distributed.global_state.coordinator_address
+
+
 def tell(key: str, text: str) -> None:
     """Writes a key once for all processes. Raises `RuntimeError` when it is there already, or the service is gone."""
     _client().key_value_set(key, text)

@@ -1,6 +1,5 @@
 """A run of a recipe from its first check to its exit status: data, evaluation, checkpoints, metrics and signals."""
 
-import hashlib
 import itertools
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from meshpipe.agreement import agree
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
 from meshpipe.coordination import meet, process_count, process_index, tell_all
@@ -23,7 +23,6 @@ from meshpipe.distributed import Guard, StopTogether
 from meshpipe.metrics import MetricsFile, ProgressLine, speed
 from meshpipe.picture import Panel, draw_timelines, has_matplotlib
 from meshpipe.pipeline.clock import MeasuredStep
-from meshpipe.pipeline.lower import lower
 from meshpipe.record import (
     checkpoint_metadata,
     config_values,
@@ -44,8 +43,6 @@ STEPS_BEFORE_TRACE = 2
 """The first steps of a run are not like the others."""
 END_SECONDS = 600.0
 """How long processes wait for each other to come to the end."""
-COMPILE_SECONDS = 3600.0
-"""How long processes wait for each other to compile."""
 TELL_SECONDS = 60.0
 """How long processes wait for each other's times of a step."""
 LONGEST_TRACE = 10
@@ -85,7 +82,7 @@ def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0
         try:
             trainer = Trainer.from_config(config)
             if process_count() > 1:
-                _compare_programs(trainer)
+                agree(trainer)
                 train_batches.read_only(trainer.model.rows_read())
             for line in layout_lines(recipe, trainer.model):
                 console.print(line)
@@ -118,21 +115,6 @@ def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0
                 guard.fail(loop.error)
             meet("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
         return status
-
-
-def _compare_programs(trainer: Trainer) -> None:
-    """Meets the other processes before the first transfer: all is compiled, and all run the same program.
-
-    Raises `ValueError` when they do not, which different versions of a recipe or of meshpipe would cause.
-    """
-    own = hashlib.sha256(lower(trainer.plan).to_text().encode()).hexdigest()
-    others = tell_all("meshpipe/program", own, COMPILE_SECONDS)
-    different = [str(process) for process, other in enumerate(others) if other != own]
-    if different:
-        raise ValueError(
-            "All processes must run the same program. Process "
-            f"{', '.join(different)} differs from process {process_index()}. Start all with the same command and code."
-        )
 
 
 def _newest_sentence(folder: str | None) -> str:

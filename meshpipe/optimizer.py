@@ -124,25 +124,27 @@ class Optimizer:
         self._updates: dict[int, Any] = {}
         self._local = [i for i, stage in enumerate(stages) if is_local(stage.mesh)]
         self._last_is_local = is_local(stages[-1].mesh)
-        self._to_last, self._from_last = self._links()
+        self._up, self._down = self._links()
+        self._nothing = {i: place(np.float32(0), self._everywhere[i]) for i in self._local}
         self.reset()
         self.finite: dict[int, jax.Array] = {i: place(np.bool_(True), self._everywhere[i]) for i in self._local}
         """For each local stage, whether the last update left its parameters finite."""
 
     def _links(self) -> tuple[dict[int, Move], dict[int, Move]]:
-        """What moves each stage's norm to the last stage, and that stage's scalars to each, where one end is here."""
-        last = self._stages[-1].mesh
-        to_last: dict[int, Move] = {}
-        from_last: dict[int, Move] = {}
+        """What moves sums of squares from each stage to its parent, and scalars back, where one end is here."""
+        up: dict[int, Move] = {}
+        down: dict[int, Move] = {}
         for i, stage in enumerate(self._stages[:-1]):
-            if i in self._local or self._last_is_local:
+            above = parent(i, len(self._stages))
+            if i in self._local or above in self._local:
                 scalar = abstract((), jnp.float32, self._everywhere[i])
                 # Loss and norm are read in every process.
                 scalars = (scalar, abstract((), jnp.bool_, self._everywhere[i]), scalar, scalar)
-                square = abstract((), jnp.float32, self._last)
-                to_last[i] = transfer_between(f"norm {i}", stage.mesh, (square,))
-                from_last[i] = transfer_between(f"scale {i}", last, scalars if jax.process_count() > 1 else scalars[:2])
-        return to_last, from_last
+                square = abstract((), jnp.float32, self._everywhere[above])
+                mesh = self._stages[above].mesh
+                up[i] = transfer_between(f"norm {i}", stage.mesh, (square,))
+                down[i] = transfer_between(f"scale {i}", mesh, scalars if jax.process_count() > 1 else scalars[:2])
+        return up, down
 
     def _state_shapes(self, stage: StageParameters) -> Any:
         """Optax's state of a stage, its parameter-like leaves placed like the parameters."""
@@ -222,7 +224,7 @@ class Optimizer:
             params, state = tuple(stage.params.values()), tuple(stage.state.values())
             shardings = jax.tree.map(lambda s: s.sharding, (params, opt_state, state, good))
             norm = jax.jit(self._sum_of_squares(stage), out_shardings=self._everywhere[index])
-            self._norms[index] = programs.compile(norm.lower(gradients), stage.mesh)
+            self._norms[index] = programs.compile(norm.lower(gradients, (scalar, scalar)), stage.mesh)
             jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
             arguments = (params, opt_state, gradients, state, state, scalar, good)
             self._updates[index] = programs.compile(jitted.lower(*arguments), stage.mesh)
@@ -231,7 +233,7 @@ class Optimizer:
         def compile_summary() -> None:
             scalar, good = abstract((), jnp.float32, self._last), abstract((), jnp.bool_, self._last)
             summary = jax.jit(self._summary, out_shardings=self._last)
-            lowered = summary.lower((scalar,) * len(self._stages), (scalar, scalar), good)
+            lowered = summary.lower(scalar, (scalar, scalar), good)
             self._summarise = programs.compile(lowered, self._stages[-1].mesh)
 
         tasks: list[Callable[[], None]] = [partial(compile_first, index) for index in done]
@@ -262,48 +264,50 @@ class Optimizer:
         `params` and `states` are donated; `before` and `after` are the non-parameter state at both ends of the step.
         `totals` are those of the last stage, where it is local.
         """
-        own = {i: (self._norms[i](g),) for i, g in gradients.items()}
-        squares = {i: move(own.get(i)) for i, move in self._to_last.items()}
-        summed: tuple[jax.Array, ...] | None = None
+        last = len(self._stages) - 1
+        below: dict[int, Arrays] = dict.fromkeys(self._local, ())
+
+        def square_of(i: int) -> Arrays:
+            return (self._norms[i](gradients[i], (below[i] + (self._nothing[i],) * 2)[:2]),)
+
+        for i, move in self._up.items():
+            arrived = move(square_of(i) if i in below else None)
+            if arrived is not None:
+                below[parent(i, len(self._stages))] += arrived
+        scalars: dict[int, Arrays | None] = {}
         if self._last_is_local:
-            squares[len(self._stages) - 1] = own[len(self._stages) - 1]
-            ordered = [square for _, (square,) in sorted(squares.items())]  # type: ignore[misc]
-            loss, norm, scale, self.good = self._summarise(tuple(ordered), totals, self.good)
-            summed = scale, self.good, loss, norm
-        scalars: dict[int, tuple[jax.Array, ...] | None] = {
-            i: move(summed if summed is None or jax.process_count() > 1 else summed[:2])
-            for i, move in self._from_last.items()
-        }
-        scalars[len(self._stages) - 1] = summed
+            loss, norm, scale, self.good = self._summarise(*square_of(last), totals, self.good)
+            scalars[last] = scale, self.good, loss, norm
+        for i, move in reversed(self._down.items()):
+            above = scalars.get(parent(i, len(self._stages)))
+            scalars[i] = move(above if above is None or jax.process_count() > 1 else above[:2])
         results = {}
         for i, leaves in params.items():
             scale, good, *_ = scalars[i]  # type: ignore[misc]
             opt_state = jax.tree.leaves(states[i])
             results[i] = self._updates[i](leaves, opt_state, gradients[i], before[i], after[i], scale, good)
-        if summed is None:
-            summed = scalars[self._local[0]]
-            assert summed is not None
-            self.good = summed[1]
-        _, good, loss, norm = summed
+        summed = scalars[last if self._last_is_local else self._local[0]]
+        assert summed is not None
+        _, self.good, loss, norm = summed
         new_params, leaves_of, new_state = ({i: r[k] for i, r in results.items()} for k in range(3))
         new_states = {i: jax.tree.unflatten(jax.tree.structure(states[i]), new) for i, new in leaves_of.items()}
         self.finite = {i: r[3] for i, r in results.items()}
-        return new_params, new_states, new_state, (loss, norm, good)
+        return new_params, new_states, new_state, (loss, norm, self.good)
 
-    def _sum_of_squares(self, stage: StageParameters) -> Callable[[Arrays], jax.Array]:
+    def _sum_of_squares(self, stage: StageParameters) -> Callable[[Arrays, Arrays], jax.Array]:
         counted = [path not in stage.borrowed for path in stage.params]
 
-        def sum_of_squares(gradients: Arrays) -> jax.Array:
+        def sum_of_squares(gradients: Arrays, below: Arrays) -> jax.Array:
             squares = (jnp.sum(jnp.square(g.astype(jnp.float32))) for g, c in zip(gradients, counted, strict=True) if c)
-            return sum(squares, start=jnp.zeros((), jnp.float32))
+            return sum(below, start=sum(squares, start=jnp.zeros((), jnp.float32)))
 
         return sum_of_squares
 
     def _summary(
-        self, squares: Arrays, totals: Arrays, good: jax.Array
+        self, square: jax.Array, totals: Arrays, good: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         total, weight = totals
-        loss, norm = total / weight, jnp.sqrt(sum(squares[1:], start=squares[0])) / weight
+        loss, norm = total / weight, jnp.sqrt(square) / weight
         clip = self._clip_norm
         factor = jnp.ones(()) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
         return loss, norm, factor / weight, good & jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -328,6 +332,15 @@ class Optimizer:
             return changed, keep(new_state, opt_state), keep(after, before), finite
 
         return update
+
+
+def parent(stage: int, num_stages: int) -> int:
+    """The stage that takes this one's sum and hands it the scalars of the update: a binary tree below the last stage.
+
+    So every stage has at most three others to do with, however many there are, and waits for as many hops as the tree
+    is deep. A parent comes after its children.
+    """
+    return num_stages - 1 - (num_stages - 2 - stage) // 2
 
 
 def _accumulators(stage: StageParameters) -> tuple[jax.ShapeDtypeStruct, ...]:

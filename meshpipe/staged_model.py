@@ -24,7 +24,7 @@ from meshpipe.optimizer import StageParameters
 from meshpipe.partition import partition
 from meshpipe.pipeline.config import CHECKPOINT_POLICIES, PipelineConfig
 from meshpipe.pipeline.executor import Executor
-from meshpipe.pipeline.lower import lower
+from meshpipe.pipeline.lower import Program, lower
 from meshpipe.pipeline.plan import Op, Plan
 from meshpipe.pipeline.schedules import forwards_of, make_plan
 from meshpipe.pipeline.simulate import Costs
@@ -124,6 +124,11 @@ class StagedModel:
             tied=config.model.tied(),
         )
 
+    @cached_property
+    def program(self) -> Program:
+        """The plan with its transfers, the same in every process."""
+        return lower(self.plan)
+
     def trace(self, remat: Sequence[str] | None = None) -> list[TracedStage]:
         """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps.
 
@@ -146,7 +151,7 @@ class StagedModel:
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
             self.programs = compile_stages(self.traced, ops, self.remat, pool, compiler, also)
-        self.executor = Executor("train", lower(self.plan), self._meshes, self.traced, self.programs)
+        self.executor = Executor("train", self.program, self._meshes, self.traced, self.programs)
 
     @cached_property
     def evaluation(self) -> tuple[Executor, tuple[str, ...]]:

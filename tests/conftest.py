@@ -14,7 +14,18 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = {"__init__", "auto", "greedy", "grid", "local_search", "lower", "partition", "plan", "simulate", "validate"}
+PLAIN = {
+    "__init__",
+    "auto",
+    "greedy",
+    "grid",
+    "local_search",
+    "lower",
+    "partition",
+    "plan",
+    "rendezvous",
+    "simulate",
+} | {"validate"}
 """Modules left unchecked: millions of small calls on plain data, which the check makes forty times slower."""
 
 install_import_hook(

@@ -2,9 +2,9 @@
 
 from jax._src import distributed
 
-from meshpipe.coordination import process_count, process_index
+from meshpipe.coordination import coordinator_address, process_count, process_index
 
 
 def test_one_process_needs_no_service() -> None:
     assert distributed.global_state.client is None
-    assert (process_count(), process_index()) == (1, 0)
+    assert (process_count(), process_index(), coordinator_address()) == (1, 0, None)

@@ -139,6 +139,23 @@ def test_only_the_work_of_local_stages_is_resolved(local: set[int], traced: dict
     assert len(executor._steps) == len(concerned) < len(program.instructions)
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
+def test_a_step_of_one_rank_is_as_long_among_64_as_among_4(
+    schedule: str, traced: dict[int, TracedStage], programs: dict[int, StagePrograms]
+) -> None:
+    """Calls of compiled programs, transfers and frees are all that a step dispatches."""
+    found = []
+    for num_ranks in (4, 64):
+        program = lower(make_plan(schedule, num_ranks, 4))
+        meshes = [MESHES[rank % STAGES] for rank in range(num_ranks)]
+        executor = Executor("test", program, meshes, {1: traced[1]}, {1: programs[1]})
+        transfers = [i for i in program.instructions if isinstance(i, Transfer) and 1 in stages_of(i)]
+        found.append((len(executor._steps), len(transfers), len(executor._moves), len(executor._named)))
+    few, many = found
+    assert few == many
+    assert few[1:3] == (4 * 4, 4)  # four transfers of each microbatch, each by something made once
+
+
 def stages_of(instruction: Instruction) -> set[int]:
     if isinstance(instruction, Compute):
         return {instruction.action.stage}

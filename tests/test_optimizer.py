@@ -1,5 +1,7 @@
 """Optax over stages equals Optax over the whole model; what cannot be done stage by stage is refused."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshpipe.mesh import make_mesh, submeshes
-from meshpipe.optimizer import Optimizer, OptimizerConfig, StageParameters
+from meshpipe.optimizer import Optimizer, OptimizerConfig, StageParameters, parent
 from meshpipe.sharding import replicated
 
 RANKS = submeshes(make_mesh(pipeline=2, tensor=2))
@@ -190,3 +192,44 @@ def test_stages_may_be_without_parameters():
     nothing = StageParameters(RANKS[1], {}, {})
     optimizer = Optimizer(OptimizerConfig(weight_decay=0.1, clip_norm=1.0).build(4), [stage(0), nothing])
     assert len(optimizer.init({0: put(VALUES, 0), 1: ()})) == 2
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 7, 64, 1024])
+def test_sums_reach_the_last_stage_over_few_stages_each(num_stages):
+    """The host work of a stage's update does not grow with the number of stages."""
+    parents = {stage: parent(stage, num_stages) for stage in range(num_stages - 1)}
+    assert all(stage < above < num_stages for stage, above in parents.items())
+    assert all(children <= 2 for children in Counter(parents.values()).values())
+    hops, stage = 0, 0
+    while stage != num_stages - 1:
+        stage, hops = parents[stage], hops + 1
+    assert hops == num_stages.bit_length() - 1
+
+
+@pytest.mark.parametrize(("here", "taken"), [(0, 1), (1, 1), (4, 2), (5, 3), (6, 3), (7, 2)])
+def test_a_process_takes_part_in_the_transfers_of_its_own_stage_alone(here, taken, monkeypatch):
+    stages = [lone_parameter(mesh) for mesh in submeshes(make_mesh(8))]
+    monkeypatch.setattr("meshpipe.optimizer.is_local", lambda mesh: mesh == stages[here].mesh)
+    optimizer = Optimizer(optax.sgd(0.1), stages)
+    assert optimizer._up.keys() == optimizer._down.keys()
+    assert len(optimizer._up) == taken
+
+
+def lone_parameter(mesh):
+    return StageParameters(mesh, {"p": jax.ShapeDtypeStruct((2,), jnp.float32, sharding=replicated(mesh))}, {})
+
+
+def test_the_norm_is_that_of_all_of_many_stages():
+    ranks = submeshes(make_mesh(8))
+    optimizer = Optimizer(optax.sgd(1.0), [lone_parameter(mesh) for mesh in ranks])
+    for task in optimizer.compile_tasks():
+        task()
+    values = {i: (jax.device_put(np.float32([i, 2 * i]), replicated(mesh)),) for i, mesh in enumerate(ranks)}
+    zeros = {i: (jax.device_put(np.zeros(2, np.float32), replicated(mesh)),) for i, mesh in enumerate(ranks)}
+    nothing = dict.fromkeys(range(8), ())
+    totals = jax.device_put((np.float32(1), np.float32(1)), replicated(ranks[-1]))
+    params, _, _, (_, norm, good) = optimizer.update(zeros, optimizer.init(zeros), values, nothing, nothing, totals)
+    assert float(norm) == np.sqrt(np.float32(5 * sum(i**2 for i in range(8))))
+    assert bool(good)
+    for i in range(8):
+        np.testing.assert_array_equal(params[i][0], [-i, -2 * i])

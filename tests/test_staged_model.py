@@ -132,3 +132,18 @@ def test_code_of_equal_layers_runs_once_for_all_middle_stages() -> None:
     CALLS.clear()
     trace([lambda rngs: Dense(rngs, factor=7.0)] * 6)
     assert CALLS[7.0] == 3  # first, middle, last
+
+
+def test_stages_in_the_middle_read_no_examples() -> None:
+    model = StagedModel(
+        [Dense] * 3,
+        lambda output, batch: ((output - batch["goal"]).sum(), jnp.float32(output.size)),
+        batch={"inputs": BATCH["inputs"], "goal": BATCH["inputs"]},
+        mesh=make_mesh(3),
+        input="inputs",
+        config=PipelineConfig(num_microbatches=2),
+    )
+    traced = model.trace()
+    for stage, read in ((0, range(8)), (1, []), (2, range(8))):
+        model.traced = {stage: traced[stage]}  # as in a process that has this one alone
+        assert list(model.rows_read()) == list(read)

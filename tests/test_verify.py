@@ -152,7 +152,7 @@ def test_clipping_each_stage_is_found(monkeypatch):
         inner, norm = original(self, stage), self._sum_of_squares(stage)
 
         def clipped(params, opt_state, gradients, before, after, scale, good):
-            own = jnp.sqrt(norm(gradients))
+            own = jnp.sqrt(norm(gradients, ()))
             return inner(params, opt_state, gradients, before, after, 0.1 / own, good)
 
         return clipped

@@ -10,7 +10,7 @@ def train(arguments: list[str]) -> int:
     from meshpipe.distributed import DistributedConfig
 
     recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
-    from meshpipe.coordination import process_count, process_index
+    from meshpipe.coordination import coordinator_address, process_count, process_index
     from meshpipe.distributed import join, leave, own_address
     from meshpipe.loop import run
     from meshpipe.pipeline.peers import open_peers
@@ -22,7 +22,7 @@ def train(arguments: list[str]) -> int:
     try:
         take_devices(config, console)
         if several:
-            open_peers(own_address(distributed.coordinator))
+            open_peers(own_address(coordinator_address()))
         status = run(config, recipe, console, distributed.step_timeout)
     except ValueError as error:
         if not several:

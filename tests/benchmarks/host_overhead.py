@@ -7,10 +7,11 @@ without an engine, timed in the same run. `bare`: a call of the compiled program
 and the `jax.device_put`s onto a sharding that its values need, each in a loop of its own with its arguments at hand.
 `chained`: a forward and the move of its result, which is not ready yet, one after the other as in a pipeline; for the
 actions without a move only the call counts. The second table is the cost of planning, which has to grow with the number
-of actions and no faster.
+of actions and no faster; the third that of many ranks, of which each has as many instructions as among few.
 """
 
 import argparse
+import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,14 +25,15 @@ from flax import nnx
 
 import meshpipe
 from meshpipe.pipeline.lower import Transfer, lower
-from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.programs import StagePrograms, compile_stage
+from meshpipe.pipeline.rendezvous import check_program
 from meshpipe.pipeline.stage import Shapes, TracedStage
 from meshpipe.pipeline.transfer import transfer_to
 from meshpipe.pipeline.validate import validate
 
 WIDTH, ROWS = 8, 4
 CALLS = 200
+PLANNING = "planning: plan, validate, lower and check the transfers"
 
 
 def main() -> None:
@@ -46,7 +48,9 @@ def main() -> None:
     meshpipe.use_cpu_devices(flags.stages * flags.data)
     rows = [step_row(name, flags.stages, flags.microbatches, flags.data, flags.repeats) for name in flags.schedules]
     print_results("host overhead: microseconds per action", rows, flags.json)
-    print_results("planning: plan, validate and lower", [planning_row(8 * 2**i, 32 * 2**i) for i in range(4)])
+    print_results(PLANNING, [planning_row("1f1b", 8 * 2**i, 32 * 2**i) for i in range(4)])
+    sizes = [(schedule, num_ranks) for schedule in ("1f1b", "zb-h1") for num_ranks in (4, 64, 1024)]
+    print_results(f"{PLANNING}, more ranks", [planning_row(name, num_ranks, 64) for name, num_ranks in sizes])
 
 
 def step_row(schedule: str, num_stages: int, num_microbatches: int, data: int, repeats: int) -> dict[str, object]:
@@ -152,20 +156,28 @@ def call_time(call: Callable[[], object]) -> float:
     return median(times_of(calls, 5)) / CALLS
 
 
-def planning_row(num_stages: int, num_microbatches: int) -> dict[str, object]:
-    begin = time.perf_counter()
-    plan = meshpipe.make_plan("1f1b", num_stages, num_microbatches)
+def planning_row(schedule: str, num_ranks: int, num_microbatches: int) -> dict[str, object]:
+    times = [time.perf_counter()]
+    plan = meshpipe.make_plan(schedule, num_ranks, num_microbatches)
+    times.append(time.perf_counter())
     validate(plan)
-    lower(plan)
-    seconds = time.perf_counter() - begin
-    count = len(plan.actions)
-    assert {action.op for action in plan.actions} == {Op.FORWARD, Op.BACKWARD}
+    times.append(time.perf_counter())
+    program = lower(plan)
+    times.append(time.perf_counter())
+    check_program(program)
+    times.append(time.perf_counter())
+    parts = dict(zip(("plan", "validate", "lower", "check"), map(float.__sub__, times[1:], times), strict=True))
+    seconds = sum(parts.values())
     return {
-        "stages": num_stages,
+        "schedule": schedule,
+        "ranks": num_ranks,
         "microbatches": num_microbatches,
-        "actions": count,
+        "actions": len(plan.actions),
+        **{f"{name}, s": part for name, part in parts.items()},
         "seconds": seconds,
-        "us per action": seconds / count * 1e6,
+        "us per action": seconds / len(plan.actions) * 1e6,
+        "instructions of a middle rank": len(program.of_rank(num_ranks // 2)),
+        "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
 

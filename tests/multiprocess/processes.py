@@ -37,14 +37,20 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"} | more
 
 
-def run_processes(count: int, command: Sequence[str], folder: Path, **more: str) -> Ended:
-    """Runs `python COMMAND`, in `count` processes with their `--coordinator` and so on, until all have ended."""
+def run_processes(
+    count: int, command: Sequence[str], folder: Path, own: Sequence[Sequence[str]] = (), **more: str
+) -> Ended:
+    """Runs `python COMMAND`, in `count` processes with their `--coordinator` and so on, until all have ended.
+
+    `own` has further arguments for each process.
+    """
     place = ["--coordinator", f"127.0.0.1:{free_port()}", "--process-count", str(count), "--process-id"]
     logs = [folder / f"process-{number}-of-{count}.log" for number in range(count)]
     processes = []
     for number, log in enumerate(logs):
         with open(log, "w") as output:
-            arguments = [sys.executable, *command, *place, str(number)] if count > 1 else [sys.executable, *command]
+            arguments = [sys.executable, *command, *(own[number] if own else ())]
+            arguments += [*place, str(number)] if count > 1 else []
             processes.append(
                 subprocess.Popen(
                     arguments, cwd=folder, env=environment(**more), stdout=output, stderr=subprocess.STDOUT

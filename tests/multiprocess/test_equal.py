@@ -1,11 +1,15 @@
 """A run of several processes computes what one process does, bit for bit, and each has only its own stages."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Ended, run_processes
+from processes import ROOT, TIMEOUT, Ended, environment, run_processes
+
+from meshpipe.launch import free_port
 
 SCRIPT = str(Path(__file__).parent / "train_small.py")
 
@@ -40,3 +44,50 @@ def test_processes_compute_what_one_does(count: int, flags: str, tmp_path: Path)
     assert sorted({s for result in together for s in result["stages"]}) == alone["stages"]
     if count == 2 and flags == "--mesh 2 1 1":
         assert [result["stages"] for result in together] == [[0], [1]]
+
+
+def test_processes_with_different_flags_say_so_before_anything_moves(tmp_path: Path) -> None:
+    recipe = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
+    own = [["--num-microbatches", "4"], ["--num-microbatches", "8"]]
+    ended = run_processes(2, ["-m", "meshpipe", "train", recipe], tmp_path, own)
+    assert ended.codes == [2, 2], ended
+    for log in ended.logs:
+        assert "process 1 has another plan (1f1b of 2 stages on 2 ranks, 8 microbatches, not 1f1b of 2 stages" in log
+        assert "Traceback" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", ["Slurm", "Open MPI"])
+def test_tasks_that_a_cluster_started_find_each_other(cluster: str, tmp_path: Path) -> None:
+    """By the variables of such a task alone, set here in its place."""
+
+    job = free_port()  # JAX makes the coordinator's port from the number of the job
+
+    def variables(number: int) -> dict[str, str]:
+        if cluster == "Slurm":
+            size = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+            place = {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+            return {"SLURM_JOB_ID": str(job)} | size | place
+        rank = {f"OMPI_COMM_WORLD_{which}": str(number) for which in ("RANK", "LOCAL_RANK")}
+        return {"OMPI_MCA_orte_hnp_uri": f"{job << 12}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"} | rank
+
+    command = [sys.executable, "-m", "meshpipe", "train", f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"]
+    tasks = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment(**variables(number)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        output = [task.communicate(timeout=TIMEOUT)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.wait() for task in tasks] == [0, 0], "".join(output)
+    assert "2 virtual CPU devices of 2 processes" in output[0]
+    assert "Completed after step 6 of 6" in output[0]
