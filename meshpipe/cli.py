@@ -89,7 +89,7 @@ def train(arguments: list[str]) -> int:
 
     recipe, config, distributed = _configure("train", arguments, "Trains a recipe.", DistributedConfig())
     from meshpipe.coordination import process_count, process_index
-    from meshpipe.distributed import join, leave, own_address
+    from meshpipe.distributed import Guard, join, leave, own_address
     from meshpipe.loop import run
     from meshpipe.pipeline.peers import open_peers
     from meshpipe.report import make_console
@@ -98,10 +98,11 @@ def train(arguments: list[str]) -> int:
     several = process_count() > 1
     console = make_console(quiet=process_index() > 0)
     try:
-        _take_devices(config, console)
-        if several:
-            open_peers(own_address(distributed.coordinator))
-        status = run(config, recipe, console, distributed.step_timeout)
+        with Guard(config.checkpoint.checkpoint_dir) as guard:
+            _take_devices(config, console)
+            if several:
+                open_peers(own_address(distributed.coordinator))
+            status = run(config, recipe, console, guard, distributed.step_timeout)
     except ValueError as error:
         if not several:
             raise

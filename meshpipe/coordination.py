@@ -23,6 +23,13 @@ def process_index() -> int:
     return distributed.global_state.process_id or 0
 
 
+def coordinator_address() -> str:
+    """HOST:PORT at which process 0 of several listens."""
+    address = distributed.global_state.coordinator_address
+    assert address is not None, "jax.distributed was not started"
+    return address
+
+
 def tell(key: str, text: str) -> None:
     """Writes a key once for all processes. Raises `RuntimeError` when it is there already, or the service is gone."""
     _client().key_value_set(key, text)

@@ -7,14 +7,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
 import jax
 
-from meshpipe.coordination import ask_now, beat, beats, process_count, process_index, tell
+from meshpipe.coordination import ask_now, beat, beats, coordinator_address, process_count, process_index, tell
+from meshpipe.last_words import LastWords, saved_sentence
 from meshpipe.signals import StopRequest
 
 ERROR, STOP = "meshpipe/error", "meshpipe/stop"
@@ -110,17 +112,22 @@ def own_address(coordinator: str | None) -> str:
 class Guard:
     """While entered, a failure of one process ends all of them within seconds, each with a message that names it.
 
-    Every process gives a sign of life now and then, and process 0, which coordinates the run, watches for them.
-    `last_words` says what was saved. With one process it does nothing.
+    Every process gives a sign of life now and then, and process 0, which coordinates the run, watches for them. Where a
+    process cannot say why it ends, a child of it does. Each message ends with the newest checkpoint of `folder`.
+    An error that leaves the block ends all processes as well, except for a `ValueError` about what cannot be, which
+    every process finds by itself. With one process it does nothing. Enter it as soon as the process has joined.
     """
 
-    def __init__(self, last_words: Callable[[], str] = lambda: "") -> None:
-        self.last_words = last_words
+    def __init__(self, folder: str | None = None) -> None:
+        self._folder = folder
         self._done = threading.Event()
         self._answered = time.monotonic()
+        self._last_words: LastWords | None = None
 
     def __enter__(self) -> "Guard":
         if process_count() > 1:
+            self._last_words = LastWords(process_index(), coordinator_address(), self._folder).__enter__()
+            self._answered = time.monotonic()
             for work in (self._watch_others, self._watch_coordinator):
                 threading.Thread(target=work, name="guard", daemon=True).start()
         return self
@@ -128,25 +135,36 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        cannot_be = isinstance(error, ValueError) and not _is_lost_connection(str(error))
+        if process_count() > 1 and isinstance(error, Exception) and not cannot_be:
+            traceback.print_exception(error)
+            self.fail(f"{type(error).__name__}: {error}")
         self._done.set()
+        if self._last_words is not None:
+            self._last_words.withdraw()
 
     def fail(self, message: str) -> NoReturn:
-        """Tells the others that this process fails and why, and ends it; with several processes only.
+        """Tells the others that this process fails and why, and ends it.
 
         What looks as if another process were gone waits until it is known which, and ends with that.
         """
-        if any(mark in message for mark in CONNECTION_MARKS):
+        if process_count() == 1:
+            leave(FAILED)
+        if _is_lost_connection(message):
             time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
-        self._done.set()
-        try:
-            tell(ERROR, f"process {process_index()} on {socket.gethostname()} failed: {message}")
-        except Exception:  # another process was first, or there is nobody left to tell
-            with contextlib.suppress(Exception):
-                print(f"meshpipe: process {process_index()} stops because {ask_now(ERROR)}", file=sys.stderr)
-        leave(FAILED)
+        if not self._done.is_set():
+            reason = f"process {process_index()} on {socket.gethostname()} failed: {message}"
+            try:
+                tell(ERROR, reason)
+            except Exception:  # another process was first, or there is nobody left to tell
+                with contextlib.suppress(Exception):
+                    reason = ask_now(ERROR) or reason
+            self._stop_because(reason)
+        threading.Event().wait()  # for the thread that ends this process
+        raise AssertionError("unreachable")
 
     def _watch_others(self) -> None:
-        seen: dict[int, tuple[str, float]] = {}
+        seen = dict.fromkeys(range(process_count()), ("", time.monotonic()))
         while not self._done.wait(POLL_SECONDS):
             try:
                 beat()
@@ -172,9 +190,10 @@ class Guard:
         if self._done.is_set():
             return
         self._done.set()
-        saved = self.last_words()
-        text = f"meshpipe: process {process_index()} stops because {message}\n{saved}".strip()
+        text = f"meshpipe: process {process_index()} stops because {message}\n{saved_sentence(self._folder)}"
         print(text, file=sys.stderr, flush=True)
+        if self._last_words is not None:
+            self._last_words.withdraw()
         leave(FAILED)
 
 
@@ -210,9 +229,13 @@ def _silent(seen: dict[int, tuple[str, float]]) -> int | None:
     """A process whose last sign of life is too long ago; `seen` has what was seen of each, and when."""
     now = time.monotonic()
     for process, sign in beats().items():
-        if seen.get(process, ("", 0.0))[0] != sign:
+        if seen[process][0] != sign:
             seen[process] = sign, now
     return next((process for process, (_, at) in sorted(seen.items()) if now - at > SILENCE_SECONDS), None)
+
+
+def _is_lost_connection(message: str) -> bool:
+    return any(mark in message for mark in CONNECTION_MARKS)
 
 
 def leave(status: int) -> NoReturn:
@@ -222,6 +245,6 @@ def leave(status: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if process_index() == 0:
+    if process_count() > 1 and process_index() == 0:
         time.sleep(3 * POLL_SECONDS)
     os._exit(status)
