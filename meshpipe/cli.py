@@ -93,16 +93,17 @@ def train(arguments: list[str]) -> int:
     from meshpipe.loop import run
     from meshpipe.pipeline.peers import open_peers
     from meshpipe.report import make_console
+    from meshpipe.signals import StopRequest
 
     join(distributed)
     several = process_count() > 1
     console = make_console(quiet=process_index() > 0)
     try:
-        with Guard(config.checkpoint.checkpoint_dir) as guard:
+        with Guard(config.checkpoint.checkpoint_dir) as guard, StopRequest() as stop:
             _take_devices(config, console)
             if several:
                 open_peers(own_address(distributed.coordinator))
-            status = run(config, recipe, console, guard, distributed.step_timeout)
+            status = run(config, recipe, console, guard, stop, distributed.step_timeout)
     except ValueError as error:
         if not several:
             raise

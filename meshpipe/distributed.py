@@ -24,6 +24,8 @@ POLL_SECONDS = 0.5
 SILENCE_SECONDS = 8.0
 """After this long without a sign of life a process counts as dead."""
 COORDINATOR_SILENCE_SECONDS = 15.0
+JOIN_SECONDS = 300.0
+"""How long processes wait for each other to join; hosts may start at different times."""
 SHUTDOWN_SECONDS = 30
 CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
 """Parts of the errors of transfers and collectives whose other end is gone."""
@@ -70,7 +72,8 @@ class DistributedConfig:
 def join(config: DistributedConfig) -> None:
     """Meets the other processes of the run; does nothing where there are none.
 
-    Must be called before JAX is first used. Raises `ConnectionError` when they do not come together.
+    Must be called before JAX is first used. When they do not come together in time, JAX can only abort, so this process
+    ends before it would, with a message. Raises `ConnectionError` when JAX finds out earlier.
     """
     if config.coordinator is None and not _in_cluster(os.environ):
         return
@@ -79,11 +82,17 @@ def join(config: DistributedConfig) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX would abort every process when one is gone; `Guard` ends them with a message and what was saved.
     jax.config.update("jax_enable_recoverability", True)
+    # JAX would take SIGTERM for itself, and nobody would hear of it before `StopRequest` is entered.
+    jax.config.update("jax_enable_preemption_service", False)
+    timer = threading.Timer(JOIN_SECONDS, _give_up_joining, [config])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             config.coordinator,
             config.process_count,
             config.process_id,
+            initialization_timeout=2 * round(JOIN_SECONDS),
             coordinator_bind_address=config.coordinator if config.process_id == 0 else None,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
@@ -92,6 +101,21 @@ def join(config: DistributedConfig) -> None:
             f"Process {config.process_id} could not join the {config.process_count} of the run at "
             f"{config.coordinator}: {error}"
         ) from error
+    finally:
+        timer.cancel()
+
+
+def _give_up_joining(config: DistributedConfig) -> None:
+    own = "this process" if config.process_id is None else f"process {config.process_id}"
+    count = "" if config.process_count is None else f" {config.process_count}"
+    where = "" if config.coordinator is None else f" at {config.coordinator}"
+    print(
+        f"meshpipe: {own} stops because not all{count} processes of the run came together{where} "
+        f"within {JOIN_SECONDS:.0f} s. Look at what the others say, and start all with the same address and count.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(FAILED)
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
@@ -153,13 +177,12 @@ class Guard:
         if _is_lost_connection(message):
             time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
         if not self._done.is_set():
-            reason = f"process {process_index()} on {socket.gethostname()} failed: {message}"
             try:
-                tell(ERROR, reason)
+                tell(ERROR, f"process {process_index()} on {socket.gethostname()} failed: {message}")
             except Exception:  # another process was first, or there is nobody left to tell
                 with contextlib.suppress(Exception):
-                    reason = ask_now(ERROR) or reason
-            self._stop_because(reason)
+                    message = ask_now(ERROR) or message
+            self._stop_because(message)
         threading.Event().wait()  # for the thread that ends this process
         raise AssertionError("unreachable")
 

@@ -51,10 +51,13 @@ LONGEST_TRACE = 10
 """Timed steps that a trace holds, the last ones."""
 
 
-def run(config: Config, recipe: str, console: Console, guard: Guard, step_timeout: float = 0.0) -> int:
+def run(
+    config: Config, recipe: str, console: Console, guard: Guard, stop: StopRequest, step_timeout: float = 0.0
+) -> int:
     """Trains as `config` says; returns the exit status 0, 1, 130 or 143.
 
-    After `step_timeout` seconds without the end of a step `guard` ends the process with status 1; 0 waits for ever.
+    Ends after the step in progress once `stop` is asked for. After `step_timeout` seconds without the end of a step
+    `guard` ends the process with status 1; 0 waits for ever.
 
     Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
     """
@@ -79,7 +82,7 @@ def run(config: Config, recipe: str, console: Console, guard: Guard, step_timeou
     held_out = config.data.eval_source() if config.eval_batches else None
     if held_out is not None:
         batches(held_out, config.batch_size)
-    with StopRequest() as stop, ExitStack() as files:
+    with ExitStack() as files:
         trainer = Trainer.from_config(config)
         if process_count() > 1:
             _compare_programs(trainer)

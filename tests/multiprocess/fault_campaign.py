@@ -236,11 +236,8 @@ def campaign(folder: Path, processes: int, count: int, seed: int) -> tuple[list[
         outcomes.append(outcome)
         times = ", ".join(f"{second:.1f}" for second in outcome.seconds.values())
         wrong = "; ".join(outcome.problems) or "good"
-        print(
-            f"{processes} processes, kill {number}: process {outcome.kill.victim} in {outcome.kill.phase}; the others ended after "
-            f"{times} s; {outcome.megabytes} MB; steps {run.steps}: {wrong}",
-            flush=True,
-        )
+        print(f"{number}: process {kill.victim} of {processes} killed in {outcome.kill.phase}", flush=True)
+        print(f"  others ended after {times} s; {outcome.megabytes} MB; steps {run.steps}: {wrong}", flush=True)
         problems += [f"{processes} processes, kill {number} ({kill}): {problem}" for problem in outcome.problems]
     return outcomes, problems + run.complete()
 
