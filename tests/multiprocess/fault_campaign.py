@@ -199,11 +199,9 @@ class Run:
             yield from (f"step {step}: {problem}" for problem in verify_checkpoint(self.folder / "run", step))
 
 
-def kills(count: int, processes: int, generator: random.Random, phases: Sequence[str] = PHASES) -> list[Kill]:
-    """So many kills, as equally as possible in every phase and of every process; the first when there is a checkpoint
-    to restore is in a save or a step.
-    """
-    chosen = [Kill(phases[i % len(phases)], (i // len(phases)) % processes) for i in range(count)]
+def kills(count: int, processes: int, generator: random.Random) -> list[Kill]:
+    """So many kills, as equally as possible in every phase and of every process; first one that leaves a checkpoint."""
+    chosen = [Kill(PHASES[i % len(PHASES)], (i + i // len(PHASES)) % processes) for i in range(count)]
     generator.shuffle(chosen)
     saving = next((i for i, kill in enumerate(chosen) if kill.phase == "save"), None)
     if saving is not None:
