@@ -157,7 +157,8 @@ class Run:
         if phase == "restore":
             time.sleep(self.random.uniform(0, 0.02))
             return
-        self._until(started, lambda: "  loss " in self.log())
+        # The first of all kills comes here too, so that those in a restore have something to restore.
+        self._until(started, lambda: "  loss " in self.log() and bool(self.steps))
         time.sleep(self.random.uniform(0, 1))
         if phase == "save":
             self._until(started, lambda: any((self.folder / "run").glob("*.partial")))
@@ -200,13 +201,12 @@ class Run:
 
 
 def kills(count: int, processes: int, generator: random.Random) -> list[Kill]:
-    """So many kills, as equally as possible in every phase and of every process; first one that leaves a checkpoint."""
+    """So many kills, as equally as possible in every phase and of every process; first one in a step."""
     chosen = [Kill(PHASES[i % len(PHASES)], (i + i // len(PHASES)) % processes) for i in range(count)]
     generator.shuffle(chosen)
-    saving = next((i for i, kill in enumerate(chosen) if kill.phase == "save"), None)
-    if saving is not None:
-        chosen.insert(0, chosen.pop(saving))
-    return chosen
+    first = next((kill for kill in chosen if kill.phase == "step"), chosen[0])
+    chosen.remove(first)
+    return [first, *chosen]
 
 
 def table(outcomes: Sequence[tuple[int, Outcome]]) -> list[str]:
