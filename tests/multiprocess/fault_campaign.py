@@ -262,6 +262,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     flags = parser.parse_args()
+    if flags.kills < len(flags.processes):
+        parser.error("there must be a kill for each number of processes")
     outcomes, problems = [], []
     for processes in flags.processes:
         with tempfile.TemporaryDirectory() as folder:
