@@ -27,8 +27,8 @@ from meshpipe.launch import free_port
 PHASES = ("compile", "step", "save", "restore")
 RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
 FLAGS = ["--model.width", "128", "--data.width", "128", "--eval-batches", "0"]
-SAVED = ["--checkpoint-dir", "run", "--checkpoint-every", "5", "--auto-resume"]
-MORE_STEPS = 20
+SAVED = ["--checkpoint-dir", "run", "--checkpoint-every", "20", "--auto-resume"]
+MORE_STEPS = 100
 """Steps of the round that completes the run."""
 SECONDS_TO_END = 30.0
 POLL_SECONDS = 0.001
@@ -160,8 +160,8 @@ class Run:
         # The first of all kills comes here too, so that those in a restore have something to restore.
         self._until(started, lambda: "  loss " in self.log() and bool(self.steps))
         time.sleep(self.random.uniform(0, 1))
+        self._until(started, lambda: self._is_saving() == (phase == "save"))
         if phase == "save":
-            self._until(started, lambda: any((self.folder / "run").glob("*.partial")))
             time.sleep(self.random.uniform(0, 0.01))
 
     def _phase(self) -> str:
@@ -170,7 +170,10 @@ class Run:
             return "compile"
         if "  loss " not in log and "Resumed after" not in log:
             return "restore"
-        return "save" if any((self.folder / "run").glob("*.partial")) else "step"
+        return "save" if self._is_saving() else "step"
+
+    def _is_saving(self) -> bool:
+        return any((self.folder / "run").glob("*.partial"))
 
     def _until(self, started: Sequence[subprocess.Popen[bytes]], is_so: Callable[[], bool]) -> None:
         deadline = time.monotonic() + TIMEOUT
