@@ -7,14 +7,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
 import jax
 
-from meshpipe.coordination import ask_now, beat, beats, process_count, process_index, tell
+from meshpipe.coordination import ask_now, beat, beats, coordinator_address, process_count, process_index, tell
+from meshpipe.last_words import LastWords, saved_sentence
 from meshpipe.signals import StopRequest
 
 ERROR, STOP = "meshpipe/error", "meshpipe/stop"
@@ -22,6 +24,8 @@ POLL_SECONDS = 0.5
 SILENCE_SECONDS = 8.0
 """After this long without a sign of life a process counts as dead."""
 COORDINATOR_SILENCE_SECONDS = 15.0
+JOIN_SECONDS = 300.0
+"""How long processes wait for each other to join; hosts may start at different times."""
 SHUTDOWN_SECONDS = 30
 CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
 """Parts of the errors of transfers and collectives whose other end is gone."""
@@ -68,7 +72,8 @@ class DistributedConfig:
 def join(config: DistributedConfig) -> None:
     """Meets the other processes of the run; does nothing where there are none.
 
-    Must be called before JAX is first used. Raises `ConnectionError` when they do not come together.
+    Must be called before JAX is first used. When they do not come together in time, JAX can only abort, so this process
+    ends before it would, with a message. Raises `ConnectionError` when JAX finds out earlier.
     """
     if config.coordinator is None and not _in_cluster(os.environ):
         return
@@ -77,11 +82,17 @@ def join(config: DistributedConfig) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX would abort every process when one is gone; `Guard` ends them with a message and what was saved.
     jax.config.update("jax_enable_recoverability", True)
+    # JAX would take SIGTERM for itself, and nobody would hear of it before `StopRequest` is entered.
+    jax.config.update("jax_enable_preemption_service", False)
+    timer = threading.Timer(JOIN_SECONDS, _give_up_joining, [config])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             config.coordinator,
             config.process_count,
             config.process_id,
+            initialization_timeout=2 * round(JOIN_SECONDS),
             coordinator_bind_address=config.coordinator if config.process_id == 0 else None,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
@@ -90,6 +101,21 @@ def join(config: DistributedConfig) -> None:
             f"Process {config.process_id} could not join the {config.process_count} of the run at "
             f"{config.coordinator}: {error}"
         ) from error
+    finally:
+        timer.cancel()
+
+
+def _give_up_joining(config: DistributedConfig) -> None:
+    own = "this process" if config.process_id is None else f"process {config.process_id}"
+    count = "" if config.process_count is None else f" {config.process_count}"
+    where = "" if config.coordinator is None else f" at {config.coordinator}"
+    print(
+        f"meshpipe: {own} stops because not all{count} processes of the run came together{where} "
+        f"within {JOIN_SECONDS:.0f} s. Look at what the others say, and start all with the same address and count.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(FAILED)
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
@@ -110,17 +136,23 @@ def own_address(coordinator: str | None) -> str:
 class Guard:
     """While entered, a failure of one process ends all of them within seconds, each with a message that names it.
 
-    Every process gives a sign of life now and then, and process 0, which coordinates the run, watches for them.
-    `last_words` says what was saved. With one process it does nothing.
+    Every process gives a sign of life now and then, and process 0, which coordinates the run, watches for them. Where a
+    process cannot say why it ends, a child of it does. Each message ends with the newest checkpoint of `folder`.
+    An error that leaves the block ends all processes as well, except for a `ValueError` about what cannot be, which
+    every process finds by itself. With one process it does nothing. Enter it as soon as the process has joined.
     """
 
-    def __init__(self, last_words: Callable[[], str] = lambda: "") -> None:
-        self.last_words = last_words
+    def __init__(self, folder: str | None = None) -> None:
+        self._folder = folder
         self._done = threading.Event()
         self._answered = time.monotonic()
+        self._last_words: LastWords | None = None
 
     def __enter__(self) -> "Guard":
-        if process_count() > 1:
+        coordinator = coordinator_address()
+        if coordinator is not None:
+            self._last_words = LastWords(process_index(), coordinator, self._folder).__enter__()
+            self._answered = time.monotonic()
             for work in (self._watch_others, self._watch_coordinator):
                 threading.Thread(target=work, name="guard", daemon=True).start()
         return self
@@ -128,25 +160,35 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        cannot_be = isinstance(error, ValueError) and not _is_lost_connection(str(error))
+        if process_count() > 1 and isinstance(error, Exception) and not cannot_be:
+            traceback.print_exception(error)
+            self.fail(f"{type(error).__name__}: {error}")
         self._done.set()
+        if self._last_words is not None:
+            self._last_words.withdraw()
 
     def fail(self, message: str) -> NoReturn:
-        """Tells the others that this process fails and why, and ends it; with several processes only.
+        """Tells the others that this process fails and why, and ends it.
 
         What looks as if another process were gone waits until it is known which, and ends with that.
         """
-        if any(mark in message for mark in CONNECTION_MARKS):
+        if process_count() == 1:
+            leave(FAILED)
+        if _is_lost_connection(message):
             time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
-        self._done.set()
-        try:
-            tell(ERROR, f"process {process_index()} on {socket.gethostname()} failed: {message}")
-        except Exception:  # another process was first, or there is nobody left to tell
-            with contextlib.suppress(Exception):
-                print(f"meshpipe: process {process_index()} stops because {ask_now(ERROR)}", file=sys.stderr)
-        leave(FAILED)
+        if not self._done.is_set():
+            try:
+                tell(ERROR, f"process {process_index()} on {socket.gethostname()} failed: {message}")
+            except Exception:  # another process was first, or there is nobody left to tell
+                with contextlib.suppress(Exception):
+                    message = ask_now(ERROR) or message
+            self._stop_because(message)
+        while True:  # until another thread, which was first, has ended this process
+            time.sleep(POLL_SECONDS)
 
     def _watch_others(self) -> None:
-        seen: dict[int, tuple[str, float]] = {}
+        seen = dict.fromkeys(range(process_count()), ("", time.monotonic()))
         while not self._done.wait(POLL_SECONDS):
             try:
                 beat()
@@ -172,9 +214,10 @@ class Guard:
         if self._done.is_set():
             return
         self._done.set()
-        saved = self.last_words()
-        text = f"meshpipe: process {process_index()} stops because {message}\n{saved}".strip()
+        text = f"meshpipe: process {process_index()} stops because {message}\n{saved_sentence(self._folder)}"
         print(text, file=sys.stderr, flush=True)
+        if self._last_words is not None:
+            self._last_words.withdraw()
         leave(FAILED)
 
 
@@ -210,9 +253,13 @@ def _silent(seen: dict[int, tuple[str, float]]) -> int | None:
     """A process whose last sign of life is too long ago; `seen` has what was seen of each, and when."""
     now = time.monotonic()
     for process, sign in beats().items():
-        if seen.get(process, ("", 0.0))[0] != sign:
+        if seen[process][0] != sign:
             seen[process] = sign, now
     return next((process for process, (_, at) in sorted(seen.items()) if now - at > SILENCE_SECONDS), None)
+
+
+def _is_lost_connection(message: str) -> bool:
+    return any(mark in message for mark in CONNECTION_MARKS)
 
 
 def leave(status: int) -> NoReturn:
@@ -222,6 +269,6 @@ def leave(status: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if process_index() == 0:
+    if process_count() > 1 and process_index() == 0:
         time.sleep(3 * POLL_SECONDS)
     os._exit(status)

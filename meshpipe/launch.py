@@ -49,12 +49,13 @@ class Launch:
         """The exit code of the first process that failed, else 0. A signal to this process is passed on to all."""
         before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
         try:
-            for restart in range(self.max_restarts + 1):
+            restart = 0
+            while True:
                 code = self._run_once(restart)
                 if code in NOT_RESTARTED or self._stop is not None or restart == self.max_restarts:
                     return code
-                _say(f"Starting the run again ({restart + 1} of {self.max_restarts}).")
-            raise AssertionError("unreachable")
+                restart += 1
+                _say(f"Starting the run again ({restart} of {self.max_restarts}).")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -1,7 +1,6 @@
 """A run of a recipe from its first check to its exit status: data, evaluation, checkpoints, metrics and signals."""
 
 import itertools
-import os
 import sys
 import time
 import traceback
@@ -49,10 +48,13 @@ LONGEST_TRACE = 10
 """Timed steps that a trace holds, the last ones."""
 
 
-def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0) -> int:
+def run(
+    config: Config, recipe: str, console: Console, guard: Guard, stop: StopRequest, step_timeout: float = 0.0
+) -> int:
     """Trains as `config` says; returns the exit status 0, 1, 130 or 143.
 
-    After `step_timeout` seconds without the end of a step the process ends with status 1; 0 waits for ever.
+    Ends after the step in progress once `stop` is asked for. After `step_timeout` seconds without the end of a step
+    `guard` ends the process with status 1; 0 waits for ever.
 
     Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
     """
@@ -77,49 +79,34 @@ def run(config: Config, recipe: str, console: Console, step_timeout: float = 0.0
     held_out = config.data.eval_source() if config.eval_batches else None
     if held_out is not None:
         batches(held_out, config.batch_size)
-    with StopRequest() as stop, ExitStack() as files:
-        guard = files.enter_context(Guard(lambda: _newest_sentence(folder)))
-        try:
-            trainer = Trainer.from_config(config)
-            if process_count() > 1:
-                agree(trainer)
-                train_batches.read_only(trainer.model.rows_read())
-            for line in layout_lines(recipe, trainer.model):
-                console.print(line)
-            console.print(f"Compiled in {trainer.compile_seconds:.1f} s.")
-            checkpointer = None
-            if folder is not None:
-                checkpointer = files.enter_context(Checkpointer(folder, keep=config.checkpoint.checkpoint_keep))
-                if saved is not None:
-                    trees = checkpointer.restore(saved["step"], trainer.abstract_state_tree())
-                    trainer.load_state_tree(trees, saved["step"])
-                    console.print(f"Resumed after step {saved['step']} of {folder}.")
-                    if config.checkpoint.resume_from is not None and is_first:
-                        for step in checkpointer.supersede(saved["step"]):
-                            console.print(f"Step {step} is now {step}.superseded.")
-            metrics = files.enter_context(MetricsFile(metrics_file, append=resume))
-            files_of_run = Outputs(recipe, metrics, checkpointer, console)
-            give_up = guard.fail if process_count() > 1 else lambda message: os._exit(FAILED)
-            watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, give_up))
-            loop = Loop(
-                config, trainer, train_batches, held_out, files_of_run, stop, watchdog if step_timeout else None
-            )
-            status = loop.run()
-        except Exception as error:
-            if process_count() == 1 or isinstance(error, ValueError):
-                raise
-            traceback.print_exc()
-            guard.fail(f"{type(error).__name__}: {error}")
+    with ExitStack() as files:
+        trainer = Trainer.from_config(config)
+        if process_count() > 1:
+            agree(trainer)
+            train_batches.read_only(trainer.model.rows_read())
+        for line in layout_lines(recipe, trainer.model):
+            console.print(line)
+        console.print(f"Compiled in {trainer.compile_seconds:.1f} s.")
+        checkpointer = None
+        if folder is not None:
+            checkpointer = files.enter_context(Checkpointer(folder, keep=config.checkpoint.checkpoint_keep))
+            if saved is not None:
+                trees = checkpointer.restore(saved["step"], trainer.abstract_state_tree())
+                trainer.load_state_tree(trees, saved["step"])
+                console.print(f"Resumed after step {saved['step']} of {folder}.")
+                if config.checkpoint.resume_from is not None and is_first:
+                    for step in checkpointer.supersede(saved["step"]):
+                        console.print(f"Step {step} is now {step}.superseded.")
+        metrics = files.enter_context(MetricsFile(metrics_file, append=resume))
+        files_of_run = Outputs(recipe, metrics, checkpointer, console)
+        watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, guard.fail))
+        loop = Loop(config, trainer, train_batches, held_out, files_of_run, stop, watchdog if step_timeout else None)
+        status = loop.run()
         if process_count() > 1:
             if status == FAILED:
                 guard.fail(loop.error)
             meet("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
         return status
-
-
-def _newest_sentence(folder: str | None) -> str:
-    steps = [] if folder is None else Checkpointer(folder).steps()
-    return f"The last good checkpoint is step {steps[-1]} of {folder}." if steps else "Nothing was saved."
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,9 @@ class Watchdog:
         self._seen.append((instruction, min(made, key=lambda array: array.nbytes) if made else None))
 
     def waiting(self) -> list[str]:
-        """For each rank that has not done all of its step, the action that it waits in and what has not arrived."""
+        """For each rank of this process the action that it waits in, and what has not arrived for it."""
         lines: dict[int, str] = {}
+        ranks = {instruction.rank for instruction, _ in self._seen if isinstance(instruction, Compute)}
         missing = {i.target: i for i, array in self._seen if isinstance(i, Transfer) and not _is_there(array)}
         for instruction, array in self._seen:
             if isinstance(instruction, Compute) and instruction.rank not in lines and not _is_there(array):
@@ -60,13 +61,13 @@ class Watchdog:
                 line += f"microbatch {action.microbatch})"
                 absent = [missing[buffer] for buffer in instruction.reads if buffer in missing]
                 lines[instruction.rank] = line + "".join(f", for {t.target} from rank {t.source_rank}" for t in absent)
-        return [lines[rank] for rank in sorted(lines)]
+        return [lines.get(rank, f"rank {rank} has done what it was given") for rank in sorted(ranks)]
 
     def _watch(self) -> None:
         while not self._done.wait(POLL_SECONDS):
             if self._last_end is None or time.monotonic() - self._last_end < self._timeout:
                 continue
-            waiting = self.waiting() or ["no rank of this process waits; the update or another process does"]
+            waiting = self.waiting() or ["no rank of this process was given anything to do"]
             message = f"no step has ended for {self._timeout:g} s: {'; '.join(waiting)}"
             print(f"meshpipe: {message}.", file=sys.stderr, flush=True)
             self._done.set()

@@ -1,11 +1,14 @@
 """How processes join, and when they stop together."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from meshpipe import distributed
 from meshpipe.distributed import DistributedConfig, StopTogether, own_address
+from meshpipe.launch import free_port
 from meshpipe.signals import StopRequest
 
 
@@ -77,3 +80,15 @@ def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPa
             steps[index] += 1
     assert steps == [7, 7, 7]
     assert all(request.signal == signal.SIGTERM for request in requests)
+
+
+def test_a_process_whose_others_do_not_come_says_so() -> None:
+    script = f"""
+from meshpipe import distributed
+distributed.JOIN_SECONDS = 0.5
+place = dict(coordinator="127.0.0.1:{free_port()}", process_id=0, process_count=2)
+distributed.join(distributed.DistributedConfig(**place))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1, ended
+    assert "process 0 stops because not all 2 processes of the run came together at 127.0.0.1:" in ended.stderr

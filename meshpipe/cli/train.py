@@ -11,19 +11,21 @@ def train(arguments: list[str]) -> int:
 
     recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
     from meshpipe.coordination import coordinator_address, process_count, process_index
-    from meshpipe.distributed import join, leave, own_address
+    from meshpipe.distributed import Guard, join, leave, own_address
     from meshpipe.loop import run
     from meshpipe.pipeline.peers import open_peers
     from meshpipe.report import make_console
+    from meshpipe.signals import StopRequest
 
     join(distributed)
     several = process_count() > 1
     console = make_console(quiet=process_index() > 0)
     try:
-        take_devices(config, console)
-        if several:
-            open_peers(own_address(coordinator_address()))
-        status = run(config, recipe, console, distributed.step_timeout)
+        with Guard(config.checkpoint.checkpoint_dir) as guard, StopRequest() as stop:
+            take_devices(config, console)
+            if several:
+                open_peers(own_address(coordinator_address()))
+            status = run(config, recipe, console, guard, stop, distributed.step_timeout)
     except ValueError as error:
         if not several:
             raise

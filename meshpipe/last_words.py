@@ -1,0 +1,92 @@
+"""Says why a process has ended when it could not say so itself: it was killed, or JAX aborted it.
+
+The client of `jax.distributed` aborts its process, from a thread of C++, within a quarter of a second after process 0
+is gone; no public option prevents it, and no Python runs any more. So each of several processes starts a small child,
+which reads from a pipe that ends with its parent. This file is the child's program too: it imports no JAX, and takes 10
+MB.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from types import TracebackType
+
+CHECKSUMS = "checksums.json"
+"""The file that every whole checkpoint has."""
+SAID = b"."
+PATIENCE_SECONDS = 5.0
+"""How long a coordinator may take to answer before it counts as gone."""
+
+
+class LastWords:
+    """While entered, a child waits, and says on standard error how this process ended unless it was told not to.
+
+    `process` is the number of this process, `coordinator` the HOST:PORT of process 0, `folder` that of the checkpoints.
+    """
+
+    def __init__(self, process: int, coordinator: str, folder: str | None) -> None:
+        self._arguments = [str(process), coordinator, folder or ""]
+
+    def __enter__(self) -> "LastWords":
+        command = [sys.executable, "-I", "-S", __file__, *self._arguments]
+        # What a terminal sends to all processes in front is not for the child.
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """To be called when this process has said itself why it ends, or ends well."""
+        assert self._child.stdin is not None
+        if self._child.stdin.closed:
+            return
+        try:
+            self._child.stdin.write(SAID)
+            self._child.stdin.close()
+            self._child.wait(PATIENCE_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):  # somebody has ended the child, or stopped it
+            pass
+
+
+def saved_sentence(folder: str | None) -> str:
+    """Which checkpoint a run can go on from, by the names in its folder."""
+    names = os.listdir(folder) if folder and os.path.isdir(folder) else []
+    steps = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
+    whole = [step for step in steps if os.path.isfile(os.path.join(folder or "", str(step), CHECKSUMS))]
+    return f"The last good checkpoint is step {max(whole)} of {folder}." if whole else "Nothing was saved."
+
+
+def main(process: int, coordinator: str, folder: str | None) -> None:
+    """Waits for the parent to end, and says how, if it has not."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.stdin.buffer.read(1) == SAID:
+        return
+    if process > 0 and not _listens(coordinator):
+        why = f"process {process} stops because process 0, which coordinates the run, is gone"
+    else:
+        why = f"process {process} is gone: it was killed, or it crashed"
+    # One write, so that processes that share a file do not mix their lines.
+    os.write(2, f"meshpipe: {why}.\n{saved_sentence(folder)}\n".encode())
+
+
+def _listens(address: str) -> bool:
+    """Whether somebody accepts connections there; one who only takes long to answer counts as gone too."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), PATIENCE_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3] or None)
