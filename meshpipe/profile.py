@@ -103,9 +103,7 @@ class _Run:
         self.params, self.state = _place(stage.params), _place(stage.state)
         self.microbatch = jax.device_put(np.uint32(0), stage.microbatch.sharding)
         self.hoisted = tuple(programs.prepare(self.params)) if programs.prepare else ()
-        self.accumulators = programs.zeros()
-        count = len(stage.output_vars) if stage.spec.is_last else 0
-        self.totals = tuple(jax.device_put([np.float32(0)] * count, replicated(stage.spec.mesh)))
+        self.accumulators, self.totals = programs.zeros()
         self.output, _, self.residuals, self.totals = self._forward()
         self.kept = tuple(x[i] for i in stage.kept_x), tuple(self.state[i] for i in stage.kept_state)
         self.from_forward = (*self.kept[0], *self.kept[1], *self.residuals)

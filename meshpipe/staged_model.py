@@ -18,7 +18,7 @@ from meshpipe.data import example_batch
 from meshpipe.initialise import placed
 from meshpipe.layer import Layer, LayerLike, abstract_layers, path_hash
 from meshpipe.layer_costs import ModelCosts
-from meshpipe.mesh import make_mesh, submeshes
+from meshpipe.mesh import DATA, make_mesh, submeshes
 from meshpipe.microbatches import Microbatches
 from meshpipe.optimizer import StageParameters
 from meshpipe.partition import partition
@@ -98,6 +98,10 @@ class StagedModel:
         self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
 
     @property
+    def _splits_data(self) -> bool:
+        return self.mesh.shape.get(DATA, 1) > 1
+
+    @property
     def stage_costs(self) -> Costs | None:
         """The times of the stages in seconds; None where the layers' costs are not known."""
         return None if self.layer_costs is None else self.layer_costs.of_stages(self.cuts)
@@ -127,7 +131,7 @@ class StagedModel:
     @cached_property
     def program(self) -> Program:
         """The plan with its transfers, the same in every process."""
-        return lower(self.plan)
+        return lower(self.plan, reduces=self._splits_data)
 
     def trace(self, remat: Sequence[str] | None = None) -> list[TracedStage]:
         """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps.
@@ -164,7 +168,10 @@ class StagedModel:
         traced = self._evaluation_traced = self._trace(self.local, remat=remat, train=False, names=names)
         with ThreadPoolExecutor() as pool:
             programs = compile_stages(traced, {Op.FORWARD}, remat, pool, Compiler(self._cache))
-        return Executor("evaluate", lower(plan), self._meshes, traced, programs), ("loss", *names)
+        return Executor("evaluate", lower(plan, reduces=self._splits_data), self._meshes, traced, programs), (
+            "loss",
+            *names,
+        )
 
     def place_seed(self, seed: int) -> dict[int, jax.Array]:
         """The seed's key data on every local stage's submesh."""

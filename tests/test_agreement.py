@@ -46,7 +46,7 @@ def test_equal_processes_describe_the_same(described: dict[str, str]) -> None:
             {"values from stage 0 to 1", "parameters and state of stage 0", "parameters and state of stage 1"},
         ),
         ({"optimizer": optax.adam(0.1)}, {"parameters and state of stage 0", "parameters and state of stage 1"}),
-        ({"data": 2}, {"mesh", "devices"}),
+        ({"data": 2}, {"mesh", "devices", "instructions"}),
     ],
 )
 def test_what_differs_is_named(other: dict[str, Any], names: set[str], described: dict[str, str]) -> None:

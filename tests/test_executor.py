@@ -9,7 +9,7 @@ import pytest
 
 from meshpipe.mesh import make_mesh, submeshes
 from meshpipe.pipeline.executor import Executor
-from meshpipe.pipeline.lower import Compute, Instruction, Transfer, lower
+from meshpipe.pipeline.lower import Compute, Instruction, Reduce, Transfer, lower
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.programs import StagePrograms, compile_stage
 from meshpipe.pipeline.schedules import make_plan
@@ -71,6 +71,13 @@ def programs(traced: dict[int, TracedStage]) -> dict[int, StagePrograms]:
     return {s: compile_stage(stage, set(Op)) for s, stage in traced.items()}
 
 
+def test_a_program_without_reductions_is_refused(
+    traced: dict[int, TracedStage], programs: dict[int, StagePrograms]
+) -> None:
+    with pytest.raises(ValueError, match="reduces=True"):
+        Executor("test", lower(make_plan("1f1b", STAGES, 4)), MESHES, traced, programs)
+
+
 def unrun(schedule: str, num_microbatches: int, traced: dict[int, TracedStage]) -> Executor:
     program = lower(make_plan(schedule, STAGES, num_microbatches))
     return Executor("test", program, MESHES, traced, dict.fromkeys(traced, UNCOMPILED))
@@ -86,7 +93,7 @@ def test_a_step_sums_gradients_and_losses_and_advances_state(
     weight = rng.uniform(size=(num_microbatches, ROWS)).astype(np.float32)
     scales = [rng.normal(size=WIDTH).astype(np.float32) for _ in range(STAGES)]
 
-    program = lower(make_plan(schedule, STAGES, num_microbatches))
+    program = lower(make_plan(schedule, STAGES, num_microbatches), reduces=True)
     executor = Executor("test", program, MESHES, traced, programs)
     fields = {"inputs": inputs, "weight": weight}
     place = {s: replicated(stage.spec.mesh) for s, stage in traced.items()}
@@ -146,7 +153,7 @@ def test_a_step_of_one_rank_is_as_long_among_64_as_among_4(
     """Calls of compiled programs, transfers and frees are all that a step dispatches."""
     found = []
     for num_ranks in (4, 64):
-        program = lower(make_plan(schedule, num_ranks, 4))
+        program = lower(make_plan(schedule, num_ranks, 4), reduces=True)
         meshes = [MESHES[rank % STAGES] for rank in range(num_ranks)]
         executor = Executor("test", program, meshes, {1: traced[1]}, {1: programs[1]})
         transfers = [i for i in program.instructions if isinstance(i, Transfer) and 1 in stages_of(i)]
@@ -161,4 +168,6 @@ def stages_of(instruction: Instruction) -> set[int]:
         return {instruction.action.stage}
     if isinstance(instruction, Transfer):
         return {instruction.source.stage, instruction.target.stage}
+    if isinstance(instruction, Reduce):
+        return {instruction.stage}
     return {buffer.stage for buffer in instruction.buffers}

@@ -194,6 +194,25 @@ def test_every_program_can_be_carried_out(
         assert computes == list(order)
 
 
+def test_a_stage_reduces_after_its_last_action_and_what_that_hands_on() -> None:
+    expected = """\
+0F0: -> r0.0 y0.0
+move y0.0 -> x1.0
+free y0.0
+1F0: x1.0 -> r1.0
+free x1.0
+1B0: r1.0 -> dx1.0
+free r1.0
+move dx1.0 -> dy0.0
+free dx1.0
+reduce 1
+0B0: r0.0 dy0.0 ->
+free r0.0 dy0.0
+reduce 0
+"""
+    assert lower(make_plan("1f1b", 2, 1), reduces=True).to_text() == expected
+
+
 def test_a_transfer_directly_follows_the_action_that_makes_its_source() -> None:
     latest = None
     for instruction in lower(make_plan("1f1b", 4, 8)).instructions:

@@ -170,7 +170,7 @@ def test_wiping_an_accumulator_is_found(monkeypatch):
         programs = compile_stage(stage, *arguments, **options)
         if stage.spec.index == 0:
             return programs
-        wiped = lambda accumulators, *rest: programs.backward(programs.zeros(), *rest)  # noqa: E731
+        wiped = lambda accumulators, *rest: programs.backward(programs.zeros()[0], *rest)  # noqa: E731
         return dataclasses.replace(programs, backward=wiped)
 
     monkeypatch.setattr(meshpipe.compile_stages, "compile_stage", compile_and_wipe)

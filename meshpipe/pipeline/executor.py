@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meshpipe.pipeline.clock import MeasuredStep, StepClock
-from meshpipe.pipeline.lower import Buffer, Compute, Free, Instruction, Program, Transfer
+from meshpipe.pipeline.lower import Buffer, Compute, Free, Instruction, Program, Reduce, Transfer
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.programs import StagePrograms
 from meshpipe.pipeline.stage import Arrays, TracedStage
@@ -60,11 +60,19 @@ class Executor:
             for name in ("params", "hoisted", "state", "inputs", "accumulators", "totals"):
                 self._named[stage, name] = self._new_slot()
         local = [instruction for instruction in program.instructions if self._is_local(instruction)]
+        reduced = {instruction.stage for instruction in local if isinstance(instruction, Reduce)}
+        if reduced != {s for s, stage_programs in programs.items() if stage_programs.reduce is not None}:
+            raise ValueError(
+                "A program must reduce what its stages keep in terms of the data axis. Got one made without. "
+                "Pass reduces=True to lower."
+            )
         self._steps: list[Step] = []
         self._observable: list[tuple[Compute | Transfer, Callable[[Slots], tuple[Arrays, Arrays]]] | None] = []
         for instruction in local:
             self._steps.append(self._resolve(instruction))
-            self._observable.append(None if isinstance(instruction, Free) else (instruction, self._made(instruction)))
+            self._observable.append(
+                None if isinstance(instruction, Free | Reduce) else (instruction, self._made(instruction))
+            )
         self._empty: Slots = [None] * len(self._slots)
 
     def run(
@@ -79,13 +87,12 @@ class Executor:
         Everything is dispatched asynchronously. Gradients are of the sum of the losses: divide by the weight.
         """
         slots = self._empty.copy()
-        for s, stage in self._traced.items():
-            programs = self._programs[s]
+        for s, programs in self._programs.items():
             slots[self._named[s, "params"]] = params[s]
             slots[self._named[s, "hoisted"]] = tuple(programs.prepare(params[s])) if programs.prepare else ()
             slots[self._named[s, "state"]] = state[s]
             slots[self._named[s, "inputs"]] = inputs[s]
-            slots[self._named[s, "accumulators"]], slots[self._named[s, "totals"]] = self._fresh(s, stage)
+            slots[self._named[s, "accumulators"]], slots[self._named[s, "totals"]] = programs.zeros()
         if observe is None:
             for step in self._steps:
                 step(slots)
@@ -106,19 +113,17 @@ class Executor:
         self, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
     ) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays, MeasuredStep]:
         """What `run` gives, after waiting for it, and when each action and transfer ran."""
-        examples = [arrays for s, stage in self._traced.items() for arrays in self._fresh(s, stage)]
+        examples = [arrays for programs in self._programs.values() for arrays in programs.zeros()]
         jax.block_until_ready((params, state, inputs, examples))
         clock = StepClock(self._plan, examples)
         gradients, after, totals = self.run(params, state, inputs, clock.observe)
         return gradients, after, totals, clock.finish()
 
-    def _fresh(self, s: int, stage: TracedStage) -> tuple[Arrays, Arrays]:
-        """Zeros to add gradients, and loss and weight, to."""
-        return self._programs[s].zeros(), _zero_totals(stage)
-
     def _is_local(self, instruction: Instruction) -> bool:
         if isinstance(instruction, Compute):
             return instruction.action.stage in self._traced
+        if isinstance(instruction, Reduce):
+            return instruction.stage in self._traced and self._programs[instruction.stage].reduce is not None
         if isinstance(instruction, Transfer):
             return instruction.source.stage in self._traced or instruction.target.stage in self._traced
         return any(buffer.stage in self._traced for buffer in instruction.buffers)
@@ -128,6 +133,8 @@ class Executor:
             return self._freed([self._named.pop(buffer) for buffer in instruction.buffers])
         if isinstance(instruction, Transfer):
             return self._transfer(instruction)
+        if isinstance(instruction, Reduce):
+            return self._reduce(instruction.stage)
         resolve = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -312,13 +319,16 @@ class Executor:
 
         return backward_weight
 
+    def _reduce(self, stage: int) -> Step:
+        run = self._programs[stage].reduce
+        accumulators, totals = self._named[stage, "accumulators"], self._named[stage, "totals"]
+        assert run is not None
+
+        def reduce(slots: Slots) -> None:
+            slots[accumulators], slots[totals] = run(slots[accumulators], slots[totals])
+
+        return reduce
+
     def _one(self, buffers: Sequence[Buffer], *kinds: str) -> int | None:
         """The slot of the one buffer of these kinds, if there is one."""
         return next((self._slot(b) for b in buffers if b.kind in kinds), None)
-
-
-def _zero_totals(stage: TracedStage) -> Arrays:
-    if not stage.spec.is_last:
-        return ()
-    count = len(stage.output_vars)
-    return tuple(place([np.float32(0)] * count, [replicated(stage.spec.mesh)] * count))

@@ -134,6 +134,15 @@ def function_of(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
     return jax.extend.core.jaxpr_as_fun(closed)
 
 
+def apply_equation(jaxpr: Jaxpr, equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """The results of one equation of a program."""
+    given = {v: o for v, o in zip(equation.invars, operands, strict=True) if isinstance(v, Var)}
+    outputs = [v for v in equation.outvars if not isinstance(v, DropVar)]
+    single = _replace(jaxpr, (), list(given), outputs, [equation], keep_effects=False)
+    results = iter(function_of(ClosedJaxpr(single, ()))(*given.values()))
+    return [None if isinstance(v, DropVar) else next(results) for v in equation.outvars]
+
+
 def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program without calls: nested `jit` and `jax.checkpoint` are replaced by their equations.
 
@@ -155,11 +164,7 @@ def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
             elif isinstance(inner, Jaxpr):
                 results = evaluate(inner, (), operands)
             else:
-                inputs = list(dict.fromkeys(variables(equation.invars)))
-                outputs = [v for v in equation.outvars if not isinstance(v, DropVar)]
-                single = _replace(jaxpr, (), inputs, outputs, [equation], keep_effects=False)
-                values.update(zip(outputs, function_of(ClosedJaxpr(single, ()))(*map(read, inputs)), strict=True))
-                continue
+                results = apply_equation(jaxpr, equation, operands)
             values.update(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 

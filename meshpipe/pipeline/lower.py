@@ -64,7 +64,18 @@ class Free:
         return f"free {_join(self.buffers)}"
 
 
-Instruction: TypeAlias = Compute | Transfer | Free
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Sum the gradients of a stage, and in the last stage the loss, over the data axis of its rank."""
+
+    rank: int
+    stage: int
+
+    def __str__(self) -> str:
+        return f"reduce {self.stage}"
+
+
+Instruction: TypeAlias = Compute | Transfer | Free | Reduce
 
 
 @dataclass(frozen=True)
@@ -94,11 +105,16 @@ class Program:
         return "".join(f"{instruction}\n" for instruction in self.instructions)
 
 
-def lower(plan: Plan) -> Program:
-    """The program of a valid plan, in time about linear in the number of its actions."""
+def lower(plan: Plan, *, reduces: bool = False) -> Program:
+    """The program of a valid plan, in time about linear in the number of its actions.
+
+    `reduces` where ranks split microbatches over several devices: every stage sums over them once, after its last
+    action.
+    """
     with _no_collection():
         computes = [name_buffers(plan, action) for action in order_actions(plan)]
-        return Program(plan, tuple(add_frees(add_transfers(plan, computes))))
+        instructions = add_frees(add_transfers(plan, computes))
+        return Program(plan, tuple(add_reductions(instructions) if reduces else instructions))
 
 
 @contextmanager
@@ -175,6 +191,23 @@ def add_frees(instructions: Iterable[Compute | Transfer]) -> Iterator[Instructio
         dead = tuple(buffer for buffer in _reads(instruction) if last_use[buffer] == index)
         if dead:
             yield Free(_ranks(instruction)[0], dead)
+
+
+def add_reductions(instructions: Iterable[Instruction]) -> Iterator[Instruction]:
+    """Every stage reduces once nothing more is added to its gradients, while others are still at work.
+
+    What its last action hands to another rank goes first.
+    """
+    instructions = list(instructions)
+    last = {i.action.stage: index for index, i in enumerate(instructions) if isinstance(i, Compute)}
+    due: list[Reduce] = []
+    for index, instruction in enumerate(instructions):
+        if isinstance(instruction, Compute):
+            yield from due
+            is_last = last[instruction.action.stage] == index
+            due = [Reduce(instruction.rank, instruction.action.stage)] if is_last else []
+        yield instruction
+    yield from due
 
 
 def _reads(instruction: Compute | Transfer) -> tuple[Buffer, ...]:

@@ -1,6 +1,6 @@
 """The compiled programs of a stage on its submesh."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from meshpipe.compiler import Compiler
+from meshpipe.pipeline.accumulate import Summands, Sums, compile_reduce, compile_zeros
 from meshpipe.pipeline.jaxpr import function_of
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.split_backward import SplitBackward
@@ -23,8 +24,8 @@ class StagePrograms:
 
     prepare: Callable[..., list[jax.Array]] | None
     """Parameters -> hoisted values, where there are any."""
-    zeros: Callable[[], Arrays]
-    """Fresh gradient accumulators; none for a forward-only stage."""
+    zeros: Callable[[], tuple[Arrays, Arrays]]
+    """Fresh accumulators of gradients (none for a forward-only stage), and totals (none but for the last stage)."""
     forward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays]]
     """Parameters, hoisted, state, x, inputs, microbatch, totals -> output, state, residuals, totals."""
     recompute: Callable[..., Arrays] | None
@@ -34,6 +35,8 @@ class StagePrograms:
     -> accumulators, x gradients."""
     split: "SplitPrograms | None" = None
     """Backward in two parts, where the plan has it so."""
+    reduce: Callable[..., tuple[Arrays, Arrays]] | None = None
+    """Accumulators, totals -> the same summed over the data axis, where microbatches are split over it."""
 
 
 @dataclass(frozen=True)
@@ -62,32 +65,31 @@ def compile_stage(
     compiler = compiler or Compiler()
     forward_only = ops == {Op.FORWARD}
     hand_over = remat != "full" and not forward_only
-    with jax.set_mesh(stage.spec.mesh):
+    mesh = stage.spec.mesh
+    with jax.set_mesh(mesh):
         prepare, hoisted = _compile_prepare(stage, compiler)
         arguments = (stage.params, hoisted, stage.state, stage.x, stage.inputs, stage.microbatch)
-        forward = _compile_forward(stage, arguments, compiler, residuals=hand_over)
+        forward_part = _forward_part(stage, residuals=hand_over)
+        totals = Sums.of(_totals(stage), [forward_part])
+        forward = _compile_forward(stage, forward_part, totals, arguments, compiler)
         if forward_only:
-            return StagePrograms(prepare, tuple, forward, None, None)
+            none = Sums((), frozenset())
+            zeros, reduce = compile_zeros(none, totals, mesh, compiler), compile_reduce(none, totals, mesh, compiler)
+            return StagePrograms(prepare, zeros, forward, None, None, reduce=reduce)
         recompute = None
         if hand_over:
             residuals = _like(forward.out_info[2], forward.output_shardings[2])
         else:
             run_again = function_of(stage.forward(outputs=False, residuals=True))
             again = jax.jit(lambda p, h, s, x, i, m: tuple(run_again(*p, *h, *s, *x, *i, m)))
-            recompute = compiler.compile(again.lower(*arguments), stage.spec.mesh)
+            recompute = compiler.compile(again.lower(*arguments), mesh)
             residuals = _like(recompute.out_info, recompute.output_shardings)
-        accumulators = _accumulators(stage)
-        make_zeros = jax.jit(
-            lambda: tuple(jnp.zeros(a.shape, a.dtype) for a in accumulators), out_shardings=_shardings(accumulators)
-        )
-        example = _backward_arguments(stage, hoisted, residuals)
-        backward = _compile_backward(stage, accumulators, example, compiler) if Op.BACKWARD in ops else None
-        split_programs = None
-        if Op.BACKWARD_INPUT in ops:
-            parts = trace_split(stage, hoisted, residuals)
-            split_programs = _compile_split(stage, parts, accumulators, example, compiler)
-        zeros = compiler.compile(make_zeros.lower(), stage.spec.mesh)
-        return StagePrograms(prepare, zeros, forward, recompute, backward, split_programs)
+        parts = _BackwardParts(stage, hoisted, residuals, ops)
+        backward = _compile_backward(stage, parts, compiler) if parts.whole is not None else None
+        split_programs = _compile_split(stage, parts, compiler) if parts.split is not None else None
+        zeros = compile_zeros(parts.gradients, totals, mesh, compiler)
+        reduce = compile_reduce(parts.gradients, totals, mesh, compiler)
+        return StagePrograms(prepare, zeros, forward, recompute, backward, split_programs, reduce)
 
 
 def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> StagePrograms | None:
@@ -106,24 +108,29 @@ def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> Sta
     return copied(replace(programs, split=programs.split and copied(programs.split)))
 
 
+def _forward_part(stage: TracedStage, *, residuals: bool) -> Summands:
+    """The traced forward; what the last stage puts out is added to the totals."""
+    totals = {i: i for i in range(len(_totals(stage)))}
+    return Summands(stage, stage.forward(outputs=True, residuals=residuals), totals)
+
+
 def _compile_forward(
-    stage: TracedStage, arguments: tuple[Any, ...], compiler: Compiler, *, residuals: bool
+    stage: TracedStage, part: Summands, totals: Sums, arguments: tuple[Any, ...], compiler: Compiler
 ) -> jax.stages.Compiled:
     mesh, boundary = stage.spec.mesh, stage.boundary_out
     output: Shapes = () if boundary is None else boundary.on(mesh, stage.microbatch_size)
     num_outputs, num_state = len(stage.output_vars), len(stage.state)
-    totals: Shapes = (abstract((), jnp.float32, replicated(mesh)),) * num_outputs if boundary is None else ()
-    run = function_of(stage.forward(outputs=True, residuals=residuals))
+    run = part.function(totals.in_terms)
 
-    def forward(params, hoisted, state, x, inputs, microbatch, totals):  # type: ignore[no-untyped-def]
+    def forward(params, hoisted, state, x, inputs, microbatch, so_far):  # type: ignore[no-untyped-def]
         flat = run(*params, *hoisted, *state, *x, *inputs, microbatch)
         outputs, new_state, fresh = split(flat, (num_outputs, num_state, len(flat) - num_outputs - num_state))
         if boundary is None:
-            outputs, totals = [], tuple(t + o for t, o in zip(totals, outputs, strict=True))
-        return tuple(outputs), tuple(new_state), tuple(fresh), totals
+            outputs, so_far = [], totals.add(so_far, dict(enumerate(outputs)))
+        return tuple(outputs), tuple(new_state), tuple(fresh), so_far
 
-    results = (_shardings(output), _shardings(stage.state), None, _shardings(totals))
-    lowered = jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals)
+    results = (_shardings(output), _shardings(stage.state), None, totals.shardings)
+    lowered = jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals.shapes)
     return compiler.compile(lowered, mesh)
 
 
@@ -142,18 +149,6 @@ def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, 
     return tuple(gradients), tuple(into_x)
 
 
-def _compile_backward(
-    stage: TracedStage, accumulators: Shapes, example: tuple[Any, ...], compiler: Compiler
-) -> jax.stages.Compiled:
-    def backward(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays]:
-        gradients, into_x = _pull_back(stage, arguments)
-        return _add(accumulators, dict(enumerate(gradients))), into_x
-
-    results = (_shardings(accumulators), _shardings(_x_gradients(stage)))
-    lowered = jax.jit(backward, donate_argnums=0, out_shardings=results).lower(accumulators, *example)
-    return compiler.compile(lowered, stage.spec.mesh)
-
-
 def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
     """The stage's backward traced: gradients of its parameters, then of its input."""
     example = _backward_arguments(stage, hoisted, residuals)
@@ -162,50 +157,92 @@ def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> Cl
 
 def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
     """The same cut in two; nothing is compiled."""
-    num_step_inputs = len(stage.params) + len(hoisted) + len(stage.inputs) + 1
-    return SplitBackward(trace_backward(stage, hoisted, residuals), len(stage.params), num_step_inputs)
+    return _cut(stage, hoisted, trace_backward(stage, hoisted, residuals))
 
 
-def _compile_split(
-    stage: TracedStage, parts: SplitBackward, accumulators: Shapes, example: tuple[Any, ...], compiler: Compiler
-) -> SplitPrograms:
-    run_input, num_x = function_of(parts.input_part()), len(_x_gradients(stage))
+def _cut(stage: TracedStage, hoisted: Shapes, traced: ClosedJaxpr) -> SplitBackward:
+    return SplitBackward(traced, len(stage.params), len(stage.params) + len(hoisted) + len(stage.inputs) + 1)
+
+
+class _BackwardParts:
+    """A stage's traced backward, as a whole and in two as far as the plan asks for it, and what it adds up."""
+
+    def __init__(self, stage: TracedStage, hoisted: Shapes, residuals: Shapes, ops: Set[Op]):
+        traced = trace_backward(stage, hoisted, residuals)
+        self.arguments = _backward_arguments(stage, hoisted, residuals)
+        """Shapes of what follows the accumulators."""
+        self.whole = Summands(stage, traced, _numbered(range(len(stage.params)))) if Op.BACKWARD in ops else None
+        self.split = parts = _cut(stage, hoisted, traced) if Op.BACKWARD_INPUT in ops else None
+        programs = [self.whole]
+        if parts is not None:
+            num_others = len(_x_gradients(stage)) + len(parts.crossing)
+            self.input = Summands(stage, parts.input_part(), _numbered(parts.early, num_others))
+            self.weight = Summands(stage, parts.weight_part(), _numbered(parts.late))
+            programs += [self.input, self.weight]
+        self.gradients = Sums.of(_gradients(stage), [program for program in programs if program is not None])
+
+
+def _numbered(values: Sequence[int], first: int = 0) -> dict[int, int]:
+    return dict(enumerate(values, first))
+
+
+def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> jax.stages.Compiled:
+    assert parts.whole is not None
+    sums = parts.gradients
+    run = parts.whole.function(sums.in_terms)
+
+    def backward(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays]:
+        flat = run(*jax.tree.leaves(arguments))
+        gradients, into_x = flat[: len(accumulators)], flat[len(accumulators) :]
+        return sums.add(accumulators, dict(enumerate(gradients))), tuple(into_x)
+
+    results = (sums.shardings, _shardings(_x_gradients(stage)))
+    lowered = jax.jit(backward, donate_argnums=0, out_shardings=results).lower(sums.shapes, *parts.arguments)
+    return compiler.compile(lowered, stage.spec.mesh)
+
+
+def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> SplitPrograms:
+    assert parts.split is not None
+    cut, sums, num_x = parts.split, parts.gradients, len(_x_gradients(stage))
+    run_input = parts.input.function(sums.in_terms)
 
     def backward_input(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays, Arrays]:
         flat = run_input(*jax.tree.leaves(arguments))
-        into_x, crossing, early = split(flat, (num_x, len(parts.crossing), len(parts.early)))
-        return _add(accumulators, dict(zip(parts.early, early, strict=True))), tuple(into_x), tuple(crossing)
+        into_x, crossing, early = split(flat, (num_x, len(cut.crossing), len(cut.early)))
+        return sums.add(accumulators, dict(zip(cut.early, early, strict=True))), tuple(into_x), tuple(crossing)
 
-    results = (_shardings(accumulators), _shardings(_x_gradients(stage)), None)
-    lowered = jax.jit(backward_input, donate_argnums=0, out_shardings=results).lower(accumulators, *example)
+    results = (sums.shardings, _shardings(_x_gradients(stage)), None)
+    lowered = jax.jit(backward_input, donate_argnums=0, out_shardings=results).lower(sums.shapes, *parts.arguments)
     input_part = compiler.compile(lowered, stage.spec.mesh)
-    if parts.is_whole:
+    if cut.is_whole:
         return SplitPrograms(input_part, None, ())
-    run_weight = function_of(parts.weight_part())
+    run_weight = parts.weight.function(sums.in_terms)
 
     def backward_weight(accumulators: Arrays, *arguments: Any) -> Arrays:
         late = run_weight(*jax.tree.leaves(arguments))
-        return _add(accumulators, dict(zip(parts.late, late, strict=True)))
+        return sums.add(accumulators, dict(zip(cut.late, late, strict=True)))
 
-    of_microbatch = jax.tree.leaves(example[4:])
-    carried = tuple(of_microbatch[i] for i in parts.carried)
+    of_microbatch = jax.tree.leaves(parts.arguments[4:])
+    carried = tuple(of_microbatch[i] for i in cut.carried)
     crossed = _like(input_part.out_info[2], input_part.output_shardings[2])
-    jitted = jax.jit(backward_weight, donate_argnums=0, out_shardings=_shardings(accumulators))
-    weight_part = compiler.compile(jitted.lower(accumulators, *example[:4], carried, crossed), stage.spec.mesh)
-    return SplitPrograms(input_part, weight_part, parts.carried)
-
-
-def _add(accumulators: Arrays, gradients: Mapping[int, jax.Array]) -> Arrays:
-    return tuple(a + gradients[i].astype(a.dtype) if i in gradients else a for i, a in enumerate(accumulators))
+    jitted = jax.jit(backward_weight, donate_argnums=0, out_shardings=sums.shardings)
+    weight_part = compiler.compile(jitted.lower(sums.shapes, *parts.arguments[:4], carried, crossed), stage.spec.mesh)
+    return SplitPrograms(input_part, weight_part, cut.carried)
 
 
 def _x_gradients(stage: TracedStage) -> Shapes:
     return stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)
 
 
-def _accumulators(stage: TracedStage) -> Shapes:
+def _gradients(stage: TracedStage) -> Shapes:
     """Gradients add up in float32 or better, whatever the parameters are kept in."""
     return tuple(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in stage.params)
+
+
+def _totals(stage: TracedStage) -> Shapes:
+    """The loss and its weight, and in evaluation further sums: of the last stage alone."""
+    count = len(stage.output_vars) if stage.spec.is_last else 0
+    return (abstract((), jnp.float32, replicated(stage.spec.mesh)),) * count
 
 
 def _compile_prepare(stage: TracedStage, compiler: Compiler) -> tuple[Callable[..., list[jax.Array]] | None, Shapes]:

@@ -61,7 +61,7 @@ def _check_reads(instruction: Instruction, party: int, held: set[Buffer], holder
         reads = instruction.reads
     elif isinstance(instruction, Free):
         reads = instruction.buffers
-    elif holders[instruction.source_rank] == party:
+    elif isinstance(instruction, Transfer) and holders[instruction.source_rank] == party:
         reads = (instruction.source,)
     if not held.issuperset(reads):
         missing = next(buffer for buffer in reads if buffer not in held)

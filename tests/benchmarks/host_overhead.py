@@ -114,7 +114,7 @@ def bare_calls(stage: TracedStage, programs: StagePrograms) -> list[Callable[[],
     forward = lambda: programs.forward(params, (), state, x, inputs, microbatch, ())  # noqa: E731
     output, _, residuals, _ = forward()
     kept = tuple(x[i] for i in stage.kept_x), tuple(state[i] for i in stage.kept_state)
-    accumulators = [programs.zeros()]  # donated by each call to the next
+    accumulators = [programs.zeros()[0]]  # donated by each call to the next
     arguments = (params, (), inputs, microbatch, kept, residuals, output)
 
     if programs.backward is not None:

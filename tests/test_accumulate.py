@@ -1,0 +1,102 @@
+"""What devices of the data axis say to each other: nothing in a microbatch, and one sum at the end of a step."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from meshpipe import PipelineConfig, make_mesh
+from meshpipe.models import LanguageModelConfig
+from meshpipe.pipeline.executor import Executor
+from meshpipe.pipeline.lower import lower
+from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.programs import compile_stage
+from meshpipe.pipeline.schedules import make_plan
+from meshpipe.sharding import FULLY_SHARDED_RULES, ShardingRules
+from meshpipe.staged_model import StagedModel
+
+COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
+def language_model(mesh, rules=None):
+    config = LanguageModelConfig(d_model=16, num_blocks=1, num_heads=2, d_hidden=24, vocab_size=32)
+    shape = (8, 6)
+    batch = {name: np.zeros(shape, np.int32) for name in ("inputs", "targets", "segment_ids")}
+    batch["weights"] = np.ones(shape, np.float32)
+    pipeline = PipelineConfig(num_microbatches=2)
+    return StagedModel(
+        config.layers(), config.loss, batch=batch, mesh=mesh, input="inputs", config=pipeline, rules=rules
+    )
+
+
+def collectives(program):
+    """How often devices say something to each other."""
+    return len(re.findall(rf" ({COLLECTIVES})(-start)?\(", program.as_text()))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_devices_of_the_data_axis_meet_once_per_step(tensor):
+    """They add nothing to what those of the tensor axis say to each other."""
+    counts = []
+    for data in (1, 2):
+        (stage,) = language_model(make_mesh(1, data, tensor)).trace()
+        programs = compile_stage(stage, set(Op))
+        split = programs.split
+        counts.append([collectives(p) for p in (programs.forward, programs.backward, split.input, split.weight)])
+        assert (programs.reduce is None) == (data == 1)
+    assert collectives(programs.reduce)
+    assert counts[0] == counts[1]
+    assert any(counts[0]) == (tensor > 1)
+
+
+def test_gradients_of_split_parameters_are_reduced_at_once():
+    """With ZeRO-3 a device holds and adds up only its part of them."""
+    (stage,) = language_model(make_mesh(1, 2), ShardingRules(FULLY_SHARDED_RULES)).trace()
+    programs = compile_stage(stage, {Op.FORWARD, Op.BACKWARD})
+    accumulators, _ = programs.zeros()
+    for accumulator, param in zip(accumulators, stage.params, strict=True):
+        assert (accumulator.sharding == param.sharding) == ("data" in param.sharding.spec)
+    assert collectives(programs.backward)
+
+
+def test_a_convolution_is_summed_in_every_microbatch():
+    """Its gradient is a convolution too, which is not taken apart: right all the same."""
+
+    class Convolve(nnx.Module):
+        def __init__(self, rngs):
+            self.convolution = nnx.Conv(2, 3, kernel_size=(3,), rngs=rngs)
+
+        def __call__(self, x):
+            return self.convolution(x)
+
+    def loss(output, batch):
+        return jnp.square(output).sum(), jnp.float32(output.size)
+
+    batch = {"inputs": np.random.default_rng(0).standard_normal((8, 5, 2)).astype(np.float32)}
+    config = PipelineConfig(num_microbatches=2)
+    results = []
+    for data in (1, 2):
+        mesh = make_mesh(1, data)
+        model = StagedModel([Convolve], loss, batch=batch, mesh=mesh, input="inputs", config=config)
+        (stage,) = model.trace()
+        programs = compile_stage(stage, {Op.FORWARD, Op.BACKWARD})
+        if data > 1:
+            (bias, kernel), _ = programs.zeros()
+            assert (bias.ndim, kernel.ndim) == (2, 3)
+        executor = Executor("test", lower(make_plan("1f1b", 1, 2), reduces=data > 1), [mesh], {0: stage}, {0: programs})
+        rng = np.random.default_rng(1)
+        params = tuple(
+            jax.device_put(rng.standard_normal(p.shape).astype(np.float32), p.sharding) for p in stage.params
+        )
+        inputs = tuple(
+            jax.device_put(
+                batch["inputs"].reshape(s.shape) if name == "inputs" else np.zeros(s.shape, s.dtype), s.sharding
+            )
+            for name, s in zip(stage.input_names, stage.inputs, strict=True)
+        )
+        results.append(executor.run({0: params}, {0: ()}, {0: inputs})[0][0])
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5)
