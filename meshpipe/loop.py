@@ -1,11 +1,10 @@
-"""A run of a recipe from its first check to its exit status: data, evaluation, checkpoints, metrics and signals."""
+"""The training loop of a recipe: steps, evaluation, checkpoints, metrics and signals."""
 
 import itertools
 import sys
 import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from meshpipe.agreement import agree
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
-from meshpipe.coordination import meet, process_count, process_index, tell_all
+from meshpipe.coordination import process_count, process_index, tell_all
 from meshpipe.data import BatchIterator, Source, batches
-from meshpipe.distributed import Guard, StopTogether
+from meshpipe.distributed import StopTogether
 from meshpipe.metrics import MetricsFile, ProgressLine, speed
 from meshpipe.picture import Panel, draw_timelines, has_matplotlib
 from meshpipe.pipeline.clock import MeasuredStep
@@ -27,86 +25,21 @@ from meshpipe.record import (
     config_values,
     device_names,
     layout_values,
-    saved_run,
     versions,
 )
-from meshpipe.report import layout_lines
 from meshpipe.sharding import local_value
 from meshpipe.signals import StopRequest
-from meshpipe.trace import check_trace, write_trace
+from meshpipe.trace import write_trace
 from meshpipe.trainer import NonFiniteError, StepResult, Trainer
 from meshpipe.watchdog import Watchdog
 
 COMPLETED, FAILED = 0, 1
 STEPS_BEFORE_TRACE = 2
 """The first steps of a run are not like the others."""
-END_SECONDS = 600.0
-"""How long processes wait for each other to come to the end."""
 TELL_SECONDS = 60.0
 """How long processes wait for each other's times of a step."""
 LONGEST_TRACE = 10
 """Timed steps that a trace holds, the last ones."""
-
-
-def run(
-    config: Config, recipe: str, console: Console, guard: Guard, stop: StopRequest, step_timeout: float = 0.0
-) -> int:
-    """Trains as `config` says; returns the exit status 0, 1, 130 or 143.
-
-    Ends after the step in progress once `stop` is asked for. After `step_timeout` seconds without the end of a step
-    `guard` ends the process with status 1; 0 waits for ever.
-
-    Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
-    """
-    resume, folder = config.checkpoint.may_continue, config.checkpoint.checkpoint_dir
-    if process_count() > 1 and config.pipeline.needs_costs and config.pipeline.costs is None:
-        raise ValueError(
-            "Processes that each measured layers would choose different plans. Got --schedule auto or --partition "
-            "measured without --costs. Write them once by `meshpipe plan RECIPE --profile --save-costs FILE.json`, and "
-            "pass --costs FILE.json to all."
-        )
-    is_first = process_index() == 0
-    metrics_file = config.metrics if is_first else None
-    MetricsFile.check(metrics_file, append=resume)
-    check_trace(config.trace)
-    saved = saved_run(config)
-    if saved is not None and saved["step"] >= config.steps:
-        console.print(f"Nothing left to do: {folder} holds step {saved['step']}, and --steps is {config.steps}.")
-        return COMPLETED
-    train_batches = batches(config.data.train_source(), config.batch_size, config.seed)
-    if saved is not None:
-        train_batches.set_state(saved["data"])
-    held_out = config.data.eval_source() if config.eval_batches else None
-    if held_out is not None:
-        batches(held_out, config.batch_size)
-    with ExitStack() as files:
-        trainer = Trainer.from_config(config)
-        if process_count() > 1:
-            agree(trainer)
-            train_batches.read_only(trainer.model.rows_read())
-        for line in layout_lines(recipe, trainer.model):
-            console.print(line)
-        console.print(f"Compiled in {trainer.compile_seconds:.1f} s.")
-        checkpointer = None
-        if folder is not None:
-            checkpointer = files.enter_context(Checkpointer(folder, keep=config.checkpoint.checkpoint_keep))
-            if saved is not None:
-                trees = checkpointer.restore(saved["step"], trainer.abstract_state_tree())
-                trainer.load_state_tree(trees, saved["step"])
-                console.print(f"Resumed after step {saved['step']} of {folder}.")
-                if config.checkpoint.resume_from is not None and is_first:
-                    for step in checkpointer.supersede(saved["step"]):
-                        console.print(f"Step {step} is now {step}.superseded.")
-        metrics = files.enter_context(MetricsFile(metrics_file, append=resume))
-        files_of_run = Outputs(recipe, metrics, checkpointer, console)
-        watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, guard.fail))
-        loop = Loop(config, trainer, train_batches, held_out, files_of_run, stop, watchdog if step_timeout else None)
-        status = loop.run()
-        if process_count() > 1:
-            if status == FAILED:
-                guard.fail(loop.error)
-            meet("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
-        return status
 
 
 @dataclass(frozen=True)
@@ -293,26 +226,21 @@ class Loop:
         checkpointer, step = self._out.checkpointer, self._good_step
         if checkpointer is None or step == self._saved_step:
             return
-        metadata = checkpoint_metadata(
-            self._config,
-            self._out.recipe,
-            self._stages,
-            step,
-            self._batches.get_state(),
-            self._trainer.plan.schedule,
-        )
+        position = self._batches.get_state()
+        metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position)
         checkpointer.save(step, self._trainer.state_tree(), metadata, self._trainer.abstract_state_tree())
         self._saved_step = step
         self._clock = time.perf_counter()
 
     @property
-    def _stages(self) -> list[range]:
-        return [stage.layers for stage in self._trainer.stages]
+    def _layout(self) -> dict[str, Any]:
+        model = self._trainer.model
+        return layout_values(self._config, model.cuts, model.plan.schedule, model.remat or ())
 
     def _start_values(self) -> dict[str, Any]:
         return {
             "config": config_values(self._config),
-            "layout": layout_values(self._config, self._stages, self._trainer.plan.schedule),
+            "layout": self._layout,
             "devices": device_names(self._trainer.mesh.devices.flat),
             "versions": versions(),
             "step": self._good_step,

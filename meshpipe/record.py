@@ -42,10 +42,14 @@ def config_values(config: Any) -> Any:
     return config if config is None or isinstance(config, bool | int | float | str) else str(config)
 
 
-def layout_values(config: Config, stages: Sequence[range], schedule: str | None = None) -> dict[str, Any]:
-    """Mesh axes, schedule and the layers of every stage, as they are where the config leaves them open.
+def layout_values(
+    config: Config, stages: Sequence[range], schedule: str | None = None, remat: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Mesh axes, schedule, rematerialisation and the layers of every stage, as they are where the config leaves them
+    open.
 
-    `schedule` is the name of the plan, which is taken where the config says `auto`.
+    `schedule` is the name of the plan and `remat` has a name for every stage; they are taken where the config says
+    `auto`.
     """
     chosen: dict[str, Any] = {
         "stages_per_rank": len(stages) // config.mesh.pipeline,
@@ -53,6 +57,8 @@ def layout_values(config: Config, stages: Sequence[range], schedule: str | None 
     }
     if config.pipeline.schedule == "auto" and schedule is not None:
         chosen["schedule"] = schedule
+    if config.pipeline.remat == "auto" and remat:
+        chosen["remat"] = ",".join(remat)
     return config_values(config.mesh) | config_values(config.pipeline) | chosen
 
 
@@ -79,19 +85,18 @@ def _version(package: str) -> str:
 def checkpoint_metadata(
     config: Config,
     recipe: str,
-    stages: Sequence[range],
+    layout: Mapping[str, Any],
     step: int,
     data: Mapping[str, Any],
-    schedule: str | None = None,
 ) -> dict[str, Any]:
-    """What is saved beside the arrays; `data` is the position in the training data, `schedule` the name of the plan."""
+    """What is saved beside the arrays; `layout` is that of the run, `data` the position in the training data."""
     return {
         "step": step,
         "seed": config.seed,
         "data": dict(data),
         "recipe": recipe,
         "config": config_values(config),
-        "layout": layout_values(config, stages, schedule),
+        "layout": dict(layout),
         "versions": versions(),
     }
 

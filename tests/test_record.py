@@ -16,7 +16,8 @@ from meshpipe.record import check_continues, checkpoint_metadata, config_values,
 
 def saved(config: Config) -> dict[str, Any]:
     """The metadata of a checkpoint as it comes back from disk."""
-    metadata = checkpoint_metadata(config, "tiny:pipeline", [range(2), range(2, 4)], 5, {"examples": 80})
+    layout = layout_values(config, [range(2), range(2, 4)])
+    metadata = checkpoint_metadata(config, "tiny:pipeline", layout, 5, {"examples": 80})
     return json.loads(json.dumps(metadata))
 
 
@@ -37,6 +38,16 @@ def test_the_layout_says_where_stages_begin() -> None:
     layout = layout_values(tiny_recipes.pipeline(), [range(3), range(3, 4)])
     expected = {"pipeline": 2, "schedule": "1f1b", "num_microbatches": 4, "stages_per_rank": 1, "partition": "0,3"}
     assert layout | expected == layout
+
+
+def test_the_layout_says_what_was_chosen() -> None:
+    auto = PipelineConfig(num_microbatches=4, schedule="auto", remat="auto", memory_limit="1GiB")
+    config = replace(tiny_recipes.pipeline(), pipeline=auto)
+    layout = layout_values(config, [range(3), range(3, 4)], "zb-h1", ("none", "full"))
+    assert (layout["schedule"], layout["remat"]) == ("zb-h1", "none,full")
+    named = replace(config, pipeline=replace(auto, schedule="gpipe", remat="full", memory_limit=None))
+    layout = layout_values(named, [range(3), range(3, 4)], "zb-h1", ("none", "full"))
+    assert (layout["schedule"], layout["remat"]) == ("gpipe", "full")
 
 
 def test_versions_name_the_packages() -> None:

@@ -12,9 +12,9 @@ def train(arguments: list[str]) -> int:
     recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
     from meshpipe.coordination import coordinator_address, process_count, process_index
     from meshpipe.distributed import Guard, join, leave, own_address
-    from meshpipe.loop import run
     from meshpipe.pipeline.peers import open_peers
     from meshpipe.report import make_console
+    from meshpipe.run import run
     from meshpipe.signals import StopRequest
 
     join(distributed)
