@@ -1,6 +1,7 @@
 """What the benchmarks share: medians, and a table and a line of JSON of their rows."""
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -8,6 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+PATIENCE = 10
+"""Rounds that a benchmark takes at most for each that is to count, where it leaves out those that others disturb."""
 
 
 def median(values: Iterable[float]) -> float:
@@ -24,6 +28,15 @@ def times_of(call: Callable[[], object], repeats: int, warmups: int = 1) -> list
         call()
         seconds.append(time.perf_counter() - begin)
     return seconds
+
+
+def busy_seconds() -> float:
+    """Time of all processors since the machine was started, whoever used it."""
+    file = Path("/proc/stat")
+    if not file.exists():
+        return 0.0
+    user, nice, system, _, _, *interrupts = map(int, file.read_text().splitlines()[0].split()[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def print_results(title: str, rows: list[dict[str, object]], json_file: str | None = None) -> None:

@@ -20,11 +20,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import real_compute
-from benchmark import median, print_results
+from benchmark import PATIENCE, busy_seconds, median, print_results
 
 from meshpipe.launch import free_port
 
@@ -32,8 +31,6 @@ Run = list[subprocess.Popen[str]]
 TINY_WIDTH, TINY_ROWS = 8, 4
 TINY_STEPS = 100
 """Steps of the tiny model in a round, of which the median counts."""
-PATIENCE = 10
-"""Rounds for each that is to count."""
 
 
 def main() -> None:
@@ -99,15 +96,6 @@ def compare(model: str, schedule: str, flags: argparse.Namespace) -> list[dict[s
         }
         for count in (1, 2)
     ]
-
-
-def busy_seconds() -> float:
-    """Time of all processors since the machine was started, whoever used it."""
-    file = Path("/proc/stat")
-    if not file.exists():
-        return 0.0
-    user, nice, system, _, _, *interrupts = map(int, file.read_text().splitlines()[0].split()[1:9])
-    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def start(model: str, schedule: str, microbatches: int, count: int) -> Run:
