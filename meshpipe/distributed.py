@@ -73,12 +73,14 @@ def join(config: DistributedConfig) -> None:
     """Meets the other processes of the run; does nothing where there are none.
 
     Must be called before JAX is first used. When they do not come together in time, JAX can only abort, so this process
-    ends before it would, with a message. Raises `ConnectionError` when JAX finds out earlier.
+    ends before it would, with a message. Raises `ConnectionError` when it is clear earlier that they cannot.
     """
     if config.coordinator is None and not _in_cluster(os.environ):
         return
     if config.process_count == 1:
         return
+    if config.coordinator is not None and config.process_id == 0:
+        _check_can_listen(config.coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX would abort every process when one is gone; `Guard` ends them with a message and what was saved.
     jax.config.update("jax_enable_recoverability", True)
@@ -103,6 +105,21 @@ def join(config: DistributedConfig) -> None:
         ) from error
     finally:
         timer.cancel()
+
+
+def _check_can_listen(address: str) -> None:
+    """JAX would wait for ever where somebody else listens."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not matter
+            probe.bind(place)
+    except OSError as error:
+        raise ConnectionError(
+            f"Process 0 must be able to listen at --coordinator. Got {address}: {error.strerror}. "
+            "Name its own machine and a port that is free, and start process 0 once."
+        ) from error
 
 
 def _give_up_joining(config: DistributedConfig) -> None:

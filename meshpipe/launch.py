@@ -136,10 +136,19 @@ class Launch:
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port of this machine that nobody listens on now."""
+    """A port that nobody listens on now, at an address of this machine.
+
+    Raises `ValueError` where the address is of another machine, or of none.
+    """
     with socket.socket() as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            raise ValueError(
+                f"--address must be an IPv4 address or a name of this machine. Got {address!r}: {error.strerror}. "
+                "Leave it out to use 127.0.0.1."
+            ) from error
+        return int(probe.getsockname()[1])
 
 
 def _prefix(number: int, source: Iterable[str], target: Any) -> None:

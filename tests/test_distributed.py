@@ -1,13 +1,14 @@
 """How processes join, and when they stop together."""
 
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from meshpipe import distributed
-from meshpipe.distributed import DistributedConfig, StopTogether, own_address
+from meshpipe.distributed import DistributedConfig, StopTogether, join, own_address
 from meshpipe.launch import free_port
 from meshpipe.signals import StopRequest
 
@@ -26,6 +27,15 @@ from meshpipe.signals import StopRequest
 def test_places_that_cannot_be(given: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistributedConfig(**given)  # type: ignore[arg-type]
+
+
+def test_process_0_says_when_it_cannot_listen() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        for address in (f"127.0.0.1:{other.getsockname()[1]}", "192.0.2.1:4321", "no-such-host.invalid:4321"):
+            with pytest.raises(ConnectionError, match=rf"listen at --coordinator. Got {address}: "):
+                join(DistributedConfig(coordinator=address, process_id=0, process_count=2))
 
 
 def test_the_own_address_is_that_of_the_way_to_the_coordinator() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from meshpipe.launch import Launch
+from meshpipe.launch import Launch, free_port
 
 
 def script(text: str) -> list[str]:
@@ -26,6 +26,11 @@ def test_output_names_its_process(capfd: pytest.CaptureFixture[str]) -> None:
     captured = capfd.readouterr()
     assert "[0] hello" in captured.out
     assert "[1] there" in captured.err
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"of this machine\. Got '192\.0\.2\.1'"):
+        free_port("192.0.2.1")
 
 
 def test_the_first_failure_ends_all_and_is_the_result() -> None:
@@ -77,7 +82,7 @@ sys.exit(143 if count == 1 else 1)
     (tmp_path / "parent.py").write_text(
         f"""
 import sys
-from meshpipe.launch import Launch
+from meshpipe.launch import Launch, free_port
 sys.exit(Launch(2, lambda n, restart: [sys.executable, {str(tmp_path / "child.py")!r}, str(n)], max_restarts=2).run())
 """
     )

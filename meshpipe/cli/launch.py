@@ -26,6 +26,11 @@ def launch(arguments: list[str]) -> int:
     if separator in arguments:
         place = arguments.index(separator)
         own, command = arguments[:place], arguments[place + 1 :]
+    elif "train" in arguments:
+        raise ValueError(
+            "-- must stand before the command of the processes. Got train without it. "
+            "Write meshpipe launch --processes N -- train RECIPE."
+        )
     flags = tyro.cli(_LaunchFlags, args=own, prog="meshpipe launch", description=launch.__doc__)
     if not command or command[0] != "train":
         got = f"Got {command[0]!r}." if command else "Got nothing after it."

@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _quiet_libraries() -> None:
     """Hides what libraries say to their own developers; an error still comes up as one."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # JAX sets 1 where the user has set nothing.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     for library in ("absl", "orbax", "grain", "flax", "optax", "jax", "etils", "tensorstore"):
         warnings.filterwarnings("ignore", module=rf"{library}\b")
     logging.getLogger("absl").setLevel(logging.ERROR)

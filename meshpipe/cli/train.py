@@ -11,13 +11,17 @@ def train(arguments: list[str]) -> int:
 
     recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
     from meshpipe.coordination import coordinator_address, process_count, process_index
-    from meshpipe.distributed import Guard, join, leave, own_address
+    from meshpipe.distributed import FAILED, Guard, join, leave, own_address
     from meshpipe.pipeline.peers import open_peers
     from meshpipe.report import make_console
     from meshpipe.run import run
     from meshpipe.signals import StopRequest
 
-    join(distributed)
+    try:
+        join(distributed)
+    except ConnectionError as error:
+        print(f"meshpipe: {error}", file=sys.stderr)
+        return FAILED
     several = process_count() > 1
     console = make_console(quiet=process_index() > 0)
     try:
