@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -181,8 +180,8 @@ class Optimizer:
         where = self._last if self._last_is_local else self._everywhere[self._local[0]]
         self.good: jax.Array = place(np.bool_(True), where)
 
-    def compile_tasks(self, compiler: Compiler | None = None) -> list[Callable[[], None]]:
-        """Calls that compile what `init` and `update` run; they may run in threads at once.
+    def compile(self, compiler: Compiler | None = None) -> None:
+        """Compiles what `init` and `update` run, in threads.
 
         Programs see leaves without their paths, so that stages of equal shapes that are updated alike share them: the
         first is traced and compiled, the others get copies.
@@ -191,19 +190,11 @@ class Optimizer:
         firsts: dict[Hashable, int] = {}
         for index in self._local:
             firsts.setdefault(self._kind(index), index)
-        done: dict[int, Future[None]] = {index: Future() for index in firsts.values()}
-
-        def compile_first(index: int) -> None:
-            try:
-                compile_stage(index)
-            finally:
-                done[index].set_result(None)
 
         def copy_stage(index: int) -> None:
             first = firsts[self._kind(index)]
-            done[first].result()
             for found in (self._norms, self._updates, self._inits):
-                copy = programs.copy(found[first], self._stages[index].mesh) if first in found else None
+                copy = programs.copy(found[first], self._stages[index].mesh)
                 if copy is None:
                     return compile_stage(index)
                 found[index] = copy
@@ -236,9 +227,13 @@ class Optimizer:
             lowered = summary.lower(scalar, (scalar, scalar), good)
             self._summarise = programs.compile(lowered, self._stages[-1].mesh)
 
-        tasks: list[Callable[[], None]] = [partial(compile_first, index) for index in done]
-        tasks += [partial(copy_stage, index) for index in self._local if index not in done]
-        return [*tasks, compile_summary] if self._last_is_local else tasks
+        with ThreadPoolExecutor() as pool:
+            originals = [pool.submit(compile_stage, index) for index in firsts.values()]
+            if self._last_is_local:
+                originals.append(pool.submit(compile_summary))
+            for original in originals:
+                original.result()
+            list(pool.map(copy_stage, [index for index in self._local if index not in firsts.values()]))
 
     def _kind(self, index: int) -> Hashable:
         """Equal for stages that one program serves."""

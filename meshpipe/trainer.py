@@ -129,12 +129,18 @@ class Trainer:
         self.step_number = 0
         self._told = 0
         self._unchecked: deque[tuple[int, jax.Array, Batch]] = deque()
-        self.optimizer = Optimizer(optimizer, model.parameters, clip_norm)
         self.tied = TiedLeaves(model.tied, model.parameters)
         compiler = Compiler(None if compile_cache is None else CompileCache(compile_cache))
         made: list[tuple[Leaves, Leaves]] = []
-        make = lambda: made.extend(initialise(model.layers_on_submeshes, model.rules, seed, compiler))  # noqa: E731
-        model.compile([make, *self.optimizer.compile_tasks(compiler)], compiler)
+
+        def make_optimizer() -> None:
+            self.optimizer = Optimizer(optimizer, model.parameters, clip_norm)
+            self.optimizer.compile(compiler)
+
+        def make_parameters() -> None:
+            made.extend(initialise(model.layers_on_submeshes, model.rules, seed, compiler))
+
+        model.compile([make_optimizer, make_parameters], compiler)
         self._seed_data = model.place_seed(seed)
         params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
         state = {path: leaf for _, layer in made for path, leaf in layer.items()}

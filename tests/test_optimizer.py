@@ -47,8 +47,7 @@ def run(transformation, clip_norm=None, gradients=GRADIENTS):
     """Parameters and norms after one update for each of the gradients, each of a mean over WEIGHT elements."""
     stages = [stage(0), stage(1)]
     optimizer = Optimizer(transformation, stages, clip_norm)
-    for task in optimizer.compile_tasks():
-        task()
+    optimizer.compile()
     params = {number: put(VALUES, number) for number in range(2)}
     states = optimizer.init(params)
     norms = []
@@ -222,8 +221,7 @@ def lone_parameter(mesh):
 def test_the_norm_is_that_of_all_of_many_stages():
     ranks = submeshes(make_mesh(8))
     optimizer = Optimizer(optax.sgd(1.0), [lone_parameter(mesh) for mesh in ranks])
-    for task in optimizer.compile_tasks():
-        task()
+    optimizer.compile()
     values = {i: (jax.device_put(np.float32([i, 2 * i]), replicated(mesh)),) for i, mesh in enumerate(ranks)}
     zeros = {i: (jax.device_put(np.zeros(2, np.float32), replicated(mesh)),) for i, mesh in enumerate(ranks)}
     nothing = dict.fromkeys(range(8), ())

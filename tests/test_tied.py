@@ -78,8 +78,7 @@ def test_updates_are_those_of_one_parameter() -> None:
     """Three updates with Adam equal Optax on a model that has the table once."""
     transformation, weight = optax.adam(0.1), np.float32(4.0)
     optimizer, tied = Optimizer(transformation, STAGES, clip_norm=0.5), TiedLeaves(GROUPS, STAGES)
-    for task in optimizer.compile_tasks():
-        task()
+    optimizer.compile()
     params = tied.share_values(put(values(0)))
     states = optimizer.init(params)
     assert [len(jax.tree.leaves(state)) for state in states.values()] == [

@@ -108,14 +108,6 @@ class PartialSums:
         known = [self._has_terms(v) for v in operands]
         dims: list[Any] = [self._examples_dim(v) for v in operands]
         match equation.primitive.name:
-            case "dot_general" if tuple(dims) in zip(*params["dimension_numbers"][0], strict=True):
-                return dims[0], dims[1]
-            case "reduce_sum" if dims[0] in params["axes"]:
-                return (dims[0],)
-            case "scatter-add" if known[0] and dims[1] == 0 and dims[2] == 0:
-                numbers = params["dimension_numbers"]
-                is_summed = 0 not in numbers.update_window_dims and not numbers.operand_batching_dims
-                return (TERMS, 0, 0) if is_summed else None
             case "mul" | "dot_general" if known[0] != known[1]:
                 return (TERMS, WHOLE) if known[0] else (WHOLE, TERMS)
             case "div" | "pad" if known[0] and (equation.primitive.name == "div" or self._is_zero(operands[1])):
@@ -126,6 +118,14 @@ class PartialSums:
                 return (TERMS,) * len(operands)
             case name if name in LINEAR and known[0]:
                 return TERMS, *(WHOLE,) * (len(operands) - 1)
+            case "dot_general" if tuple(dims) in zip(*params["dimension_numbers"][0], strict=True):
+                return dims[0], dims[1]
+            case "reduce_sum" if dims[0] in params["axes"]:
+                return (dims[0],)
+            case "scatter-add" if known[0] and dims[1] == 0 and dims[2] == 0:
+                numbers = params["dimension_numbers"]
+                is_summed = 0 not in numbers.update_window_dims and not numbers.operand_batching_dims
+                return (TERMS, 0, 0) if is_summed else None
         return None
 
     def _examples_dim(self, atom: Atom) -> int | None:
@@ -134,7 +134,7 @@ class PartialSums:
         if before is not None:
             dim = self._examples_dim(before.invars[0])
             return None if dim is None else before.params["permutation"].index(dim)
-        size = (*atom.aval.shape, 0)[0]  # type: ignore[attr-defined]
+        size = (*getattr(atom.aval, "shape", ()), 0)[0]
         return 0 if size > 0 and size % self._examples == 0 and size % self._parts == 0 else None
 
     def _has_terms(self, atom: Atom) -> bool:
