@@ -2,8 +2,8 @@
 
     python tests/benchmarks/schedule_quality.py [--ranks 4] [--milliseconds 20] [--schedules 1f1b zb-h1] [--json FILE]
 
-Efficiency is the share of the step in which ranks work. Every rank has layers that take the given time for each of
-forward, input gradient and weight gradient, however many stages they are cut into.
+Efficiency is the share of the step in which ranks work. Every stage takes the given time for each of forward, input
+gradient and weight gradient.
 """
 
 import argparse
@@ -42,7 +42,6 @@ def main() -> None:
         for count in flags.microbatches:
             step = SleepingStep(name, flags.ranks, count, flags.milliseconds / 1e3)
             predicted, measured = step.predicted(), median(times_of(step.run, flags.repeats))
-            work = 3 * count * flags.milliseconds / 1e3
             textbook = count / (count + flags.ranks - 1)
             rows.append(
                 {
@@ -50,8 +49,8 @@ def main() -> None:
                     "ranks": flags.ranks,
                     "microbatches": count,
                     "textbook M/(M+R-1)": textbook,
-                    "predicted": work / predicted.makespan,
-                    "measured": work / measured,
+                    "predicted": step.work / predicted.makespan,
+                    "measured": step.work / measured,
                     "measured/predicted": predicted.makespan / measured,
                     "us per action": measured / len(step.plan.actions) * 1e6,
                 }
@@ -64,10 +63,12 @@ class SleepingStep:
 
     def __init__(self, schedule: str, num_ranks: int, num_microbatches: int, seconds: float):
         least, _ = STAGES_PER_RANK[schedule]
-        self._part = seconds / least
+        self._seconds = seconds
+        self.work = 3 * num_microbatches * least * seconds
+        """Seconds that each rank works."""
         batch = {"inputs": np.ones((ROWS * num_microbatches, WIDTH), np.float32)}
         trainer = meshpipe.Trainer(
-            [_constructor(self._part, is_first=i == 0) for i in range(num_ranks * least)],
+            [_constructor(seconds, is_first=i == 0) for i in range(num_ranks * least)],
             lambda output, batch: (output.sum(), output.size),
             optax.sgd(0.0),
             batch=batch,
@@ -78,9 +79,9 @@ class SleepingStep:
         self._trainer, self._batch = trainer, batch
 
     def predicted(self) -> Timeline:
-        part = self._part
-        times = dict.fromkeys(Op, part) | {Op.BACKWARD: 2 * part}
-        return simulate(self.plan, Costs({**times, (0, Op.BACKWARD_INPUT): 0.0, (0, Op.BACKWARD_WEIGHT): 2 * part}))
+        once, twice = self._seconds, 2 * self._seconds
+        times = dict.fromkeys(Op, once) | {Op.BACKWARD: twice}
+        return simulate(self.plan, Costs({**times, (0, Op.BACKWARD_INPUT): 0.0, (0, Op.BACKWARD_WEIGHT): twice}))
 
     def run(self) -> None:
         jax.block_until_ready(self._trainer.loss_and_gradients(self._batch))
@@ -91,9 +92,9 @@ class SleepingStep:
         return measured
 
 
-def _constructor(part: float, *, is_first: bool) -> Callable[[nnx.Rngs], SleepingLayer]:
+def _constructor(seconds: float, *, is_first: bool) -> Callable[[nnx.Rngs], SleepingLayer]:
     # Nobody asks for the gradient of the batch, so the first layer has that time in the gradient of its weights.
-    return lambda rngs: SleepingLayer((part, part, 2 * part if is_first else part))
+    return lambda rngs: SleepingLayer((seconds, seconds, 2 * seconds if is_first else seconds))
 
 
 if __name__ == "__main__":
