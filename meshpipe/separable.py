@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, jaxprs_in_params
 
-from meshpipe.pipeline.jaxpr import MissingInputError, extract
+from meshpipe.pipeline.jaxpr import MissingInputError, extract, inline
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -27,9 +27,9 @@ def kinds_of_updates(transformation: optax.GradientTransformation, stages: Seque
     update, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
     _check_separable(update, shapes, stages, params, state)
     kinds: list[Hashable] = []
+    parts = [(inline(start), (params,), state), (inline(update), (params, state, params), shapes)]
     for stage in stages:
         place = {path: number for number, path in enumerate(stage)}
-        parts = [(start, (params,), state), (update, (params, state, params), shapes)]
         try:
             kinds.append(tuple(_part_of_stage(*part, place) for part in parts))
         except MissingInputError:
