@@ -119,3 +119,39 @@ def test_what_is_no_sum_of_terms_is_left_alone():
     values = sums.run((draw(WIDTH), draw(EXAMPLES, WIDTH)), set())
     for value, expected in zip(values, run(draw(WIDTH), draw(EXAMPLES, WIDTH)), strict=True):
         np.testing.assert_array_equal(value, expected)
+
+
+def test_numbers_that_are_cut_off_are_whole():
+    """Half of 5 twice is 4; counts are exact, in terms or not."""
+
+    def run(x):
+        counts = (x > -99).sum()
+        return [x.sum().astype(jnp.int32), counts // 5, counts, counts.astype(jnp.float32), x.astype(jnp.uint8).sum()]
+
+    x = jnp.full((EXAMPLES, 3), 1.06)
+    sums = PartialSums(jax.make_jaxpr(run)(x), PARTS, EXAMPLES)
+    assert {2, 3} <= sums.available <= {2, 3, 4}
+    for value, expected in zip(sums.run((x,), sums.available), run(x), strict=True):
+        np.testing.assert_array_equal(value.sum(0) if value.ndim else value, expected)
+
+
+def test_a_sum_that_a_loop_hands_on_twice_stays_whole():
+    def run(x):
+        def body(carry, token):
+            added = carry[0] + token.sum(0)
+            return (added, added), None
+
+        return list(jax.lax.scan(body, (jnp.zeros(WIDTH), jnp.zeros(WIDTH)), x.swapaxes(0, 1))[0])
+
+    x = draw(EXAMPLES, LENGTH, WIDTH)
+    sums = PartialSums(jax.make_jaxpr(run)(x), PARTS, EXAMPLES)
+    for value, expected in zip(sums.run((x,), ()), run(x), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_nothing_may_be_summed():
+    x = draw(EXAMPLES, LENGTH, WIDTH)
+    closed = jax.make_jaxpr(lambda x: [jnp.einsum("bij,bik->jk", x[:, :, :0], x)])(x)
+    sums = PartialSums(closed, PARTS, EXAMPLES)
+    (terms,) = sums.run((x,), sums.available)
+    assert terms.shape == (PARTS, 0, WIDTH)

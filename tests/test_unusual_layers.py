@@ -214,3 +214,30 @@ def test_stages_are_as_asked_for(trainer: Trainer) -> None:
 
 def nnx_leaves(module: nnx.Module) -> dict[str, jax.Array]:
     return {"/".join(map(str, key)): leaf.get_value() for key, leaf in nnx.to_flat_state(nnx.state(module))}
+
+
+class Idle(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.unused = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_parameter_that_is_not_used_has_no_gradient(schedule: str) -> None:
+    batch = {"inputs": np.ones((ROWS, WIDTH), np.float32)}
+    pipeline = PipelineConfig(schedule=schedule, num_microbatches=MICROBATCHES)
+    trainer = Trainer(
+        [Idle] * 2,
+        lambda output, batch: (output.sum(), output.size),
+        optax.sgd(0.1),
+        batch=batch,
+        mesh=make_mesh(2, 2),
+        pipeline=pipeline,
+    )
+    _, gradients = trainer.loss_and_gradients(batch)
+    for layer in range(2):
+        assert gradients[f"layers/{layer}/unused"] == 0
+        assert np.any(gradients[f"layers/{layer}/linear/kernel"])

@@ -77,7 +77,8 @@ class PartialSums:
             value = values[atom] if isinstance(atom, Var) else atom.val
             if isinstance(use, str):
                 return value
-            return value.reshape(*value.shape[:use], self._parts, -1, *value.shape[use + 1 :])
+            before, size, after = value.shape[:use], value.shape[use], value.shape[use + 1 :]
+            return value.reshape(*before, self._parts, size // self._parts, *after)
 
         axes: dict[Use, int | str | None] = {WHOLE: None, TERMS: 0}
         for index, equation in enumerate(jaxpr.eqns):
@@ -105,6 +106,8 @@ class PartialSums:
     def _uses(self, equation: JaxprEqn) -> tuple[Use, ...] | None:
         """How the terms of the result come from the operands; None where they cannot."""
         operands, params = equation.invars, equation.params
+        if not _keeps_sums(equation):
+            return None
         known = [self._has_terms(v) for v in operands]
         dims: list[Any] = [self._examples_dim(v) for v in operands]
         match equation.primitive.name:
@@ -142,6 +145,16 @@ class PartialSums:
 
     def _is_zero(self, atom: Atom) -> bool:
         return atom in self._zeros if isinstance(atom, Var) else not np.any(atom.val)
+
+
+def _keeps_sums(equation: JaxprEqn) -> bool:
+    """Whether the types are such that sums of results are results of sums: no number is cut off or wraps around."""
+    results = [v.aval.dtype for v in equation.outvars if hasattr(v.aval, "dtype")]
+    operands = [v.aval.dtype for v in equation.invars if hasattr(v.aval, "dtype")]
+    if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in results):
+        return True
+    wide = all(jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4 for dtype in (*results, *operands))
+    return wide and equation.primitive.name != "div"
 
 
 class _Loop:
@@ -193,7 +206,9 @@ def _term_added(jaxpr: Jaxpr, carry: Var, result: Atom) -> Atom | None:
     users = [equation for equation in jaxpr.eqns if carry in equation.invars]
     if len(users) != 1 or users[0].primitive.name not in ("add", "add_any") or users[0].outvars[0] is not result:
         return None
-    if any(result in equation.invars for equation in jaxpr.eqns) or jaxpr.outvars.count(carry):
+    if any(result in equation.invars for equation in jaxpr.eqns) or carry in jaxpr.outvars:
+        return None
+    if jaxpr.outvars.count(result) > 1:
         return None
     left, right = users[0].invars
     return right if left is carry else left

@@ -27,7 +27,7 @@ class SplitBackward:
         microbatch_inputs = list(jaxpr.invars[num_step_inputs:])
 
         in_input_part = _defined_on_the_way(closed, self._input_gradients)
-        self.early = tuple(i for i, v in enumerate(self._weight_gradients) if v in in_input_part)
+        self.early = tuple(i for i, v in enumerate(self._weight_gradients) if isinstance(v, Var) and v in in_input_part)
         """Parameters whose gradient is ready with the input's (a loop computes both at once): no weight part is left
         for them.
         """
