@@ -48,6 +48,8 @@ def test_devices_of_the_data_axis_meet_once_per_step(tensor):
         counts.append([collectives(p) for p in (programs.forward, programs.backward, split.input, split.weight)])
         assert (programs.reduce is None) == (data == 1)
     assert collectives(programs.reduce)
+    sizes = programs.reduce.memory_analysis()
+    assert sizes.alias_size_in_bytes == sizes.argument_size_in_bytes  # no second copy of the gradients
     assert counts[0] == counts[1]
     assert any(counts[0]) == (tensor > 1)
 

@@ -103,6 +103,7 @@ def compile_reduce(
         return None
     run = jax.jit(
         lambda *sums: (gradients.reduce(sums[0]), totals.reduce(sums[1])),
+        donate_argnums=(0, 1),  # a device's term and its result are equally large
         out_shardings=tuple(tuple(s.sharding for s in sums.results) for sums in (gradients, totals)),
     )
     return compiler.compile(run.lower(gradients.shapes, totals.shapes), mesh)

@@ -36,7 +36,7 @@ class StagePrograms:
     split: "SplitPrograms | None" = None
     """Backward in two parts, where the plan has it so."""
     reduce: Callable[..., tuple[Arrays, Arrays]] | None = None
-    """Accumulators, totals -> the same summed over the data axis, where microbatches are split over it."""
+    """Accumulators, totals (donated) -> the same summed over the data axis, where microbatches are split over it."""
 
 
 @dataclass(frozen=True)
