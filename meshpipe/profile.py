@@ -1,5 +1,6 @@
 """Measures on the devices of one rank what every layer costs."""
 
+import math
 import re
 import statistics
 import time
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from meshpipe.host_memory import keep_freed_memory
 from meshpipe.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.mesh import DATA, TENSOR
 from meshpipe.pipeline.operations import count_operations
@@ -22,18 +24,20 @@ from meshpipe.sharding import abstract, replicated
 from meshpipe.staged_model import StagedModel
 
 LEAST_CALLS, MOST_CALLS = 5, 50
-LEAST_SECONDS = 0.05
-"""A program is called 5 times, and more often, up to 50 times, while that takes less than this."""
+LEAST_SECONDS = 0.5
+"""Programs are called 5 times, and more often, up to 50 times, while that takes less than this."""
 
 
 def profile_layers(model: StagedModel, batch: Mapping[str, Any], next_rank: Mesh | None = None) -> ModelCosts:
     """The costs of every layer of a model whose stages are one layer each, all on one rank.
 
-    Each layer is compiled as the stage that it is, and run on the output of the layer before it; the time of a program
-    is the median of several calls after a first one. Layers whose programs are the same are measured once. `batch` is
-    a global batch, arrays or shapes; `next_rank` has the devices to which outputs are moved, None moves nothing.
+    Each layer is compiled as the stage that it is, and run on the output of the layer before it. Its programs take
+    turns, as in a step, and the time of each is the median of several calls after a first one. Layers whose programs
+    are the same are measured once. `batch` is a global batch, arrays or shapes; `next_rank` has the devices to which
+    outputs are moved, None moves nothing.
     """
     started = time.perf_counter()
+    keep_freed_memory(model.mesh)
     traced = model.trace()
     model.traced = dict(enumerate(traced))
     keys = [_key(stage) for stage in traced]
@@ -104,7 +108,7 @@ class _Run:
         self.microbatch = jax.device_put(np.uint32(0), stage.microbatch.sharding)
         self.hoisted = tuple(programs.prepare(self.params)) if programs.prepare else ()
         self.accumulators, self.totals = programs.zeros()
-        self.output, _, self.residuals, self.totals = self._forward()
+        self._forward()
         self.kept = tuple(x[i] for i in stage.kept_x), tuple(self.state[i] for i in stage.kept_state)
         self.from_forward = (*self.kept[0], *self.kept[1], *self.residuals)
         if programs.recompute is not None:
@@ -116,18 +120,16 @@ class _Run:
         split = self.programs.split
         assert self.programs.backward is not None
         assert split is not None
-        forward = _seconds(self._forward)
-        backward = _seconds(lambda: self._back(self.programs.backward))
-        backward_input = _seconds(lambda: self._back(split.input))
-        crossing = self._back(split.input)[2]
-        of_microbatch = (*self.kept[0], *self.kept[1], *self._again(), *self.gradients)
-        carried = tuple(of_microbatch[i] for i in split.carried)
+        calls = [self._forward, lambda: self._back(self.programs.backward), self._back_input]
+        if split.weight is not None:
+            calls.append(self._weight)
+        forward, backward, backward_input, *backward_weight = _seconds(*calls)
         return LayerCosts(
             kind=kind,
             forward=forward,
             backward=backward,
             backward_input=backward_input,
-            backward_weight=_seconds(lambda: self._weight(carried, crossing)) if split.weight else 0.0,
+            backward_weight=sum(backward_weight, 0.0),
             transfer=0.0 if next_rank is None else self._transfer(next_rank),
             parameter_bytes=_device_bytes(self.params),
             activation_bytes=_device_bytes(self.from_forward),
@@ -137,7 +139,7 @@ class _Run:
         results = self.programs.forward(
             self.params, self.hoisted, self.state, self.x, self.inputs, self.microbatch, self.totals
         )
-        self.totals = results[3]
+        self.output, _, self.residuals, self.totals = results
         return results
 
     def _again(self) -> Arrays:
@@ -148,6 +150,7 @@ class _Run:
         return recompute(self.params, self.hoisted, self.state, self.x, self.inputs, self.microbatch)
 
     def _back(self, run: Any) -> Any:
+        self.read = self._again()
         results = run(
             self.accumulators,
             self.params,
@@ -155,17 +158,25 @@ class _Run:
             self.inputs,
             self.microbatch,
             self.kept,
-            self._again(),
+            self.read,
             self.gradients,
         )
         self.accumulators = results[0]
         return results
 
-    def _weight(self, carried: Arrays, crossing: Arrays) -> Arrays:
+    def _back_input(self) -> Any:
+        assert self.programs.split is not None
+        results = self._back(self.programs.split.input)
+        self.crossing = results[2]
+        return results
+
+    def _weight(self) -> Arrays:
         assert self.programs.split is not None
         assert self.programs.split.weight is not None
+        of_microbatch = (*self.kept[0], *self.kept[1], *self.read, *self.gradients)
+        carried = tuple(of_microbatch[i] for i in self.programs.split.carried)
         self.accumulators = self.programs.split.weight(
-            self.accumulators, self.params, self.hoisted, self.inputs, self.microbatch, carried, crossing
+            self.accumulators, self.params, self.hoisted, self.inputs, self.microbatch, carried, self.crossing
         )
         return self.accumulators
 
@@ -174,18 +185,24 @@ class _Run:
         if boundary is None:
             return 0.0
         move = transfer_to(tuple(shape.sharding for shape in boundary.on(mesh, self.stage.microbatch_size)))
-        return _seconds(lambda: move(self.output))
+        (seconds,) = _seconds(lambda: move(self.output))
+        return seconds
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    """The median time until a call's results are there, after one call that is not counted."""
+def _seconds(*calls: Callable[[], Any]) -> list[float]:
+    """The median time of each call until its results are there; calls take turns, and the first turn does not count."""
+    turns: list[list[float]] = []
+    began = math.inf
+    while len(turns) <= LEAST_CALLS or (time.perf_counter() - began < LEAST_SECONDS and len(turns) <= MOST_CALLS):
+        turns.append([_time(call) for call in calls])
+        began = min(began, time.perf_counter())
+    return [statistics.median(times) for times in zip(*turns[1:], strict=True)]
+
+
+def _time(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
     jax.block_until_ready(call())
-    times: list[float] = []
-    while len(times) < LEAST_CALLS or (sum(times) < LEAST_SECONDS and len(times) < MOST_CALLS):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return time.perf_counter() - started
 
 
 def _place(shapes: Shapes) -> Arrays:

@@ -15,6 +15,7 @@ from meshpipe.compile_stages import compile_stages
 from meshpipe.compiler import Compiler
 from meshpipe.config import Config
 from meshpipe.data import example_batch
+from meshpipe.host_memory import keep_freed_memory
 from meshpipe.initialise import placed
 from meshpipe.layer import Layer, LayerLike, abstract_layers, path_hash
 from meshpipe.layer_costs import ModelCosts
@@ -148,6 +149,7 @@ class StagedModel:
         once.
         """
         assert self.remat is not None, "remat is to be chosen first"
+        keep_freed_memory(self.mesh)
         self.traced = self._trace(self.local, remat=self.remat, train=True)
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()

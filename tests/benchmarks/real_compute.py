@@ -5,9 +5,9 @@
 Pre-LN transformer: 8 layers, d_model 256, 8 heads, sequence 128, byte vocabulary, batch 32, plain SGD, 8 microbatches.
 T1 is the fastest of several ways to write the step by hand with `PJRT_NPROC=1`; `T1/(2 step)` is how much of two
 devices a schedule makes use of. The last rows are meshpipe with a single stage on the one device, against the fastest
-way that accumulates gradients over microbatches. Every way has its own process; all are compiled first, then take
-turns, so that noise of the machine meets all of them. With `--quiet CORES` a round in which others used more than that
-does not count, and is taken again, up to ten times as many rounds (Linux only).
+way that accumulates gradients over microbatches. Every way has its own process, which keeps the memory that it frees;
+all are compiled first, then take turns, so that noise of the machine meets all of them. With `--quiet CORES` a round in
+which others used more than that does not count, and is taken again, up to ten times as many rounds (Linux only).
 """
 
 import argparse
@@ -27,7 +27,7 @@ LEARNING_RATE = 1e-2
 WITHOUT_MICROBATCHES = ("one jit", "two programs")
 WITH_MICROBATCHES = ("scan", "grad and accumulate", "two programs, microbatches")
 TWO_STAGES_PER_RANK = ("interleaved-1f1b", "looped-bfs", "zb-v", "dualpipe-v")
-SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-h2", "zb-v")
+SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-h2", "zb-v", "auto")
 
 
 def main() -> None:
@@ -120,7 +120,7 @@ def pipeline_step(way: str) -> Callable[[], None]:
     batch = example()
     schedule = "1f1b" if way == "one stage" else way
     # With two stages per rank, two of the eight blocks each; the layers before and after them are light.
-    partition = "0,3,5,7" if way in TWO_STAGES_PER_RANK else "even"
+    partition = {"auto": "measured"}.get(way, "0,3,5,7" if way in TWO_STAGES_PER_RANK else "even")
     trainer = meshpipe.Trainer(
         layers(),
         loss,
@@ -142,6 +142,10 @@ def plain_step(way: str) -> Callable[[], None]:
     import jax.numpy as jnp
     from flax import nnx
 
+    from meshpipe.host_memory import keep_freed_memory
+    from meshpipe.mesh import make_mesh
+
+    keep_freed_memory(make_mesh(1))  # as meshpipe does
     graph, params = nnx.split(nnx.List([make(nnx.Rngs(i)) for i, make in enumerate(layers())]))
     batch = example()
     parts = {k: v.reshape(MICROBATCHES, -1, *v.shape[1:]) for k, v in batch.items()}
