@@ -110,9 +110,8 @@ class _Run:
         self.accumulators, self.totals = programs.zeros()
         self._forward()
         self.kept = tuple(x[i] for i in stage.kept_x), tuple(self.state[i] for i in stage.kept_state)
-        self.from_forward = (*self.kept[0], *self.kept[1], *self.residuals)
-        if programs.recompute is not None:
-            self.from_forward = (*x, *self.state)
+        from_forward = (*self.kept[0], *self.kept[1], *self.residuals)
+        self.activation_bytes = _device_bytes(from_forward if programs.recompute is None else (*x, *self.state))
         boundary = stage.boundary_out
         self.gradients = () if boundary is None else tuple(self.output[i] for i in boundary.differentiable)
 
@@ -132,7 +131,7 @@ class _Run:
             backward_weight=sum(backward_weight, 0.0),
             transfer=0.0 if next_rank is None else self._transfer(next_rank),
             parameter_bytes=_device_bytes(self.params),
-            activation_bytes=_device_bytes(self.from_forward),
+            activation_bytes=self.activation_bytes,
         )
 
     def _forward(self) -> tuple[Arrays, Arrays, Arrays, Arrays]:
@@ -171,6 +170,7 @@ class _Run:
         return results
 
     def _weight(self) -> Arrays:
+        """On what the last `_back_input` read and handed over."""
         assert self.programs.split is not None
         assert self.programs.split.weight is not None
         of_microbatch = (*self.kept[0], *self.kept[1], *self.read, *self.gradients)

@@ -119,8 +119,9 @@ def pipeline_step(way: str) -> Callable[[], None]:
 
     batch = example()
     schedule = "1f1b" if way == "one stage" else way
-    # With two stages per rank, two of the eight blocks each; the layers before and after them are light.
-    partition = {"auto": "measured"}.get(way, "0,3,5,7" if way in TWO_STAGES_PER_RANK else "even")
+    partition = "measured" if way == "auto" else "even"
+    if way in TWO_STAGES_PER_RANK:
+        partition = "0,3,5,7"  # two of the eight blocks each; the layers before and after them are light
     trainer = meshpipe.Trainer(
         layers(),
         loss,
