@@ -24,7 +24,7 @@ from meshpipe.pipeline.plan import Action, Op, Plan
 from meshpipe.pipeline.schedules import gpipe, loop, zigzag
 from meshpipe.pipeline.simulate import Timeline
 from meshpipe.profile import operations_of_layers, profile_layers, setting_of
-from meshpipe.sharding import ShardingRules
+from meshpipe.sharding import PRESETS, ShardingRules
 from meshpipe.stage_function import Loss, Metrics
 from meshpipe.staged_model import Choice, StagedModel, training_plan
 
@@ -74,6 +74,7 @@ class Chooser:
             config=config.pipeline,
             metrics=config.model.metrics,
             tied=config.model.tied(),
+            rules=PRESETS[config.sharding],
             measure_on=measure_on,
         )
 

@@ -1,7 +1,7 @@
 """The complete description of one training run, as a recipe returns it."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,6 +26,9 @@ class Config:
     """Where the examples come from."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Sizes of the mesh axes."""
+    sharding: Literal["replicated", "fully-sharded"] = "replicated"
+    """How the data axis holds parameters and optimizer state: `replicated`, whole on every part of it, or
+    `fully-sharded`, split over it between steps."""
     pipeline: Annotated[PipelineConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=PipelineConfig)
     """Schedule, microbatches, rematerialisation and how layers are cut into stages."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=OptimizerConfig)

@@ -11,12 +11,13 @@ import optax
 from jax.extend.core import Var
 
 from meshpipe.mesh import DATA, TENSOR
-from meshpipe.optimizer import Optimizer, StageParameters
+from meshpipe.optimizer import Optimizer
 from meshpipe.pipeline.jaxpr import nbytes
 from meshpipe.pipeline.plan import Op, Plan
 from meshpipe.pipeline.programs import trace_split
 from meshpipe.pipeline.simulate import Costs, StageMemory, simulate
 from meshpipe.pipeline.stage import TracedStage
+from meshpipe.sharding import abstract
 from meshpipe.staged_model import StagedModel
 
 ONE_UNIT_EACH = Costs(dict.fromkeys(Op, 1.0))
@@ -111,7 +112,7 @@ def held_always(
     return [
         HeldAlways(
             parameters=_device_bytes(owned.params.values()) + _hoisted_bytes(stage),
-            gradients=_gradient_bytes(owned),
+            gradients=_gradient_bytes(stage),
             optimizer=_device_bytes(jax.tree.leaves(optimizer[s])),
             batch=_device_bytes(stage.inputs) + 2 * _device_bytes(stage.state),
         )
@@ -182,18 +183,16 @@ def _device_bytes(leaves: Iterable[Any]) -> int:
     return sum(_leaf_bytes(leaves))
 
 
-def _gradient_bytes(stage: StageParameters) -> int:
-    """Accumulators are kept in float32 or better."""
-    return sum(
-        math.prod(p.sharding.shard_shape(p.shape)) * jnp.promote_types(p.dtype, jnp.float32).itemsize
-        for p in stage.params.values()
-    )
+def _gradient_bytes(stage: TracedStage) -> int:
+    """Accumulators are kept in float32 or better, and lie as the parameters do in a step."""
+    params = stage.params_in_step
+    return _device_bytes(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in params)
 
 
 def _hoisted_bytes(stage: TracedStage) -> int:
-    """Taken to be split as the parameters are on the whole."""
+    """Taken to be split as the parameters of a step are on the whole."""
     whole = sum(p.size * p.dtype.itemsize for p in stage.params)
-    return nbytes(stage.hoisted_vars) * _device_bytes(stage.params) // whole if whole else 0
+    return nbytes(stage.hoisted_vars) * _device_bytes(stage.params_in_step) // whole if whole else 0
 
 
 def _split_bytes(stage: TracedStage, value: Var) -> int:

@@ -16,10 +16,6 @@ TENSOR_RULES: Mapping[str, str | None] = MappingProxyType(
 )
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): heads, hidden units and vocabulary are split."""
 
-FULLY_SHARDED_RULES: Mapping[str, str | None] = MappingProxyType({**TENSOR_RULES, "embed": DATA})
-"""The same, and the embedding axis of every parameter split over `data`, gathered when used (ZeRO-3, arXiv
-1910.02054)."""
-
 
 @dataclass(frozen=True)
 class ShardingRules:
@@ -30,6 +26,9 @@ class ShardingRules:
     """
 
     rules: Mapping[str, str | None] = field(default_factory=lambda: TENSOR_RULES)
+    gathered: frozenset[str] = frozenset()
+    """Logical axes that `data` splits between steps alone: a step gathers the parameters at its start, and splits the
+    sums of their gradients at its end."""
 
     def spec(self, axes: Sequence[str | None] | None, mesh: Mesh) -> PartitionSpec:
         """Raises `ValueError` for a name that is neither in the rules nor a mesh axis."""
@@ -61,6 +60,19 @@ class ShardingRules:
                     f"{dim}, and --mesh.{mesh_axis} is {parts}. Choose a divisor of {size}."
                 )
         return NamedSharding(mesh, spec)
+
+
+FULLY_SHARDED = ShardingRules({**TENSOR_RULES, "embed": DATA}, gathered=frozenset(["embed"]))
+"""The embedding axis of every parameter and of its optimizer state is split over `data` as well (ZeRO, arXiv
+1910.02054, section 5)."""
+
+PRESETS: Mapping[str, ShardingRules] = MappingProxyType({"replicated": ShardingRules(), "fully-sharded": FULLY_SHARDED})
+"""Rules by the name of what they do on the data axis."""
+
+
+def without_data(spec: PartitionSpec) -> PartitionSpec:
+    """The same, whole on every part of the data axis."""
+    return PartitionSpec(*(None if axis == DATA else axis for axis in spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

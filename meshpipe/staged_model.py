@@ -31,7 +31,7 @@ from meshpipe.pipeline.schedules import forwards_of, make_plan
 from meshpipe.pipeline.simulate import Costs
 from meshpipe.pipeline.stage import Boundary, StageSpec, TracedStage, boundary_after
 from meshpipe.pipeline.validate import validate
-from meshpipe.sharding import ShardingRules, is_local, place, replicated
+from meshpipe.sharding import PRESETS, ShardingRules, is_local, place, replicated
 from meshpipe.stage_function import Loss, Metrics, stage_function, streams_of
 from meshpipe.tied import borrowed
 
@@ -96,6 +96,12 @@ class StagedModel:
         self.local = tuple(s for s, submesh in enumerate(self._meshes) if is_local(submesh))
         """Stages of which this process has devices; the others are known by their shapes alone."""
         self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
+        self._gathered = [self._gathered_leaves(s) for s in range(self.plan.num_stages)]
+        if self.rules.gathered and self._splits_data and not any(self._gathered):
+            raise ValueError(
+                "Fully sharded parameters must name an axis for the data axis to split. Got a model that names none of "
+                f"{', '.join(self.rules.gathered)}. Name it with nnx.with_partitioning, or leave out --sharding."
+            )
         self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
 
     @property
@@ -127,6 +133,7 @@ class StagedModel:
             config=config.pipeline,
             metrics=config.model.metrics,
             tied=config.model.tied(),
+            rules=PRESETS[config.sharding],
         )
 
     @cached_property
@@ -223,6 +230,7 @@ class StagedModel:
                 is_first=s == 0,
                 is_last=s == self.plan.num_stages - 1,
                 streams=len(self._streams(s)),
+                gathered=self._gathered[s],
                 checkpoint_policy=_policy(remat[s]),
             )
             kind = self._kind(spec, boundary, remat[s])
@@ -256,7 +264,8 @@ class StagedModel:
         kinds = tuple(self.layers[i].kind for i in self.cuts[spec.index])
         leaves = [*spec.params.values(), *spec.state.values()]
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
-        return spec.is_first, spec.is_last, kinds, shapes, remat, None if boundary is None else boundary.kind
+        gathered = tuple(path in spec.gathered for path in spec.params)
+        return spec.is_first, spec.is_last, kinds, shapes, gathered, remat, None if boundary is None else boundary.kind
 
     def _parameters(self, stage: int, borrowed_leaves: frozenset[str]) -> StageParameters:
         params: dict[str, jax.ShapeDtypeStruct] = {}
@@ -266,6 +275,14 @@ class StagedModel:
             params.update(of_params)
             state.update(of_state)
         return StageParameters(self._meshes[stage], params, state, borrowed_leaves.intersection(params))
+
+    def _gathered_leaves(self, stage: int) -> frozenset[str]:
+        """The stage's parameters that are split over the data axis between steps alone."""
+        if not self._splits_data:
+            return frozenset()
+        axes = {path: names for index in self.cuts[stage] for path, names in self.layers[index].axes.items()}
+        params = self.parameters[stage].params
+        return frozenset(path for path in params if self.rules.gathered.intersection(axes.get(path, ())))
 
     def _info(self, stage: int) -> StageInfo:
         leaves = self.parameters[stage].params.values()

@@ -15,7 +15,7 @@ from meshpipe.pipeline.lower import lower
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.programs import compile_stage
 from meshpipe.pipeline.schedules import make_plan
-from meshpipe.sharding import FULLY_SHARDED_RULES, ShardingRules
+from meshpipe.sharding import PRESETS, TENSOR_RULES, ShardingRules
 from meshpipe.staged_model import StagedModel
 
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
@@ -38,34 +38,41 @@ def collectives(program):
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_devices_of_the_data_axis_meet_once_per_step(tensor):
-    """They add nothing to what those of the tensor axis say to each other."""
+@pytest.mark.parametrize("rules", PRESETS.values(), ids=PRESETS)
+def test_devices_of_the_data_axis_meet_once_per_step(tensor, rules):
+    """They add nothing to what those of the tensor axis say to each other, also where they split parameters."""
     counts = []
     for data in (1, 2):
-        (stage,) = language_model(make_mesh(1, data, tensor)).trace()
+        (stage,) = language_model(make_mesh(1, data, tensor), rules).trace()
         programs = compile_stage(stage, set(Op))
         split = programs.split
         counts.append([collectives(p) for p in (programs.forward, programs.backward, split.input, split.weight)])
         assert (programs.reduce is None) == (data == 1)
     assert collectives(programs.reduce)
-    sizes = programs.reduce.memory_analysis()
-    assert sizes.alias_size_in_bytes == sizes.argument_size_in_bytes  # no second copy of the gradients
     assert counts[0] == counts[1]
     assert any(counts[0]) == (tensor > 1)
+    sizes = programs.reduce.memory_analysis()
+    if not rules.gathered:
+        assert sizes.alias_size_in_bytes == sizes.argument_size_in_bytes  # no second copy of the gradients
+    else:
+        assert collectives(programs.prepare)
+        assert sizes.output_size_in_bytes < 0.6 * sizes.argument_size_in_bytes  # most are split again
 
 
-def test_gradients_of_split_parameters_are_reduced_at_once():
-    """With ZeRO-3 a device holds and adds up only its part of them."""
-    (stage,) = language_model(make_mesh(1, 2), ShardingRules(FULLY_SHARDED_RULES)).trace()
+def test_gradients_of_what_a_step_has_split_add_up_as_they_lie():
+    """As those of experts do, of which every device has its own: no other has a term of theirs."""
+    rules = ShardingRules({**TENSOR_RULES, "hidden": "data"})
+    (stage,) = language_model(make_mesh(1, 2), rules).trace()
     programs = compile_stage(stage, {Op.FORWARD, Op.BACKWARD})
     accumulators, _ = programs.zeros()
-    for accumulator, param in zip(accumulators, stage.params, strict=True):
-        assert (accumulator.sharding == param.sharding) == ("data" in param.sharding.spec)
-    assert collectives(programs.backward)
+    split = ["data" in param.sharding.spec for param in stage.params]
+    assert True in split
+    for accumulator, param, is_split in zip(accumulators, stage.params, split, strict=True):
+        assert (accumulator.sharding == param.sharding) == is_split
 
 
-def test_a_convolution_is_summed_in_every_microbatch():
-    """Its gradient is a convolution too, which is not taken apart: right all the same."""
+def test_gradients_of_convolutions_are_reduced_once_per_step():
+    """They are convolutions too."""
 
     class Convolve(nnx.Module):
         def __init__(self, rngs):
@@ -86,8 +93,9 @@ def test_a_convolution_is_summed_in_every_microbatch():
         (stage,) = model.trace()
         programs = compile_stage(stage, {Op.FORWARD, Op.BACKWARD})
         if data > 1:
-            (bias, kernel), _ = programs.zeros()
-            assert (bias.ndim, kernel.ndim) == (2, 3)
+            assert not collectives(programs.forward)
+            assert not collectives(programs.backward)
+            assert collectives(programs.reduce)
         executor = Executor("test", lower(make_plan("1f1b", 1, 2), reduces=data > 1), [mesh], {0: stage}, {0: programs})
         rng = np.random.default_rng(1)
         params = tuple(

@@ -9,7 +9,7 @@ import small_model
 
 from meshpipe import PipelineConfig, Trainer, make_mesh
 from meshpipe.checkpoint import Checkpointer
-from meshpipe.sharding import FULLY_SHARDED_RULES, ShardingRules
+from meshpipe.sharding import FULLY_SHARDED
 
 ROWS = small_model.batches(4)
 LAYOUTS = {
@@ -20,7 +20,7 @@ LAYOUTS = {
     "fully sharded, uneven stages": {
         "mesh": (2, 4, 1),
         "partition": "0,1",
-        "rules": ShardingRules(FULLY_SHARDED_RULES),
+        "rules": FULLY_SHARDED,
     },
 }
 

@@ -16,6 +16,7 @@ from meshpipe.config import Config
 from meshpipe.memory import RankMemory, predict_memory
 from meshpipe.mesh import MeshConfig, make_mesh
 from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.sharding import FULLY_SHARDED, ShardingRules
 from meshpipe.staged_model import StagedModel
 from meshpipe.trainer import Trainer
 
@@ -102,14 +103,29 @@ class Looped(nnx.Module):
         return jax.lax.scan(lambda x, kernel: (x + jnp.tanh(jnp.sin(x @ kernel)), None), x, self.kernels[...])[0]
 
 
-def staged(layer: type[nnx.Module], **pipeline: Any) -> tuple[StagedModel, dict[str, np.ndarray]]:
+class Split(nnx.Module):
+    """A matrix that fully sharded data parallelism splits, used in bfloat16."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", None))
+        self.linear = nnx.Linear(8, 8, kernel_init=init, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + jnp.tanh(self.linear(x)).astype(x.dtype)
+
+
+def staged(
+    layer: type[nnx.Module], data: int = 1, rules: ShardingRules | None = None, **pipeline: Any
+) -> tuple[StagedModel, dict[str, np.ndarray]]:
     batch = {"inputs": np.ones((64, 8), np.float32)}
     config = PipelineConfig(**{"num_microbatches": 4, **pipeline})
 
     def loss(output: jax.Array, batch: Any) -> Any:
         return (output**2).sum(), jnp.float32(output.size)
 
-    return StagedModel([layer] * 4, loss, batch=batch, mesh=make_mesh(2), input="inputs", config=config), batch
+    mesh = make_mesh(2, data)
+    model = StagedModel([layer] * 4, loss, batch=batch, mesh=mesh, input="inputs", config=config, rules=rules)
+    return model, batch
 
 
 @pytest.mark.parametrize(
@@ -131,6 +147,21 @@ def test_the_peak_is_what_is_measured(layer: type[nnx.Module], pipeline: dict[st
         # All is counted but a few scalars of the executor and the optimizer.
         assert rank.total <= peak <= rank.total + 100
         assert rank.activations > 2000
+
+
+def test_split_parameters_are_whole_while_a_step_runs() -> None:
+    """And so are their gradients; what is kept between steps is split."""
+    transformation = optax.adam(0.1)
+    model, batch = staged(Split, data=2, rules=FULLY_SHARDED)
+    whole, _ = staged(Split, data=2)
+    predicted, unsplit = predict_memory(model, transformation), predict_memory(whole, transformation)
+    measured = measure_peaks(model, transformation, batch)
+    for rank, other, peak in zip(predicted, unsplit, measured, strict=True):
+        assert rank.total <= peak <= rank.total + 100
+        kernels = 2 * 8 * 8 * 4
+        assert other.parameters - rank.parameters == kernels // 2
+        assert other.gradients == rank.gradients
+        assert other.optimizer - rank.optimizer == kernels
 
 
 def test_layers_that_keep_nothing_of_their_inside_predict_less() -> None:

@@ -1,16 +1,20 @@
 """From logical axes to mesh axes, and where batches and boundary values lie."""
 
+from dataclasses import replace
+
 import pytest
+import tiny_recipes
 from jax.sharding import PartitionSpec as P
 
-from meshpipe.mesh import make_mesh, submeshes
+from meshpipe.mesh import MeshConfig, make_mesh, submeshes
 from meshpipe.sharding import (
-    FULLY_SHARDED_RULES,
+    FULLY_SHARDED,
     ShardingRules,
     activation_sharding,
     batch_sharding,
     replicated,
 )
+from meshpipe.staged_model import StagedModel
 
 MESH = submeshes(make_mesh(1, 2, 4))[0]
 
@@ -32,7 +36,7 @@ def test_default_rules_split_heads_hidden_and_vocabulary(axes: tuple[str | None,
 
 
 def test_fully_sharded_rules_split_the_embedding_axis_over_data() -> None:
-    assert ShardingRules(FULLY_SHARDED_RULES).spec(("embed", "hidden"), MESH) == P("data", "tensor")
+    assert FULLY_SHARDED.spec(("embed", "hidden"), MESH) == P("data", "tensor")
 
 
 def test_a_strategy_changes_the_rules_and_not_the_names() -> None:
@@ -56,6 +60,12 @@ def test_a_leaf_is_placed_by_its_names() -> None:
     assert (sharding.mesh, sharding.spec) == (MESH, P(None, "tensor"))
     assert sharding.shard_shape((3, 8)) == (3, 2)
     assert ShardingRules().sharding("layers/0/scale", (3,), None, MESH) == replicated(MESH)
+
+
+def test_a_model_that_names_no_axes_cannot_be_fully_sharded() -> None:
+    config = replace(tiny_recipes.pipeline(), mesh=MeshConfig(data=2), sharding="fully-sharded")
+    with pytest.raises(ValueError, match=r"Got a model that names none of embed\. .* leave out --sharding"):
+        StagedModel.from_config(config)
 
 
 def test_batches_are_split_within_each_microbatch() -> None:

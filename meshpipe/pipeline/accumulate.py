@@ -48,26 +48,26 @@ class Sums:
 
     results: Shapes
     """What they are in the end."""
+    terms: Shapes
+    """What each term is."""
     in_terms: frozenset[int]
 
     @classmethod
-    def of(cls, results: Shapes, programs: Sequence[Summands]) -> "Sums":
-        """Those to which the programs add. In terms where that is possible, and the result is not split over the data
-        axis itself, as the gradients of ZeRO-3 are.
+    def of(cls, results: Shapes, programs: Sequence[Summands], terms: Shapes | None = None) -> "Sums":
+        """Those to which the programs add. In terms where that is possible, and these are not split over the data axis
+        themselves. Terms lie on the other axes as their sums do, unless given.
         """
-        return cls(
-            results,
-            frozenset(
-                i
-                for i, result in enumerate(results)
-                if DATA not in result.sharding.spec and all(program.can_be_in_terms(i) for program in programs)
-            ),
-        )
+        terms = results if terms is None else terms
+        whole = (i for i, term in enumerate(terms) if DATA not in term.sharding.spec)
+        return cls(results, terms, frozenset(i for i in whole if all(p.can_be_in_terms(i) for p in programs)))
 
     @property
     def shapes(self) -> Shapes:
         """The accumulators: `[parts of the data axis, ...]` for those in terms."""
-        return tuple(_in_terms(s) if i in self.in_terms else s for i, s in enumerate(self.results))
+        return tuple(
+            _one_per_part(term) if i in self.in_terms else result
+            for i, (result, term) in enumerate(zip(self.results, self.terms, strict=True))
+        )
 
     @property
     def shardings(self) -> tuple[Any, ...]:
@@ -95,20 +95,26 @@ def compile_zeros(gradients: Sums, totals: Sums, mesh: Mesh, compiler: Compiler)
 
 def compile_reduce(
     gradients: Sums, totals: Sums, mesh: Mesh, compiler: Compiler
-) -> Callable[[Arrays, Arrays], tuple[Arrays, Arrays]] | None:
-    """Makes results of accumulators, which is all that devices of the data axis say to each other about gradients; None
-    where they are the same.
+) -> Callable[..., tuple[Arrays, Arrays]] | None:
+    """Makes results of all accumulators, which is all that devices of the data axis say to each other about gradients;
+    None where they are the same.
     """
     if not gradients.in_terms and not totals.in_terms:
         return None
+    count, results = len(gradients.results), (*gradients.results, *totals.results)
+
+    def reduce(*sums: jax.Array) -> tuple[Arrays, Arrays]:
+        return gradients.reduce(sums[:count]), totals.reduce(sums[count:])
+
     run = jax.jit(
-        lambda *sums: (gradients.reduce(sums[0]), totals.reduce(sums[1])),
-        donate_argnums=(0, 1),  # a device's term and its result are equally large
+        reduce,
+        # A device's term is as large as the result, unless the data axis splits that.
+        donate_argnums=tuple(i for i, s in enumerate(results) if DATA not in s.sharding.spec),
         out_shardings=tuple(tuple(s.sharding for s in sums.results) for sums in (gradients, totals)),
     )
-    return compiler.compile(run.lower(gradients.shapes, totals.shapes), mesh)
+    return compiler.compile(run.lower(*gradients.shapes, *totals.shapes), mesh)
 
 
-def _in_terms(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    mesh, spec = shape.sharding.mesh, shape.sharding.spec
-    return abstract((mesh.shape[DATA], *shape.shape), shape.dtype, NamedSharding(mesh, PartitionSpec(DATA, *spec)))
+def _one_per_part(term: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    mesh, spec = term.sharding.mesh, term.sharding.spec
+    return abstract((mesh.shape[DATA], *term.shape), term.dtype, NamedSharding(mesh, PartitionSpec(DATA, *spec)))

@@ -325,7 +325,7 @@ class Executor:
         assert run is not None
 
         def reduce(slots: Slots) -> None:
-            slots[accumulators], slots[totals] = run(slots[accumulators], slots[totals])
+            slots[accumulators], slots[totals] = run(*slots[accumulators], *slots[totals])
 
         return reduce
 

@@ -12,7 +12,9 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.sharding import PartitionSpec
 
+from meshpipe.mesh import DATA
 from meshpipe.pipeline.jaxpr import apply_equation, inline, variables
 
 Atom: TypeAlias = Var | jax.extend.core.Literal
@@ -32,11 +34,11 @@ LINEAR = frozenset(
 class PartialSums:
     """A traced program, and which outputs it can return in `parts` terms: `[parts, ...]`, with the output as sum.
 
-    It looks for what sums over the examples: a product of matrices, a sum, or a scatter whose operands have them as
-    leading dim, perhaps transposed, which is `examples` or a multiple of it long. Each is done for `parts` equal runs
-    of that dim; what follows up to the output must be linear. The terms are right whatever that dim really is. Where it
-    is the one that is split over devices, no device needs values of another. Sums inside a `jax.lax.scan` are found as
-    well.
+    It looks for what sums over the examples: a product of matrices, a convolution, a sum, or a scatter whose operands
+    have them as leading dim, perhaps transposed, which is `examples` or a multiple of it long. Each is done for `parts`
+    equal runs of that dim; what follows up to the output must be linear. The terms are right whatever that dim really
+    is. Where it is the one that is split over devices, no device needs values of another. Sums inside a `jax.lax.scan`
+    are found as well.
 
     Inputs at `terms` come in terms themselves; they must be used by what is linear in them alone.
     """
@@ -63,7 +65,9 @@ class PartialSums:
         """The outputs that can be had in terms."""
 
     def run(self, arguments: Sequence[Any], outputs: Collection[int]) -> list[Any]:
-        """All outputs, those at `outputs` in terms. To be traced: some of what it computes is not used."""
+        """All outputs, those at `outputs` in terms. To be traced, with a mesh set whose data axis is `parts` long: some
+        of what it computes is not used.
+        """
         jaxpr = self._closed.jaxpr
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, self._closed.consts, strict=True))
         terms: dict[Any, Any] = {}
@@ -93,7 +97,9 @@ class PartialSums:
             if all(v in values for v in variables(equation.invars)):
                 operands = [read(v) for v in equation.invars]
                 values.update(zip(equation.outvars, apply_equation(jaxpr, equation, operands), strict=True))
-            if uses is not None:
+            if uses is not None and equation.primitive.name == "conv_general_dilated":
+                terms[equation.outvars[0]] = _convolve_parts(equation, [values[v] for v in equation.invars], uses)
+            elif uses is not None:
                 operands = [read(v, use) for v, use in zip(equation.invars, uses, strict=True)]
                 each = jax.vmap(
                     lambda *operands, equation=equation: equation.primitive.bind(*operands, **equation.params),
@@ -122,6 +128,8 @@ class PartialSums:
             case name if name in LINEAR and known[0]:
                 return TERMS, *(WHOLE,) * (len(operands) - 1)
             case "dot_general" if tuple(dims) in zip(*params["dimension_numbers"][0], strict=True):
+                return dims[0], dims[1]
+            case "conv_general_dilated" if tuple(dims) == _summed_dims(equation):
                 return dims[0], dims[1]
             case "reduce_sum" if dims[0] in params["axes"]:
                 return (dims[0],)
@@ -155,6 +163,26 @@ def _keeps_sums(equation: JaxprEqn) -> bool:
         return True
     wide = all(jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4 for dtype in (*results, *operands))
     return wide and equation.primitive.name != "div"
+
+
+def _summed_dims(convolution: JaxprEqn) -> tuple[int, int] | None:
+    """The dims of the operands that it sums over beside those of its window: in a kernel's gradient, the examples."""
+    numbers = convolution.params["dimension_numbers"]
+    is_whole = convolution.params["feature_group_count"] == 1
+    return (numbers.lhs_spec[1], numbers.rhs_spec[1]) if is_whole else None
+
+
+def _convolve_parts(convolution: JaxprEqn, operands: Sequence[jax.Array], dims: Sequence[Any]) -> jax.Array:
+    """A term of each device of the data axis.
+
+    `jax.vmap` would make groups of features, which XLA's partitioner gathers on every device.
+    """
+    return jax.shard_map(
+        lambda *own: convolution.primitive.bind(*own, **convolution.params)[None],
+        in_specs=tuple(PartitionSpec(*[None] * dim, DATA) for dim in dims),
+        out_specs=PartitionSpec(DATA),
+        axis_names={DATA},
+    )(*operands)
 
 
 class _Loop:

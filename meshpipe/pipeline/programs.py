@@ -36,7 +36,8 @@ class StagePrograms:
     split: "SplitPrograms | None" = None
     """Backward in two parts, where the plan has it so."""
     reduce: Callable[..., tuple[Arrays, Arrays]] | None = None
-    """Accumulators, totals (donated) -> the same summed over the data axis, where microbatches are split over it."""
+    """Accumulators and totals, one by one (donated) -> accumulators, totals summed over the data axis, where
+    microbatches are split over it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def compile_stage(
         totals = Sums.of(_totals(stage), [forward_part])
         forward = _compile_forward(stage, forward_part, totals, arguments, compiler)
         if forward_only:
-            none = Sums((), frozenset())
+            none = Sums.of((), [])
             zeros, reduce = compile_zeros(none, totals, mesh, compiler), compile_reduce(none, totals, mesh, compiler)
             return StagePrograms(prepare, zeros, forward, None, None, reduce=reduce)
         recompute = None
@@ -179,7 +180,8 @@ class _BackwardParts:
             self.input = Summands(stage, parts.input_part(), _numbered(parts.early, num_others))
             self.weight = Summands(stage, parts.weight_part(), _numbered(parts.late))
             programs += [self.input, self.weight]
-        self.gradients = Sums.of(_gradients(stage), [program for program in programs if program is not None])
+        present = [program for program in programs if program is not None]
+        self.gradients = Sums.of(_gradients(stage.params), present, _gradients(stage.params_in_step))
 
 
 def _numbered(values: Sequence[int], first: int = 0) -> dict[int, int]:
@@ -234,9 +236,9 @@ def _x_gradients(stage: TracedStage) -> Shapes:
     return stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)
 
 
-def _gradients(stage: TracedStage) -> Shapes:
+def _gradients(params: Shapes) -> Shapes:
     """Gradients add up in float32 or better, whatever the parameters are kept in."""
-    return tuple(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in stage.params)
+    return tuple(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in params)
 
 
 def _totals(stage: TracedStage) -> Shapes:

@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding
 
 from meshpipe.pipeline.jaxpr import extract, function_of, hoistable_values, invariant_values, residual_roots, variables
-from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated
+from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated, without_data
 
 Arrays = tuple[jax.Array, ...]
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
@@ -49,6 +49,8 @@ class StageSpec:
     is_last: bool
     streams: int = 0
     """How many random streams its layers have; a hash of the path of each is an input, in a uint32 array."""
+    gathered: frozenset[str] = frozenset()
+    """Parameters whose parts on the data axis are gathered for a step."""
     checkpoint_policy: Callable[..., bool] | None = None
     """What `jax.checkpoint` saves of the stage's forward; None saves all that backward needs."""
 
@@ -139,6 +141,8 @@ class TracedStage:
     ) -> tuple[Any, Any]:
         spec, boundary = self.spec, self.boundary_in
         seed, paths, step, *fields = inputs
+        in_step = zip(spec.params, params, self.params_in_step, strict=True)
+        params = tuple(_gather(p, whole) if path in spec.gathered else p for path, p, whole in in_step)
         batch = {
             name: jax.lax.dynamic_index_in_dim(field, microbatch, keepdims=False)
             for name, field in zip(self.fields, fields, strict=True)
@@ -199,6 +203,16 @@ class TracedStage:
         needed = _reached(self.closed, self.pullback_vars, [*self.residual_vars, *self.hoisted_vars])
         self.kept_x = tuple(i for i, v in enumerate(self.x_vars) if v in needed)
         self.kept_state = tuple(i for i, v in enumerate(self.state_vars) if v in needed)
+
+    @property
+    def params_in_step(self) -> Shapes:
+        """The parameters as they lie while a step runs."""
+        return tuple(
+            abstract(p.shape, p.dtype, NamedSharding(p.sharding.mesh, without_data(p.sharding.spec)))
+            if path in self.spec.gathered
+            else p
+            for path, p in self.spec.params.items()
+        )
 
     def again(self) -> "TracedStage":
         """The stage traced for itself."""
@@ -270,6 +284,14 @@ class TracedStage:
         pullback = jax.tree.unflatten(self.pullback, leaves)
         gradients, x_gradients = pullback(list(output_gradients))
         return gradients, x_gradients
+
+
+def _gather(param: jax.Array, whole: jax.ShapeDtypeStruct) -> jax.Array:
+    """The parameter as a step has it, made once per step, as it comes of parameters alone.
+
+    XLA by itself would split activations like the parameters now and then, and send those in every microbatch.
+    """
+    return jax.lax.with_sharding_constraint(param, whole.sharding.spec)
 
 
 def split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:

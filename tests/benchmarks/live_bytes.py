@@ -55,7 +55,8 @@ def measure_peaks(model: StagedModel, transformation: optax.GradientTransformati
     optimizer_state = optimizer.init(params_of)
     model.compile()
     programs = {s: _watched(of_stage, live.sample) for s, of_stage in model.programs.items()}
-    executor = Executor("train", lower(model.plan), [stage.submesh for stage in model.stages], model.traced, programs)
+    program = lower(model.plan, reduces=any(of_stage.reduce is not None for of_stage in programs.values()))
+    executor = Executor("train", program, [stage.submesh for stage in model.stages], model.traced, programs)
     inputs = model.inputs(batch, model.place_seed(0), 0)
     executor.run(params_of, state_of, inputs)
     del optimizer_state

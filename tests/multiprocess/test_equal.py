@@ -23,6 +23,7 @@ def results(ended: Ended) -> list[dict[str, Any]]:
 CASES = [
     pytest.param(2, "--mesh 2 1 1", id="two stages in two processes"),
     pytest.param(4, "--mesh 2 2 1", id="data across processes", marks=pytest.mark.slow),
+    pytest.param(2, "--mesh 1 2 1 --sharding fully-sharded", id="parameters split", marks=pytest.mark.slow),
     pytest.param(2, "--mesh 2 1 1 --schedule interleaved-1f1b --tied", id="four stages, tied", marks=pytest.mark.slow),
     pytest.param(2, "--mesh 2 1 1 --schedule zb-v", id="both ends of a V", marks=pytest.mark.slow),
     pytest.param(2, "--mesh 4 1 1 --schedule zb-h1", id="two ranks each", marks=pytest.mark.slow),

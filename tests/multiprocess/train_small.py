@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("--mesh", type=int, nargs=3, default=(2, 1, 1))
     parser.add_argument("--schedule", default="1f1b")
     parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--sharding", default="replicated")
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--process-count", type=int)
@@ -23,7 +24,7 @@ def main() -> None:
     meshpipe.use_cpu_devices(pipeline * data * tensor // (flags.process_count or 1))
     place = {name: getattr(flags, name) for name in ("coordinator", "process_id", "process_count")}
     join(DistributedConfig(**place))
-    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied)
+    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding)
     if flags.process_count:
         from meshpipe.coordination import meet
 
@@ -31,17 +32,18 @@ def main() -> None:
         leave(0)
 
 
-def train(mesh: object, schedule: str, tied: bool) -> None:
+def train(mesh: object, schedule: str, tied: bool, sharding: str) -> None:
     import jax
     import numpy as np
     import optax
     from flax import nnx
 
-    from meshpipe.sharding import local_value
+    from meshpipe.sharding import PRESETS, local_value
 
     class Block(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
-            self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+            kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", None))
+            self.linear = nnx.Linear(WIDTH, WIDTH, kernel_init=kernel_init, rngs=rngs)
             self.dropout = nnx.Dropout(0.2, rngs=rngs)
 
         def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,6 +59,7 @@ def train(mesh: object, schedule: str, tied: bool) -> None:
         mesh=mesh,  # type: ignore[arg-type]
         pipeline=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=4),
         clip_norm=0.5,
+        rules=PRESETS[sharding],
         tied=[("layers/0/linear/kernel", "layers/3/linear/kernel")] if tied else (),
     )
     scalars = []
@@ -64,7 +67,11 @@ def train(mesh: object, schedule: str, tied: bool) -> None:
         result = trainer.step(batch)
         trainer.check(result)
         scalars.append([float(local_value(value)).hex() for value in (result.loss, result.grad_norm)])
-    bits = {path: zlib.crc32(local_value(leaf).tobytes()) for path, leaf in trainer.params.items()}
+    bits = {
+        f"{path} {shard.index}": zlib.crc32(np.asarray(shard.data).tobytes())
+        for path, leaf in trainer.params.items()
+        for shard in leaf.addressable_shards
+    }
     found = {"scalars": scalars, "held out": trainer.evaluate(batches[3:]), "parameters": bits}
     traced = sorted(trainer.model.traced)
     print("RESULT", json.dumps({**found, "stages": traced, "rows": len(trainer.model.rows_read())}), flush=True)
