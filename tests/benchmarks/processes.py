@@ -1,6 +1,6 @@
 """A step in two processes of one thread each, against the same step in one process with two devices and two threads.
 
-    python tests/benchmarks/processes.py [--rounds 9] [--schedules 1f1b zb-h1] [--json FILE]
+    python tests/benchmarks/processes.py [--rounds 9] [--schedules 1f1b zb-h2] [--json FILE]
 
 The first table has the transformer of `real_compute.py` in two stages, the second stages so small that only the host's
 work is left. A step is timed here, from the word to begin until every process has its parameters; `two/one` is what
@@ -36,7 +36,7 @@ TINY_STEPS = 100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--schedules", nargs="+", default=["1f1b", "zb-h1"])
+    parser.add_argument("--schedules", nargs="+", default=["1f1b", "zb-h1", "zb-h2"])
     parser.add_argument("--microbatches", type=int, default=real_compute.MICROBATCHES)
     parser.add_argument("--models", nargs="+", choices=["transformer", "tiny"], default=["transformer", "tiny"])
     parser.add_argument("--quiet", type=float, default=2.0, help="cores that others may use in a round that counts")
