@@ -18,7 +18,7 @@ from meshpipe.layer_costs import ModelCosts
 from meshpipe.memory import ONE_UNIT_EACH, stage_memory
 from meshpipe.mesh import MeshConfig, make_mesh, submeshes
 from meshpipe.partition import partition, partition_by_cost
-from meshpipe.pipeline.auto import NothingFits, Profile, auto_plan
+from meshpipe.pipeline.auto import NothingFits, Profile, auto_plan, shortest_named
 from meshpipe.pipeline.config import PipelineConfig, parse_bytes
 from meshpipe.pipeline.plan import Action, Op, Plan
 from meshpipe.pipeline.schedules import gpipe, loop, zigzag
@@ -30,6 +30,9 @@ from meshpipe.staged_model import Choice, StagedModel, training_plan
 
 MOST_STAGES_PER_RANK = 4
 """The most that `auto` tries where no number of stages per rank is given."""
+
+NEARLY = 0.005
+"""Share by which a step may be longer than the shortest to count as nearly as short."""
 
 TRIES = 4
 """Plans to make under a memory limit, each with less space than the last where that took too much."""
@@ -192,10 +195,13 @@ class Chooser:
             yield from dict.fromkeys((loop(ranks, number), zigzag(ranks, number)))
 
     def _fastest(self, options: Sequence[Cuts], costs: ModelCosts) -> Choice:
-        """The cut and the plan with the shortest step in simulation; of equal ones that of the fewest stages."""
+        """The cut and the plan with the shortest step in simulation, or with fewer stages where a step is hardly longer
+        and no named schedule is faster: every stage more costs the host and the caches what no simulation knows.
+        """
         limit = None if self.config.memory_limit is None else parse_bytes(self.config.memory_limit)
         found: list[tuple[float, Choice]] = []
         errors: list[NothingFits] = []
+        named = math.inf
         for cuts in options:
             times = costs.of_stages(cuts)
             memory = () if limit is None else self._memory(cuts)
@@ -206,9 +212,12 @@ class Chooser:
                 errors.append(error)
                 continue
             found.append((Timeline.of(plan, times).makespan, Choice(plan, cuts, costs)))
+            named = min(named, shortest_named(self._num_ranks, self.config.num_microbatches, profiles, limit))
         if not found:
             raise min(errors, key=lambda error: error.least)
-        return min(found, key=lambda pair: float(f"{pair[0]:.9g}"))[1]
+        shortest = min(makespan for makespan, _ in found)
+        longest = max(shortest, min(shortest * (1 + NEARLY), named)) * (1 + 1e-9)
+        return next(choice for makespan, choice in found if makespan <= longest)  # the first has the fewest stages
 
     def _plan_within(self, limit: int | None, profiles: Mapping[int, Profile]) -> Plan:
         """The fastest plan that keeps to the limit both as actions take their times and as they are handed out.

@@ -112,6 +112,19 @@ def test_auto_takes_the_stages_that_it_is_given() -> None:
     assert chosen(schedule="auto", partition="0,2,4,6").cuts == (range(2), range(2, 4), range(4, 6), range(6, 8))
 
 
+def test_auto_takes_fewer_stages_where_more_hardly_pay() -> None:
+    """Rank 1 waits for two layers or for one; each rank has 240 to compute, forward and both parts of backward."""
+    equal = ModelCosts((replace(layer(1.0), transfer=0.0),) * 8, Setting(2, 1, 1, "none"), "cpu", 1.5)
+    pipeline = PipelineConfig(schedule="auto", num_microbatches=20, partition="measured")
+    config = replace(recipe(), pipeline=pipeline, batch_size=40)
+    two, four = (
+        Chooser.from_config(replace(config, pipeline=replace(pipeline, stages_per_rank=number))).choose(equal)
+        for number in (2, 4)
+    )
+    assert step(four) < step(two) < 1.005 * step(four)
+    assert Chooser.from_config(config).choose(equal).plan == two.plan
+
+
 def test_a_limit_that_nothing_keeps_to_says_what_would_do() -> None:
     with pytest.raises(ValueError, match="fullest rank\\. Got a memory limit of 3,000 bytes") as error:
         chosen(schedule="auto", memory_limit="3kB")

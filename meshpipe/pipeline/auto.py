@@ -70,6 +70,18 @@ def auto_plan(
     return plan
 
 
+def shortest_named(
+    num_ranks: int, num_microbatches: int, profiles: Mapping[int, Profile], memory_limit: float | None = None
+) -> float:
+    """How long a step takes with the best of the named schedules that fit; infinite if none does."""
+    timelines = (
+        Timeline.of(plan, profile.costs, profile.memory)
+        for stages_per_rank, profile in profiles.items()
+        for plan in _named(num_ranks, num_microbatches, stages_per_rank)
+    )
+    return min((t.makespan for t in timelines if _fits(t, memory_limit)), default=math.inf)
+
+
 def _fitting(
     num_ranks: int, num_microbatches: int, profiles: Mapping[int, Profile], memory_limit: float | None
 ) -> Iterator[tuple[Timeline, Profile]]:
