@@ -128,7 +128,7 @@ class _Run:
             forward=forward,
             backward=min(backward, sum(parts)),  # which do the same work: a whole that took longer met noise
             backward_input=parts[0],
-            backward_weight=sum(parts[1:]),
+            backward_weight=sum(parts[1:], 0.0),
             transfer=0.0 if next_rank is None else self._transfer(next_rank),
             parameter_bytes=_device_bytes(self.params),
             activation_bytes=self.activation_bytes,
