@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 
 WIDTH = 8
-SPLIT = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "hidden"))
-JOIN = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("hidden", None))
+SPLIT = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", "hidden"))
+JOIN = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("hidden", "embed"))
 
 
 class Enter(nnx.Module):
