@@ -15,6 +15,7 @@ from meshpipe.sharding import (
     replicated,
 )
 from meshpipe.staged_model import StagedModel
+from meshpipe.trainer import Trainer
 
 MESH = submeshes(make_mesh(1, 2, 4))[0]
 
@@ -64,8 +65,9 @@ def test_a_leaf_is_placed_by_its_names() -> None:
 
 def test_a_model_that_names_no_axes_cannot_be_fully_sharded() -> None:
     config = replace(tiny_recipes.pipeline(), mesh=MeshConfig(data=2), sharding="fully-sharded")
-    with pytest.raises(ValueError, match=r"Got a model that names none of embed\. .* leave out --sharding"):
-        StagedModel.from_config(config)
+    for make in (StagedModel.from_config, Trainer.from_config):
+        with pytest.raises(ValueError, match=r"Got a model that names none of embed\. .* leave out --sharding"):
+            make(config)
 
 
 def test_batches_are_split_within_each_microbatch() -> None:
