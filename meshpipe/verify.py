@@ -17,7 +17,7 @@ from meshpipe.layer import LayerLike
 from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plain import PlainTrainer
-from meshpipe.sharding import ShardingRules
+from meshpipe.sharding import PRESETS, ShardingRules
 from meshpipe.stage_function import Loss
 from meshpipe.trainer import Trainer
 
@@ -175,6 +175,7 @@ def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
         seed=config.seed,
         clip_norm=config.optimizer.clip_norm,
         tied=config.model.tied(),
+        rules=PRESETS[config.sharding],
         compile_cache=config.compile_cache,
     )
 

@@ -16,6 +16,7 @@ from meshpipe.sharding import (
 )
 from meshpipe.staged_model import StagedModel
 from meshpipe.trainer import Trainer
+from meshpipe.verify import verify_recipe
 
 MESH = submeshes(make_mesh(1, 2, 4))[0]
 
@@ -65,7 +66,7 @@ def test_a_leaf_is_placed_by_its_names() -> None:
 
 def test_a_model_that_names_no_axes_cannot_be_fully_sharded() -> None:
     config = replace(tiny_recipes.pipeline(), mesh=MeshConfig(data=2), sharding="fully-sharded")
-    for make in (StagedModel.from_config, Trainer.from_config):
+    for make in (StagedModel.from_config, Trainer.from_config, verify_recipe):
         with pytest.raises(ValueError, match=r"Got a model that names none of embed\. .* leave out --sharding"):
             make(config)
 
