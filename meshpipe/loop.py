@@ -138,6 +138,8 @@ class Loop:
             completion = self._watch.submit(_completion_time, result)
             self._finish_step()
             self._on_its_way = result, config.model.tokens(batch), completion
+            if measure:  # writing its trace takes time that is no step's
+                self._finish_step()
             if _is_due(result.step, config.checkpoint.checkpoint_every):
                 self._finish_step()
                 self._save()

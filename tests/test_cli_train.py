@@ -108,7 +108,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def whole(workplace: Workplace) -> Result:
     """A run of 12 steps that nothing interrupts."""
     flags = "--steps 12 --metrics whole.jsonl --eval-every 5 --checkpoint-dir whole --checkpoint-every 4 "
-    flags += "--measure-every 5 --trace whole.json"
+    flags += "--measure-every 6 --trace whole.json"
     return workplace.train(*flags.split())
 
 
@@ -151,8 +151,9 @@ def test_the_metrics_file_tells_the_whole_run(whole: Result, workplace: Workplac
             assert line["loss"] > 0
             assert line["grad_norm"] > 0
             assert line["learning_rate"] == pytest.approx(1e-3)
+            assert line["step_time_s"] > 0  # also after a step whose picture was drawn
             assert line["examples_per_s"] == pytest.approx(16 / line["step_time_s"])
-            assert ("bubble_fraction" in line) == (line["step"] in (5, 10))
+            assert ("bubble_fraction" in line) == (line["step"] in (6, 12))
             assert 0 <= line.get("bubble_fraction", 0) < 1
         else:
             assert line["loss"] > 0
@@ -161,9 +162,9 @@ def test_the_metrics_file_tells_the_whole_run(whole: Result, workplace: Workplac
 
 def test_the_trace_has_the_timed_steps(whole: Result, workplace: Workplace) -> None:
     events = json.loads((workplace.folder / "whole.json").read_text())["traceEvents"]
-    actions = [e["name"] for e in events if e["ph"] == "X" and e["tid"] == 0 and e["args"]["step"] == 5]
+    actions = [e["name"] for e in events if e["ph"] == "X" and e["tid"] == 0 and e["args"]["step"] == 6]
     assert sorted(actions) == sorted(f"{s}{op}{m}" for s in range(2) for op in "FB" for m in range(4))
-    assert {e["args"]["step"] for e in events if e["ph"] == "X"} == {5, 10}
+    assert {e["args"]["step"] for e in events if e["ph"] == "X"} == {6, 12}
     assert (workplace.folder / "whole.png").read_bytes().startswith(b"\x89PNG")
 
 
