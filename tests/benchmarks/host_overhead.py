@@ -1,6 +1,7 @@
 """What the host does for each action: tiny stages, whose work takes no time, in one process.
 
     python tests/benchmarks/host_overhead.py [--schedules 1f1b zb-h1] [--json FILE]
+    python tests/benchmarks/host_overhead.py --ranks 1 --schedules interleaved-1f1b looped-bfs  # all on one device
 
 Microseconds per action of a whole step with its update, and of the engine alone, against what the same calls cost
 without an engine, timed in the same run. `bare`: a call of the compiled program (the mean of those of a middle stage)
@@ -39,29 +40,37 @@ PLANNING = "planning: plan, validate, lower and check the transfers"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--ranks", type=int, help="pipeline ranks that share the stages; as many by default")
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--data", type=int, default=1, help="devices of each stage")
     parser.add_argument("--schedules", nargs="+", default=["1f1b", "gpipe", "zb-h1"])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json")
     flags = parser.parse_args()
-    meshpipe.use_cpu_devices(flags.stages * flags.data)
-    rows = [step_row(name, flags.stages, flags.microbatches, flags.data, flags.repeats) for name in flags.schedules]
+    ranks = flags.ranks or flags.stages
+    meshpipe.use_cpu_devices(ranks * flags.data)
+    rows = [
+        step_row(name, flags.stages, ranks, flags.microbatches, flags.data, flags.repeats) for name in flags.schedules
+    ]
     print_results("host overhead: microseconds per action", rows, flags.json)
     print_results(PLANNING, [planning_row("1f1b", 8 * 2**i, 32 * 2**i) for i in range(4)])
     sizes = [(schedule, num_ranks) for schedule in ("1f1b", "zb-h1") for num_ranks in (4, 64, 1024)]
     print_results(f"{PLANNING}, more ranks", [planning_row(name, num_ranks, 64) for name, num_ranks in sizes])
 
 
-def step_row(schedule: str, num_stages: int, num_microbatches: int, data: int, repeats: int) -> dict[str, object]:
+def step_row(
+    schedule: str, num_stages: int, num_ranks: int, num_microbatches: int, data: int, repeats: int
+) -> dict[str, object]:
     batch = {"inputs": np.ones((ROWS * data * num_microbatches, WIDTH), np.float32)}
     trainer = meshpipe.Trainer(
         [lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs)] * num_stages,
         lambda output, batch: (output.sum(), output.size),
         optax.sgd(0.0),
         batch=batch,
-        mesh=meshpipe.make_mesh(num_stages, data),
-        pipeline=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=num_microbatches),
+        mesh=meshpipe.make_mesh(num_ranks, data),
+        pipeline=meshpipe.PipelineConfig(
+            schedule=schedule, stages_per_rank=num_stages // num_ranks, num_microbatches=num_microbatches
+        ),
     )
     num_actions = len(trainer.plan.actions)
     moves = sum(isinstance(i, Transfer) for i in lower(trainer.plan).instructions)

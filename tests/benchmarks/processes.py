@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--schedules", nargs="+", default=["1f1b", "zb-h1", "zb-h2"])
-    parser.add_argument("--microbatches", type=int, default=real_compute.MICROBATCHES)
+    parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--models", nargs="+", choices=["transformer", "tiny"], default=["transformer", "tiny"])
     parser.add_argument("--quiet", type=float, default=2.0, help="cores that others may use in a round that counts")
     parser.add_argument("--json")
@@ -163,14 +163,15 @@ def answer(model: str, schedule: str, microbatches: int, number: int, port: int)
         print(json.dumps([handed_out, time.process_time() - cpu]), flush=True)
 
 
-Job = tuple[list[Callable[[Any], Any]], Callable[[Any, Mapping[str, Any]], Any], dict[str, Any]]
+Training = tuple[list[Callable[[Any], Any]], Callable[[Any, Mapping[str, Any]], Any], dict[str, Any]]
 
 
-def transformer() -> Job:
-    return real_compute.layers(), real_compute.loss, real_compute.example()
+def transformer() -> Training:
+    job = real_compute.Job()
+    return real_compute.layers(job), real_compute.loss, real_compute.example(job)
 
 
-def tiny(microbatches: int) -> Job:
+def tiny(microbatches: int) -> Training:
     import numpy as np
     from flax import nnx
 

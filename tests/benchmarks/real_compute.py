@@ -17,17 +17,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from benchmark import PATIENCE, busy_seconds, median, print_results
 
-WIDTH, HEADS, LENGTH, VOCABULARY, BATCH, LAYERS, MICROBATCHES = 256, 8, 128, 256, 32, 8, 8
 LEARNING_RATE = 1e-2
 WITHOUT_MICROBATCHES = ("one jit", "two programs")
 WITH_MICROBATCHES = ("scan", "grad and accumulate", "two programs, microbatches")
 TWO_STAGES_PER_RANK = ("interleaved-1f1b", "looped-bfs", "zb-v", "dualpipe-v")
 SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-h2", "zb-v", "auto")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A transformer and its batch."""
+
+    width: int = 256
+    heads: int = 8
+    length: int = 128
+    vocabulary: int = 256
+    batch: int = 32
+    blocks: int = 8
+    microbatches: int = 8
+    dtype: str = "float32"
+    """Of the computation; parameters and their gradients are float32."""
 
 
 def main() -> None:
@@ -103,32 +118,33 @@ def take_step(process: subprocess.Popen[str]) -> tuple[float, float]:
 
 def answer(way: str) -> None:
     """In a process of its own: takes a step for every line of input, and answers with its seconds."""
-    step = plain_step(way) if way in WITHOUT_MICROBATCHES + WITH_MICROBATCHES else pipeline_step(way)
+    job = Job()
+    step = plain_step(way, job) if way in WITHOUT_MICROBATCHES + WITH_MICROBATCHES else pipeline_step(way, job)
     for _ in sys.stdin:
         begin, cpu = time.perf_counter(), time.process_time()
         step()
         print(json.dumps([time.perf_counter() - begin, time.process_time() - cpu]), flush=True)
 
 
-def pipeline_step(way: str) -> Callable[[], None]:
+def pipeline_step(way: str, job: Job) -> Callable[[], None]:
     import jax
     import optax
 
     jax.config.update("jax_num_cpu_devices", 1 if way == "one stage" else 2)
     import meshpipe
 
-    batch = example()
+    batch = example(job)
     schedule = "1f1b" if way == "one stage" else way
     partition = "measured" if way == "auto" else "even"
     if way in TWO_STAGES_PER_RANK:
         partition = "0,3,5,7"  # two of the eight blocks each; the layers before and after them are light
     trainer = meshpipe.Trainer(
-        layers(),
+        layers(job),
         loss,
         optax.sgd(LEARNING_RATE),
         batch=batch,
         mesh=meshpipe.make_mesh(1 if way == "one stage" else 2),
-        pipeline=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=MICROBATCHES, partition=partition),
+        pipeline=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=job.microbatches, partition=partition),
     )
 
     def step() -> None:
@@ -138,7 +154,8 @@ def pipeline_step(way: str) -> Callable[[], None]:
     return step
 
 
-def plain_step(way: str) -> Callable[[], None]:
+def plain_step(way: str, job: Job) -> Callable[[], None]:
+    """A step written by hand, with parameters of its own."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -147,17 +164,17 @@ def plain_step(way: str) -> Callable[[], None]:
     from meshpipe.mesh import make_mesh
 
     keep_freed_memory(make_mesh(1))  # as meshpipe does
-    graph, params = nnx.split(nnx.List([make(nnx.Rngs(i)) for i, make in enumerate(layers())]))
-    batch = example()
-    parts = {k: v.reshape(MICROBATCHES, -1, *v.shape[1:]) for k, v in batch.items()}
-    microbatches = [{k: v[i] for k, v in parts.items()} for i in range(MICROBATCHES)]
+    graph, params = nnx.split(nnx.List([make(nnx.Rngs(i)) for i, make in enumerate(layers(job))]))
+    batch = example(job)
+    parts = {k: v.reshape(job.microbatches, -1, *v.shape[1:]) for k, v in batch.items()}
+    microbatches = [{k: v[i] for k, v in parts.items()} for i in range(job.microbatches)]
 
     def mean_loss(params: Any, batch: Mapping[str, Any]) -> Any:
         x = batch["inputs"]
         for layer in nnx.merge(graph, params):
             x = layer(x)
         total, _ = loss(x, batch)
-        return total / (BATCH * LENGTH)
+        return total / (job.batch * job.length)
 
     def updated(params: Any, gradients: Any) -> Any:
         return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, gradients)
@@ -216,14 +233,17 @@ def plain_step(way: str) -> Callable[[], None]:
     return step
 
 
-def layers() -> list[Callable[[Any], Any]]:
+def layers(job: Job) -> list[Callable[[Any], Any]]:
     from flax import nnx
+
+    width, kwargs = job.width, {"dtype": job.dtype}
 
     class Block(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
-            self.norm1, self.norm2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
-            self.attention = nnx.MultiHeadAttention(num_heads=HEADS, in_features=WIDTH, decode=False, rngs=rngs)
-            self.up, self.down = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs), nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
+            self.norm1, self.norm2 = (nnx.LayerNorm(width, rngs=rngs, **kwargs) for _ in range(2))
+            self.attention = nnx.MultiHeadAttention(job.heads, width, decode=False, rngs=rngs, **kwargs)
+            self.up = nnx.Linear(width, 4 * width, rngs=rngs, **kwargs)
+            self.down = nnx.Linear(4 * width, width, rngs=rngs, **kwargs)
 
         def __call__(self, x: Any) -> Any:
             x = x + self.attention(self.norm1(x))
@@ -231,26 +251,28 @@ def layers() -> list[Callable[[Any], Any]]:
 
     class Head(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
-            self.norm, self.output = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
+            self.norm = nnx.LayerNorm(width, rngs=rngs, **kwargs)
+            self.output = nnx.Linear(width, job.vocabulary, rngs=rngs, **kwargs)
 
         def __call__(self, x: Any) -> Any:
             return self.output(self.norm(x))
 
-    return [lambda rngs: nnx.Embed(VOCABULARY, WIDTH, rngs=rngs), *[Block] * LAYERS, Head]
+    return [lambda rngs: nnx.Embed(job.vocabulary, width, rngs=rngs, **kwargs), *[Block] * job.blocks, Head]
 
 
 def loss(output: Any, batch: Mapping[str, Any]) -> Any:
     import optax
 
-    losses = optax.softmax_cross_entropy_with_integer_labels(output, batch["labels"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(output.astype("float32"), batch["labels"])
     return losses.sum(), losses.size
 
 
-def example() -> dict[str, Any]:
+def example(job: Job) -> dict[str, Any]:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    return {name: rng.integers(0, VOCABULARY, (BATCH, LENGTH), dtype=np.int32) for name in ("inputs", "labels")}
+    shape = job.batch, job.length
+    return {name: rng.integers(0, job.vocabulary, shape, dtype=np.int32) for name in ("inputs", "labels")}
 
 
 if __name__ == "__main__":
