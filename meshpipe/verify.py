@@ -95,6 +95,7 @@ def record_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+@jax.default_matmul_precision("highest")
 def verify(
     layers: Sequence[LayerLike],
     loss: Loss,
@@ -114,8 +115,9 @@ def verify(
 
     Arguments are those of `Trainer`. Compared are the initial parameters; after each update the loss, the gradient
     norm and every gradient as the optimizer got it; after the last the parameters and other state. The tolerance of
-    a leaf is `sqrt(eps)` of the coarsest floating dtype, times the leaf's largest value. Raises `ValueError` as
-    `Trainer` does, and without batches.
+    a leaf is `sqrt(eps)` of the coarsest floating dtype, times the leaf's largest value. Where layers do not say
+    otherwise, matrices are multiplied in full precision, which accelerators by themselves do not do for float32. Raises
+    `ValueError` as `Trainer` does, and without batches.
     """
     rows = list(batches)
     if not rows:

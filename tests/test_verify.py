@@ -218,6 +218,24 @@ def test_a_wrong_gradient_in_one_leaf_names_its_layer(monkeypatch):
     assert found.first.layer == "layers/1"
 
 
+def test_matrices_are_multiplied_in_full_precision_on_both_sides():
+    """By themselves, accelerators round factors in float32 to as few as ten bits."""
+    seen = []
+
+    class Recording(nnx.Linear):
+        def __call__(self, x):
+            seen.append(jax.config.jax_default_matmul_precision)
+            return super().__call__(x)
+
+    layers = [Embed, lambda rngs: Recording(WIDTH, WIDTH, rngs=rngs), Head]
+    pipeline = PipelineConfig(num_microbatches=2)
+    report = verify(layers, loss, optax.sgd(0.1), batches=BATCHES[:1], mesh=make_mesh(3), pipeline=pipeline)
+    assert report.ok
+    assert len(seen) >= 2
+    assert set(seen) == {"highest"}
+    assert jax.config.jax_default_matmul_precision is None
+
+
 def test_no_batches_is_an_error():
     with pytest.raises(ValueError, match="at least one batch"):
         verify(LAYERS, loss, optax.sgd(0.1), batches=[])
