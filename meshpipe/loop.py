@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from meshpipe.checkpoint import Checkpointer
@@ -38,6 +39,8 @@ STEPS_BEFORE_TRACE = 2
 """The first steps of a run are not like the others."""
 TELL_SECONDS = 60.0
 """How long processes wait for each other's times of a step."""
+RATES_AT_ONCE = 1024
+"""Learning rates that are computed together."""
 LONGEST_TRACE = 10
 """Timed steps that a trace holds, the last ones."""
 
@@ -76,7 +79,8 @@ class Loop:
         self._held_out = held_out
         self._out = outputs
         self._stop = stop
-        self._learning_rate = config.optimizer.schedule(config.steps)
+        self._rates: tuple[int, np.ndarray] = (-RATES_AT_ONCE, np.zeros(0))
+        self._learning_rate(trainer.step_number)
         self._on_its_way: tuple[StepResult, int | None, Future[float]] | None = None
         self._watch = ThreadPoolExecutor(1, "watch")
         self._good_step = trainer.step_number
@@ -170,7 +174,7 @@ class Loop:
             "loss": float(local_value(result.loss)),
             "grad_norm": float(local_value(result.grad_norm)),
             # The schedule counts the updates before this one.
-            "learning_rate": float(self._learning_rate(result.step - 1)),
+            "learning_rate": self._learning_rate(result.step - 1),
             "step_time_s": seconds,
             "examples_per_s": self._config.batch_size / seconds,
         }
@@ -183,6 +187,19 @@ class Loop:
         self._work = {name: total + done[name] for name, total in self._work.items()}
         self._out.metrics.write("step", self._values)
         self._progress.step(self._values)
+
+    def _learning_rate(self, updates: int) -> float:
+        """What the schedule says after so many updates.
+
+        It is asked for many at once: on an accelerator, each time waits for all that was handed over before.
+        """
+        first, rates = self._rates
+        if not first <= updates < first + RATES_AT_ONCE:
+            first = updates - updates % RATES_AT_ONCE
+            schedule = self._config.optimizer.schedule(self._config.steps)
+            rates = np.asarray(jax.vmap(schedule)(np.arange(first, first + RATES_AT_ONCE)))
+            self._rates = first, rates
+        return float(rates[updates - first])
 
     def _is_timed(self, step: int) -> bool:
         config = self._config
