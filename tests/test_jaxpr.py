@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Var
+from jax.sharding import NamedSharding, PartitionSpec
 
+from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.jaxpr import (
     MissingInputError,
     extract,
     function_of,
     hoistable_values,
+    inline,
     invariant_values,
     nbytes,
-    residual_roots,
-    variables,
 )
 
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -141,28 +142,42 @@ def test_a_print_stays_and_what_it_shows_is_computed_once() -> None:
     assert any(e.effects for e in extract(closed, closed.jaxpr.invars, [], effects=True).jaxpr.eqns)
 
 
-def test_an_array_and_its_rearrangements_are_kept_once() -> None:
-    closed = trace(lambda x: (a := jnp.sin(x), a.T, a.reshape(6), jnp.exp(a.T)), X)
-    residuals = variables(closed.jaxpr.outvars)
-    assert residual_roots(closed.jaxpr, residuals, set()) == [output_of(closed, "sin"), output_of(closed, "exp")]
-
-
-def test_a_broadcast_is_kept_as_what_it_came_from() -> None:
-    def forward(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(jnp.sum(x, axis=1, keepdims=True), (2, 300)).reshape(300, 2)
-
-    closed = trace(forward, X)
-    (root,) = residual_roots(closed.jaxpr, variables(closed.jaxpr.outvars), set())
-    assert nbytes([root]) == 8
-
-
-def test_rearrangements_of_given_values_are_not_kept() -> None:
-    closed = trace(lambda x, w: (w.T, x @ w), X, W)
-    residuals = variables(closed.jaxpr.outvars)
-    roots = residual_roots(closed.jaxpr, residuals, set(closed.jaxpr.invars[1:]))
-    assert roots == [output_of(closed, "dot_general")]
-
-
 def test_bytes_count_every_value() -> None:
     closed = trace(lambda x, w: x, X, jax.ShapeDtypeStruct((3, 4), jnp.bfloat16))
     assert nbytes(closed.jaxpr.invars) == 2 * 3 * 4 + 3 * 4 * 2
+
+
+def test_calls_are_replaced_by_what_they_hold() -> None:
+    table = np.arange(3, dtype=np.float32)
+
+    @jax.jit
+    def twice(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return jnp.sin(x) + jnp.asarray(table), y, jnp.float32(3)
+
+    def function(x: jax.Array) -> Any:
+        first, same, three = twice(x, x)
+        return jax.checkpoint(jnp.exp)(twice(first, same)[0]), same, three
+
+    closed = trace(function, X)
+    flat = inline(closed)
+    assert sorted({*names(flat)} - {"add", "broadcast_in_dim"}) == ["exp", "sin"]
+    assert names(flat).count("sin") == 2
+    x = np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)
+    for found, expected in zip(function_of(flat)(x), function(x), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert inline(flat) is flat
+
+
+def test_calls_that_place_their_values_and_prints_stay() -> None:
+    mesh = make_mesh(1)
+    placed = jax.jit(jnp.sin, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    @jax.jit
+    def printing(x: jax.Array) -> jax.Array:
+        jax.debug.print("{}", x)
+        return jnp.cos(x)
+
+    flat = inline(trace(lambda x: printing(placed(x)), X))
+    assert "sin" not in names(flat)
+    assert "cos" in names(flat)
+    assert flat.jaxpr.effects

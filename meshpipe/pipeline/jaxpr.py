@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.extend.core
 from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal, Var
+from jax.sharding import Sharding
 
-LAYOUT_PRIMITIVES = frozenset({"broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "transpose"})
-"""Operations that only rearrange an array: cheaper to repeat inside a program than to keep their result."""
+LAYOUT_PRIMITIVES = frozenset(
+    {"broadcast_in_dim", "copy", "expand_dims", "optimization_barrier", "reshape", "squeeze", "transpose"}
+)
+"""Operations that at most rearrange an array: cheaper to repeat inside a program than to keep their result."""
 
 CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "remat2", "checkpoint"})
 """Operations that only hold a program of their own."""
@@ -105,25 +108,6 @@ def hoistable_values(jaxpr: Jaxpr, sources: Sequence[Var]) -> list[Var]:
     return hoisted[::-1]
 
 
-def residual_roots(jaxpr: Jaxpr, residuals: Sequence[Var], given: set[Var]) -> list[Var]:
-    """The arrays to keep so that `residuals` can be had again by rearranging them; each array is kept once.
-
-    A residual that is a rearrangement of a value in `given`, of another residual, or of something smaller (a
-    broadcast), is replaced by it.
-    """
-    source = {e.outvars[0]: e.invars[0] for e in jaxpr.eqns if e.primitive.name in LAYOUT_PRIMITIVES}
-    kept = set(residuals)
-    roots: list[Var] = []
-    for residual in residuals:
-        root, value = residual, residual
-        while value not in given and isinstance(origin := source.get(value), Var):
-            value = origin
-            if value in given or value in kept or nbytes([value]) < nbytes([root]):
-                root = value
-        roots.append(root)
-    return [v for v in dict.fromkeys(roots) if v not in given]
-
-
 def nbytes(values: Iterable[Var]) -> int:
     """Bytes of the arrays that the values stand for."""
     return sum(v.aval.size * v.aval.dtype.itemsize for v in values)  # type: ignore[attr-defined]
@@ -146,29 +130,42 @@ def apply_equation(jaxpr: Jaxpr, equation: JaxprEqn, operands: Sequence[Any]) ->
 def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program without calls: nested `jit` and `jax.checkpoint` are replaced by their equations.
 
-    Loops and custom derivatives stay whole. Used on backward programs, where a checkpoint has nothing left to save.
+    Loops, custom derivatives and calls that say how their values are to lie on the mesh stay whole. Of a backward
+    program, where a checkpoint has nothing left to save, or a forward.
     """
+    constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    equations: list[JaxprEqn] = []
 
-    def evaluate(jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-        values: dict[Var, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
-        values.update(zip(jaxpr.invars, arguments, strict=True))
-
-        def read(atom: Var | Literal) -> Any:
-            return values[atom] if isinstance(atom, Var) else atom.val
+    def add(jaxpr: Jaxpr, values: dict[Var, Var | Literal], rename: bool) -> list[Var | Literal]:
+        def read(atom: Var | Literal) -> Var | Literal:
+            return values.get(atom, atom) if isinstance(atom, Var) else atom
 
         for equation in jaxpr.eqns:
-            operands = [read(atom) for atom in equation.invars]
-            inner = equation.params.get("jaxpr") if equation.primitive.name in CALL_PRIMITIVES else None
+            operands = [read(v) for v in equation.invars]
+            inner = equation.params["jaxpr"] if _is_call(equation) else None
+            if inner is None:
+                # A call's program may be called more than once.
+                outputs = [Var(v.aval) if rename and not isinstance(v, DropVar) else v for v in equation.outvars]
+                equations.append(equation.replace(invars=operands, outvars=outputs))
+                values.update(zip(equation.outvars, outputs, strict=True))
+                continue
+            called = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+            own: dict[Var, Var | Literal] = {v: Var(v.aval) for v in called.constvars}
             if isinstance(inner, ClosedJaxpr):
-                results = evaluate(inner.jaxpr, inner.consts, operands)
-            elif isinstance(inner, Jaxpr):
-                results = evaluate(inner, (), operands)
-            else:
-                results = apply_equation(jaxpr, equation, operands)
+                constants.extend(zip(own.values(), inner.consts, strict=True))
+            results = add(called, own | dict(zip(called.invars, operands, strict=True)), True)
             values.update(zip(equation.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        return [read(v) for v in jaxpr.outvars]
 
-    if not any(e.primitive.name in CALL_PRIMITIVES for e in closed.jaxpr.eqns):
+    if not any(map(_is_call, closed.jaxpr.eqns)):
         return closed
-    flat = jax.make_jaxpr(lambda *arguments: evaluate(closed.jaxpr, closed.consts, arguments))
-    return flat(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars))
+    outputs = add(closed.jaxpr, {}, False)
+    constvars = [v for v, _ in constants]
+    flat = _replace(closed.jaxpr, constvars, closed.jaxpr.invars, outputs, equations, keep_effects=True)
+    return ClosedJaxpr(flat, [c for _, c in constants])
+
+
+def _is_call(equation: JaxprEqn) -> bool:
+    """Whether an equation only holds a program of its own, which can stand in its place."""
+    shardings = (*equation.params.get("in_shardings", ()), *equation.params.get("out_shardings", ()))
+    return equation.primitive.name in CALL_PRIMITIVES and not any(isinstance(s, Sharding) for s in shardings)

@@ -52,6 +52,12 @@ class PartialSums:
         self._loops: dict[int, _Loop] = {}
         """Its scans, by the number of the equation."""
         self._transposed = {e.outvars[0]: e for e in jaxpr.eqns if e.primitive.name == "transpose"}
+        self._same = {
+            after: before
+            for e in jaxpr.eqns
+            if e.primitive.name == "optimization_barrier"
+            for before, after in zip(e.invars, e.outvars, strict=True)
+        }
         for index, equation in enumerate(jaxpr.eqns):
             name = equation.primitive.name
             if name == "scan":
@@ -141,6 +147,8 @@ class PartialSums:
 
     def _examples_dim(self, atom: Atom) -> int | None:
         """The dim of a value that may hold the examples: the leading one, before it was transposed."""
+        while isinstance(atom, Var) and atom in self._same:
+            atom = self._same[atom]
         before = self._transposed.get(atom) if isinstance(atom, Var) else None
         if before is not None:
             dim = self._examples_dim(before.invars[0])

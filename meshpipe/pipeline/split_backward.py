@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from jax.extend.core import ClosedJaxpr, Literal, Var
 
-from meshpipe.pipeline.jaxpr import extract, inline, invariant_values, residual_roots, variables
+from meshpipe.pipeline.jaxpr import LAYOUT_PRIMITIVES, extract, inline, invariant_values, variables
+from meshpipe.pipeline.residuals import ELEMENTWISE_PRIMITIVES, least_to_keep
 
 
 class SplitBackward:
@@ -32,16 +33,42 @@ class SplitBackward:
         for them.
         """
         self.late = tuple(i for i in range(num_parameters) if i not in self.early)
-        late = [self._weight_gradients[i] for i in self.late]
-        needed = _first_reached(closed, late, in_input_part | set(jaxpr.invars))
-        available = invariant_values(jaxpr, self._step_inputs) | set(microbatch_inputs)
-        crossing = [v for v in needed if v in in_input_part and v not in available]
-        self.crossing = residual_roots(jaxpr, crossing, available)
+        kept = self._kept_between(in_input_part, set(microbatch_inputs))
+        self.crossing = [v for v in kept if v not in microbatch_inputs]
         """Values that the input part hands to the weight part."""
+        late = [self._weight_gradients[i] for i in self.late]
         reached = set(_first_reached(closed, late, {*self.crossing, *jaxpr.invars}))
         self.carried = tuple(i for i, v in enumerate(microbatch_inputs) if v in reached)
         """Which inputs of the microbatch the weight part reads again."""
         self._carried_vars = [microbatch_inputs[i] for i in self.carried]
+
+    def _kept_between(self, in_input_part: set[Var], microbatch_inputs: set[Var]) -> list[Var]:
+        """The fewest bytes from which the weight part can go on without doing again what the input part does.
+
+        Operations on single elements that only the weight part needs are done where less is kept that way.
+        """
+        jaxpr = self.closed.jaxpr
+        late = [self._weight_gradients[i] for i in self.late]
+        part = extract(self.closed, jaxpr.invars, late)
+        own = [e for e in part.jaxpr.eqns if not in_input_part.intersection(e.outvars)]
+        movable = {v for e in own if e.primitive.name in ELEMENTWISE_PRIMITIVES for v in e.outvars}
+        wanted = dict.fromkeys(variables(late))
+        unborn: set[Var] = set()
+        for equation in own:
+            operands = variables(equation.invars)
+            if not movable.issuperset(equation.outvars):
+                unborn.update(equation.outvars)
+                wanted.update(dict.fromkeys(operands))
+            elif unborn.intersection(operands):
+                unborn.update(equation.outvars)
+        return least_to_keep(
+            jaxpr,
+            wanted,
+            invariant_values(jaxpr, self._step_inputs),
+            lambda e: e.primitive.name in LAYOUT_PRIMITIVES or movable.issuperset(e.outvars),
+            there=microbatch_inputs,
+            unborn=unborn,
+        )
 
     @property
     def is_whole(self) -> bool:

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding
 
-from meshpipe.pipeline.jaxpr import extract, function_of, hoistable_values, invariant_values, residual_roots, variables
+from meshpipe.pipeline.jaxpr import (
+    LAYOUT_PRIMITIVES,
+    extract,
+    function_of,
+    hoistable_values,
+    inline,
+    invariant_values,
+    variables,
+)
+from meshpipe.pipeline.residuals import ARITHMETIC_PRIMITIVES, ELEMENTWISE_PRIMITIVES, least_to_keep
 from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated, without_data
 
 Arrays = tuple[jax.Array, ...]
@@ -130,6 +139,7 @@ class TracedStage:
             closed, shapes = jax.make_jaxpr(self._forward_with_pullback, return_shape=True)(
                 self.params, self.state, self.x, inputs, self.microbatch
             )
+            closed = inline(closed)
         self.closed = extract(closed, closed.jaxpr.invars, closed.jaxpr.outvars, effects=True)
         (output, new_state), pullback = shapes
         self.boundary_out = None if spec.is_last else Boundary(output)
@@ -198,11 +208,23 @@ class TracedStage:
         slices = {v for e in jaxpr.eqns if step_long & set(variables(e.invars)) for v in e.outvars}
         free = invariant_values(jaxpr, self.param_vars) | step_long | slices
         residuals = [v for v in self.pullback_vars if isinstance(v, Var) and v not in free]
-        available = free | set(self.x_vars) | set(self.state_vars)
-        self.residual_vars = residual_roots(jaxpr, residuals, available)
+        there = {*self.x_vars, *self.state_vars}
+        kept = least_to_keep(jaxpr, residuals, free, lambda e: e.primitive.name in self._repeatable, there=there)
+        self.residual_vars = [v for v in kept if v not in there]
         needed = _reached(self.closed, self.pullback_vars, [*self.residual_vars, *self.hoisted_vars])
         self.kept_x = tuple(i for i, v in enumerate(self.x_vars) if v in needed)
         self.kept_state = tuple(i for i, v in enumerate(self.state_vars) if v in needed)
+
+    @property
+    def _repeatable(self) -> frozenset[str]:
+        """The primitives of forward that backward may do again."""
+        if self.spec.checkpoint_policy is jax.checkpoint_policies.everything_saveable:
+            return LAYOUT_PRIMITIVES
+        return ARITHMETIC_PRIMITIVES if self._on_cpu else ELEMENTWISE_PRIMITIVES
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.spec.mesh.devices.flat[0].platform == "cpu"
 
     @property
     def params_in_step(self) -> Shapes:
@@ -280,10 +302,29 @@ class TracedStage:
             ],
             self.pullback_vars,
         )
-        leaves = function_of(rebuild)(*params, *hoisted, *inputs, microbatch, *kept[0], *kept[1], *residuals)
+        arguments = (*params, *hoisted, *inputs, microbatch, *kept[0], *kept[1], *residuals)
+        run = _apart(rebuild) if self._on_cpu else function_of(rebuild)
+        leaves = run(*arguments)
         pullback = jax.tree.unflatten(self.pullback, leaves)
         gradients, x_gradients = pullback(list(output_gradients))
         return gradients, x_gradients
+
+
+def _apart(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """A program as a function that XLA does not merge with other computations from the same arguments.
+
+    As `jax.checkpoint` does it. XLA's CPU backend takes longer for both where it merges them; on a GPU it does not.
+    """
+    used = {v for e in closed.jaxpr.eqns for v in variables(e.invars)}
+
+    def run(*arguments: jax.Array) -> list[Any]:
+        given = dict(zip(closed.jaxpr.invars, arguments, strict=True))
+        hidden = [jax.lax.optimization_barrier(a) if v in used else a for v, a in given.items()]
+        results = function_of(closed)(*hidden)
+        outputs = zip(closed.jaxpr.outvars, results, strict=True)
+        return [given[v] if isinstance(v, Var) and v in given else result for v, result in outputs]
+
+    return run
 
 
 def _gather(param: jax.Array, whole: jax.ShapeDtypeStruct) -> jax.Array:

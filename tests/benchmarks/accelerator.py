@@ -5,7 +5,7 @@
 In one process, on the first device of JAX, whichever that is. Pre-LN transformer, plain SGD, bfloat16 with float32
 parameters unless `--dtype` says otherwise. `one stage` is meshpipe with a single stage, `four stages` with four on the
 one device, whose host work is that of a pipeline without its transfers. `dispatch` is the time until the step is handed
-out, with nothing in front of it: what is left of a step is time in which the host is free. All ways take turns; medians.
+out, with nothing in front of it; for the rest of a step the host is free. All ways take turns; medians.
 The second table has what the device's allocator says was in use at most, after the first step of a single stage, which
 is the first thing done, against what `meshpipe plan` predicts, which leaves out what XLA needs inside a program.
 """
