@@ -37,38 +37,50 @@ def initialise(
     """Parameters and state of every layer on its submesh.
 
     What a constructor makes depends on `seed` and the layer's path alone. The values of a ready-made module are copied.
-    Layers that differ in nothing but their path share one program.
+    Layers that differ in nothing but their path share one program, which runs on the submesh of the first of them, as
+    loading it for another takes longer than to draw the numbers; no other submesh holds a layer for longer than it
+    takes to move it.
     """
     programs = _programs(layers, rules, compiler or Compiler())
     results: list[tuple[Leaves, Leaves]] = []
-    for (layer, mesh), program in zip(layers, programs, strict=True):
+    for (layer, mesh), found in zip(layers, programs, strict=True):
         params, state = placed(layer, mesh, rules)
-        if layer.values is not None:
+        if found is None:
+            assert layer.values is not None
             results.append((_copy(layer.values, params), _copy(layer.values, state)))
             continue
+        program, where = found
         arguments = jax.device_put(
-            (jax.random.key_data(jax.random.key(seed)), jnp.uint32(path_hash(layer.path))), replicated(mesh)
+            (jax.random.key_data(jax.random.key(seed)), jnp.uint32(path_hash(layer.path))), replicated(where)
         )
         flat = program(*arguments)
+        if where != mesh:
+            shardings = tuple(leaf.sharding for leaf in (*params.values(), *state.values()))
+            flat = jax.block_until_ready(jax.device_put(flat, shardings))
         results.append((dict(zip(params, flat, strict=False)), dict(zip(state, flat[len(params) :], strict=True))))
     return results
 
 
-def _programs(layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, compiler: Compiler) -> list[Any]:
-    """For every layer that a constructor makes, the program that does; None for the others."""
-    kinds = [None if layer.values is not None else (layer.kind, fingerprint(layer.make)) for layer, _ in layers]
+def _programs(
+    layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, compiler: Compiler
+) -> list[tuple[Any, Mesh] | None]:
+    """For every layer that a constructor makes, the program that does, and its submesh; None for the others."""
     lowered: dict[Hashable, tuple[jax.stages.Lowered, Mesh]] = {}
-    for kind, (layer, mesh) in zip(kinds, layers, strict=True):
-        if kind is not None and kind not in lowered:
-            lowered[kind] = _lower(layer, mesh, rules), mesh
+    kinds: list[Hashable] = []
+    for layer, mesh in layers:
+        # Nothing is moved to or from a submesh that other processes have a part of.
+        place = mesh.devices.shape if _is_own(mesh) else mesh
+        kinds.append(None if layer.values is not None else (layer.kind, fingerprint(layer.make), place))
+        if layer.values is None and kinds[-1] not in lowered:
+            lowered[kinds[-1]] = _lower(layer, mesh, rules), mesh
     with ThreadPoolExecutor() as pool:
-        compiled = dict(zip(lowered, pool.map(lambda first: _compile(compiler, *first), lowered.values()), strict=True))
-    copies: dict[Hashable, Any] = {}
-    for kind, (layer, mesh) in zip(kinds, layers, strict=True):
-        if kind is not None and (kind, mesh) not in copies:
-            copied = compiler.copy(compiled[kind], mesh)
-            copies[kind, mesh] = copied or _compile(compiler, _lower(layer, mesh, rules), mesh)
-    return [copies.get((kind, mesh)) for kind, (_, mesh) in zip(kinds, layers, strict=True)]
+        compiled = pool.map(lambda first: _compile(compiler, *first), lowered.values())
+        programs = {kind: (program, lowered[kind][1]) for kind, program in zip(lowered, compiled, strict=True)}
+    return [programs.get(kind) for kind in kinds]
+
+
+def _is_own(mesh: Mesh) -> bool:
+    return all(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
 
 def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered:
