@@ -9,6 +9,7 @@ import jax
 
 from meshpipe.coordination import ask, process_count, process_index, tell
 from meshpipe.mesh import describe
+from meshpipe.pipeline.peers import by_sockets
 from meshpipe.pipeline.rendezvous import check_program
 from meshpipe.record import versions
 from meshpipe.trainer import Trainer
@@ -51,6 +52,7 @@ def describe_step(trainer: Trainer) -> dict[str, str]:
         "version of meshpipe": installed["meshpipe"],
         "mesh": describe(trainer.mesh),
         "devices": _hash([(device.process_index, device.id) for device in trainer.mesh.devices.flat]),
+        "way to move arrays": "sockets" if by_sockets() else "the backend's own",
         "seed": str(trainer.seed),
         "batch": ", ".join(f"{name} {_shape(shape)}" for name, shape in sorted(model.microbatches.shapes.items())),
         "plan": f"{plan.schedule} of {plan.num_stages} stages on {ranks}, {plan.num_microbatches} microbatches",

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import jax
 
@@ -45,6 +45,9 @@ class DistributedConfig:
     """Number of this process, from 0."""
     process_count: int | None = None
     """Processes of the run; each is started with the same command and its own number."""
+    transfers: Literal["auto", "sockets"] = "auto"
+    """How arrays move between processes: `auto` leaves it to an accelerator's own way (NCCL on GPUs), `sockets` takes
+    them through the memory of the hosts, as on CPU: slower, and also where processes share a GPU."""
     step_timeout: float = 0.0
     """Seconds without a finished step after which the run fails and says what each rank waits for; 0 waits for ever."""
 

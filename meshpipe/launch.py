@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,8 @@ SECONDS_TO_END = 20.0
 """How long processes may take to end by themselves after one of them failed."""
 POLL_SECONDS = 0.05
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+"""Has a folder for each, on Linux."""
 NOT_RESTARTED = (0, 2, 130, 143)
 """Exit codes of runs that completed, that cannot be, and that were stopped."""
 
@@ -88,7 +91,10 @@ class Launch:
     def _start(self, number: int, restart: int) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             self.command(number, restart),
-            env=os.environ | dict(self.environment) | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ
+            | gpus_of(number, self.num_processes, os.environ)
+            | dict(self.environment)
+            | {"PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -133,6 +139,21 @@ class Launch:
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
+
+
+def gpus_of(number: int, num_processes: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable that tells JAX in a process which NVIDIA GPUs of this machine are its own, where there are any.
+
+    They are shared out evenly, in order; of fewer GPUs than processes each is had by several. Says nothing where the
+    environment already does.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    count = len(list(NVIDIA_GPUS.glob("*"))) if visible is None else len([gpu for gpu in visible.split(",") if gpu])
+    if count == 0 or "JAX_LOCAL_DEVICE_IDS" in environment:
+        return {}
+    each = max(1, count // num_processes)
+    own = range(number * each, (number + 1) * each) if count >= num_processes else [number % count]
+    return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own))}
 
 
 def free_port(address: str = "127.0.0.1") -> int:

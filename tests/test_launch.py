@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from meshpipe.launch import Launch, free_port
+from meshpipe import launch as launch_module
+from meshpipe.launch import Launch, free_port, gpus_of
 
 
 def script(text: str) -> list[str]:
@@ -26,6 +27,31 @@ def test_output_names_its_process(capfd: pytest.CaptureFixture[str]) -> None:
     captured = capfd.readouterr()
     assert "[0] hello" in captured.out
     assert "[1] there" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "shares"),
+    [
+        (0, {}, [None, None]),
+        (1, {}, ["0", "0"]),
+        (2, {}, ["0", "1"]),
+        (8, {}, ["0,1,2,3", "4,5,6,7"]),
+        (8, {"CUDA_VISIBLE_DEVICES": "6,7"}, ["0", "1"]),
+        (8, {"CUDA_VISIBLE_DEVICES": ""}, [None, None]),
+        (8, {"JAX_LOCAL_DEVICE_IDS": "3"}, [None, None]),
+    ],
+)
+def test_processes_share_out_the_gpus(
+    gpus: int,
+    environment: dict[str, str],
+    shares: list[str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for gpu in range(gpus):
+        (tmp_path / f"0000:0{gpu}:00.0").mkdir()
+    monkeypatch.setattr(launch_module, "NVIDIA_GPUS", tmp_path)
+    assert [gpus_of(number, 2, environment).get("JAX_LOCAL_DEVICE_IDS") for number in range(2)] == shares
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
@@ -82,7 +108,8 @@ sys.exit(143 if count == 1 else 1)
     (tmp_path / "parent.py").write_text(
         f"""
 import sys
-from meshpipe.launch import Launch, free_port
+from meshpipe import launch as launch_module
+from meshpipe.launch import Launch, free_port, gpus_of
 sys.exit(Launch(2, lambda n, restart: [sys.executable, {str(tmp_path / "child.py")!r}, str(n)], max_restarts=2).run())
 """
     )

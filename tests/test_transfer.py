@@ -1,11 +1,15 @@
 """Arrays that move between submeshes keep their values, and the originals."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshpipe.mesh import make_mesh, submeshes
+from meshpipe.pipeline import peers
 from meshpipe.pipeline.transfer import transfer_to
 from meshpipe.sharding import activation_sharding, replicated
 
@@ -39,3 +43,14 @@ def test_a_submesh_of_another_size_can_receive() -> None:
 
 def test_a_boundary_without_arrays_is_fine() -> None:
     assert transfer_to(())(()) == ()
+
+
+@pytest.mark.parametrize(
+    ("backend", "accelerators", "sockets"), [("cpu", False, True), ("gpu", False, False), ("gpu", True, True)]
+)
+def test_accelerators_use_sockets_where_that_is_asked_for(
+    backend: str, accelerators: bool, sockets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(peers, "_peers", [SimpleNamespace(accelerators=accelerators)])
+    assert peers.by_sockets() is sockets

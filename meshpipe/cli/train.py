@@ -28,7 +28,7 @@ def train(arguments: list[str]) -> int:
         with Guard(config.checkpoint.checkpoint_dir) as guard, StopRequest() as stop:
             take_devices(config, console)
             if several:
-                open_peers(own_address(coordinator_address()))
+                open_peers(own_address(coordinator_address()), accelerators=distributed.transfers == "sockets")
             status = run(config, recipe, console, guard, stop, distributed.step_timeout)
     except ValueError as error:
         if not several:

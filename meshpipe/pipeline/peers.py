@@ -18,10 +18,12 @@ Shapes = Sequence[jax.ShapeDtypeStruct]
 class Peers:
     """Sockets of one process for arrays. Only the two processes of a transfer take part in it, in no global order.
 
-    `address` is the one of this machine at which the others reach it; ports are chosen by the system.
+    `address` is the one of this machine at which the others reach it; ports are chosen by the system. `accelerators`
+    has those use the sockets too, through the memory of their hosts.
     """
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, accelerators: bool = False):
+        self.accelerators = accelerators
         host = f"[{address}]" if ":" in address else address
         self._server = transfer.start_transfer_server(get_backend(), f"{host}:0", [f"{host}:0"] * 2)
         self._connections: dict[int, transfer.TransferConnection] = {}
@@ -53,9 +55,14 @@ class Peers:
         return self._connections[process].pull(number, list(shapes))
 
 
-def open_peers(address: str) -> None:
+def open_peers(address: str, accelerators: bool = False) -> None:
     """Opens the sockets of this process, once; see `Peers`."""
-    _peers.append(Peers(address))
+    _peers.append(Peers(address, accelerators))
+
+
+def by_sockets() -> bool:
+    """Whether arrays on the devices of this process move to others by sockets, and not by what its backend has."""
+    return jax.default_backend() == "cpu" or (bool(_peers) and _peers[0].accelerators)
 
 
 def peers() -> Peers:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
-from meshpipe.pipeline.peers import peers
+from meshpipe.pipeline.peers import by_sockets, peers
 from meshpipe.sharding import is_local
 
 Arrays = tuple[jax.Array, ...]
@@ -42,9 +42,7 @@ def transfer_between(name: str, source: Mesh, shapes: Shapes) -> Callable[[Array
     places = {device.process_index for pair in pairs for device in pair}
     if places <= {here} or not shapes:
         return transfer_to(tuple(map(_sharding_of, shapes)))
-    if jax.default_backend() != "cpu":
-        return _native(source, shapes)
-    return _Sockets(name, pairs, shapes).move
+    return _Sockets(name, pairs, shapes).move if by_sockets() else _native(source, shapes)
 
 
 def _native(source: Mesh, shapes: Shapes) -> Callable[[Arrays | None], Arrays | None]:
