@@ -135,6 +135,7 @@ class _Run:
         )
 
     def _forward(self) -> tuple[Arrays, Arrays, Arrays, Arrays]:
+        assert self.programs.forward is not None
         results = self.programs.forward(
             self.params, self.hoisted, self.state, self.x, self.inputs, self.microbatch, self.totals
         )

@@ -163,7 +163,8 @@ class StagedModel:
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
-            self.programs = compile_stages(self.traced, ops, self.remat, pool, compiler, also)
+            turning = self.plan.turning_stage if turns_at_once(self.mesh) else None
+            self.programs = compile_stages(self.traced, ops, self.remat, pool, compiler, also, turning)
         self.executor = Executor("train", self.program, self._meshes, self.traced, self.programs)
 
     @cached_property
@@ -294,6 +295,11 @@ class StagedModel:
             parameter_count=sum(leaf.size for leaf in leaves),
             parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         )
+
+
+def turns_at_once(mesh: Mesh) -> bool:
+    """Whether forward and backward are faster in one program where one follows the other."""
+    return mesh.devices.flat[0].platform != "cpu"
 
 
 def training_plan(config: PipelineConfig, num_ranks: int) -> Plan:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import meshpipe
+import meshpipe.staged_model
 from meshpipe.pipeline.lower import Compute, Transfer, lower
 
 WIDTH = 8
@@ -31,9 +32,16 @@ def batch() -> dict[str, np.ndarray]:
     return {name: rng.normal(size=(8, WIDTH)).astype(np.float32) for name in ("inputs", "targets")}
 
 
-@pytest.fixture(scope="module", params=[("1f1b", "full"), ("zb-v", "none")], ids=["1f1b", "zb-v"])
+@pytest.fixture(
+    scope="module",
+    params=[("1f1b", "full", False), ("zb-v", "none", False), ("1f1b", "none", True)],
+    ids=["1f1b", "zb-v", "1f1b with one program for both"],
+)
 def pair(request: pytest.FixtureRequest) -> tuple[meshpipe.Trainer, meshpipe.Trainer]:
-    return trainer(*request.param), trainer(*request.param)
+    schedule, remat, turns = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshpipe.staged_model, "turns_at_once", lambda mesh: turns)
+        return trainer(schedule, remat), trainer(schedule, remat)
 
 
 def test_every_action_and_transfer_has_its_time(pair: tuple[meshpipe.Trainer, meshpipe.Trainer]) -> None:

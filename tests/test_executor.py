@@ -12,7 +12,7 @@ from meshpipe.pipeline.executor import Executor
 from meshpipe.pipeline.lower import Compute, Instruction, Reduce, Transfer, lower
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.programs import StagePrograms, compile_stage
-from meshpipe.pipeline.schedules import make_plan
+from meshpipe.pipeline.schedules import SCHEDULES, make_plan
 from meshpipe.pipeline.stage import StageSpec, TracedStage
 from meshpipe.sharding import abstract, batch_sharding, replicated
 
@@ -83,11 +83,15 @@ def unrun(schedule: str, num_microbatches: int, traced: dict[int, TracedStage]) 
     return Executor("test", program, MESHES, traced, dict.fromkeys(traced, UNCOMPILED))
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "1f1b with one program for both"])
 def test_a_step_sums_gradients_and_losses_and_advances_state(
     schedule: str, traced: dict[int, TracedStage], programs: dict[int, StagePrograms]
 ) -> None:
     num_microbatches = 4
+    if schedule not in SCHEDULES:
+        turn = compile_stage(traced[STAGES - 1], {Op.FORWARD, Op.BACKWARD}, turns=True)
+        assert turn.forward is turn.backward is None
+        schedule, programs = "1f1b", programs | {STAGES - 1: turn}
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(num_microbatches, ROWS, WIDTH)).astype(np.float32)
     weight = rng.uniform(size=(num_microbatches, ROWS)).astype(np.float32)

@@ -10,9 +10,11 @@ import pytest
 import small_model
 from reference import SEED, Reference
 
+import meshpipe.staged_model
 from meshpipe import PipelineConfig, Trainer, make_mesh
 from meshpipe.models import LanguageModelConfig, TextClassifierConfig
 from meshpipe.pipeline.schedules import SCHEDULES
+from meshpipe.pipeline.stage import TracedStage
 
 EPSILON = float(np.finfo(np.float32).eps)
 LOSS_TOLERANCE = 32 * EPSILON
@@ -133,6 +135,17 @@ def assert_close(found, expected):
 )
 def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches):
     compare(model, mesh, num_microbatches, schedule=schedule, remat=remat)
+
+
+@pytest.mark.parametrize(
+    ("model", "remat", "mesh", "num_microbatches"),
+    [(text_model, "none", (1, 2, 1), 4), (tied_language_model, "none", (2, 1, 1), 4), (small, "full", (2, 2, 1), 4)],
+)
+def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches, monkeypatch):
+    """They repeat more of forward, and have one program for forward and backward of the last stage."""
+    monkeypatch.setattr(TracedStage, "_on_cpu", False)
+    monkeypatch.setattr(meshpipe.staged_model, "turns_at_once", lambda mesh: True)
+    compare(model, mesh, num_microbatches, schedule="1f1b", remat=remat)
 
 
 def product():

@@ -8,6 +8,7 @@ import pytest
 
 import meshpipe.pipeline.plan as plan_module
 from meshpipe.pipeline.plan import Action, Op, Plan, PlanError
+from meshpipe.pipeline.schedules import make_plan
 from meshpipe.pipeline.validate import MESSAGE_WIDTH, validate
 
 TEXT = """\
@@ -298,3 +299,13 @@ import meshpipe.pipeline.validate, meshpipe.pipeline.schedules, meshpipe.pipelin
 assert not {{"jax", "jaxlib", "flax", "numpy"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "microbatches", "turns"),
+    [("1f1b", 8, True), ("gpipe", 1, True), ("gpipe", 2, False), ("zb-h1", 8, False), ("inference", 8, False)],
+)
+def test_the_last_stage_turns_at_once_where_backwards_follow_their_forwards(
+    schedule: str, microbatches: int, turns: bool
+) -> None:
+    assert make_plan(schedule, 4, microbatches).turning_stage == (3 if turns else None)

@@ -66,6 +66,12 @@ class Executor:
                 "A program must reduce what its stages keep in terms of the data axis. Got one made without. "
                 "Pass reduces=True to lower."
             )
+        self._backwards = {
+            (i.action.stage, i.action.microbatch): i
+            for i in local
+            if isinstance(i, Compute) and i.action.op is Op.BACKWARD and programs[i.action.stage].turn is not None
+        }
+        """Those that are done together with their forward, which they follow at once."""
         self._steps: list[Step] = []
         self._observable: list[tuple[Compute | Transfer, Callable[[Slots], tuple[Arrays, Arrays]]] | None] = []
         for instruction in local:
@@ -135,6 +141,8 @@ class Executor:
             return self._transfer(instruction)
         if isinstance(instruction, Reduce):
             return self._reduce(instruction.stage)
+        if (backward := self._turning(instruction)) is not None:
+            return _nothing if instruction is backward else self._turn(instruction, backward)
         resolve = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -150,6 +158,12 @@ class Executor:
                 return lambda slots: ((), ())
             target = self._slot(instruction.target)
             return lambda slots: (slots[target], ())
+        if (backward := self._turning(instruction)) is not None:
+            if instruction is backward:
+                return lambda slots: ((), ())
+            gradients = self._one(backward.writes, "dx", "dy")
+            accumulators = self._named[instruction.action.stage, "accumulators"]
+            return lambda slots: (() if gradients is None else slots[gradients], slots[accumulators])
         written = [(self._slot(buffer), buffer.kind in ("r", "w")) for buffer in instruction.writes]
         added = self._named[
             instruction.action.stage, "totals" if instruction.action.op is Op.FORWARD else "accumulators"
@@ -218,6 +232,35 @@ class Executor:
         names = ("params", "hoisted", "state", "inputs", "accumulators", "totals")
         return tuple(self._named[stage, name] for name in names), self._microbatches[stage][microbatch]
 
+    def _turning(self, instruction: Compute) -> Compute | None:
+        """The backward that is one with this forward, or is this."""
+        return self._backwards.get((instruction.action.stage, instruction.action.microbatch))
+
+    def _turn(self, forward: Compute, backward: Compute) -> Step:
+        (params, hoisted, state, inputs, accumulators, totals), microbatch = self._common(forward)
+        run = self._programs[forward.action.stage].turn
+        x = self._one(forward.reads, "x")
+        x_gradients = self._one(backward.writes, "dx", "dy")
+        for buffer in forward.writes:
+            self._slot(buffer)  # stays empty
+        assert run is not None
+
+        def turn(slots: Slots) -> None:
+            slots[accumulators], into_x, slots[state], slots[totals] = run(
+                slots[accumulators],
+                slots[params],
+                slots[hoisted],
+                slots[state],
+                () if x is None else slots[x],
+                slots[inputs],
+                microbatch,
+                slots[totals],
+            )
+            if x_gradients is not None:
+                slots[x_gradients] = into_x
+
+        return turn
+
     def _forward(self, instruction: Compute) -> Step:
         (params, hoisted, state, inputs, _, totals), microbatch = self._common(instruction)
         stage = self._traced[instruction.action.stage]
@@ -226,6 +269,7 @@ class Executor:
         residuals = self._one(instruction.writes, "r")
         output = self._one(instruction.writes, "y", "x")
         keeps_all = self._programs[stage.spec.index].recompute is not None
+        assert run is not None
         kept_x = tuple(range(len(stage.x))) if keeps_all else stage.kept_x
         kept_state = tuple(range(len(stage.state))) if keeps_all else stage.kept_state
 
@@ -332,3 +376,7 @@ class Executor:
     def _one(self, buffers: Sequence[Buffer], *kinds: str) -> int | None:
         """The slot of the one buffer of these kinds, if there is one."""
         return next((self._slot(b) for b in buffers if b.kind in kinds), None)
+
+
+def _nothing(slots: Slots) -> None:
+    pass

@@ -236,6 +236,11 @@ class TracedStage:
             for path, p in self.spec.params.items()
         )
 
+    @property
+    def residuals(self) -> Shapes:
+        """What forward leaves for backward, wherever XLA lays it."""
+        return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.residual_vars)  # type: ignore[attr-defined]
+
     def again(self) -> "TracedStage":
         """The stage traced for itself."""
         return TracedStage(self.spec, None if self.spec.is_first else self.boundary_in, self.fields)
