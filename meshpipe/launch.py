@@ -1,5 +1,6 @@
 """Several processes of one run on this machine: started, heard, signalled and ended together."""
 
+import itertools
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,6 +52,12 @@ class Launch:
 
     def run(self) -> int:
         """The exit code of the first process that failed, else 0. A signal to this process is passed on to all."""
+        count = _count_gpus(os.environ | dict(self.environment))
+        if 0 < count < self.num_processes:
+            _say(
+                f"{self.num_processes} processes share {count} GPU{'s' if count > 1 else ''}, which NCCL refuses: "
+                "the run needs --transfers sockets, and XLA_PYTHON_CLIENT_PREALLOCATE=false in its environment."
+            )
         before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
         try:
             restart = 0
@@ -89,12 +97,10 @@ class Launch:
         return code
 
     def _start(self, number: int, restart: int) -> "subprocess.Popen[str]":
+        environment = os.environ | dict(self.environment) | {"PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             self.command(number, restart),
-            env=os.environ
-            | gpus_of(number, self.num_processes, os.environ)
-            | dict(self.environment)
-            | {"PYTHONUNBUFFERED": "1"},
+            env=environment | gpus_of(number, self.num_processes, environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -144,16 +150,31 @@ class Launch:
 def gpus_of(number: int, num_processes: int, environment: Mapping[str, str]) -> dict[str, str]:
     """The variable that tells JAX in a process which NVIDIA GPUs of this machine are its own, where there are any.
 
-    They are shared out evenly, in order; of fewer GPUs than processes each is had by several. Says nothing where the
-    environment already does.
+    Each has as many as the others, in order, and some may be left over; of fewer GPUs than processes each is had by
+    several. Says nothing where the environment already does.
     """
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    count = len(list(NVIDIA_GPUS.glob("*"))) if visible is None else len([gpu for gpu in visible.split(",") if gpu])
-    if count == 0 or "JAX_LOCAL_DEVICE_IDS" in environment:
+    count = _count_gpus(environment)
+    if count == 0:
         return {}
-    each = max(1, count // num_processes)
-    own = range(number * each, (number + 1) * each) if count >= num_processes else [number % count]
+    each = count // num_processes
+    own = range(number * each, (number + 1) * each) if each else [number % count]
     return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own))}
+
+
+def _count_gpus(environment: Mapping[str, str]) -> int:
+    """GPUs to share out: none where JAX cannot use them, is not to, or was told which to use."""
+    if environment.get("JAX_PLATFORMS") == "cpu" or "JAX_LOCAL_DEVICE_IDS" in environment or not _has_plugin():
+        return 0
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(list(NVIDIA_GPUS.glob("*")))
+    # CUDA reads up to the first that there is not.
+    return len(list(itertools.takewhile(lambda gpu: gpu and gpu[0] != "-" and gpu != "NoDevFiles", visible.split(","))))
+
+
+def _has_plugin() -> bool:
+    """Whether JAX was installed for any accelerator."""
+    return find_spec("jax_plugins") is not None
 
 
 def free_port(address: str = "127.0.0.1") -> int:

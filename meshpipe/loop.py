@@ -79,7 +79,7 @@ class Loop:
         self._held_out = held_out
         self._out = outputs
         self._stop = stop
-        self._rates: tuple[int, np.ndarray] = (-RATES_AT_ONCE, np.zeros(0))
+        self._rates: tuple[int, np.ndarray] = (0, np.zeros(0))
         self._learning_rate(trainer.step_number)
         self._on_its_way: tuple[StepResult, int | None, Future[float]] | None = None
         self._watch = ThreadPoolExecutor(1, "watch")
@@ -194,7 +194,7 @@ class Loop:
         It is asked for many at once: on an accelerator, each time waits for all that was handed over before.
         """
         first, rates = self._rates
-        if not first <= updates < first + RATES_AT_ONCE:
+        if not first <= updates < first + len(rates):
             first = updates - updates % RATES_AT_ONCE
             schedule = self._config.optimizer.schedule(self._config.steps)
             rates = np.asarray(jax.vmap(schedule)(np.arange(first, first + RATES_AT_ONCE)))

@@ -157,14 +157,16 @@ class StagedModel:
         """
         assert self.remat is not None, "remat is to be chosen first"
         keep_freed_memory(self.mesh)
-        self.traced = self._trace(self.local, remat=self.remat, train=True)
+        turning = self.plan.turning_stage if turns_at_once(self.mesh) else None
+        # Where one program does both, it has all that forward computes at hand.
+        remat = tuple("none" if s == turning else name for s, name in enumerate(self.remat))
+        self.traced = self._trace(self.local, remat=remat, train=True)
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
-            turning = self.plan.turning_stage if turns_at_once(self.mesh) else None
-            self.programs = compile_stages(self.traced, ops, self.remat, pool, compiler, also, turning)
+            self.programs = compile_stages(self.traced, ops, remat, pool, compiler, also, turning)
         self.executor = Executor("train", self.program, self._meshes, self.traced, self.programs)
 
     @cached_property

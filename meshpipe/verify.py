@@ -1,7 +1,8 @@
 """Parallel against plain: the same training at a layout and on one device, compared leaf by leaf."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,7 +96,18 @@ def record_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-@jax.default_matmul_precision("highest")
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of matrices in full precision, in all threads: stages are compiled in several."""
+    before = jax.config.values["jax_default_matmul_precision"]
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+
+
+@_full_precision()
 def verify(
     layers: Sequence[LayerLike],
     loss: Loss,

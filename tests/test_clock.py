@@ -11,6 +11,7 @@ from flax import nnx
 import meshpipe
 import meshpipe.staged_model
 from meshpipe.pipeline.lower import Compute, Transfer, lower
+from meshpipe.pipeline.plan import Op
 
 WIDTH = 8
 
@@ -67,6 +68,10 @@ def test_every_action_and_transfer_has_its_time(pair: tuple[meshpipe.Trainer, me
         if isinstance(instruction, Compute):
             for buffer in instruction.reads:
                 assert arrivals.get(buffer, 0.0) <= timeline.starts[instruction.action]
+    if timed.model.programs[plan.num_stages - 1].turn is not None:
+        last = plan.orders[-1]
+        assert all(timeline.ends[a] - timeline.starts[a] > 0 for a in last if a.op is Op.FORWARD)
+        assert all(timeline.ends[a] == timeline.starts[a] for a in last if a.op is Op.BACKWARD)
     assert 0 < timeline.bubble_fraction < 1
     assert sum(timeline.busy) > 0
 

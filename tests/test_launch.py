@@ -38,6 +38,9 @@ def test_output_names_its_process(capfd: pytest.CaptureFixture[str]) -> None:
         (8, {}, ["0,1,2,3", "4,5,6,7"]),
         (8, {"CUDA_VISIBLE_DEVICES": "6,7"}, ["0", "1"]),
         (8, {"CUDA_VISIBLE_DEVICES": ""}, [None, None]),
+        (8, {"CUDA_VISIBLE_DEVICES": "-1"}, [None, None]),
+        (8, {"CUDA_VISIBLE_DEVICES": "5,3,-1,1"}, ["0", "1"]),
+        (8, {"JAX_PLATFORMS": "cpu"}, [None, None]),
         (8, {"JAX_LOCAL_DEVICE_IDS": "3"}, [None, None]),
     ],
 )
@@ -51,7 +54,24 @@ def test_processes_share_out_the_gpus(
     for gpu in range(gpus):
         (tmp_path / f"0000:0{gpu}:00.0").mkdir()
     monkeypatch.setattr(launch_module, "NVIDIA_GPUS", tmp_path)
+    monkeypatch.setattr(launch_module, "_has_plugin", lambda: True)
     assert [gpus_of(number, 2, environment).get("JAX_LOCAL_DEVICE_IDS") for number in range(2)] == shares
+
+
+def test_processes_that_share_a_gpu_are_told_what_that_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "0000:00:00.0").mkdir()
+    monkeypatch.setattr(launch_module, "NVIDIA_GPUS", tmp_path)
+    monkeypatch.setattr(launch_module, "_has_plugin", lambda: True)
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
+    shows = "print(os.environ['JAX_LOCAL_DEVICE_IDS'])"
+    assert launch([shows, shows]) == 0
+    captured = capfd.readouterr()
+    assert sorted(captured.out.split()) == ["0", "0", "[0]", "[1]"]
+    assert "2 processes share 1 GPU" in captured.err
+    assert "--transfers sockets" in captured.err
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
@@ -108,8 +128,7 @@ sys.exit(143 if count == 1 else 1)
     (tmp_path / "parent.py").write_text(
         f"""
 import sys
-from meshpipe import launch as launch_module
-from meshpipe.launch import Launch, free_port, gpus_of
+from meshpipe.launch import Launch
 sys.exit(Launch(2, lambda n, restart: [sys.executable, {str(tmp_path / "child.py")!r}, str(n)], max_restarts=2).run())
 """
     )

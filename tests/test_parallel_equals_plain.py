@@ -100,6 +100,7 @@ def compare(model, mesh, num_microbatches, **pipeline):
     for path, owner in plain.owner.items():
         np.testing.assert_array_equal(params[path], params[owner])
     assert_close(trainer.state, {plain.path(k): v.get_value() for k, v in plain_state(plain)})
+    return trainer
 
 
 def plain_state(plain):
@@ -145,7 +146,8 @@ def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches, mo
     """They repeat more of forward, and have one program for forward and backward of the last stage."""
     monkeypatch.setattr(TracedStage, "_on_cpu", False)
     monkeypatch.setattr(meshpipe.staged_model, "turns_at_once", lambda mesh: True)
-    compare(model, mesh, num_microbatches, schedule="1f1b", remat=remat)
+    trainer = compare(model, mesh, num_microbatches, schedule="1f1b", remat=remat)
+    assert [s for s, programs in trainer.model.programs.items() if programs.turn is not None] == [mesh[0] - 1]
 
 
 def product():

@@ -80,7 +80,7 @@ def test_what_cannot_be_kept_is_had_from_what_it_comes_from() -> None:
     exp, mul = output_of(closed, "exp"), output_of(closed, "mul")
     assert kept(closed, ARITHMETIC_PRIMITIVES) == [mul]
     # exp is computed by the later part itself
-    assert kept(closed, ARITHMETIC_PRIMITIVES, unborn=[exp, mul]) == [output_of(closed, "sin")]
+    assert kept(closed, ARITHMETIC_PRIMITIVES, only_later=[exp, mul]) == [output_of(closed, "sin")]
 
 
 def test_sizes_beyond_32_bits_are_compared() -> None:

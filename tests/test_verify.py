@@ -222,17 +222,35 @@ def test_matrices_are_multiplied_in_full_precision_on_both_sides():
     """By themselves, accelerators round factors in float32 to as few as ten bits."""
     seen = []
 
+    def record(where):
+        seen.append((where, jax.config.jax_default_matmul_precision))
+
+    @jax.custom_vjp
+    def double(x):
+        return 2 * x
+
+    def double_backward(_, gradient):
+        record("backward")
+        return (2 * gradient,)
+
+    double.defvjp(lambda x: (2 * x, None), double_backward)
+
     class Recording(nnx.Linear):
         def __call__(self, x):
-            seen.append(jax.config.jax_default_matmul_precision)
-            return super().__call__(x)
+            record("forward")
+            return double(super().__call__(x))
 
+    def update(updates, state, params=None):
+        record("update")
+        return updates, state
+
+    recording = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
     layers = [Embed, lambda rngs: Recording(WIDTH, WIDTH, rngs=rngs), Head]
     pipeline = PipelineConfig(num_microbatches=2)
-    report = verify(layers, loss, optax.sgd(0.1), batches=BATCHES[:1], mesh=make_mesh(3), pipeline=pipeline)
+    optimizer = optax.chain(recording, optax.sgd(0.1))
+    report = verify(layers, loss, optimizer, batches=BATCHES[:1], mesh=make_mesh(3), pipeline=pipeline)
     assert report.ok
-    assert len(seen) >= 2
-    assert set(seen) == {"highest"}
+    assert set(seen) == {(where, "highest") for where in ("forward", "backward", "update")}
     assert jax.config.jax_default_matmul_precision is None
 
 

@@ -141,7 +141,7 @@ class Executor:
             return self._transfer(instruction)
         if isinstance(instruction, Reduce):
             return self._reduce(instruction.stage)
-        if (backward := self._turning(instruction)) is not None:
+        if (backward := self._backward_done_with(instruction)) is not None:
             return _nothing if instruction is backward else self._turn(instruction, backward)
         resolve = {
             Op.FORWARD: self._forward,
@@ -158,12 +158,11 @@ class Executor:
                 return lambda slots: ((), ())
             target = self._slot(instruction.target)
             return lambda slots: (slots[target], ())
-        if (backward := self._turning(instruction)) is not None:
+        if (backward := self._backward_done_with(instruction)) is not None:
             if instruction is backward:
                 return lambda slots: ((), ())
-            gradients = self._one(backward.writes, "dx", "dy")
-            accumulators = self._named[instruction.action.stage, "accumulators"]
-            return lambda slots: (() if gradients is None else slots[gradients], slots[accumulators])
+            (loss,) = map(self._slot, instruction.writes)
+            return lambda slots: (slots[loss], ())
         written = [(self._slot(buffer), buffer.kind in ("r", "w")) for buffer in instruction.writes]
         added = self._named[
             instruction.action.stage, "totals" if instruction.action.op is Op.FORWARD else "accumulators"
@@ -232,8 +231,8 @@ class Executor:
         names = ("params", "hoisted", "state", "inputs", "accumulators", "totals")
         return tuple(self._named[stage, name] for name in names), self._microbatches[stage][microbatch]
 
-    def _turning(self, instruction: Compute) -> Compute | None:
-        """The backward that is one with this forward, or is this."""
+    def _backward_done_with(self, instruction: Compute) -> Compute | None:
+        """The backward that is one program with this forward; of such a backward, itself."""
         return self._backwards.get((instruction.action.stage, instruction.action.microbatch))
 
     def _turn(self, forward: Compute, backward: Compute) -> Step:
@@ -241,12 +240,11 @@ class Executor:
         run = self._programs[forward.action.stage].turn
         x = self._one(forward.reads, "x")
         x_gradients = self._one(backward.writes, "dx", "dy")
-        for buffer in forward.writes:
-            self._slot(buffer)  # stays empty
+        (loss,) = map(self._slot, forward.writes)  # where the residuals would be, for who watches
         assert run is not None
 
         def turn(slots: Slots) -> None:
-            slots[accumulators], into_x, slots[state], slots[totals] = run(
+            slots[accumulators], into_x, slots[state], slots[totals], slots[loss] = run(
                 slots[accumulators],
                 slots[params],
                 slots[hoisted],

@@ -13,7 +13,10 @@ LAYOUT_PRIMITIVES = frozenset(
 )
 """Operations that at most rearrange an array: cheaper to repeat inside a program than to keep their result."""
 
-CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call", "remat2", "checkpoint"})
+CHECKPOINT_PRIMITIVES = frozenset({"remat2", "checkpoint"})
+"""`jax.checkpoint`, by its name in one version of JAX or another."""
+
+CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call"}) | CHECKPOINT_PRIMITIVES
 """Operations that only hold a program of their own."""
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler import Compiler
 from meshpipe.pipeline.accumulate import Summands, Sums, compile_reduce, compile_zeros
-from meshpipe.pipeline.jaxpr import function_of
+from meshpipe.pipeline.jaxpr import CHECKPOINT_PRIMITIVES, function_of
 from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.split_backward import SplitBackward
 from meshpipe.pipeline.stage import Arrays, Shapes, TracedStage, split
@@ -35,9 +35,9 @@ class StagePrograms:
     -> accumulators, x gradients."""
     split: "SplitPrograms | None" = None
     """Backward in two parts, where the plan has it so."""
-    turn: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays]] | None = None
+    turn: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays, Arrays]] | None = None
     """Forward and backward of the last stage in one, in place of both: accumulators (donated), parameters, hoisted,
-    state, x, inputs, microbatch, totals (donated) -> accumulators, x gradients, state, totals."""
+    state, x, inputs, microbatch, totals (donated) -> accumulators, x gradients, state, totals, the loss."""
     reduce: Callable[..., tuple[Arrays, Arrays]] | None = None
     """Accumulators and totals, one by one (donated) -> accumulators, totals summed over the data axis, where
     microbatches are split over it."""
@@ -188,6 +188,8 @@ class _BackwardParts:
 
     def __init__(self, stage: TracedStage, hoisted: Shapes, residuals: Shapes, ops: Set[Op]):
         traced = trace_backward(stage, hoisted, residuals)
+        self.has_checkpoint = any(e.primitive.name in CHECKPOINT_PRIMITIVES for e in traced.jaxpr.eqns)
+        """Whether it computes a part of forward again, as `jax.checkpoint` has it."""
         self.arguments = _backward_arguments(stage, hoisted, residuals)
         """Shapes of what follows the accumulators."""
         self.whole = Summands(stage, traced, _numbered(range(len(stage.params)))) if Op.BACKWARD in ops else None
@@ -238,16 +240,20 @@ def _compile_turn(
         flat = run_forward(*params, *hoisted, *state, *x, *inputs, microbatch)
         outputs, new_state, fresh = split(flat, (num_outputs, num_state, len(flat) - num_outputs - num_state))
         kept = [*(x[i] for i in stage.kept_x), *(state[i] for i in stage.kept_state)]
-        flat = run_backward(*params, *hoisted, *inputs, microbatch, *kept, *fresh)
+        values = [*params, *hoisted, *inputs, microbatch, *kept, *fresh]
+        if parts.has_checkpoint:  # else XLA would keep what it computes in both, which is not to be kept
+            values = [jax.lax.optimization_barrier(value) for value in values]
+        flat = run_backward(*values)
         found, into_x = flat[: len(accumulators)], flat[len(accumulators) :]
         return (
             gradients.add(accumulators, dict(enumerate(found))),
             tuple(into_x),
             tuple(new_state),
             totals.add(so_far, dict(enumerate(outputs))),
+            tuple(outputs[:1]),
         )
 
-    shardings = gradients.shardings, _shardings(_x_gradients(stage)), _shardings(stage.state), totals.shardings
+    shardings = gradients.shardings, _shardings(_x_gradients(stage)), _shardings(stage.state), totals.shardings, None
     jitted = jax.jit(turn, donate_argnums=(0, 7), out_shardings=shardings)
     return compiler.compile(jitted.lower(gradients.shapes, *arguments, totals.shapes), stage.spec.mesh)
 

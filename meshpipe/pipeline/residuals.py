@@ -52,12 +52,12 @@ def least_to_keep(
     repeatable: Callable[[JaxprEqn], bool],
     *,
     there: Collection[Var] = (),
-    unborn: Collection[Var] = (),
+    only_later: Collection[Var] = (),
 ) -> list[Var]:
     """The values to keep so that `wanted` can be had from them and `given` by the equations that are `repeatable`.
 
     Those of the fewest bytes, and of several such choices the one that repeats least; in the order of the program.
-    Values that are `there` anyway (an input) are preferred to others of their size; `unborn` ones cannot be kept.
+    Values that are `there` anyway (an input) are preferred to others of their size; `only_later` ones cannot be kept.
     """
     maker = {v: e for e in jaxpr.eqns for v in e.outvars}
     place: dict[Var, int] = {}
@@ -69,10 +69,10 @@ def least_to_keep(
     while todo:
         value = todo.pop()
         before, after = _before(place, value), _after(place, value)
-        edges.append((before, after, None if value in unborn else value))
+        edges.append((before, after, None if value in only_later else value))
         equation = maker.get(value)
         if equation is None or not repeatable(equation):
-            if value not in unborn:
+            if value not in only_later:
                 edges.append((source, before, None))
             continue
         for operand in dict.fromkeys(variables(equation.invars)):

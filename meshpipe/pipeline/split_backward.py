@@ -53,21 +53,21 @@ class SplitBackward:
         own = [e for e in part.jaxpr.eqns if not in_input_part.intersection(e.outvars)]
         movable = {v for e in own if e.primitive.name in ELEMENTWISE_PRIMITIVES for v in e.outvars}
         wanted = dict.fromkeys(variables(late))
-        unborn: set[Var] = set()
+        only_later: set[Var] = set()
         for equation in own:
             operands = variables(equation.invars)
             if not movable.issuperset(equation.outvars):
-                unborn.update(equation.outvars)
+                only_later.update(equation.outvars)
                 wanted.update(dict.fromkeys(operands))
-            elif unborn.intersection(operands):
-                unborn.update(equation.outvars)
+            elif only_later.intersection(operands):
+                only_later.update(equation.outvars)
         return least_to_keep(
             jaxpr,
             wanted,
             invariant_values(jaxpr, self._step_inputs),
             lambda e: e.primitive.name in LAYOUT_PRIMITIVES or movable.issuperset(e.outvars),
             there=microbatch_inputs,
-            unborn=unborn,
+            only_later=only_later,
         )
 
     @property
