@@ -16,19 +16,19 @@ def compile_stages(
     pool: ThreadPoolExecutor,
     compiler: Compiler,
     also: Sequence[Callable[[], None]] = (),
-    turning: int | None = None,
+    fused: int | None = None,
 ) -> dict[int, StagePrograms]:
     """The programs for `ops` of every traced stage, by stage.
 
     A twin whose programs cannot be copied is traced again, in its place in `traced`.
 
-    `remat` has the name of every stage; forward and backward of stage `turning` become one program. `also` is done
+    `remat` has the name of every stage; forward and backward of stage `fused` become one program. `also` is done
     while XLA, which takes longest for the stages, is at work.
     """
 
     def build(stage: TracedStage) -> StagePrograms:
         index = stage.spec.index
-        return compile_stage(stage, ops, remat=remat[index], turns=index == turning, compiler=compiler)
+        return compile_stage(stage, ops, remat=remat[index], fused=index == fused, compiler=compiler)
 
     originals = [stage for stage in traced.values() if stage.original is None]
     building = {stage.spec.index: pool.submit(build, stage) for stage in originals}

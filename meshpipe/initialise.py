@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from meshpipe.compiler import Compiler
 from meshpipe.fingerprint import fingerprint
 from meshpipe.layer import Layer, Leaves, path_hash
+from meshpipe.mesh import on_cpu
 from meshpipe.sharding import ShardingRules, abstract, replicated
 
 Placed = dict[str, jax.ShapeDtypeStruct]
@@ -103,7 +104,7 @@ def _compile(compiler: Compiler, lowered: jax.stages.Lowered, mesh: Mesh) -> jax
     Their values are the same.
     """
     options: dict[str, Any] = {"xla_backend_optimization_level": 1}
-    return compiler.compile(lowered, mesh, options if mesh.devices.flat[0].platform == "cpu" else None)
+    return compiler.compile(lowered, mesh, options if on_cpu(mesh) else None)
 
 
 def _copy(values: Leaves, shapes: Placed) -> Leaves:

@@ -79,6 +79,11 @@ def submeshes(mesh: Mesh) -> tuple[Mesh, ...]:
     return tuple(Mesh(row, names, axis_types=(AxisType.Auto,) * len(names)) for row in mesh.devices)
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether its devices are virtual ones, which share cores and memory; XLA is to be used differently there."""
+    return bool(mesh.devices.flat[0].platform == "cpu")
+
+
 def use_cpu_devices(count: int) -> None:
     """Gives the CPU backend `count` virtual devices; has no effect on accelerators.
 

@@ -19,7 +19,7 @@ from meshpipe.host_memory import keep_freed_memory
 from meshpipe.initialise import placed
 from meshpipe.layer import Layer, LayerLike, abstract_layers, path_hash
 from meshpipe.layer_costs import ModelCosts
-from meshpipe.mesh import DATA, make_mesh, submeshes
+from meshpipe.mesh import DATA, make_mesh, on_cpu, submeshes
 from meshpipe.microbatches import Microbatches
 from meshpipe.optimizer import StageParameters
 from meshpipe.partition import partition
@@ -157,16 +157,16 @@ class StagedModel:
         """
         assert self.remat is not None, "remat is to be chosen first"
         keep_freed_memory(self.mesh)
-        turning = self.plan.turning_stage if turns_at_once(self.mesh) else None
+        fused = None if on_cpu(self.mesh) else self.plan.fusible_stage
         # Where one program does both, it has all that forward computes at hand.
-        remat = tuple("none" if s == turning else name for s, name in enumerate(self.remat))
+        remat = tuple("none" if s == fused else name for s, name in enumerate(self.remat))
         self.traced = self._trace(self.local, remat=remat, train=True)
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
         with ThreadPoolExecutor() as pool:
-            self.programs = compile_stages(self.traced, ops, remat, pool, compiler, also, turning)
+            self.programs = compile_stages(self.traced, ops, remat, pool, compiler, also, fused)
         self.executor = Executor("train", self.program, self._meshes, self.traced, self.programs)
 
     @cached_property
@@ -297,11 +297,6 @@ class StagedModel:
             parameter_count=sum(leaf.size for leaf in leaves),
             parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         )
-
-
-def turns_at_once(mesh: Mesh) -> bool:
-    """Whether forward and backward are faster in one program where one follows the other."""
-    return mesh.devices.flat[0].platform != "cpu"
 
 
 def training_plan(config: PipelineConfig, num_ranks: int) -> Plan:

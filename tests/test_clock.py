@@ -39,9 +39,9 @@ def batch() -> dict[str, np.ndarray]:
     ids=["1f1b", "zb-v", "1f1b with one program for both"],
 )
 def pair(request: pytest.FixtureRequest) -> tuple[meshpipe.Trainer, meshpipe.Trainer]:
-    schedule, remat, turns = request.param
+    schedule, remat, fused = request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meshpipe.staged_model, "turns_at_once", lambda mesh: turns)
+        patch.setattr(meshpipe.staged_model, "on_cpu", lambda mesh: not fused)
         return trainer(schedule, remat), trainer(schedule, remat)
 
 
@@ -68,7 +68,7 @@ def test_every_action_and_transfer_has_its_time(pair: tuple[meshpipe.Trainer, me
         if isinstance(instruction, Compute):
             for buffer in instruction.reads:
                 assert arrivals.get(buffer, 0.0) <= timeline.starts[instruction.action]
-    if timed.model.programs[plan.num_stages - 1].turn is not None:
+    if timed.model.programs[plan.num_stages - 1].forward_backward is not None:
         last = plan.orders[-1]
         assert sum(timeline.ends[a] - timeline.starts[a] for a in last if a.op is Op.FORWARD) > 0
         assert all(timeline.ends[a] == timeline.starts[a] for a in last if a.op is Op.BACKWARD)

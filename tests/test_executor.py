@@ -89,9 +89,9 @@ def test_a_step_sums_gradients_and_losses_and_advances_state(
 ) -> None:
     num_microbatches = 4
     if schedule not in SCHEDULES:
-        turn = compile_stage(traced[STAGES - 1], {Op.FORWARD, Op.BACKWARD}, turns=True)
-        assert turn.forward is turn.backward is None
-        schedule, programs = "1f1b", programs | {STAGES - 1: turn}
+        fused = compile_stage(traced[STAGES - 1], {Op.FORWARD, Op.BACKWARD}, fused=True)
+        assert fused.forward is fused.backward is None
+        schedule, programs = "1f1b", programs | {STAGES - 1: fused}
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(num_microbatches, ROWS, WIDTH)).astype(np.float32)
     weight = rng.uniform(size=(num_microbatches, ROWS)).astype(np.float32)

@@ -10,11 +10,11 @@ import pytest
 import small_model
 from reference import SEED, Reference
 
+import meshpipe.pipeline.stage
 import meshpipe.staged_model
 from meshpipe import PipelineConfig, Trainer, make_mesh
 from meshpipe.models import LanguageModelConfig, TextClassifierConfig
 from meshpipe.pipeline.schedules import SCHEDULES
-from meshpipe.pipeline.stage import TracedStage
 
 EPSILON = float(np.finfo(np.float32).eps)
 LOSS_TOLERANCE = 32 * EPSILON
@@ -144,10 +144,12 @@ def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches)
 )
 def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches, monkeypatch):
     """They repeat more of forward, and have one program for forward and backward of the last stage."""
-    monkeypatch.setattr(TracedStage, "_on_cpu", False)
-    monkeypatch.setattr(meshpipe.staged_model, "turns_at_once", lambda mesh: True)
+    for module in (meshpipe.pipeline.stage, meshpipe.staged_model):
+        monkeypatch.setattr(module, "on_cpu", lambda mesh: False)
     trainer = compare(model, mesh, num_microbatches, schedule="1f1b", remat=remat)
-    assert [s for s, programs in trainer.model.programs.items() if programs.turn is not None] == [mesh[0] - 1]
+    assert [s for s, programs in trainer.model.programs.items() if programs.forward_backward is not None] == [
+        mesh[0] - 1
+    ]
 
 
 def product():

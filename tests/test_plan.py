@@ -302,10 +302,10 @@ assert not {{"jax", "jaxlib", "flax", "numpy"}} & set(sys.modules)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "microbatches", "turns"),
+    ("schedule", "microbatches", "fusible"),
     [("1f1b", 8, True), ("gpipe", 1, True), ("gpipe", 2, False), ("zb-h1", 8, False), ("inference", 8, False)],
 )
-def test_the_last_stage_turns_at_once_where_backwards_follow_their_forwards(
-    schedule: str, microbatches: int, turns: bool
+def test_the_last_stage_can_be_fused_where_backwards_follow_their_forwards(
+    schedule: str, microbatches: int, fusible: bool
 ) -> None:
-    assert make_plan(schedule, 4, microbatches).turning_stage == (3 if turns else None)
+    assert make_plan(schedule, 4, microbatches).fusible_stage == (3 if fusible else None)

@@ -69,7 +69,9 @@ class Executor:
         self._backwards = {
             (i.action.stage, i.action.microbatch): i
             for i in local
-            if isinstance(i, Compute) and i.action.op is Op.BACKWARD and programs[i.action.stage].turn is not None
+            if isinstance(i, Compute)
+            and i.action.op is Op.BACKWARD
+            and programs[i.action.stage].forward_backward is not None
         }
         """Those that are done together with their forward, which they follow at once."""
         self._steps: list[Step] = []
@@ -142,7 +144,7 @@ class Executor:
         if isinstance(instruction, Reduce):
             return self._reduce(instruction.stage)
         if (backward := self._backward_done_with(instruction)) is not None:
-            return _nothing if instruction is backward else self._turn(instruction, backward)
+            return _nothing if instruction is backward else self._forward_backward(instruction, backward)
         resolve = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -235,15 +237,15 @@ class Executor:
         """The backward that is one program with this forward; of such a backward, itself."""
         return self._backwards.get((instruction.action.stage, instruction.action.microbatch))
 
-    def _turn(self, forward: Compute, backward: Compute) -> Step:
+    def _forward_backward(self, forward: Compute, backward: Compute) -> Step:
         (params, hoisted, state, inputs, accumulators, totals), microbatch = self._common(forward)
-        run = self._programs[forward.action.stage].turn
+        run = self._programs[forward.action.stage].forward_backward
         x = self._one(forward.reads, "x")
         x_gradients = self._one(backward.writes, "dx", "dy")
         (loss,) = map(self._slot, forward.writes)  # where the residuals would be, for who watches
         assert run is not None
 
-        def turn(slots: Slots) -> None:
+        def forward_backward(slots: Slots) -> None:
             slots[accumulators], into_x, slots[state], slots[totals], slots[loss] = run(
                 slots[accumulators],
                 slots[params],
@@ -257,7 +259,7 @@ class Executor:
             if x_gradients is not None:
                 slots[x_gradients] = into_x
 
-        return turn
+        return forward_backward
 
     def _forward(self, instruction: Compute) -> Step:
         (params, hoisted, state, inputs, _, totals), microbatch = self._common(instruction)

@@ -101,13 +101,13 @@ class Plan:
         return all(action.op is Op.FORWARD for action in self.actions)
 
     @cached_property
-    def turning_stage(self) -> int | None:
+    def fusible_stage(self) -> int | None:
         """The last stage, if each of its backwards comes directly after the forward of the same microbatch."""
         last = self.num_stages - 1
         order = self.orders[self.stage_ranks[last]]
         forwards = ((i, action) for i, action in enumerate(order) if action.stage == last and action.op is Op.FORWARD)
-        turns = (order[i + 1 : i + 2] == (Action(last, Op.BACKWARD, action.microbatch),) for i, action in forwards)
-        return last if all(turns) else None
+        follows = (order[i + 1 : i + 2] == (Action(last, Op.BACKWARD, action.microbatch),) for i, action in forwards)
+        return last if all(follows) else None
 
     def dependencies(self, action: Action) -> tuple[Action, ...]:
         """The actions, of this rank or others, whose results this one reads."""

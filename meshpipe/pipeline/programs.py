@@ -35,7 +35,7 @@ class StagePrograms:
     -> accumulators, x gradients."""
     split: "SplitPrograms | None" = None
     """Backward in two parts, where the plan has it so."""
-    turn: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays, Arrays]] | None = None
+    forward_backward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays, Arrays]] | None = None
     """Forward and backward of the last stage in one, in place of both: accumulators (donated), parameters, hoisted,
     state, x, inputs, microbatch, totals (donated) -> accumulators, x gradients, state, totals, the loss."""
     reduce: Callable[..., tuple[Arrays, Arrays]] | None = None
@@ -63,18 +63,18 @@ def compile_stage(
     ops: Set[Op],
     *,
     remat: str = "none",
-    turns: bool = False,
+    fused: bool = False,
     compiler: Compiler | None = None,
 ) -> StagePrograms:
     """Compiles each program of a stage once for its submesh; safe to run in a thread of its own.
 
-    `ops` are the kinds of work that the plan asks for. With `turns`, forward and backward of the last stage become one
+    `ops` are the kinds of work that the plan asks for. With `fused`, forward and backward of the last stage become one
     program, which then keeps what it will within. XLA's CPU backend takes up to 1.8 times as long for that as for
     two; on a GPU, two take 1.15 times as long as one.
     """
     compiler = compiler or Compiler()
     forward_only = ops == {Op.FORWARD}
-    hand_over = remat != "full" and not forward_only
+    hand_over = fused or (remat != "full" and not forward_only)
     mesh = stage.spec.mesh
     with jax.set_mesh(mesh):
         prepare, hoisted = _compile_prepare(stage, compiler)
@@ -86,14 +86,12 @@ def compile_stage(
             none = Sums.of((), [])
             zeros, reduce = compile_zeros(none, totals, mesh, compiler), compile_reduce(none, totals, mesh, compiler)
             return StagePrograms(prepare, zeros, forward, None, None, reduce=reduce)
-        if turns:
-            residuals = stage.residuals
-            parts = _BackwardParts(stage, hoisted, residuals, ops)
-            forward_part = _forward_part(stage, residuals=True)
-            turn = _compile_turn(stage, forward_part, parts, totals, arguments, compiler)
+        if fused:
+            parts = _BackwardParts(stage, hoisted, stage.residuals, ops)
+            both = _compile_forward_backward(stage, forward_part, parts, totals, arguments, compiler)
             zeros = compile_zeros(parts.gradients, totals, mesh, compiler)
             reduce = compile_reduce(parts.gradients, totals, mesh, compiler)
-            return StagePrograms(prepare, zeros, None, None, None, turn=turn, reduce=reduce)
+            return StagePrograms(prepare, zeros, None, None, None, forward_backward=both, reduce=reduce)
         forward = _compile_forward(stage, forward_part, totals, arguments, compiler)
         recompute = None
         if hand_over:
@@ -223,7 +221,7 @@ def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compi
     return compiler.compile(lowered, stage.spec.mesh)
 
 
-def _compile_turn(
+def _compile_forward_backward(
     stage: TracedStage,
     forward: Summands,
     parts: _BackwardParts,
@@ -236,7 +234,7 @@ def _compile_turn(
     gradients, num_outputs, num_state = parts.gradients, len(stage.output_vars), len(stage.state)
     run_forward, run_backward = forward.function(totals.in_terms), parts.whole.function(gradients.in_terms)
 
-    def turn(accumulators, params, hoisted, state, x, inputs, microbatch, so_far):  # type: ignore[no-untyped-def]
+    def forward_backward(accumulators, params, hoisted, state, x, inputs, microbatch, so_far):  # type: ignore[no-untyped-def]
         flat = run_forward(*params, *hoisted, *state, *x, *inputs, microbatch)
         outputs, new_state, fresh = split(flat, (num_outputs, num_state, len(flat) - num_outputs - num_state))
         kept = [*(x[i] for i in stage.kept_x), *(state[i] for i in stage.kept_state)]
@@ -254,7 +252,7 @@ def _compile_turn(
         )
 
     shardings = gradients.shardings, _shardings(_x_gradients(stage)), _shardings(stage.state), totals.shardings, None
-    jitted = jax.jit(turn, donate_argnums=(0, 7), out_shardings=shardings)
+    jitted = jax.jit(forward_backward, donate_argnums=(0, 7), out_shardings=shardings)
     return compiler.compile(jitted.lower(gradients.shapes, *arguments, totals.shapes), stage.spec.mesh)
 
 

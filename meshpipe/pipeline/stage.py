@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding
 
+from meshpipe.mesh import on_cpu
 from meshpipe.pipeline.jaxpr import (
     LAYOUT_PRIMITIVES,
     extract,
@@ -221,11 +222,7 @@ class TracedStage:
         """The primitives of forward that backward may do again."""
         if self.spec.checkpoint_policy is jax.checkpoint_policies.everything_saveable:
             return LAYOUT_PRIMITIVES
-        return ARITHMETIC_PRIMITIVES if self._on_cpu else ELEMENTWISE_PRIMITIVES
-
-    @property
-    def _on_cpu(self) -> bool:
-        return self.spec.mesh.devices.flat[0].platform == "cpu"
+        return ARITHMETIC_PRIMITIVES if on_cpu(self.spec.mesh) else ELEMENTWISE_PRIMITIVES
 
     @property
     def params_in_step(self) -> Shapes:
@@ -309,7 +306,7 @@ class TracedStage:
             self.pullback_vars,
         )
         arguments = (*params, *hoisted, *inputs, microbatch, *kept[0], *kept[1], *residuals)
-        run = _apart(rebuild) if self._on_cpu else function_of(rebuild)
+        run = _apart(rebuild) if on_cpu(self.spec.mesh) else function_of(rebuild)
         leaves = run(*arguments)
         pullback = jax.tree.unflatten(self.pullback, leaves)
         gradients, x_gradients = pullback(list(output_gradients))

@@ -86,5 +86,6 @@ def _watched(programs: StagePrograms, sample: Callable[[], None]) -> StageProgra
         forward=watch(programs.forward),
         recompute=watch(programs.recompute),
         backward=watch(programs.backward),
+        forward_backward=watch(programs.forward_backward),
         split=split,
     )
