@@ -158,8 +158,8 @@ class StagedModel:
         assert self.remat is not None, "remat is to be chosen first"
         keep_freed_memory(self.mesh)
         fused = None if on_cpu(self.mesh) else self.plan.fusible_stage
-        # Where one program does both, it has all that forward computes at hand.
-        remat = tuple("none" if s == fused else name for s, name in enumerate(self.remat))
+        # One microbatch is alive there at a time, so that to run forward again would save nothing.
+        remat = tuple("none" if s == fused and name == "full" else name for s, name in enumerate(self.remat))
         self.traced = self._trace(self.local, remat=remat, train=True)
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()

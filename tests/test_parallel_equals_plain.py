@@ -140,7 +140,11 @@ def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches)
 
 @pytest.mark.parametrize(
     ("model", "remat", "mesh", "num_microbatches"),
-    [(text_model, "none", (1, 2, 1), 4), (tied_language_model, "none", (2, 1, 1), 4), (small, "full", (2, 2, 1), 4)],
+    [
+        (text_model, "none", (1, 2, 1), 4),
+        (tied_language_model, "dots_saveable", (2, 1, 1), 4),
+        (small, "full", (2, 2, 1), 4),
+    ],
 )
 def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches, monkeypatch):
     """They repeat more of forward, and have one program for forward and backward of the last stage."""
@@ -150,6 +154,8 @@ def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches, mo
     assert [s for s, programs in trainer.model.programs.items() if programs.forward_backward is not None] == [
         mesh[0] - 1
     ]
+    policy = getattr(jax.checkpoint_policies, remat, None)
+    assert {stage.spec.checkpoint_policy for stage in trainer.model.traced.values()} == {policy}
 
 
 def product():
