@@ -1,11 +1,11 @@
-"""What one part of a traced program keeps for a later one: the fewest bytes from which the rest follows at little cost.
+"""What one part of a traced program keeps for a later one: few bytes from which the rest follows at little cost.
 
 A minimum cut between what is expensive to compute and what the later part needs, as in PyTorch's AOTAutograd
 (`min_cut_rematerialization_partition`); He and Yu, Transcending Runtime-Memory Tradeoffs in Checkpointing by being
 Fusion Aware, MLSys 2023.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Var
@@ -41,8 +41,11 @@ ELEMENTWISE_PRIMITIVES = ARITHMETIC_PRIMITIVES | {
 }
 """Operations on one element at a time: accelerators take longer to read a value than to compute it by them."""
 
+WRITE = 1 / 8
+"""What it costs to keep a value that XLA would otherwise compute where it is read, as a share of its bytes."""
+
 _LARGEST = 2**28
-"""Capacities are 32-bit integers, so that bytes are counted in units of this share of their sum."""
+"""Capacities are 32-bit integers, so that costs are counted in units of this share of their sum."""
 
 
 def least_to_keep(
@@ -51,13 +54,13 @@ def least_to_keep(
     given: Collection[Var],
     repeatable: Callable[[JaxprEqn], bool],
     *,
-    there: Collection[Var] = (),
     only_later: Collection[Var] = (),
 ) -> list[Var]:
     """The values to keep so that `wanted` can be had from them and `given` by the equations that are `repeatable`.
 
-    Those of the fewest bytes, and of several such choices the one that repeats least; in the order of the program.
-    Values that are `there` anyway (an input) are preferred to others of their size; `only_later` ones cannot be kept.
+    Those of the fewest bytes, where values that XLA does not write by itself count an eighth more. Of several such
+    choices the one with most of the inputs, then the one that repeats least; in the order of the program. Values in
+    `only_later` cannot be kept.
     """
     maker = {v: e for e in jaxpr.eqns for v in e.outvars}
     place: dict[Var, int] = {}
@@ -81,8 +84,24 @@ def least_to_keep(
                 if operand not in seen:
                     seen.add(operand)
                     todo.append(operand)
-    kept = _minimum_cut(edges, 2 + 2 * len(place), there)
+    unwritten = values_not_written(jaxpr)
+    costs = {v: nbytes([v]) * (1 + WRITE * (v in unwritten)) for v in place}
+    kept = _minimum_cut(edges, 2 + 2 * len(place), costs, preferred=set(jaxpr.invars))
     return [v for v in (*jaxpr.invars, *(v for e in jaxpr.eqns for v in e.outvars)) if v in kept]
+
+
+def values_not_written(jaxpr: Jaxpr) -> set[Var]:
+    """Values that XLA computes where they are read: elementwise, from arrays that together are no larger than they.
+
+    The exponential of a product is one: XLA writes the product, so that to keep that one costs no further write. A sum
+    of two activations is none, as two arrays would be read for it again. "No larger" is meant within `WRITE`.
+    """
+    sources: dict[Var, set[Var]] = {}
+    for equation in jaxpr.eqns:
+        read = set[Var]().union(*(sources.get(v, {v}) for v in variables(equation.invars)))
+        if equation.primitive.name in ELEMENTWISE_PRIMITIVES:
+            sources |= {v: read for v in equation.outvars if nbytes(read) <= (1 + WRITE) * nbytes([v])}
+    return set(sources)
 
 
 def _before(place: dict[Var, int], value: Var) -> int:
@@ -93,12 +112,19 @@ def _after(place: dict[Var, int], value: Var) -> int:
     return _before(place, value) + 1
 
 
-def _minimum_cut(edges: Sequence[tuple[int, int, Var | None]], num_nodes: int, there: Collection[Var]) -> set[Var]:
-    """The values whose edges are cut; of all minimum cuts the one nearest to the sink, node 1. None cannot be cut."""
+def _minimum_cut(
+    edges: Sequence[tuple[int, int, Var | None]], num_nodes: int, costs: Mapping[Var, float], preferred: Collection[Var]
+) -> set[Var]:
+    """The values whose edges are cut; of all minimum cuts the one nearest to the sink, node 1. None cannot be cut.
+
+    Of two values that cost the same the `preferred` one is cut.
+    """
     if not edges:
         return set()
-    unit = max(1.0, sum(nbytes([v]) for _, _, v in edges if v is not None) / _LARGEST)
-    capacities = [2 * max(1, round(nbytes([v]) / unit)) + (v not in there) if v is not None else 0 for _, _, v in edges]
+    unit = sum(costs[v] for _, _, v in edges if v is not None) / _LARGEST
+    capacities = [
+        2 * max(1, round(costs[v] / unit)) + (v not in preferred) if v is not None else 0 for _, _, v in edges
+    ]
     endless = sum(capacities) + 1
     heads, tails = [a for a, _, _ in edges], [b for _, b, _ in edges]
     data = [endless if v is None else c for (_, _, v), c in zip(edges, capacities, strict=True)]

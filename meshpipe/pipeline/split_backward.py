@@ -33,7 +33,7 @@ class SplitBackward:
         for them.
         """
         self.late = tuple(i for i in range(num_parameters) if i not in self.early)
-        kept = self._kept_between(in_input_part, set(microbatch_inputs))
+        kept = self._kept_between(in_input_part)
         self.crossing = [v for v in kept if v not in microbatch_inputs]
         """Values that the input part hands to the weight part."""
         late = [self._weight_gradients[i] for i in self.late]
@@ -42,7 +42,7 @@ class SplitBackward:
         """Which inputs of the microbatch the weight part reads again."""
         self._carried_vars = [microbatch_inputs[i] for i in self.carried]
 
-    def _kept_between(self, in_input_part: set[Var], microbatch_inputs: set[Var]) -> list[Var]:
+    def _kept_between(self, in_input_part: set[Var]) -> list[Var]:
         """The fewest bytes from which the weight part can go on without doing again what the input part does.
 
         Operations on single elements that only the weight part needs are done where less is kept that way.
@@ -66,7 +66,6 @@ class SplitBackward:
             wanted,
             invariant_values(jaxpr, self._step_inputs),
             lambda e: e.primitive.name in LAYOUT_PRIMITIVES or movable.issuperset(e.outvars),
-            there=microbatch_inputs,
             only_later=only_later,
         )
 

@@ -210,9 +210,8 @@ class TracedStage:
         slices = {v for e in jaxpr.eqns if step_long & set(variables(e.invars)) for v in e.outvars}
         free = invariant_values(jaxpr, self.param_vars) | step_long | slices
         residuals = [v for v in self.pullback_vars if isinstance(v, Var) and v not in free]
-        there = {*self.x_vars, *self.state_vars}
-        kept = least_to_keep(jaxpr, residuals, free, lambda e: e.primitive.name in self._repeatable, there=there)
-        self.residual_vars = [v for v in kept if v not in there]
+        kept = least_to_keep(jaxpr, residuals, free, lambda e: e.primitive.name in self._repeatable)
+        self.residual_vars = [v for v in kept if v not in jaxpr.invars]
         needed = _reached(self.closed, self.pullback_vars, [*self.residual_vars, *self.hoisted_vars])
         self.kept_x = tuple(i for i, v in enumerate(self.x_vars) if v in needed)
         self.kept_state = tuple(i for i, v in enumerate(self.state_vars) if v in needed)
