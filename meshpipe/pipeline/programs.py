@@ -10,9 +10,11 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from meshpipe.compiler import Compiler
+from meshpipe.mesh import on_cpu
 from meshpipe.pipeline.accumulate import Summands, Sums, compile_reduce, compile_zeros
 from meshpipe.pipeline.jaxpr import CHECKPOINT_PRIMITIVES, function_of
 from meshpipe.pipeline.plan import Op
+from meshpipe.pipeline.products import KEEP_BARRIERS, multiply_in_rows
 from meshpipe.pipeline.split_backward import SplitBackward
 from meshpipe.pipeline.stage import Arrays, Shapes, TracedStage, split
 from meshpipe.sharding import abstract, replicated
@@ -169,7 +171,8 @@ def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, 
 def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
     """The stage's backward traced: gradients of its parameters, then of its input."""
     example = _backward_arguments(stage, hoisted, residuals)
-    return jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
+    traced = jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
+    return multiply_in_rows(traced) if on_cpu(stage.spec.mesh) else traced
 
 
 def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
@@ -218,7 +221,7 @@ def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compi
 
     results = (sums.shardings, _shardings(_x_gradients(stage)))
     lowered = jax.jit(backward, donate_argnums=0, out_shardings=results).lower(sums.shapes, *parts.arguments)
-    return compiler.compile(lowered, stage.spec.mesh)
+    return _compile_backward_part(stage, lowered, compiler)
 
 
 def _compile_forward_backward(
@@ -268,7 +271,7 @@ def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler
 
     results = (sums.shardings, _shardings(_x_gradients(stage)), None)
     lowered = jax.jit(backward_input, donate_argnums=0, out_shardings=results).lower(sums.shapes, *parts.arguments)
-    input_part = compiler.compile(lowered, stage.spec.mesh)
+    input_part = _compile_backward_part(stage, lowered, compiler)
     if cut.is_whole:
         return SplitPrograms(input_part, None, ())
     run_weight = parts.weight.function(sums.in_terms)
@@ -281,8 +284,13 @@ def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler
     carried = tuple(of_microbatch[i] for i in cut.carried)
     crossed = _like(input_part.out_info[2], input_part.output_shardings[2])
     jitted = jax.jit(backward_weight, donate_argnums=0, out_shardings=sums.shardings)
-    weight_part = compiler.compile(jitted.lower(sums.shapes, *parts.arguments[:4], carried, crossed), stage.spec.mesh)
-    return SplitPrograms(input_part, weight_part, cut.carried)
+    lowered = jitted.lower(sums.shapes, *parts.arguments[:4], carried, crossed)
+    return SplitPrograms(input_part, _compile_backward_part(stage, lowered, compiler), cut.carried)
+
+
+def _compile_backward_part(stage: TracedStage, lowered: jax.stages.Lowered, compiler: Compiler) -> jax.stages.Compiled:
+    mesh = stage.spec.mesh
+    return compiler.compile(lowered, mesh, KEEP_BARRIERS if on_cpu(mesh) else None)
 
 
 def _x_gradients(stage: TracedStage) -> Shapes:
