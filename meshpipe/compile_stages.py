@@ -1,5 +1,6 @@
 """Compiling many stages at once: equal ones a single time, all in threads."""
 
+import os
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,12 +9,14 @@ from meshpipe.pipeline.plan import Op
 from meshpipe.pipeline.programs import StagePrograms, compile_stage, copy_stage
 from meshpipe.pipeline.stage import TracedStage
 
+THREADS = min(32, (os.cpu_count() or 1) + 1)
+"""One for each core and one more for where another waits. More of them only take the interpreter from each other."""
+
 
 def compile_stages(
     traced: dict[int, TracedStage],
     ops: Set[Op],
     remat: Sequence[str],
-    pool: ThreadPoolExecutor,
     compiler: Compiler,
     also: Sequence[Callable[[], None]] = (),
     fused: int | None = None,
@@ -30,21 +33,22 @@ def compile_stages(
         index = stage.spec.index
         return compile_stage(stage, ops, remat=remat[index], fused=index == fused, compiler=compiler)
 
-    originals = [stage for stage in traced.values() if stage.original is None]
-    building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
-    others = [pool.submit(task) for task in also]
-    built = {index: future.result() for index, future in building.items()}
-
     def copied(stage: TracedStage) -> StagePrograms | None:
         if stage.original is None:
             return built[stage.spec.index]
         return copy_stage(built[stage.original.spec.index], stage.spec.mesh, compiler)
 
+    originals = [stage for stage in traced.values() if stage.original is None]
+    with ThreadPoolExecutor(THREADS) as pool:
+        building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
+        others = [pool.submit(task) for task in also]
+        built = {index: future.result() for index, future in building.items()}
+        copies = list(pool.map(copied, traced.values()))
+    for other in others:
+        other.result()
     programs: dict[int, StagePrograms] = {}
-    for index, found in zip(traced, list(pool.map(copied, traced.values())), strict=True):
+    for index, found in zip(traced, copies, strict=True):
         if found is None:
             traced[index] = traced[index].again()
         programs[index] = found or build(traced[index])
-    for other in others:
-        other.result()
     return programs

@@ -1,7 +1,6 @@
 """A user's layers and loss cut into stages on the submeshes of a mesh, compiled and ready to run."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -165,8 +164,7 @@ class StagedModel:
         compiler = compiler or Compiler()
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
-        with ThreadPoolExecutor() as pool:
-            self.programs = compile_stages(self.traced, ops, remat, pool, compiler, also, fused)
+        self.programs = compile_stages(self.traced, ops, remat, compiler, also, fused)
         self.executor = Executor("train", self.program, self._meshes, self.traced, self.programs)
 
     @cached_property
@@ -178,8 +176,7 @@ class StagedModel:
         names: list[str] = []
         remat = ("none",) * self.plan.num_stages
         traced = self._evaluation_traced = self._trace(self.local, remat=remat, train=False, names=names)
-        with ThreadPoolExecutor() as pool:
-            programs = compile_stages(traced, {Op.FORWARD}, remat, pool, Compiler(self._cache))
+        programs = compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache))
         return Executor("evaluate", lower(plan, reduces=self._splits_data), self._meshes, traced, programs), (
             "loss",
             *names,
