@@ -10,7 +10,7 @@ from meshpipe.pipeline.programs import StagePrograms, compile_stage, copy_stage
 from meshpipe.pipeline.stage import TracedStage
 
 THREADS = min(32, (os.cpu_count() or 1) + 1)
-"""One for each core and one more for where another waits. More of them only take the interpreter from each other."""
+"""One for each core of the machine and one for where another waits. More only take the interpreter from each other."""
 
 
 def compile_stages(

@@ -80,6 +80,18 @@ def test_what_is_there_anyway_is_preferred_to_a_new_array_of_its_size() -> None:
     assert kept(closed, ARITHMETIC_PRIMITIVES) == closed.jaxpr.invars
 
 
+def test_an_input_is_preferred_to_a_sum_of_its_size() -> None:
+    closed = trace(lambda x, y: x + y, X, X)
+    x, y = closed.jaxpr.invars
+    assert kept(closed, ARITHMETIC_PRIMITIVES, {y}) == [x]
+
+
+def test_arrays_without_elements_can_be_kept() -> None:
+    empty = jax.ShapeDtypeStruct((4, 0), jnp.float32)
+    closed = trace(jnp.sin, empty)
+    assert kept(closed, ARITHMETIC_PRIMITIVES) == closed.jaxpr.outvars
+
+
 def test_of_a_softmax_the_product_is_kept_that_is_written_anyway() -> None:
     def forward(x: jax.Array, w: jax.Array) -> jax.Array:
         scores = x @ w

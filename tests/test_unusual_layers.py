@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 from reference import SEED, Reference
 
 from meshpipe import PipelineConfig, Trainer, make_mesh
@@ -241,3 +242,32 @@ def test_a_parameter_that_is_not_used_has_no_gradient(schedule: str) -> None:
     for layer in range(2):
         assert gradients[f"layers/{layer}/unused"] == 0
         assert np.any(gradients[f"layers/{layer}/linear/kernel"])
+
+
+class Mapped(nnx.Module):
+    """A product that every device of the data axis does for itself, where there is one."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return jnp.tanh(x @ kernel)
+
+        if "data" in jax.sharding.get_abstract_mesh().axis_names:
+            multiply = jax.shard_map(
+                multiply, in_specs=(PartitionSpec("data"), PartitionSpec()), out_specs=PartitionSpec("data")
+            )
+        return multiply(x, self.linear.kernel[...])
+
+
+def test_a_layer_under_shard_map_trains_as_it_does_alone() -> None:
+    row = batches(1)[0]
+    layers = [Mapped] * 2
+    pipeline = PipelineConfig(num_microbatches=MICROBATCHES)
+    trainer = Trainer(layers, loss, optimizer(), batch=row, mesh=make_mesh(2, 2), pipeline=pipeline, seed=SEED)
+    reference = Reference(layers, loss, optimizer(), jax.device_get(trainer.params))
+    _, found = trainer.loss_and_gradients(row)
+    _, expected = reference.step(row)
+    for path, gradient in expected.items():
+        assert np.abs(np.asarray(found[path]) - gradient).max() <= TOLERANCE * max(np.abs(gradient).max(), 0.01), path

@@ -1,5 +1,6 @@
 """Products of matrices in the form in which XLA's CPU backend multiplies fastest."""
 
+import operator
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from meshpipe.pipeline.jaxpr import variables
+from meshpipe.pipeline.jaxpr import CALL_PRIMITIVES, variables
 
 Atom = Var | Literal
 
@@ -18,15 +19,22 @@ KEEP_BARRIERS: Mapping[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expan
 def multiply_in_rows(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program with every `(A B)^T` as `B^T A^T`, and the factor `B^T` laid out row by row before it.
 
-    As `(A B)^T`, with A the gradient of an output and B an input, JAX writes the gradient of a weight. XLA's CPU
-    backend takes up to twice as long for it: its fast kernel wants the summed dim last on the left and first on the
-    right. To compute B and to transpose it takes up to six times as long in one loop as in two, so barriers keep them
-    apart: to be compiled with `KEEP_BARRIERS`. The bodies of loops and calls are rewritten too.
+    As `(A B)^T`, with A the gradient of an output and B an input, JAX writes the gradient of a weight on the right of a
+    product. XLA's CPU backend takes up to twice as long for it: its fast kernel wants the summed dim last on the left
+    and first on the right. To compute B and to transpose it takes up to six times as long in one loop as in two, so
+    barriers keep them apart: to be compiled with `KEEP_BARRIERS`. The bodies of scans and calls are rewritten too;
+    those of `jax.shard_map` and of kernels, which have rules of their own, are left.
     """
-    return ClosedJaxpr(_rewrite(closed.jaxpr, {}), closed.consts)
+    return _in(closed, {})
+
+
+def _in(closed: ClosedJaxpr, forms: dict[Hashable, Jaxpr]) -> ClosedJaxpr:
+    jaxpr = _rewrite(closed.jaxpr, forms)
+    return closed if jaxpr is closed.jaxpr else ClosedJaxpr(jaxpr, closed.consts)
 
 
 def _rewrite(jaxpr: Jaxpr, forms: dict[Hashable, Jaxpr]) -> Jaxpr:
+    """The rewritten program, the same object where nothing is to be rewritten: JAX lowers what is shared once."""
     uses = Counter(variables([*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars]))
     products = {e.outvars[0]: e for e in jaxpr.eqns if e.primitive.name == "dot_general" and uses[e.outvars[0]] == 1}
     turned = {
@@ -39,25 +47,22 @@ def _rewrite(jaxpr: Jaxpr, forms: dict[Hashable, Jaxpr]) -> Jaxpr:
     replaced = {product.outvars[0] for product in turned.values()}
     equations: list[JaxprEqn] = []
     for equation in jaxpr.eqns:
-        if equation.outvars and equation.outvars[0] in replaced:
-            continue
-        product = turned.get(equation.outvars[0]) if equation.outvars else None
-        if product is not None:
-            equations += _turned(product, equation.outvars[0], forms)
-        else:
+        result = equation.outvars[0] if equation.outvars else None
+        if result in turned:
+            equations += _turned(turned[result], result, forms)
+        elif result not in replaced:
             equations.append(_with_inner(equation, forms))
-    return jaxpr.replace(eqns=equations)
+    is_same = len(equations) == len(jaxpr.eqns) and all(map(operator.is_, equations, jaxpr.eqns))
+    return jaxpr if is_same else jaxpr.replace(eqns=equations)
 
 
 def _with_inner(equation: JaxprEqn, forms: dict[Hashable, Jaxpr]) -> JaxprEqn:
-    """The equation with the program that it runs rewritten, if it has one."""
-    inner = equation.params.get("jaxpr")
-    if isinstance(inner, Jaxpr):
-        return equation.replace(params=equation.params | {"jaxpr": _rewrite(inner, forms)})
-    if isinstance(inner, ClosedJaxpr):
-        rewritten = ClosedJaxpr(_rewrite(inner.jaxpr, forms), inner.consts)
-        return equation.replace(params=equation.params | {"jaxpr": rewritten})
-    return equation
+    """The equation with the program that it runs rewritten, if it is a scan or a call."""
+    if equation.primitive.name not in CALL_PRIMITIVES | {"scan"}:
+        return equation
+    inner = equation.params["jaxpr"]
+    rewritten = _in(inner, forms) if isinstance(inner, ClosedJaxpr) else _rewrite(inner, forms)
+    return equation if rewritten is inner else equation.replace(params=equation.params | {"jaxpr": rewritten})
 
 
 def _is_turned(product: JaxprEqn, permutation: tuple[int, ...]) -> bool:
@@ -73,7 +78,8 @@ def _is_turned(product: JaxprEqn, permutation: tuple[int, ...]) -> bool:
 def _turned(product: JaxprEqn, result: Atom, forms: dict[Hashable, Jaxpr]) -> list[JaxprEqn]:
     """Equations for the transposed product."""
     left, right = product.invars
-    params = {name: value for name, value in product.params.items() if name != "dimension_numbers"}
+    params = {name: value for name, value in product.params.items() if name not in ("dimension_numbers", "precision")}
+    precision = product.params["precision"]
     (left_summed, right_summed), _ = product.params["dimension_numbers"]
 
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -81,7 +87,13 @@ def _turned(product: JaxprEqn, result: Atom, forms: dict[Hashable, Jaxpr]) -> li
         right = jax.lax.optimization_barrier(right)
         rows = jax.lax.optimization_barrier(jax.lax.transpose(right, (*kept, *right_summed)))
         last = tuple(range(len(kept), right.ndim))
-        return jax.lax.dot_general_p.bind(rows, left, dimension_numbers=((last, left_summed), ((), ())), **params)
+        return jax.lax.dot_general_p.bind(
+            rows,
+            left,
+            dimension_numbers=((last, left_summed), ((), ())),
+            precision=precision[::-1] if isinstance(precision, tuple) else precision,
+            **params,
+        )
 
     key = str(left.aval), str(right.aval), str(product.params)
     if key not in forms:
@@ -89,7 +101,9 @@ def _turned(product: JaxprEqn, result: Atom, forms: dict[Hashable, Jaxpr]) -> li
     form = forms[key]
     names: dict[Any, Atom] = dict(zip(form.invars, (left, right), strict=True)) | {form.outvars[0]: result}
     names |= {v: Var(v.aval) for e in form.eqns for v in e.outvars if v not in names}
-    return [
-        e.replace(invars=[names[v] for v in e.invars], outvars=[names[v] for v in e.outvars])  # type: ignore[misc]
-        for e in form.eqns
-    ]
+    equations = []
+    for e in form.eqns:
+        operands, results = [names[v] for v in e.invars], [names[v] for v in e.outvars]
+        made = e.replace(invars=operands, outvars=results)  # type: ignore[arg-type]
+        equations.append(made.replace(source_info=product.source_info, ctx=product.ctx))
+    return equations

@@ -72,7 +72,7 @@ def compile_stage(
 
     `ops` are the kinds of work that the plan asks for. With `fused`, forward and backward of the last stage become one
     program, which then keeps what it will within. XLA's CPU backend takes up to 1.8 times as long for that as for
-    two; on a GPU, two take 1.15 times as long as one.
+    two; on a GPU, two take 1.1 times as long as one.
     """
     compiler = compiler or Compiler()
     forward_only = ops == {Op.FORWARD}

@@ -91,15 +91,16 @@ def least_to_keep(
 
 
 def values_not_written(jaxpr: Jaxpr) -> set[Var]:
-    """Values that XLA computes where they are read: elementwise, from arrays that together are no larger than they.
+    """Values that XLA computes where they are read: by operations on single elements and rearrangements, from arrays
+    that together are no larger than they.
 
     The exponential of a product is one: XLA writes the product, so that to keep that one costs no further write. A sum
     of two activations is none, as two arrays would be read for it again. "No larger" is meant within `WRITE`.
     """
     sources: dict[Var, set[Var]] = {}
     for equation in jaxpr.eqns:
-        read = set[Var]().union(*(sources.get(v, {v}) for v in variables(equation.invars)))
         if equation.primitive.name in ELEMENTWISE_PRIMITIVES:
+            read = set[Var]().union(*(sources.get(v, {v}) for v in variables(equation.invars)))
             sources |= {v: read for v in equation.outvars if nbytes(read) <= (1 + WRITE) * nbytes([v])}
     return set(sources)
 
@@ -121,7 +122,7 @@ def _minimum_cut(
     """
     if not edges:
         return set()
-    unit = sum(costs[v] for _, _, v in edges if v is not None) / _LARGEST
+    unit = max(1.0, sum(costs[v] for _, _, v in edges if v is not None)) / _LARGEST
     capacities = [
         2 * max(1, round(costs[v] / unit)) + (v not in preferred) if v is not None else 0 for _, _, v in edges
     ]

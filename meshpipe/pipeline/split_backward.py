@@ -43,7 +43,7 @@ class SplitBackward:
         self._carried_vars = [microbatch_inputs[i] for i in self.carried]
 
     def _kept_between(self, in_input_part: set[Var]) -> list[Var]:
-        """The fewest bytes from which the weight part can go on without doing again what the input part does.
+        """Few bytes, from which the weight part can go on without doing again what the input part does.
 
         Operations on single elements that only the weight part needs are done where less is kept that way.
         """

@@ -62,8 +62,8 @@ class StageSpec:
     gathered: frozenset[str] = frozenset()
     """Parameters whose parts on the data axis are gathered for a step."""
     checkpoint_policy: Callable[..., bool] | None = None
-    """What `jax.checkpoint` saves of the stage's forward; None leaves the fewest bytes, `everything_saveable` all that
-    the derivative reads."""
+    """What `jax.checkpoint` saves of the stage's forward; None leaves few bytes (`residuals.py`), `everything_saveable`
+    all that the derivative reads."""
 
 
 class Boundary:
