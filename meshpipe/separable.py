@@ -1,14 +1,15 @@
 """Whether an Optax transformation can update every stage by itself, and which stages it updates in the same way."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.extend.core import ClosedJaxpr, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
-from meshpipe.pipeline.jaxpr import MissingInputError, extract, inline
+from meshpipe.pipeline.jaxpr import MissingInputError, extract, inline, variables
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -26,42 +27,68 @@ def kinds_of_updates(transformation: optax.GradientTransformation, stages: Seque
     start, state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
     update, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
     _check_separable(update, shapes, stages, params, state)
-    kinds: list[Hashable] = []
-    parts = [(inline(start), (params,), state), (inline(update), (params, state, params), shapes)]
-    for stage in stages:
-        place = {path: number for number, path in enumerate(stage)}
+    places = [{path: number for number, path in enumerate(stage)} for stage in stages]
+    starts = _parts_of_stages(inline(start), (params,), state, places)
+    updates = _parts_of_stages(inline(update), (params, state, params), shapes, places)
+    return [None if None in parts else parts for parts in zip(starts, updates, strict=True)]
+
+
+def _parts_of_stages(
+    closed: ClosedJaxpr, inputs: Any, outputs: Any, places: Sequence[Mapping[str, int]]
+) -> list[Hashable]:
+    """For each stage, the part of a traced program that its leaves go through, with places instead of names.
+
+    None where one operation works on leaves of several stages (a `cond`), though it does not mix them.
+    """
+    given = _leaves_of_stages(inputs, closed.jaxpr.invars, places)
+    wanted = _leaves_of_stages(outputs, closed.jaxpr.outvars, places)
+    equations = _equations_of_stages(closed.jaxpr, [[v for _, v in leaves] for leaves in wanted])
+    parts: list[Hashable] = []
+    for there, asked, own in zip(given, wanted, equations, strict=True):
+        program = ClosedJaxpr(closed.jaxpr.replace(eqns=own), closed.consts)
         try:
-            kinds.append(tuple(_part_of_stage(*part, place) for part in parts))
+            part = extract(program, [v for _, v in there], [v for _, v in asked])
         except MissingInputError:
-            # One operation works on leaves of several stages (a `cond`), though it does not mix them.
-            kinds.append(None)
-    return kinds
+            parts.append(None)
+            continue
+        constants = tuple((str(np.asarray(c).dtype), np.shape(c), np.asarray(c).tobytes()) for c in part.consts)
+        parts.append((str(part.jaxpr), constants, tuple(name for name, _ in there), tuple(name for name, _ in asked)))
+    return parts
 
 
-def _part_of_stage(closed: ClosedJaxpr, inputs: Any, outputs: Any, place: Mapping[str, int]) -> Hashable:
-    """The part of a traced program that a stage's leaves go through, with places instead of names."""
-
-    def chosen(tree: Any, variables: Sequence[Any]) -> list[tuple[str, Any]]:
-        """Leaves of the stage, and those that belong to no parameter, in an order that names do not change."""
-        found = []
-        for (path, _), variable in zip(jax.tree_util.tree_flatten_with_path(tree)[0], variables, strict=True):
-            names = [
-                str(key) if getattr(key, "key", None) not in all_names else f"[{place.get(key.key)}]" for key in path
-            ]
-            if "[None]" not in names:
-                found.append(("".join(names), variable))
-        return sorted(found, key=lambda pair: pair[0])
-
-    all_names = _names(inputs)
-    given, wanted = chosen(inputs, closed.jaxpr.invars), chosen(outputs, closed.jaxpr.outvars)
-    part = extract(closed, [v for _, v in given], [v for _, v in wanted])
-    constants = tuple((str(np.asarray(c).dtype), np.shape(c), np.asarray(c).tobytes()) for c in part.consts)
-    return str(part.jaxpr), constants, tuple(name for name, _ in given), tuple(name for name, _ in wanted)
+def _leaves_of_stages(
+    tree: Any, atoms: Sequence[Any], places: Sequence[Mapping[str, int]]
+) -> list[list[tuple[str, Any]]]:
+    """For each stage its leaves, and those that belong to no parameter, in an order that names do not change."""
+    stage_of = {path: stage for stage, place in enumerate(places) for path in place}
+    found: list[list[tuple[str, Any]]] = [[] for _ in places]
+    for (path, _), variable in zip(jax.tree_util.tree_flatten_with_path(tree)[0], atoms, strict=True):
+        named = [(key, getattr(key, "key", None)) for key in path]
+        owners = {stage_of[name] for _, name in named if name in stage_of}
+        for stage in range(len(places)) if not owners else owners if len(owners) == 1 else ():
+            names = [f"[{places[stage][name]}]" if name in stage_of else str(key) for key, name in named]
+            found[stage].append(("".join(names), variable))
+    return [sorted(leaves, key=lambda pair: pair[0]) for leaves in found]
 
 
-def _names(inputs: Any) -> frozenset[str]:
-    """The paths of all parameters, which are the keys of the first argument."""
-    return frozenset(inputs[0])
+def _equations_of_stages(jaxpr: Jaxpr, wanted: Sequence[Sequence[Any]]) -> list[list[JaxprEqn]]:
+    """For each stage the equations that its outputs need, of all stages in one pass."""
+    needing: dict[Any, int] = defaultdict(int)
+    """The stages that need a value, as the bits of a number."""
+    for stage, outputs in enumerate(wanted):
+        for variable in variables(outputs):
+            needing[variable] |= 1 << stage
+    equations: list[list[JaxprEqn]] = [[] for _ in wanted]
+    for equation in reversed(jaxpr.eqns):
+        stages = 0
+        for variable in equation.outvars:
+            stages |= needing.get(variable, 0)
+        for variable in variables(equation.invars) if stages else ():
+            needing[variable] |= stages
+        for stage in range(stages.bit_length()):
+            if stages >> stage & 1:
+                equations[stage].append(equation)
+    return [own[::-1] for own in equations]
 
 
 def _check_separable(update: ClosedJaxpr, shapes: Any, stages: Sequence[Shapes], params: Shapes, state: Any) -> None:
