@@ -5,6 +5,8 @@ import os
 
 from jax.sharding import Mesh
 
+from meshpipe.mesh import on_cpu
+
 _SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),  # bytes free at the end of a heap before it shrinks
     "MALLOC_TOP_PAD_": (-2, 64 * 2**20),  # bytes by which a heap grows or stays larger than needed: a whole heap
@@ -20,7 +22,7 @@ def keep_freed_memory(mesh: Mesh) -> None:
     as soon as they are free, which then has to find, clear and map the same pages over again for each microbatch.
     Variables of the environment that set the same (see `man mallopt`) go before.
     """
-    if mesh.devices.flat[0].platform != "cpu":
+    if not on_cpu(mesh):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:

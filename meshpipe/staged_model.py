@@ -157,14 +157,12 @@ class StagedModel:
         assert self.remat is not None, "remat is to be chosen first"
         keep_freed_memory(self.mesh)
         fused = None if on_cpu(self.mesh) else self.plan.fusible_stage
-        # One microbatch is alive there at a time, so that to run forward again would save nothing.
-        remat = tuple("none" if s == fused and name == "full" else name for s, name in enumerate(self.remat))
-        self.traced = self._trace(self.local, remat=remat, train=True)
+        self.traced = self._trace(self.local, remat=self.remat, train=True)
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
-        self.programs = compile_stages(self.traced, ops, remat, compiler, also, fused)
+        self.programs = compile_stages(self.traced, ops, self.remat, compiler, also, fused)
         self.executor = Executor("train", self.program, self._meshes, self.traced, self.programs)
 
     @cached_property

@@ -1,11 +1,9 @@
 """Training state on a mesh, one step of it, and evaluation."""
 
-import gc
 import json
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ from meshpipe.compiler import Compiler
 from meshpipe.config import Config
 from meshpipe.coordination import ask, tell
 from meshpipe.diagnose import first_non_finite
+from meshpipe.garbage import no_garbage_collection
 from meshpipe.initialise import initialise
 from meshpipe.layer import LayerLike, Leaves
 from meshpipe.mesh import make_mesh
@@ -44,18 +43,6 @@ StateTree = dict[str, dict[str, Any]]
 
 class NonFiniteError(FloatingPointError):
     """The loss or a gradient was not finite; the parameters are those of the last good step."""
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """For the time of tracing and compiling, in which collections find little and would take a tenth of it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -129,7 +116,7 @@ class Trainer:
         trainer._set_up(model, chooser.transformation, config.seed, clip_norm, config.compile_cache)
         return trainer
 
-    @_without_garbage_collection()
+    @no_garbage_collection()
     def _set_up(
         self,
         model: StagedModel,

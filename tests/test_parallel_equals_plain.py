@@ -10,6 +10,7 @@ import pytest
 import small_model
 from reference import SEED, Reference
 
+import meshpipe.pipeline.programs
 import meshpipe.pipeline.stage
 import meshpipe.staged_model
 from meshpipe import PipelineConfig, Trainer, make_mesh
@@ -142,13 +143,14 @@ def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches)
     ("model", "remat", "mesh", "num_microbatches"),
     [
         (text_model, "none", (1, 2, 1), 4),
-        (tied_language_model, "dots_saveable", (2, 1, 1), 4),
+        (tied_language_model, "none", (2, 1, 1), 4),
+        (language_model, "dots_saveable", (2, 1, 1), 2),
         (small, "full", (2, 2, 1), 4),
     ],
 )
 def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches, monkeypatch):
     """They repeat more of forward, and have one program for forward and backward of the last stage."""
-    for module in (meshpipe.pipeline.stage, meshpipe.staged_model):
+    for module in (meshpipe.pipeline.programs, meshpipe.pipeline.stage, meshpipe.staged_model):
         monkeypatch.setattr(module, "on_cpu", lambda mesh: False)
     trainer = compare(model, mesh, num_microbatches, schedule="1f1b", remat=remat)
     assert [s for s, programs in trainer.model.programs.items() if programs.forward_backward is not None] == [

@@ -1,12 +1,11 @@
 """From a plan to the program that carries it out: which buffers move and die when, in one order for every process."""
 
-import gc
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
+from meshpipe.garbage import no_garbage_collection
 from meshpipe.pipeline.plan import Action, Op, Plan
 
 Kind: TypeAlias = Literal["x", "y", "r", "dy", "dx", "w"]
@@ -111,22 +110,10 @@ def lower(plan: Plan, *, reduces: bool = False) -> Program:
     `reduces` where ranks split microbatches over several devices: every stage sums over them once, after its last
     action.
     """
-    with _no_collection():
+    with no_garbage_collection():
         computes = [name_buffers(plan, action) for action in order_actions(plan)]
         instructions = add_frees(add_transfers(plan, computes))
         return Program(plan, tuple(add_reductions(instructions) if reduces else instructions))
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keeps the garbage collector from walking the growing program again and again, which doubles the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def order_actions(plan: Plan) -> list[Action]:
