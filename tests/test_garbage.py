@@ -7,14 +7,23 @@ import pytest
 from meshpipe.garbage import no_garbage_collection
 
 
-def test_it_is_off_inside_and_on_again_after_an_error() -> None:
+def test_it_is_off_until_the_outer_one_ends() -> None:
     assert gc.isenabled()
-    with pytest.raises(RuntimeError), no_garbage_collection():
+    with no_garbage_collection():
         assert not gc.isenabled()
         with no_garbage_collection():
-            pass
-        assert not gc.isenabled(), "off until the outer one ends"
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_it_is_on_again_after_an_error() -> None:
+    @no_garbage_collection()
+    def fail() -> None:
         raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert gc.isenabled()
 
 
