@@ -9,7 +9,7 @@ from meshpipe.checkpoint import CheckpointConfig
 from meshpipe.data import DataConfig
 from meshpipe.mesh import MeshConfig
 from meshpipe.models.model import ModelConfig
-from meshpipe.optimizer import OptimizerConfig
+from meshpipe.optimizer.config import OptimizerConfig
 from meshpipe.pipeline.config import PipelineConfig
 
 

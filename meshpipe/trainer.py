@@ -13,25 +13,25 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from meshpipe.choose import Chooser
-from meshpipe.compile_cache import CompileCache
-from meshpipe.compiler import Compiler
+from meshpipe.choose.chooser import Chooser
+from meshpipe.compiler.cache import CompileCache
+from meshpipe.compiler.compiler import Compiler
 from meshpipe.config import Config
-from meshpipe.coordination import ask, tell
-from meshpipe.diagnose import first_non_finite
-from meshpipe.garbage import no_garbage_collection
-from meshpipe.initialise import initialise
-from meshpipe.layer import LayerLike, Leaves
+from meshpipe.host import no_garbage_collection
+from meshpipe.layers.initialise import initialise
+from meshpipe.layers.layer import LayerLike, Leaves
+from meshpipe.layers.stage_function import Loss, Metrics
+from meshpipe.layers.staged_model import StagedModel, StageInfo
 from meshpipe.mesh import make_mesh
-from meshpipe.optimizer import Optimizer
-from meshpipe.pipeline.clock import MeasuredStep
+from meshpipe.observe.clock import MeasuredStep, measure_step
+from meshpipe.observe.diagnose import first_non_finite
+from meshpipe.optimizer.optimizer import Optimizer
+from meshpipe.optimizer.tied import TiedLeaves
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Observer
-from meshpipe.pipeline.plan import Plan
+from meshpipe.plan.plan import Plan
+from meshpipe.processes.coordination import ask, tell
 from meshpipe.sharding import ShardingRules, local_value
-from meshpipe.stage_function import Loss, Metrics
-from meshpipe.staged_model import StagedModel, StageInfo
-from meshpipe.tied import TiedLeaves
 
 LAST_STAGE_SECONDS = 3600.0
 """How long to wait for what the last stage found out."""
@@ -314,7 +314,7 @@ class Trainer:
     ) -> tuple[dict[int, Any], dict[int, Any], Any, MeasuredStep | None]:
         inputs = self.model.inputs(batch, self._seed_data, self.step_number)
         if measure:
-            return self.model.executor.measure(self._params, self._state, inputs)
+            return measure_step(self.model.executor, self._params, self._state, inputs)
         return *self.model.executor.run(self._params, self._state, inputs, observe), None
 
 

@@ -10,7 +10,7 @@ from meshpipe.config import Config
 from meshpipe.data import PackageWindowsConfig
 from meshpipe.mesh import MeshConfig
 from meshpipe.models import TextClassifierConfig
-from meshpipe.optimizer import OptimizerConfig
+from meshpipe.optimizer.config import OptimizerConfig
 from meshpipe.pipeline.config import PipelineConfig
 
 

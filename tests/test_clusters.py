@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from meshpipe.cli.arguments import configure
-from meshpipe.distributed import DistributedConfig
+from meshpipe.processes.join import DistributedConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "docs" / "clusters" / "slurm.sbatch"

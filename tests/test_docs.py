@@ -97,9 +97,9 @@ def test_readme_tree_names_what_exists() -> None:
     assert not missing
 
 
-def test_readme_tree_leaves_no_module_out() -> None:
+def test_readme_tree_leaves_no_folder_out() -> None:
     named = set(tree_paths((ROOT / "README.md").read_text()))
-    modules = [*(ROOT / "meshpipe").glob("*"), *(ROOT / "meshpipe" / "pipeline").glob("*.py")]
-    paths = {str(path.relative_to(ROOT)) + "/" * path.is_dir() for path in modules if path.name != "__pycache__"}
-    unnamed = {path for path in paths - named if not path.endswith(("__main__.py", "py.typed", "pipeline/__init__.py"))}
+    modules = [path for path in (ROOT / "meshpipe").glob("*") if not path.name.startswith("__")]
+    paths = {str(path.relative_to(ROOT)) + "/" * path.is_dir() for path in modules}
+    unnamed = {path for path in paths - named if not path.endswith("py.typed")}
     assert not unnamed

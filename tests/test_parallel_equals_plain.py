@@ -10,12 +10,12 @@ import pytest
 import small_model
 from reference import SEED, Reference
 
-import meshpipe.pipeline.programs
-import meshpipe.pipeline.stage
-import meshpipe.staged_model
+import meshpipe.layers.staged_model
+import meshpipe.stage.programs
+import meshpipe.stage.traced
 from meshpipe import PipelineConfig, Trainer, make_mesh
 from meshpipe.models import LanguageModelConfig, TextClassifierConfig
-from meshpipe.pipeline.schedules import SCHEDULES
+from meshpipe.plan.schedules import SCHEDULES
 
 EPSILON = float(np.finfo(np.float32).eps)
 LOSS_TOLERANCE = 32 * EPSILON
@@ -150,7 +150,7 @@ def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches)
 )
 def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches, monkeypatch):
     """They repeat more of forward, and have one program for forward and backward of the last stage."""
-    for module in (meshpipe.pipeline.programs, meshpipe.pipeline.stage, meshpipe.staged_model):
+    for module in (meshpipe.stage.programs, meshpipe.stage.traced, meshpipe.layers.staged_model):
         monkeypatch.setattr(module, "on_cpu", lambda mesh: False)
     trainer = compare(model, mesh, num_microbatches, schedule="1f1b", remat=remat)
     assert [s for s, programs in trainer.model.programs.items() if programs.forward_backward is not None] == [

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, make_mesh
-from meshpipe.pipeline.plan import Op
+from meshpipe.plan.plan import Op
 
 WIDTH, HIDDEN, ROWS = 4, 12, 2
 CALLS: Counter[int] = Counter()

@@ -6,10 +6,10 @@ import optax
 import pytest
 import small_model
 
-import meshpipe.staged_model
+import meshpipe.layers.staged_model
 from meshpipe import PipelineConfig, Trainer, make_mesh
-from meshpipe.initialise import initialise
-from meshpipe.layer import abstract_layers
+from meshpipe.layers.initialise import initialise
+from meshpipe.layers.layer import abstract_layers
 from meshpipe.mesh import submeshes
 from meshpipe.sharding import ShardingRules
 
@@ -52,7 +52,7 @@ def test_the_same_stages_on_one_device_give_the_same_bits(one_f_one_b):
 
 def test_the_same_ranks_on_one_device_give_the_same_bits(one_f_one_b, monkeypatch):
     (only,) = submeshes(make_mesh(1))
-    monkeypatch.setattr(meshpipe.staged_model, "submeshes", lambda mesh: (only,) * 4)
+    monkeypatch.setattr(meshpipe.layers.staged_model, "submeshes", lambda mesh: (only,) * 4)
     assert train(make_mesh(4)) == one_f_one_b
 
 

@@ -6,7 +6,9 @@ import pytest
 import tiny_recipes
 from jax.sharding import PartitionSpec as P
 
+from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import MeshConfig, make_mesh, submeshes
+from meshpipe.reference.verify import verify_recipe
 from meshpipe.sharding import (
     FULLY_SHARDED,
     ShardingRules,
@@ -14,9 +16,7 @@ from meshpipe.sharding import (
     batch_sharding,
     replicated,
 )
-from meshpipe.staged_model import StagedModel
 from meshpipe.trainer import Trainer
-from meshpipe.verify import verify_recipe
 
 MESH = submeshes(make_mesh(1, 2, 4))[0]
 

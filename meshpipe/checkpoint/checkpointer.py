@@ -21,7 +21,7 @@ from meshpipe.checkpoint.items import open_orbax, quiet_orbax, start_save
 from meshpipe.checkpoint.reader import FORMAT, CheckpointReader
 from meshpipe.checkpoint.shards import all_files, document_files, own_files
 from meshpipe.checkpoint.together import SaveTogether
-from meshpipe.coordination import process_count, process_index
+from meshpipe.processes.coordination import process_count, process_index
 
 _LEFTOVER = re.compile(r"[0-9]+\.(partial.*|deleted)")
 WAIT_SECONDS = 1800.0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 from meshpipe.checkpoint.checksums import check_sizes, write_files, write_list
-from meshpipe.coordination import ask, process_count, process_index, tell
+from meshpipe.processes.coordination import ask, process_count, process_index, tell
 
 _numbers = itertools.count()
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from meshpipe.processes.exit_codes import COMPLETED
+
 # JAX and what builds on it takes seconds to import, so a command imports what it needs once it knows that it does.
 if TYPE_CHECKING:
     from meshpipe.config import Config
 
-COMPLETED, FAILED, CANNOT_BE, INTERRUPTED = 0, 1, 2, 130
 Command = Callable[[list[str]], int]
 _WITHOUT_PREFIX = tyro.conf.arg(name="")
 
@@ -43,7 +44,7 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
             f"A recipe comes first: meshpipe {command} RECIPE [flags]. {got} `meshpipe recipes` lists what there is."
         )
     from meshpipe.config import Config
-    from meshpipe.recipe import find
+    from meshpipe.run.recipe import find
 
     recipe = find(arguments[0])
     fields: list[Any] = [("config", Annotated[Config, _WITHOUT_PREFIX], recipe.config())]

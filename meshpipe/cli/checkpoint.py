@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from meshpipe.cli.arguments import COMPLETED, FAILED, Command, choose
+from meshpipe.cli.arguments import Command, choose
+from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
 USAGE = """usage: meshpipe checkpoint list DIR
        meshpipe checkpoint show DIR [--step N]
@@ -33,8 +34,8 @@ class _FolderAndStep:
 def checkpoint_list(arguments: list[str]) -> int:
     flags = tyro.cli(_Folder, args=arguments, prog="meshpipe checkpoint list", description="Lists whole checkpoints.")
     from meshpipe.checkpoint import CheckpointError, CheckpointInfo, describe_checkpoint, list_checkpoints
-    from meshpipe.checkpoint_report import checkpoint_table
-    from meshpipe.report import make_console
+    from meshpipe.report.checkpoints import checkpoint_table
+    from meshpipe.report.tables import make_console
 
     whole: list[CheckpointInfo] = []
     damaged: list[str] = []
@@ -53,8 +54,8 @@ def checkpoint_show(arguments: list[str]) -> int:
     description = "Shows everything that is written down about one checkpoint."
     flags = tyro.cli(_FolderAndStep, args=arguments, prog="meshpipe checkpoint show", description=description)
     from meshpipe.checkpoint import describe_checkpoint, list_checkpoints
-    from meshpipe.checkpoint_report import print_checkpoint
-    from meshpipe.report import make_console
+    from meshpipe.report.checkpoints import print_checkpoint
+    from meshpipe.report.tables import make_console
 
     step = list_checkpoints(flags.directory)[-1] if flags.step is None else flags.step
     print_checkpoint(make_console(), describe_checkpoint(flags.directory, step))

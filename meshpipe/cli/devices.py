@@ -16,8 +16,8 @@ def take_devices(config: "Config", console: "Console") -> None:
     """Without an accelerator, gives JAX as many virtual CPU devices as the mesh needs, and says so."""
     import jax
 
-    from meshpipe.coordination import process_count
     from meshpipe.mesh import use_cpu_devices
+    from meshpipe.processes.coordination import process_count
 
     count, processes = config.mesh.num_devices, process_count()
     per_process = int(os.environ.get(DEVICES, 0)) or -(-count // processes)

@@ -40,7 +40,7 @@ def launch(arguments: list[str]) -> int:
             f"A run is started again from its newest checkpoint. Got --max-restarts {flags.max_restarts} without "
             "--checkpoint-dir. Add --checkpoint-dir DIR after train RECIPE."
         )
-    from meshpipe.launch import Launch, free_port
+    from meshpipe.processes.launch import Launch, free_port
 
     port = 0
 

@@ -6,13 +6,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from meshpipe.cli.arguments import CANNOT_BE, COMPLETED, INTERRUPTED, Command, choose, origin
+from meshpipe.cli.arguments import Command, choose, origin
 from meshpipe.cli.checkpoint import checkpoint
 from meshpipe.cli.launch import launch
 from meshpipe.cli.plan import plan
 from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
 from meshpipe.cli.verify import verify
+from meshpipe.processes.exit_codes import COMPLETED, INTERRUPTED, INVALID
 
 USAGE = """usage: meshpipe COMMAND ...
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else COMPLETED
     except ValueError as error:
         print(f"meshpipe: {error}{origin(error)}", file=sys.stderr)
-        return CANNOT_BE
+        return INVALID
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshpipe.cli.arguments import COMPLETED, configure
+from meshpipe.cli.arguments import configure
+from meshpipe.processes.exit_codes import COMPLETED
 
 if TYPE_CHECKING:
     from meshpipe.config import Config
@@ -56,12 +57,13 @@ def plan(arguments: list[str]) -> int:
     extra.check(config)
     import jax
 
-    from meshpipe.choose import Chooser, measuring_mesh
-    from meshpipe.compare import compare_schedules
+    from meshpipe.choose.chooser import Chooser, measuring_mesh
     from meshpipe.mesh import make_mesh, use_cpu_devices
-    from meshpipe.picture import check_picture
-    from meshpipe.profile_report import print_profile
-    from meshpipe.report import make_console, print_comparison, print_plan
+    from meshpipe.report.comparison import compare_schedules
+    from meshpipe.report.picture import check_picture
+    from meshpipe.report.plan import print_comparison, print_plan
+    from meshpipe.report.profile import print_profile
+    from meshpipe.report.tables import make_console
 
     if extra.plot is not None:
         check_picture(extra.plot)

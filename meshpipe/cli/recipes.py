@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from meshpipe.cli.arguments import CANNOT_BE, COMPLETED
+from meshpipe.processes.exit_codes import COMPLETED, INVALID
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class _Nothing:
 def recipes(arguments: list[str]) -> int:
     """Lists the recipes of the current folder; one that fails is told on standard error, with exit code 2."""
     tyro.cli(_Nothing, args=arguments, prog="meshpipe recipes", description="Lists what the folder recipes/ offers.")
-    from meshpipe.recipe import RecipeError, discover
-    from meshpipe.report import make_console, make_table
+    from meshpipe.report.tables import make_console, make_table
+    from meshpipe.run.recipe import RecipeError, discover
 
     table = make_table(
         "recipe", "pipeline", "data", "tensor", "devices", "about", right=("pipeline", "data", "tensor", "devices")
@@ -34,4 +34,4 @@ def recipes(arguments: list[str]) -> int:
     make_console().print(table)
     for error in failures:
         print(f"meshpipe: {error}", file=sys.stderr)
-    return CANNOT_BE if failures else COMPLETED
+    return INVALID if failures else COMPLETED

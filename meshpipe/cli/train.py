@@ -2,20 +2,22 @@
 
 import sys
 
-from meshpipe.cli.arguments import CANNOT_BE, configure, origin
+from meshpipe.cli.arguments import configure, origin
 from meshpipe.cli.devices import take_devices
+from meshpipe.processes.exit_codes import FAILED, INVALID
 
 
 def train(arguments: list[str]) -> int:
-    from meshpipe.distributed import DistributedConfig
+    from meshpipe.processes.join import DistributedConfig
 
     recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
-    from meshpipe.coordination import coordinator_address, process_count, process_index
-    from meshpipe.distributed import FAILED, Guard, join, leave, own_address
     from meshpipe.pipeline.peers import open_peers
-    from meshpipe.report import make_console
-    from meshpipe.run import run
-    from meshpipe.signals import StopRequest
+    from meshpipe.processes.coordination import coordinator_address, process_count, process_index
+    from meshpipe.processes.guard import Guard, leave
+    from meshpipe.processes.join import join, own_address
+    from meshpipe.processes.stop import StopRequest
+    from meshpipe.report.tables import make_console
+    from meshpipe.run.run import run
 
     try:
         join(distributed)
@@ -34,7 +36,7 @@ def train(arguments: list[str]) -> int:
         if not several:
             raise
         print(f"meshpipe: {error}{origin(error)}", file=sys.stderr)
-        status = CANNOT_BE
+        status = INVALID
     if several:
         leave(status)
     return status

@@ -3,8 +3,9 @@
 import sys
 from dataclasses import dataclass
 
-from meshpipe.cli.arguments import COMPLETED, FAILED, configure
+from meshpipe.cli.arguments import configure
 from meshpipe.cli.devices import take_devices
+from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ def verify(arguments: list[str]) -> int:
     _, config, extra = configure(
         "verify", arguments, "Compares a recipe at its layout with plain training on one device.", _VerifyFlags()
     )
-    from meshpipe.report import difference_table, make_console
-    from meshpipe.verify import verify_recipe
+    from meshpipe.reference.verify import verify_recipe
+    from meshpipe.report.plan import difference_table
+    from meshpipe.report.tables import make_console
 
     console = make_console()
     take_devices(config, console)

@@ -1,1 +1,1 @@
-"""The pipeline engine: plans, their lowering, and what runs them; it knows arrays and submeshes, no model or data."""
+"""Runs a lowered plan: the executor and the transfers between submeshes and processes."""

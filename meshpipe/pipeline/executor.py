@@ -7,13 +7,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from meshpipe.pipeline.clock import MeasuredStep, StepClock
-from meshpipe.pipeline.lower import Buffer, Compute, Free, Instruction, Program, Reduce, Transfer
-from meshpipe.pipeline.plan import Op
-from meshpipe.pipeline.programs import StagePrograms
-from meshpipe.pipeline.stage import Arrays, TracedStage
 from meshpipe.pipeline.transfer import transfer_between
+from meshpipe.plan.lower import Buffer, Compute, Free, Instruction, Program, Reduce, Transfer
+from meshpipe.plan.plan import Op, Plan
 from meshpipe.sharding import place, replicated
+from meshpipe.stage.programs import StagePrograms
+from meshpipe.stage.traced import Arrays, TracedStage
 
 Slots = list[Any]
 Step = Callable[[Slots], None]
@@ -117,15 +116,13 @@ class Executor:
             () if last is None else slots[self._named[last, "totals"]],
         )
 
-    def measure(
-        self, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
-    ) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays, MeasuredStep]:
-        """What `run` gives, after waiting for it, and when each action and transfer ran."""
-        examples = [arrays for programs in self._programs.values() for arrays in programs.zeros()]
-        jax.block_until_ready((params, state, inputs, examples))
-        clock = StepClock(self._plan, examples)
-        gradients, after, totals = self.run(params, state, inputs, clock.observe)
-        return gradients, after, totals, clock.finish()
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    def accumulators(self) -> list[Arrays]:
+        """Fresh zeros of all that the actions of a step add to, by stage: gradients, then loss and weight."""
+        return [arrays for programs in self._programs.values() for arrays in programs.zeros()]
 
     def _is_local(self, instruction: Instruction) -> bool:
         if isinstance(instruction, Compute):

@@ -7,7 +7,7 @@ import jax
 from jax.experimental import transfer
 from jax.extend.backend import get_backend
 
-from meshpipe.coordination import ask, process_index, tell
+from meshpipe.processes.coordination import ask, process_index, tell
 
 CONNECT_SECONDS = 300.0
 """How long a process may wait for another to open its socket."""

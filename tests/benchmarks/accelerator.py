@@ -21,7 +21,7 @@ from benchmark import median, print_results
 from real_compute import LEARNING_RATE, WITH_MICROBATCHES, WITHOUT_MICROBATCHES, Job, example, layers, loss, plain_step
 
 import meshpipe
-from meshpipe.memory import predict_memory
+from meshpipe.choose.memory import predict_memory
 
 STAGES = {"one stage": ("1f1b", 1), "four stages": ("interleaved-1f1b", 4)}
 """Schedule and number of stages of the ways that are meshpipe."""

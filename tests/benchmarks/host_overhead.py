@@ -25,12 +25,12 @@ from benchmark import median, print_results, times_of
 from flax import nnx
 
 import meshpipe
-from meshpipe.pipeline.lower import Transfer, lower
-from meshpipe.pipeline.programs import StagePrograms, compile_stage
-from meshpipe.pipeline.rendezvous import check_program
-from meshpipe.pipeline.stage import Shapes, TracedStage
 from meshpipe.pipeline.transfer import transfer_to
-from meshpipe.pipeline.validate import validate
+from meshpipe.plan.lower import Transfer, lower
+from meshpipe.plan.rendezvous import check_program
+from meshpipe.plan.validate import validate
+from meshpipe.stage.programs import StagePrograms, compile_stage
+from meshpipe.stage.traced import Shapes, TracedStage
 
 WIDTH, ROWS = 8, 4
 CALLS = 200

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import optax
 
-from meshpipe.initialise import initialise
-from meshpipe.optimizer import Optimizer
+from meshpipe.layers.initialise import initialise
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.optimizer.optimizer import Optimizer
 from meshpipe.pipeline.executor import Executor
-from meshpipe.pipeline.lower import lower
-from meshpipe.pipeline.programs import StagePrograms
-from meshpipe.staged_model import StagedModel
+from meshpipe.plan.lower import lower
+from meshpipe.stage.programs import StagePrograms
 
 
 class LiveBytes:

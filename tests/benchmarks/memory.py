@@ -22,9 +22,9 @@ from flax import nnx
 from live_bytes import measure_peaks
 
 import meshpipe
-from meshpipe.memory import RankMemory, predict_memory, stage_memory
-from meshpipe.pipeline.simulate import StageMemory
-from meshpipe.staged_model import StagedModel
+from meshpipe.choose.memory import RankMemory, predict_memory, stage_memory
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.plan.simulate import StageMemory
 
 ALLOWED = 0.05
 """Share by which a prediction may be off."""

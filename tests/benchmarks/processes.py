@@ -25,7 +25,7 @@ from typing import Any
 import real_compute
 from benchmark import PATIENCE, busy_seconds, median, print_results
 
-from meshpipe.launch import free_port
+from meshpipe.processes.launch import free_port
 
 Run = list[subprocess.Popen[str]]
 TINY_WIDTH, TINY_ROWS = 8, 4
@@ -139,8 +139,8 @@ def answer(model: str, schedule: str, microbatches: int, number: int, port: int)
     import optax
 
     import meshpipe
-    from meshpipe.distributed import DistributedConfig, join
     from meshpipe.pipeline.peers import open_peers
+    from meshpipe.processes.join import DistributedConfig, join
 
     jax.config.update("jax_num_cpu_devices", 1 if port else 2)
     if port:

@@ -160,7 +160,7 @@ def plain_step(way: str, job: Job) -> Callable[[], None]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from meshpipe.host_memory import keep_freed_memory
+    from meshpipe.host import keep_freed_memory
     from meshpipe.mesh import make_mesh
 
     keep_freed_memory(make_mesh(1))  # as meshpipe does

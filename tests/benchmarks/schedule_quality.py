@@ -17,10 +17,10 @@ from flax import nnx
 from sleeping_layer import WIDTH, SleepingLayer, register
 
 import meshpipe
-from meshpipe.pipeline.clock import MeasuredStep
-from meshpipe.pipeline.plan import Op, Plan
-from meshpipe.pipeline.schedules import SCHEDULES, STAGES_PER_RANK
-from meshpipe.pipeline.simulate import Costs, Timeline, simulate
+from meshpipe.observe.clock import MeasuredStep
+from meshpipe.plan.plan import Op, Plan
+from meshpipe.plan.schedules import SCHEDULES, STAGES_PER_RANK
+from meshpipe.plan.simulate import Costs, Timeline, simulate
 
 ROWS = 8
 """Of each microbatch."""

@@ -14,9 +14,9 @@ from schedule_quality import SleepingStep
 from sleeping_layer import register
 
 import meshpipe
-from meshpipe.picture import Panel, draw_timelines
-from meshpipe.pipeline.schedules import SCHEDULES, STAGES_PER_RANK, make_plan
-from meshpipe.pipeline.simulate import Costs, StageMemory, simulate
+from meshpipe.plan.schedules import SCHEDULES, STAGES_PER_RANK, make_plan
+from meshpipe.plan.simulate import Costs, StageMemory, simulate
+from meshpipe.report.picture import Panel, draw_timelines
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RANKS, MICROBATCHES, SECONDS = 4, (4, 8, 16), 0.02

@@ -22,7 +22,7 @@ from pathlib import Path
 from processes import ROOT, TIMEOUT, environment
 
 from meshpipe.checkpoint import Checkpointer, verify_checkpoint
-from meshpipe.launch import free_port
+from meshpipe.processes.launch import free_port
 
 PHASES = ("compile", "step", "save", "restore")
 RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"

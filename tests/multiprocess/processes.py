@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshpipe.launch import free_port
+from meshpipe.processes.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import meshpipe
-from meshpipe.distributed import DistributedConfig, join, leave
+from meshpipe.processes.guard import leave
+from meshpipe.processes.join import DistributedConfig, join
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def run(folder: Path) -> None:
     import numpy as np
 
     from meshpipe.checkpoint import Checkpointer, CheckpointWriteError, checksums, together, verify_checkpoint
-    from meshpipe.coordination import meet, process_index
+    from meshpipe.processes.coordination import meet, process_index
 
     me = process_index()
     found: dict = {}
@@ -137,7 +138,7 @@ def run(folder: Path) -> None:
 
 def killed(folder: Path) -> None:
     from meshpipe.checkpoint import Checkpointer, CheckpointWriteError, together
-    from meshpipe.coordination import process_index
+    from meshpipe.processes.coordination import process_index
 
     checkpointer = Checkpointer(folder, wait_seconds=3)
     trees, shapes = arrays(0)

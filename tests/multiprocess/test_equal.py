@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from processes import ROOT, TIMEOUT, Ended, environment, run_processes
 
-from meshpipe.launch import free_port
+from meshpipe.processes.launch import free_port
 
 SCRIPT = str(Path(__file__).parent / "train_small.py")
 

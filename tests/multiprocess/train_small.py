@@ -5,7 +5,8 @@ import json
 import zlib
 
 import meshpipe
-from meshpipe.distributed import DistributedConfig, join, leave
+from meshpipe.processes.guard import leave
+from meshpipe.processes.join import DistributedConfig, join
 
 WIDTH, ROWS, LAYERS = 8, 16, 4
 
@@ -26,7 +27,7 @@ def main() -> None:
     join(DistributedConfig(**place))
     train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding)
     if flags.process_count:
-        from meshpipe.coordination import meet
+        from meshpipe.processes.coordination import meet
 
         meet("end", 60.0)
         leave(0)

@@ -1,0 +1,273 @@
+"""What a run leaves open, decided: how layers are cut into stages, and the plan that is fastest for them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from meshpipe.choose.memory import ONE_UNIT_EACH, stage_memory
+from meshpipe.choose.profile import operations_of_layers, profile_layers, setting_of
+from meshpipe.choose.remat import settle_remat
+from meshpipe.config import Config
+from meshpipe.data import example_batch
+from meshpipe.layers.layer import LayerLike
+from meshpipe.layers.stage_function import Loss, Metrics
+from meshpipe.layers.staged_model import Choice, StagedModel, training_plan
+from meshpipe.mesh import MeshConfig, make_mesh, submeshes
+from meshpipe.pipeline.config import PipelineConfig, parse_bytes
+from meshpipe.plan.layer_costs import ModelCosts
+from meshpipe.plan.partition import partition, partition_by_cost
+from meshpipe.plan.plan import Action, Op, Plan
+from meshpipe.plan.schedules import gpipe, loop, zigzag
+from meshpipe.plan.search.auto import NothingFits, Profile, auto_plan, shortest_named
+from meshpipe.plan.simulate import Timeline
+from meshpipe.sharding import PRESETS, ShardingRules
+
+MOST_STAGES_PER_RANK = 4
+"""The most that `auto` tries where no number of stages per rank is given."""
+
+NEARLY = 0.005
+"""Share by which a step may be longer than the shortest to count as nearly as short."""
+
+TRIES = 4
+"""Plans to make under a memory limit, each with less space than the last where that took too much."""
+
+Cuts = tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A model and how it is to be laid out, as `Trainer` takes them; `choose` makes the model, cut and with its plan.
+
+    Nothing is measured unless the config asks for it: `partition="measured"` or `schedule="auto"`, and no `costs`.
+    """
+
+    layers: Sequence[LayerLike]
+    loss: Loss
+    transformation: optax.GradientTransformation
+    _: KW_ONLY
+    batch: Mapping[str, Any]
+    mesh: Mesh
+    input: str
+    config: PipelineConfig
+    metrics: Metrics | None = None
+    tied: Sequence[Sequence[str]] = ()
+    rules: ShardingRules | None = None
+    measure_on: Mesh | None = None
+    """Where layers are measured, in place of the mesh: on its first rank, and transfers to its second if it has one."""
+
+    @classmethod
+    def from_config(cls, config: Config, *, mesh: Mesh | None = None, measure_on: Mesh | None = None) -> "Chooser":
+        """The model of a recipe, on the mesh that it asks for unless one is given.
+
+        Raises `ValueError` when the devices are too few.
+        """
+        return cls(
+            config.model.layers(),
+            config.model.loss,
+            config.optimizer.build(config.steps),
+            batch=example_batch(config.data.train_source(), config.batch_size),
+            mesh=make_mesh(config.mesh.pipeline, config.mesh.data, config.mesh.tensor) if mesh is None else mesh,
+            input=config.model.input,
+            config=config.pipeline,
+            metrics=config.model.metrics,
+            tied=config.model.tied(),
+            rules=PRESETS[config.sharding],
+            measure_on=measure_on,
+        )
+
+    def choose(self, costs: ModelCosts | None = None) -> StagedModel:
+        """The model, ready to be compiled. `costs` are taken in place of measuring or reading them.
+
+        Raises `ValueError` when layers, batch, mesh and config do not fit together, no plan keeps to the memory limit,
+        or the costs are those of other layers.
+        """
+        model = self._laid_out(costs)
+        settle_remat(model, self.transformation)
+        return model
+
+    def _laid_out(self, costs: ModelCosts | None) -> StagedModel:
+        config = self.config
+        if costs is None and not config.needs_costs and config.partition != "cost":
+            return self._model(None)
+        plan = None if config.schedule == "auto" else training_plan(config, self._num_ranks)
+        candidates = [plan.stage_ranks] if plan else list(self._placements())
+        if config.partition != "cost" and config.partition != "measured":
+            for stage_ranks in candidates:
+                partition(len(self.layers), len(stage_ranks), config.boundaries)  # before anything is measured
+        elif len(self.layers) < len(candidates[0]):
+            partition(len(self.layers), len(candidates[0]))
+        if costs is not None or config.needs_costs:
+            costs = self._checked(costs)
+        if plan is not None:
+            return self._model(Choice(plan, self._cuts(plan.stage_ranks, costs, Op.BACKWARD in _ops(plan)), costs))
+        assert costs is not None
+        cuts = dict.fromkeys(self._cuts(stage_ranks, costs) for stage_ranks in candidates)
+        return self._model(self._fastest(list(cuts), costs))
+
+    def before_and_after(self, costs: ModelCosts) -> tuple[StagedModel, StagedModel]:
+        """The model cut as the config says, or evenly where it leaves that to costs, and cut by these costs."""
+        asked = self.config.partition
+        before = replace(self.config, partition="even" if asked == "measured" else asked)
+        after = replace(self.config, partition="measured")
+        return replace(self, config=before).choose(costs), replace(self, config=after).choose(costs)
+
+    def measure(self) -> ModelCosts:
+        """The costs of every layer, measured now; takes the time of compiling each kind of layer once."""
+        mesh = self.mesh if self.measure_on is None else self.measure_on
+        ranks = submeshes(mesh)
+        return profile_layers(self.layer_by_layer(mesh), self.batch, ranks[1] if len(ranks) > 1 else None)
+
+    @property
+    def _num_ranks(self) -> int:
+        return len(submeshes(self.mesh))
+
+    def _model(self, choice: Choice | None, **changes: Any) -> StagedModel:
+        arguments: dict[str, Any] = {
+            "batch": self.batch,
+            "mesh": self.mesh,
+            "input": self.input,
+            "config": self.config,
+            "metrics": self.metrics,
+            "tied": self.tied,
+            "rules": self.rules,
+            "choice": choice,
+        }
+        return StagedModel(self.layers, self.loss, **(arguments | changes))
+
+    def layer_by_layer(self, mesh: Mesh) -> StagedModel:
+        """Every layer a stage of its own, all on the first rank of the mesh."""
+        num_layers = len(self.layers)
+        plan = gpipe(1, self.config.num_microbatches, num_layers)
+        first = Mesh(mesh.devices[:1], mesh.axis_names, axis_types=mesh.axis_types)
+        choice = Choice(plan, partition(num_layers, num_layers), None)
+        return self._model(choice, mesh=first, config=self._with_one_remat("none"))
+
+    def _with_one_remat(self, of_several: str) -> PipelineConfig:
+        """The config with one rematerialisation for all stages: `full` for `auto`, since that always fits best."""
+        names = set(self.config.remat.split(","))
+        (name,) = names if len(names) == 1 else (of_several,)
+        return replace(
+            self.config,
+            remat="full" if name == "auto" else name,
+            schedule="gpipe",
+            memory_limit=None,
+            costs=None,
+            partition="even",
+        )
+
+    @cached_property
+    def _probe(self) -> StagedModel:
+        return self.layer_by_layer(self.mesh)
+
+    @cached_property
+    def _operations(self) -> list[float]:
+        return operations_of_layers(self._probe)
+
+    def _checked(self, costs: ModelCosts | None) -> ModelCosts:
+        """The costs that are given, or read, or measured, in this order."""
+        file = self.config.costs
+        if costs is None:
+            costs = self.measure() if file is None else ModelCosts.load(file)
+        costs.check([layer.class_name for layer in self._probe.layers], setting_of(self._probe))
+        return costs
+
+    def _cuts(self, stage_ranks: Sequence[int], costs: ModelCosts | None, whole_backward: bool = True) -> Cuts:
+        if self.config.partition == "cost":
+            return partition_by_cost(self._operations, stage_ranks)
+        if self.config.partition == "measured":
+            assert costs is not None
+            return partition_by_cost([layer.total(whole_backward) for layer in costs.layers], stage_ranks)
+        return partition(len(self.layers), len(stage_ranks), self.config.boundaries)
+
+    def _placements(self) -> Iterator[tuple[int, ...]]:
+        """Where `auto` may place stages: for each number of them per rank, in turn and to and fro."""
+        ranks, given, boundaries = self._num_ranks, self.config.stages_per_rank, self.config.boundaries
+        if given is None and boundaries is not None:
+            given = max(1, (len(boundaries) + 1) // ranks)
+        most = max(1, min(MOST_STAGES_PER_RANK, len(self.layers) // ranks))
+        for number in range(1, most + 1) if given is None else (given,):
+            yield from dict.fromkeys((loop(ranks, number), zigzag(ranks, number)))
+
+    def _fastest(self, options: Sequence[Cuts], costs: ModelCosts) -> Choice:
+        """The cut and the plan with the shortest step in simulation, or with fewer stages where a step is hardly longer
+        and no named schedule is faster: every stage more costs the host and the caches what no simulation knows.
+        """
+        limit = None if self.config.memory_limit is None else parse_bytes(self.config.memory_limit)
+        found: list[tuple[float, Choice]] = []
+        errors: list[NothingFits] = []
+        named = math.inf
+        for cuts in options:
+            times = costs.of_stages(cuts)
+            memory = () if limit is None else self._memory(cuts)
+            profiles = {len(cuts) // self._num_ranks: Profile(times, memory)}
+            try:
+                plan = self._plan_within(limit, profiles)
+            except NothingFits as error:
+                errors.append(error)
+                continue
+            found.append((Timeline.of(plan, times).makespan, Choice(plan, cuts, costs)))
+            named = min(named, shortest_named(self._num_ranks, self.config.num_microbatches, profiles, limit))
+        if not found:
+            raise min(errors, key=lambda error: error.least)
+        shortest = min(makespan for makespan, _ in found)
+        longest = max(shortest, min(shortest * (1 + NEARLY), named)) * (1 + 1e-9)
+        return next(choice for makespan, choice in found if makespan <= longest)  # the first has the fewest stages
+
+    def _plan_within(self, limit: int | None, profiles: Mapping[int, Profile]) -> Plan:
+        """The fastest plan that keeps to the limit both as actions take their times and as they are handed out.
+
+        Raises `NothingFits` when there is none, or none is found in a few tries.
+        """
+        allowed, ranks = limit, self._num_ranks
+        for _ in range(TRIES):
+            plan = auto_plan(ranks, self.config.num_microbatches, profiles, allowed)
+            if limit is None or allowed is None:
+                return plan
+            memory = profiles[plan.num_stages // ranks].memory
+            excess = max(Timeline.of(plan, ONE_UNIT_EACH, memory).peak_bytes) - limit
+            if excess <= 0:
+                return plan
+            allowed -= math.ceil(excess)
+        assert limit is not None
+        raise NothingFits(
+            f"Values on their way between ranks must fit too. Got a memory limit of {limit:,} bytes, for which no plan "
+            f"was found. Raise it by {math.ceil(excess):,} bytes.",
+            limit + excess,
+        )
+
+    def _memory(self, cuts: Cuts) -> Any:
+        """What each stage keeps, also where its backward is split."""
+        stages_per_rank = len(cuts) // self._num_ranks
+        plan = _split_backwards(gpipe(self._num_ranks, self.config.num_microbatches, stages_per_rank))
+        config = replace(self.config, remat="full") if self.config.remat == "auto" else self.config
+        return stage_memory(self._model(Choice(plan, cuts, None), config=config), self.transformation)
+
+
+def measuring_mesh(sizes: MeshConfig) -> Mesh:
+    """A rank of JAX's default devices, or two where the mesh has as many and the devices suffice.
+
+    Raises `ValueError` when there are too few for one.
+    """
+    suffice = len(jax.devices()) >= 2 * sizes.data * sizes.tensor
+    return make_mesh(2 if sizes.pipeline > 1 and suffice else 1, sizes.data, sizes.tensor)
+
+
+def _ops(plan: Plan) -> set[Op]:
+    return {action.op for action in plan.actions}
+
+
+def _split_backwards(plan: Plan) -> Plan:
+    """The plan with every backward in two parts, one right after the other."""
+
+    def parts(action: Action) -> tuple[Action, ...]:
+        if action.op is not Op.BACKWARD:
+            return (action,)
+        return replace(action, op=Op.BACKWARD_INPUT), replace(action, op=Op.BACKWARD_WEIGHT)
+
+    return replace(plan, orders=tuple(tuple(part for a in order for part in parts(a)) for order in plan.orders))

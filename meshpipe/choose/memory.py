@@ -1,0 +1,205 @@
+"""What a step keeps in the memory of each rank's devices, predicted from shapes alone."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend.core import Var
+
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.mesh import DATA, TENSOR
+from meshpipe.optimizer.optimizer import Optimizer
+from meshpipe.plan.plan import Op, Plan
+from meshpipe.plan.simulate import Costs, StageMemory, simulate
+from meshpipe.sharding import abstract
+from meshpipe.stage.jaxpr import nbytes
+from meshpipe.stage.programs import trace_split
+from meshpipe.stage.traced import TracedStage
+
+ONE_UNIT_EACH = Costs(dict.fromkeys(Op, 1.0))
+"""The times by which the executor hands out work, and with it space."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on each device of a rank at the peak of a step."""
+
+    rank: int
+    parameters: int
+    """The parameters, and what is computed from them once per step (a copy in bfloat16)."""
+    gradients: int
+    optimizer: int
+    batch: int
+    """The fields of the batch that its stages read, and state such as batch statistics, before the step and after."""
+    activations: int
+    """What forward keeps for backward, for all microbatches that are alive at once, and values on their way between
+    stages."""
+    live_activations: int
+    """Microbatches, over the stages of the rank, that are alive at once."""
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.batch + self.activations
+
+
+@dataclass(frozen=True)
+class HeldAlways:
+    """Bytes on each device that a stage holds for the whole step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.batch
+
+
+def predict_memory(model: StagedModel, transformation: optax.GradientTransformation) -> list[RankMemory]:
+    """The memory of every rank, by tracing the model; nothing is allocated. What XLA needs while it runs is not in it.
+
+    Exact but for what XLA lays out by itself where microbatches are split: see `stage_memory`.
+    """
+    plan, remat = model.plan, _remat(model)
+    traced = model.trace(remat)
+    always = held_always(model, transformation, traced)
+    timeline = simulate(plan, ONE_UNIT_EACH, _stage_memory(model, remat, always, traced))
+    ranks = []
+    for rank, peak in enumerate(timeline.peak_bytes):
+        kept = [always[stage] for stage in plan.stages_of(rank)]
+        ranks.append(
+            RankMemory(
+                rank=rank,
+                parameters=sum(stage.parameters for stage in kept),
+                gradients=sum(stage.gradients for stage in kept),
+                optimizer=sum(stage.optimizer for stage in kept),
+                batch=sum(stage.batch for stage in kept),
+                activations=round(peak) - sum(stage.total for stage in kept),
+                live_activations=timeline.peak_activations[rank],
+            )
+        )
+    return ranks
+
+
+def stage_memory(model: StagedModel, transformation: optax.GradientTransformation) -> list[StageMemory]:
+    """What every stage keeps on each device of its rank, by tracing the model; nothing is allocated or compiled.
+
+    Parameters, gradients, optimizer state, batch and the values between stages are exact, and so is all on submeshes of
+    one device. XLA chooses how residuals lie on several devices; they are taken to be split over the data axis where a
+    dim holds the microbatch, and over the tensor axis unless they have the shape of a stage's input or output. What is
+    kept for W is given where the plan of the model splits backward. Where rematerialisation is yet to be chosen, all
+    stages keep as little as they can: `full`.
+    """
+    remat = _remat(model)
+    traced = model.trace(remat)
+    return _stage_memory(model, remat, held_always(model, transformation, traced), traced)
+
+
+def _remat(model: StagedModel) -> Sequence[str]:
+    return ("full",) * model.plan.num_stages if model.remat is None else model.remat
+
+
+def held_always(
+    model: StagedModel, transformation: optax.GradientTransformation, traced: Sequence[TracedStage]
+) -> list[HeldAlways]:
+    """What every stage holds for the whole step."""
+    optimizer = Optimizer(transformation, model.parameters).state_shapes
+    return [
+        HeldAlways(
+            parameters=_device_bytes(owned.params.values()) + _hoisted_bytes(stage),
+            gradients=_gradient_bytes(stage),
+            optimizer=_device_bytes(jax.tree.leaves(optimizer[s])),
+            batch=_device_bytes(stage.inputs) + 2 * _device_bytes(stage.state),
+        )
+        for s, (owned, stage) in enumerate(zip(model.parameters, traced, strict=True))
+    ]
+
+
+def _stage_memory(
+    model: StagedModel, remat: Sequence[str], always: Sequence[HeldAlways], traced: Sequence[TracedStage]
+) -> list[StageMemory]:
+    splits = splits_backward(model.plan)
+    stages = zip(traced, remat, always, strict=True)
+    return [microbatch_memory(stage, name, splits=splits, always=kept.total) for stage, name, kept in stages]
+
+
+def splits_backward(plan: Plan) -> bool:
+    return any(action.op is Op.BACKWARD_INPUT for action in plan.actions)
+
+
+def microbatch_memory(stage: TracedStage, remat: str, *, splits: bool, always: int | float) -> StageMemory:
+    """What a stage keeps of every microbatch, and what it holds always, which is given."""
+    recomputes = remat == "full"
+    input_bytes = _device_bytes(stage.x)
+    kept_x = [_device_bytes([stage.x[i]]) for i in stage.kept_x]
+    kept_state = [_device_bytes([stage.state[i]]) for i in stage.kept_state]
+    residuals = [_split_bytes(stage, v) for v in stage.residual_vars]
+    kept_input = input_bytes if recomputes else sum(kept_x)
+    activation = kept_input + (_device_bytes(stage.state) if recomputes else sum(kept_state) + sum(residuals))
+    kept_for_weights = found = crossing = 0
+    if splits:
+        with jax.set_mesh(stage.spec.mesh):
+            parts = trace_split(stage, shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars))
+        gradients = [] if stage.boundary_out is None else _leaf_bytes(_output_gradients(stage))
+        from_forward = [*kept_x, *kept_state, *([] if recomputes else residuals)]
+        of_microbatch = [*kept_x, *kept_state, *residuals, *gradients]
+        carried = [] if parts.is_whole else parts.carried
+        kept_for_weights = sum(of_microbatch[i] for i in carried if i < len(from_forward))
+        found = sum(of_microbatch[i] for i in carried if i >= len(from_forward))
+        crossing = sum(_split_bytes(stage, v) for v in parts.crossing)
+    return StageMemory(
+        activation=activation,
+        kept_for_weights=kept_for_weights,
+        made_for_weights=crossing + found,
+        always=always,
+        input=input_bytes,
+        kept_input=kept_input,
+        input_gradient=_device_bytes(stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)),
+        recomputed=sum(residuals) if recomputes else 0,
+        found_for_weights=found,
+    )
+
+
+def _output_gradients(stage: TracedStage) -> Sequence[jax.ShapeDtypeStruct]:
+    assert stage.boundary_out is not None
+    return stage.boundary_out.gradients_on(stage.spec.mesh, stage.microbatch_size)
+
+
+def shapes_of(values: Iterable[Var]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)  # type: ignore[attr-defined]
+
+
+def _leaf_bytes(leaves: Iterable[Any]) -> list[int]:
+    """What one device holds of each leaf; leaves know their sharding."""
+    return [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
+
+
+def _device_bytes(leaves: Iterable[Any]) -> int:
+    return sum(_leaf_bytes(leaves))
+
+
+def _gradient_bytes(stage: TracedStage) -> int:
+    """Accumulators are kept in float32 or better, and lie as the parameters do in a step."""
+    params = stage.params_in_step
+    return _device_bytes(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in params)
+
+
+def _hoisted_bytes(stage: TracedStage) -> int:
+    """Taken to be split as the parameters of a step are on the whole."""
+    whole = sum(p.size * p.dtype.itemsize for p in stage.params)
+    return nbytes(stage.hoisted_vars) * _device_bytes(stage.params_in_step) // whole if whole else 0
+
+
+def _split_bytes(stage: TracedStage, value: Var) -> int:
+    """A device's part of a value whose layout XLA chooses."""
+    mesh = stage.spec.mesh.shape
+    ends: list[Any] = [*stage.x_vars, *(stage.output_vars if not stage.spec.is_last else ())]
+    shape = value.aval.shape  # type: ignore[attr-defined]
+    over_data = any(size and size % stage.microbatch_size == 0 for size in shape)
+    over_tensor = over_data and shape not in {v.aval.shape for v in ends}
+    return nbytes([value]) // ((mesh.get(DATA, 1) if over_data else 1) * (mesh.get(TENSOR, 1) if over_tensor else 1))

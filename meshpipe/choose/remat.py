@@ -1,0 +1,147 @@
+"""Which rematerialisation each stage takes, so that a step keeps to a memory limit and computes least again."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import jax
+import optax
+
+from meshpipe.choose.memory import ONE_UNIT_EACH, held_always, microbatch_memory, shapes_of, splits_backward
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.pipeline.config import parse_bytes
+from meshpipe.plan.simulate import StageMemory, Timeline, simulate
+from meshpipe.stage.operations import count_operations
+from meshpipe.stage.programs import trace_backward
+from meshpipe.stage.traced import TracedStage
+
+POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "nothing_saveable")
+"""What is tried beside `none` and `full`. The other policies are these by another name, or save everything."""
+
+MOST_COMBINATIONS = 1000
+"""Of a rank's stages; where there are more, all its stages take the same."""
+
+
+@dataclass(frozen=True)
+class _Option:
+    """What one rematerialisation would mean for a stage."""
+
+    remat: str
+    operations: float
+    """Floating-point operations that it does again for each microbatch."""
+    memory: StageMemory
+
+
+def settle_remat(model: StagedModel, transformation: optax.GradientTransformation) -> None:
+    """Chooses the rematerialisation of the model where its config leaves it open.
+
+    Raises `ValueError` when nothing fits into the memory limit.
+    """
+    if model.remat is None:
+        assert model.config.memory_limit is not None
+        model.remat = choose_remat(model, transformation, parse_bytes(model.config.memory_limit))
+
+
+def choose_remat(
+    model: StagedModel, transformation: optax.GradientTransformation, memory_limit: int
+) -> tuple[str, ...]:
+    """For every stage `none`, a policy or `full`: what does fewest operations again while every rank fits.
+
+    A rank fits if its peak, as `predict_memory` has it, is at most `memory_limit` bytes on each device; so the limit
+    must leave space for what XLA needs inside a program. Operations are counted in the traced programs; nothing is
+    compiled or run. Raises `ValueError` with the least limit that would do when nothing fits.
+    """
+    plain = model.trace(("none",) * model.plan.num_stages)
+    always = [kept.total for kept in held_always(model, transformation, plain)]
+    splits = splits_backward(model.plan)
+    memory = [
+        microbatch_memory(stage, "none", splits=splits, always=kept) for stage, kept in zip(plain, always, strict=True)
+    ]
+    timeline = simulate(model.plan, ONE_UNIT_EACH, memory)
+    if max(timeline.peak_bytes) <= memory_limit:
+        return ("none",) * model.plan.num_stages
+    options = _options(model, plain, memory)
+    chosen: dict[int, str] = {}
+    too_small: list[tuple[int | float, int]] = []
+    for rank in range(model.plan.num_ranks):
+        stages = model.plan.stages_of(rank)
+        least: int | float = math.inf
+        for combination in _by_operations([options[stage] for stage in stages]):
+            peak = _peak(timeline, rank, dict(zip(stages, combination, strict=True)))
+            least = min(least, peak)
+            if peak <= memory_limit:
+                chosen.update({stage: option.remat for stage, option in zip(stages, combination, strict=True)})
+                break
+        else:
+            too_small.append((least, rank))
+    if too_small:
+        least, rank = max(too_small)
+        raise ValueError(
+            f"Every rank must fit into the memory limit. Rank {rank} needs {math.ceil(least):,} bytes on each device "
+            f"with the rematerialisation that keeps least. Got a limit of {memory_limit:,} bytes. Raise it to that, or "
+            "use more ranks or smaller microbatches."
+        )
+    return tuple(chosen[stage] for stage in range(model.plan.num_stages))
+
+
+def _options(model: StagedModel, plain: Sequence[TracedStage], memory: Sequence[StageMemory]) -> list[list[_Option]]:
+    """For every stage, what may be worth taking, in the order of operations done again.
+
+    `plain` has the stages with no rematerialisation, and `memory` what they keep then.
+    """
+    splits = splits_backward(model.plan)
+    of_policies = {name: model.trace((name,) * len(plain)) for name in POLICIES}
+    options = []
+    for s, (stage, kept) in enumerate(zip(plain, memory, strict=True)):
+        backward = _backward_operations(stage)
+        found = [_Option("none", 0.0, kept)]
+        for name, traced in of_policies.items():
+            again = max(0.0, _backward_operations(traced[s]) - backward)
+            of_policy = microbatch_memory(traced[s], name, splits=splits, always=kept.always)
+            found.append(_Option(name, again, of_policy))
+        everything = float(count_operations(stage.forward(outputs=False, residuals=True)))
+        full = microbatch_memory(stage, "full", splits=splits, always=kept.always)
+        found.append(_Option("full", everything, full))
+        options.append(_worth_taking(found))
+    return options
+
+
+def _backward_operations(stage: TracedStage) -> float:
+    with jax.set_mesh(stage.spec.mesh):
+        backward = trace_backward(stage, shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars))
+    return float(count_operations(backward))
+
+
+def _worth_taking(options: Sequence[_Option]) -> list[_Option]:
+    """In the order of operations, those that need less memory in some way than every one before."""
+    kept: list[_Option] = []
+    for option in sorted(options, key=lambda option: option.operations):
+        sizes = _sizes(option.memory)
+        if all(any(new < old for new, old in zip(sizes, _sizes(other.memory), strict=True)) for other in kept):
+            kept.append(option)
+    return kept
+
+
+def _sizes(memory: StageMemory) -> tuple[int | float, ...]:
+    """Bytes between forward and backward, during backward, and until the gradients of the weights."""
+    return (
+        memory.activation,
+        memory.activation + memory.recomputed,
+        memory.kept_for_weights + memory.made_for_weights,
+    )
+
+
+def _by_operations(options: Sequence[Sequence[_Option]]) -> Iterator[tuple[_Option, ...]]:
+    """Combinations of an option for each stage, from the fewest operations done again to the most."""
+    if math.prod(map(len, options)) > MOST_COMBINATIONS:
+        longest = max(map(len, options))
+        same = (tuple(of_stage[min(i, len(of_stage) - 1)] for of_stage in options) for i in range(longest))
+        yield from same
+        return
+    yield from sorted(product(*options), key=lambda combination: sum(option.operations for option in combination))
+
+
+def _peak(timeline: Timeline, rank: int, chosen: dict[int, _Option]) -> int | float:
+    memory = [chosen[s].memory if s in chosen else stage for s, stage in enumerate(timeline.memory)]
+    return max(held for _, held in replace(timeline, memory=memory).memory_curve(rank))

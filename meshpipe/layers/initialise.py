@@ -1,0 +1,112 @@
+"""Creating the leaves of layers where they live, sharded from birth."""
+
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from meshpipe.compiler.compiler import Compiler
+from meshpipe.compiler.fingerprint import fingerprint
+from meshpipe.layers.layer import Layer, Leaves, path_hash
+from meshpipe.mesh import on_cpu
+from meshpipe.sharding import ShardingRules, abstract, replicated
+
+Placed = dict[str, jax.ShapeDtypeStruct]
+
+
+def placed(layer: Layer, mesh: Mesh, rules: ShardingRules) -> tuple[Placed, Placed]:
+    """Shapes of the layer's parameters and state with their shardings on the submesh.
+
+    Raises `ValueError` when a logical axis has no rule or does not divide by its mesh axis.
+    """
+
+    def place(leaves: Any) -> Placed:
+        return {
+            path: abstract(leaf.shape, leaf.dtype, rules.sharding(path, leaf.shape, layer.axes.get(path), mesh))
+            for path, leaf in leaves.items()
+        }
+
+    return place(layer.params), place(layer.state)
+
+
+def initialise(
+    layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, seed: int, compiler: Compiler | None = None
+) -> list[tuple[Leaves, Leaves]]:
+    """Parameters and state of every layer on its submesh.
+
+    What a constructor makes depends on `seed` and the layer's path alone. The values of a ready-made module are copied.
+    Layers that differ in nothing but their path share one program, which runs on the submesh of the first of them, as
+    loading it for another takes longer than to draw the numbers; no other submesh holds a layer for longer than it
+    takes to move it.
+    """
+    programs = _programs(layers, rules, compiler or Compiler())
+    results: list[tuple[Leaves, Leaves]] = []
+    for (layer, mesh), found in zip(layers, programs, strict=True):
+        params, state = placed(layer, mesh, rules)
+        if found is None:
+            assert layer.values is not None
+            results.append((_copy(layer.values, params), _copy(layer.values, state)))
+            continue
+        program, where = found
+        arguments = jax.device_put(
+            (jax.random.key_data(jax.random.key(seed)), jnp.uint32(path_hash(layer.path))), replicated(where)
+        )
+        flat = program(*arguments)
+        if where != mesh:
+            shardings = tuple(leaf.sharding for leaf in (*params.values(), *state.values()))
+            flat = jax.block_until_ready(jax.device_put(flat, shardings))
+        results.append((dict(zip(params, flat, strict=False)), dict(zip(state, flat[len(params) :], strict=True))))
+    return results
+
+
+def _programs(
+    layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, compiler: Compiler
+) -> list[tuple[Any, Mesh] | None]:
+    """For every layer that a constructor makes, the program that does, and its submesh; None for the others."""
+    lowered: dict[Hashable, tuple[jax.stages.Lowered, Mesh]] = {}
+    kinds: list[Hashable] = []
+    for layer, mesh in layers:
+        # Nothing is moved to or from a submesh that other processes have a part of.
+        place = mesh.devices.shape if _is_own(mesh) else mesh
+        kinds.append(None if layer.values is not None else (layer.kind, fingerprint(layer.make), place))
+        if layer.values is None and kinds[-1] not in lowered:
+            lowered[kinds[-1]] = _lower(layer, mesh, rules), mesh
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda first: _compile(compiler, *first), lowered.values())
+        programs = {kind: (program, lowered[kind][1]) for kind, program in zip(lowered, compiled, strict=True)}
+    return [programs.get(kind) for kind in kinds]
+
+
+def _is_own(mesh: Mesh) -> bool:
+    return all(device.process_index == jax.process_index() for device in mesh.devices.flat)
+
+
+def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered:
+    params, state = placed(layer, mesh, rules)
+
+    def build(seed: jax.Array, hashed: jax.Array) -> tuple[jax.Array, ...]:
+        made_params, made_state = layer.initialise(jax.random.wrap_key_data(seed), hashed)
+        return (*(made_params[path] for path in params), *(made_state[path] for path in state))
+
+    shardings = tuple(leaf.sharding for leaf in (*params.values(), *state.values()))
+    everywhere: NamedSharding = replicated(mesh)
+    seed = abstract(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, everywhere)
+    with jax.set_mesh(mesh):
+        return jax.jit(build, out_shardings=shardings).lower(seed, abstract((), jnp.uint32, everywhere))
+
+
+def _compile(compiler: Compiler, lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiled with little optimisation on CPU, where random numbers take seconds to optimise and are drawn once.
+
+    Their values are the same.
+    """
+    options: dict[str, Any] = {"xla_backend_optimization_level": 1}
+    return compiler.compile(lowered, mesh, options if on_cpu(mesh) else None)
+
+
+def _copy(values: Leaves, shapes: Placed) -> Leaves:
+    """Copies, so that donating them later leaves the user's module whole."""
+    return {path: jnp.copy(jax.device_put(values[path], shape.sharding)) for path, shape in shapes.items()}

@@ -1,0 +1,290 @@
+"""Layers as users write them, NNX modules, seen as pure functions of flat dictionaries keyed by leaf path."""
+
+import functools
+import inspect
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meshpipe.compiler.fingerprint import fingerprint
+
+Leaves: TypeAlias = dict[str, jax.Array]
+"""Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
+LayerLike: TypeAlias = nnx.Module | Callable[..., nnx.Module]
+"""A module, or a constructor that takes an `nnx.Rngs` or nothing; with constructors no process ever holds the whole
+model."""
+
+TRAIN = "train"
+"""The keyword through which a layer's `__call__` learns whether it is training."""
+_INITIALISE, _RUN = 0, 1
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What dropout masks and other draws depend on, beside the path of the layer's random stream."""
+
+    seed: jax.Array
+    """Key data of the seed, uint32."""
+    step: jax.Array
+    microbatch: jax.Array
+    path_hashes: Mapping[str, jax.Array] = field(default_factory=dict)
+    """By path of a stream, where the hash is to be an input of a program; else it is a constant in it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer without its values: structure, the shape and logical axes of every leaf, and what its call takes."""
+
+    path: str
+    graphdef: nnx.GraphDef
+    structure: nnx.State
+    """Abstract variables of the whole module, in NNX's own form."""
+    params: Mapping[str, jax.ShapeDtypeStruct]
+    state: Mapping[str, jax.ShapeDtypeStruct]
+    """What forward may change beside random streams: batch statistics, caches."""
+    axes: Mapping[str, tuple[str | None, ...]]
+    """Logical axes of the leaves that name them."""
+    fields: tuple[str, ...]
+    """Batch fields that the call takes as keywords, and `train`."""
+    streams: tuple[str, ...]
+    """Paths of its random streams."""
+    make: Callable[[nnx.Rngs], nnx.Module]
+    values: Leaves | None
+    """The values of a module that was given ready-made; None where the constructor makes them."""
+
+    @property
+    def class_name(self) -> str:
+        root: Any = self.graphdef.nodes[0]
+        return root.type.__name__
+
+    @property
+    def has_randomness(self) -> bool:
+        return bool(self.streams)
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """Equal for layers that differ in nothing but their path and their values, so that one trace serves all."""
+        variables = nnx.to_flat_state(self.structure)
+        metadata = [v.get_metadata() if isinstance(v, nnx.Variable) else None for _, v in variables]
+        arrays = [(key, type(v), _value(v).shape, _value(v).dtype) for key, v in variables]
+        return fingerprint((self.graphdef, metadata, self.fields)), tuple(arrays)
+
+    def initialise(self, seed: jax.Array, path_hash: jax.Array) -> tuple[Leaves, Leaves]:
+        """Parameters and state from the seed's key and `path_hash` only.
+
+        To be traced under `jit`, where it allocates nothing.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(seed, _INITIALISE), path_hash)
+        with nnx.use_eager_sharding(False):
+            leaves = _leaves(self.path, nnx.state(self.make(nnx.Rngs(key))))
+        return {p: leaves[p] for p in self.params}, {p: leaves[p] for p in self.state}
+
+    def __call__(
+        self,
+        params: Mapping[str, jax.Array],
+        state: Mapping[str, jax.Array],
+        activation: Any,
+        batch: Mapping[str, Any],
+        randomness: Randomness,
+        *,
+        train: bool,
+    ) -> tuple[Any, Leaves]:
+        """The output of the layer and its state afterwards."""
+        variables = []
+        for key, variable in nnx.to_flat_state(self.structure):
+            path = _join(self.path, key)
+            if isinstance(variable, nnx.RngState):
+                value = _random_state(path, variable, randomness)
+            else:
+                value = params[path] if path in params else state[path]
+            variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
+        module = nnx.merge(self.graphdef, nnx.from_flat_state(variables))
+        module.train() if train else module.eval()
+        keywords = {name: train if name == TRAIN and name not in batch else batch[name] for name in self.fields}
+        output = module(activation, **keywords)
+        after = _leaves(self.path, nnx.state(module))
+        return output, {path: after[path] for path in self.state}
+
+
+def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) -> tuple[Layer, ...]:
+    """Every layer with its shapes, without allocating anything.
+
+    Raises `ValueError` when a layer is neither a module nor a constructor of one, or its call needs something that is
+    not a batch field.
+    """
+    if not layers:
+        raise ValueError("A model needs at least one layer. Got an empty list.")
+    fields = tuple(batch_fields)
+    made: dict[int, Layer] = {}
+    """By constructor, which is called once however often it stands in the list: it makes the same each time."""
+    result = []
+    for index, layer in enumerate(layers):
+        path = f"layers/{index}"
+        if id(layer) in made and not isinstance(layer, nnx.Module):
+            result.append(_at(path, made[id(layer)]))
+        else:
+            result.append(_abstract(path, layer, fields))
+            made[id(layer)] = result[-1]
+    return tuple(result)
+
+
+def _at(path: str, layer: Layer) -> Layer:
+    """The same layer at another place."""
+
+    def moved(leaf: str) -> str:
+        return path + leaf.removeprefix(layer.path)
+
+    return replace(
+        layer,
+        path=path,
+        params={moved(leaf): shape for leaf, shape in layer.params.items()},
+        state={moved(leaf): shape for leaf, shape in layer.state.items()},
+        axes={moved(leaf): names for leaf, names in layer.axes.items()},
+        streams=tuple(map(moved, layer.streams)),
+    )
+
+
+def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Layer:
+    make, ready = _constructor(path, layer)
+    kinds: list[tuple[type, nnx.GraphDef]] = []
+
+    def build() -> nnx.State:
+        module = _checked(path, make(nnx.Rngs(0)))
+        graphdef, structure = nnx.split(module)
+        _check_arrays(path, module, structure)
+        kinds.append((type(module), graphdef))
+        return structure
+
+    with nnx.use_eager_sharding(False):
+        structure = jax.eval_shape(build)
+    ((kind, graphdef),) = kinds
+    params: dict[str, jax.ShapeDtypeStruct] = {}
+    state: dict[str, jax.ShapeDtypeStruct] = {}
+    axes: dict[str, tuple[str | None, ...]] = {}
+    streams: list[str] = []
+    for key, variable in nnx.to_flat_state(structure):
+        leaf, value = _join(path, key), _value(variable)
+        if isinstance(variable, nnx.RngState):
+            streams += [leaf] if isinstance(variable, nnx.RngKey) else []
+            continue
+        trainable = isinstance(variable, nnx.Param) and jnp.issubdtype(value.dtype, jnp.inexact)
+        (params if trainable else state)[leaf] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        if isinstance(variable, nnx.Variable) and (names := variable.get_metadata().get("out_sharding")):
+            axes[leaf] = tuple(names)
+    return Layer(
+        path=path,
+        graphdef=graphdef,
+        structure=structure,
+        params=params,
+        state=state,
+        axes=axes,
+        fields=_fields(path, kind, batch_fields),
+        streams=tuple(streams),
+        make=make,
+        values=_leaves(path, nnx.state(ready)) if ready is not None else None,
+    )
+
+
+def _constructor(path: str, layer: LayerLike) -> tuple[Callable[[nnx.Rngs], nnx.Module], nnx.Module | None]:
+    if isinstance(layer, nnx.Module):
+        return lambda rngs: layer, layer
+    if not callable(layer):
+        raise ValueError(
+            f"A layer must be an nnx.Module or a constructor that takes nnx.Rngs. {path} is a {type(layer).__name__}. "
+            "For a constructor write e.g. lambda rngs: nnx.Linear(8, 8, rngs=rngs)."
+        )
+    parameters = _parameters(layer)
+    if "rngs" in parameters:
+        return lambda rngs: layer(rngs=rngs), None
+    return (layer if parameters else lambda rngs: layer()), None
+
+
+def _parameters(constructor: Callable[..., Any]) -> list[str]:
+    """What a constructor still takes. Of a class, `__init__` tells; its metaclass takes anything."""
+    given = constructor if isinstance(constructor, functools.partial) else functools.partial(constructor)
+    function: Any = given.func
+    start = function.__init__
+    if isinstance(function, type):
+        if start is object.__init__:
+            return []
+        given = functools.partial(start, None, *given.args, **given.keywords)
+    return list(inspect.signature(given).parameters)
+
+
+def _checked(path: str, module: Any) -> nnx.Module:
+    if not isinstance(module, nnx.Module):
+        raise ValueError(
+            f"A layer's constructor must return an nnx.Module. That of {path} returned a {type(module).__name__}. "
+            "Wrap a plain function in an nnx.Module whose __call__ calls it."
+        )
+    return module
+
+
+def _check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
+    """Flax 0.12 takes a plain array that is made under a trace for a constant, and the trace ends before it is used."""
+    keys = [tuple(map(str, key)) for key, _ in nnx.to_flat_state(structure)]
+    known = {key[:length] for key in keys for length in range(len(key) + 1)}
+    for where, node in nnx.iter_graph(module):
+        for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
+            attribute = (*map(str, where), name)
+            parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, nnx.Pytree | nnx.Variable))
+            if attribute not in known and any(isinstance(part, jax.Array) for part in parts):
+                raise ValueError(
+                    "The arrays of a layer must be variables. "
+                    f"{_join(path, attribute)} is a plain array; write nnx.Variable(...) around it, or "
+                    "nnx.Param(...) if it is trained."
+                )
+
+
+def _fields(path: str, kind: type, batch_fields: tuple[str, ...]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(kind.__call__).parameters.values())[2:]  # after self and the activation
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    offered = (*batch_fields, TRAIN)
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in offered:
+            raise ValueError(
+                "After its input, a layer's __call__ may only require batch fields and `train`. "
+                f"{path} ({kind.__name__}) requires {parameter.name!r}; the batch has {', '.join(batch_fields)}. "
+                "Add the field or give it a default."
+            )
+    return tuple(p.name for p in named if p.name in offered)
+
+
+def _random_state(path: str, variable: nnx.Variable, randomness: Randomness) -> jax.Array:
+    """Streams begin anew in every microbatch, from a key of seed, path, step and microbatch.
+
+    So recomputation draws the same.
+    """
+    abstract = variable.get_value()
+    if not isinstance(variable, nnx.RngKey):
+        return jnp.zeros(abstract.shape, abstract.dtype)
+    key = jax.random.fold_in(jax.random.wrap_key_data(randomness.seed), _RUN)
+    hashed = randomness.path_hashes.get(path, path_hash(path))
+    for data in (hashed, randomness.step, randomness.microbatch):
+        key = jax.random.fold_in(key, data)
+    return jax.random.split(key, abstract.shape) if abstract.shape else key
+
+
+def _leaves(path: str, state: nnx.State) -> Leaves:
+    flat = nnx.to_flat_state(state)
+    return {_join(path, key): _value(v) for key, v in flat if not isinstance(v, nnx.RngState)}
+
+
+def _value(variable: Any) -> Any:
+    """The array of a variable; an array that is an attribute of its own (`nnx.data`) stands for itself."""
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
+
+
+def _join(path: str, key: Sequence[Any]) -> str:
+    return "/".join((path, *map(str, key)))
+
+
+def path_hash(path: str) -> int:
+    """32 bits that stand for a leaf path in random keys; the same in every process and version."""
+    return zlib.crc32(path.encode())

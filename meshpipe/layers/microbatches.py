@@ -1,0 +1,112 @@
+"""The global batch: its fields, cut into microbatches, and which rows of them each stage reads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from meshpipe.mesh import DATA
+from meshpipe.sharding import place
+from meshpipe.stage.traced import TracedStage
+
+_PLACED = ("seed", "paths")
+"""Inputs of a stage that stay the same in every step."""
+
+
+class Microbatches:
+    """How a batch of the shape of an example is cut into `count` microbatches.
+
+    Raises `ValueError` when the example has no field `input`, or its size is not a multiple of `count` times the
+    mesh's data axis.
+    """
+
+    def __init__(self, batch: Mapping[str, Any], input: str, count: int, mesh: Mesh):
+        self.shapes, self.count = _batch_shapes(batch, input, count, mesh), count
+        """Of the fields of the whole batch, and the number of microbatches."""
+
+    @property
+    def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The fields after cutting: `[count, examples of a microbatch, ...]`."""
+        return {
+            name: jax.ShapeDtypeStruct((self.count, s.shape[0] // self.count, *s.shape[1:]), s.dtype)
+            for name, s in self.shapes.items()
+        }
+
+    def place(
+        self,
+        traced: Mapping[int, TracedStage],
+        batch: Mapping[str, Any],
+        step: int,
+        seed: Mapping[int, jax.Array],
+        paths: Mapping[int, jax.Array],
+    ) -> dict[int, Any]:
+        """What every traced stage reads of a batch, on its submesh, after what was placed before: `seed` and `paths`.
+
+        Raises `ValueError` when fields or shapes differ from those of the example.
+        """
+        self._check(batch)
+        fields: dict[str, Any] = {name: self._split(np.asarray(value)) for name, value in batch.items()}
+        fields["step"] = np.uint32(step)
+        wanted = {s: [fields[name] for name in stage.input_names if name not in _PLACED] for s, stage in traced.items()}
+        shardings = {
+            s: [
+                shape.sharding
+                for name, shape in zip(stage.input_names, stage.inputs, strict=True)
+                if name not in _PLACED
+            ]
+            for s, stage in traced.items()
+        }
+        arrays = place(wanted, shardings)
+        placed = {s: {"seed": seed[s], "paths": paths.get(s)} for s in traced}
+        return {
+            s: tuple(v for name, v in placed[s].items() if name in stage.input_names) + tuple(arrays[s])
+            for s, stage in traced.items()
+        }
+
+    def rows_read(self, traced: Mapping[int, TracedStage]) -> np.ndarray:
+        """Which rows of a batch the traced stages read on the devices of this process."""
+        size = next(iter(self.shapes.values())).shape[0]
+        positions = self._split(np.arange(size))
+        needed = np.zeros(size, bool)
+        for stage in traced.values():
+            for name, shape in zip(stage.input_names, stage.inputs, strict=True):
+                if name in self.shapes:
+                    assert shape.sharding is not None
+                    for index in shape.sharding.addressable_devices_indices_map(shape.shape).values():
+                        needed[positions[index[:2]]] = True
+        return np.flatnonzero(needed)
+
+    def _split(self, value: np.ndarray) -> np.ndarray:
+        return value.reshape(self.count, -1, *value.shape[1:])
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        found = {name: np.shape(value) for name, value in batch.items()}
+        expected = {name: shape.shape for name, shape in self.shapes.items()}
+        if found != expected:
+            raise ValueError(
+                f"Every batch must have the fields and shapes of the example batch, {expected}. Got {found}. "
+                "Drop or pad the last, smaller batch (with weight 0 in the loss)."
+            )
+
+
+def _batch_shapes(
+    batch: Mapping[str, Any], input: str, num_microbatches: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    if input not in batch:
+        raise ValueError(
+            f"`input` must name a field of the batch. Got {input!r}; the batch has {', '.join(batch) or 'no fields'}."
+        )
+    sizes = {name: (np.shape(value) or (0,))[0] for name, value in batch.items()}
+    if len(set(sizes.values())) > 1 or 0 in sizes.values():
+        raise ValueError(f"Every batch field must have the same leading dim, the batch size. Got {sizes}.")
+    parts = num_microbatches * mesh.shape.get(DATA, 1)
+    if sizes[input] % parts:
+        raise ValueError(
+            f"The batch size must be a multiple of num_microbatches * data. Got {sizes[input]} with "
+            f"{num_microbatches} * {mesh.shape.get(DATA, 1)} = {parts}. Choose a multiple of {parts}."
+        )
+    return {
+        name: jax.ShapeDtypeStruct(np.shape(v), jax.dtypes.canonicalize_dtype(v.dtype)) for name, v in batch.items()
+    }

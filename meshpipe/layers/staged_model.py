@@ -1,0 +1,322 @@
+"""A user's layers and loss cut into stages on the submeshes of a mesh, compiled and ready to run."""
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from meshpipe.compiler.cache import CompileCache
+from meshpipe.compiler.compiler import Compiler
+from meshpipe.config import Config
+from meshpipe.data import example_batch
+from meshpipe.host import keep_freed_memory
+from meshpipe.layers.initialise import placed
+from meshpipe.layers.layer import Layer, LayerLike, abstract_layers, path_hash
+from meshpipe.layers.microbatches import Microbatches
+from meshpipe.layers.stage_function import Loss, Metrics, stage_function, streams_of
+from meshpipe.mesh import DATA, make_mesh, on_cpu, submeshes
+from meshpipe.optimizer.parameters import StageParameters
+from meshpipe.optimizer.tied import borrowed
+from meshpipe.pipeline.config import CHECKPOINT_POLICIES, PipelineConfig
+from meshpipe.pipeline.executor import Executor
+from meshpipe.plan.layer_costs import ModelCosts
+from meshpipe.plan.lower import Program, lower
+from meshpipe.plan.partition import partition
+from meshpipe.plan.plan import Op, Plan
+from meshpipe.plan.schedules import forwards_of, make_plan
+from meshpipe.plan.simulate import Costs
+from meshpipe.plan.validate import validate
+from meshpipe.sharding import PRESETS, ShardingRules, is_local, place, replicated
+from meshpipe.stage.compile_stages import compile_stages
+from meshpipe.stage.traced import Boundary, StageSpec, TracedStage, boundary_after
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One stage as a table shows it."""
+
+    index: int
+    rank: int
+    layers: range
+    submesh: Mesh
+    parameter_count: int
+    parameter_bytes: int
+    """Over the whole submesh, each array counted once."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan and a cut that were chosen for a model, where its config names a way to choose."""
+
+    plan: Plan
+    cuts: tuple[range, ...]
+    """The layers of every stage."""
+    costs: ModelCosts | None
+    """What the layers were found to cost; None where nothing was measured or given."""
+
+
+class StagedModel:
+    """What a step computes: the stages, their compiled programs and the executor. It holds no training state.
+
+    `choice` has the plan and the cut; None takes those that the config names. Raises `ValueError` when these have to
+    be chosen first, as `meshpipe.choose` does.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerLike],
+        loss: Loss,
+        *,
+        batch: Mapping[str, Any],
+        mesh: Mesh,
+        input: str,
+        config: PipelineConfig,
+        metrics: Metrics | None = None,
+        tied: Sequence[Sequence[str]] = (),
+        rules: ShardingRules | None = None,
+        choice: Choice | None = None,
+    ):
+        self.mesh, self.rules, self.config, self.tied = mesh, rules or ShardingRules(), config, tied
+        self.microbatches = Microbatches(batch, input, config.num_microbatches, mesh)
+        self.layers = abstract_layers(layers, self.microbatches.shapes)
+        self.loss, self.input, self._metrics = loss, input, metrics
+        ranks = submeshes(mesh)
+        choice = choice or _as_named(config, len(ranks), len(self.layers))
+        self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
+        self.remat = config.remat_of_stages(self.plan.num_stages)
+        """The rematerialisation of every stage; None where it is yet to be chosen, as `choose_remat` does."""
+        self._cache: CompileCache | None = None
+        self._evaluation_traced: dict[int, TracedStage] | None = None
+        self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
+        self.local = tuple(s for s, submesh in enumerate(self._meshes) if is_local(submesh))
+        """Stages of which this process has devices; the others are known by their shapes alone."""
+        self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
+        self._gathered = [self._gathered_leaves(s) for s in range(self.plan.num_stages)]
+        if self.rules.gathered and self._splits_data and not any(self._gathered):
+            raise ValueError(
+                "Fully sharded parameters must name an axis for the data axis to split. Got a model that names none of "
+                f"{', '.join(self.rules.gathered)}. Name it with nnx.with_partitioning, or leave out --sharding."
+            )
+        self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
+
+    @property
+    def _splits_data(self) -> bool:
+        return self.mesh.shape.get(DATA, 1) > 1
+
+    @property
+    def stage_costs(self) -> Costs | None:
+        """The times of the stages in seconds; None where the layers' costs are not known."""
+        return None if self.layer_costs is None else self.layer_costs.of_stages(self.cuts)
+
+    @property
+    def layers_on_submeshes(self) -> list[tuple[Layer, Mesh]]:
+        """The layers of the local stages, in order."""
+        return [(self.layers[i], self._meshes[s]) for s in self.local for i in self.cuts[s]]
+
+    @classmethod
+    def from_config(cls, config: Config) -> "StagedModel":
+        """The model of a recipe on the mesh it asks for; nothing is allocated or compiled.
+
+        Raises `ValueError` when the parts of the config do not fit together or the devices are too few.
+        """
+        return cls(
+            config.model.layers(),
+            config.model.loss,
+            batch=example_batch(config.data.train_source(), config.batch_size),
+            mesh=make_mesh(config.mesh.pipeline, config.mesh.data, config.mesh.tensor),
+            input=config.model.input,
+            config=config.pipeline,
+            metrics=config.model.metrics,
+            tied=config.model.tied(),
+            rules=PRESETS[config.sharding],
+        )
+
+    @cached_property
+    def program(self) -> Program:
+        """The plan with its transfers, the same in every process."""
+        return lower(self.plan, reduces=self._splits_data)
+
+    def trace(self, remat: Sequence[str] | None = None) -> list[TracedStage]:
+        """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps.
+
+        `remat` has other names for the stages than those of the model.
+        """
+        names = self.remat if remat is None else remat
+        assert names is not None, "remat is to be chosen first"
+        traced = self._trace(range(self.plan.num_stages), remat=names, train=True)
+        return list(traced.values())
+
+    def compile(self, also: Sequence[Callable[[], None]] = (), compiler: Compiler | None = None) -> None:
+        """Traces the local stages one after the other, then compiles them, and `also`, in threads, where XLA runs at
+        once.
+        """
+        assert self.remat is not None, "remat is to be chosen first"
+        keep_freed_memory(self.mesh)
+        fused = None if on_cpu(self.mesh) else self.plan.fusible_stage
+        self.traced = self._trace(self.local, remat=self.remat, train=True)
+        _ = self._path_hashes  # placed now, not in the first step
+        compiler = compiler or Compiler()
+        self._cache = compiler.cache
+        ops = {action.op for action in self.plan.actions}
+        self.programs = compile_stages(self.traced, ops, self.remat, compiler, also, fused)
+        self.executor = Executor("train", self.program, self._meshes, self.traced, self.programs)
+
+    @cached_property
+    def evaluation(self) -> tuple[Executor, tuple[str, ...]]:
+        """A forward-only executor, compiled at its first use, and the names of the means that it sums up, which are
+        known where the last stage is local.
+        """
+        plan = forwards_of(self.plan)
+        names: list[str] = []
+        remat = ("none",) * self.plan.num_stages
+        traced = self._evaluation_traced = self._trace(self.local, remat=remat, train=False, names=names)
+        programs = compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache))
+        return Executor("evaluate", lower(plan, reduces=self._splits_data), self._meshes, traced, programs), (
+            "loss",
+            *names,
+        )
+
+    def place_seed(self, seed: int) -> dict[int, jax.Array]:
+        """The seed's key data on every local stage's submesh."""
+        data = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        return {s: place(data, replicated(self._meshes[s])) for s in self.local}
+
+    def inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array], step: int) -> dict[int, Any]:
+        """What every local stage reads of a global batch, split into microbatches on its submesh."""
+        return self.microbatches.place(self.traced, batch, step, seed, self._path_hashes)
+
+    def evaluation_inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array]) -> dict[int, Any]:
+        """The same for `evaluation`."""
+        _ = self.evaluation
+        assert self._evaluation_traced is not None
+        return self.microbatches.place(self._evaluation_traced, batch, 0, seed, self._path_hashes)
+
+    def rows_read(self, *, evaluation: bool = False) -> np.ndarray:
+        """Which rows of a global batch the local stages read, in training or in evaluation."""
+        traced = self._evaluation_traced if evaluation else self.traced
+        assert traced is not None, "compile first"
+        return self.microbatches.rows_read(traced)
+
+    def _trace(
+        self, wanted: Collection[int], *, remat: Sequence[str], train: bool, names: list[str] | None = None
+    ) -> dict[int, TracedStage]:
+        """The wanted stages traced; of others only the shapes of what they hand on are found out."""
+        fields = self.microbatches.fields
+        traced: dict[int, TracedStage] = {}
+        seen: dict[Hashable, TracedStage] = {}
+        handed_on: dict[Hashable, Boundary] = {}
+        boundary: Boundary | None = None
+        for s, (mesh, owned) in enumerate(zip(self._meshes, self.parameters, strict=True)):
+            spec = StageSpec(
+                index=s,
+                mesh=mesh,
+                function=stage_function(
+                    s,
+                    [self.layers[i] for i in self.cuts[s]],
+                    input=self.input if s == 0 else None,
+                    loss=self.loss if s == self.plan.num_stages - 1 else None,
+                    metrics=self._metrics if names is not None else None,
+                    names=names,
+                    train=train,
+                ),
+                params=owned.params,
+                state=owned.state,
+                is_first=s == 0,
+                is_last=s == self.plan.num_stages - 1,
+                streams=len(self._streams(s)),
+                gathered=self._gathered[s],
+                checkpoint_policy=_policy(remat[s]),
+            )
+            kind = self._kind(spec, boundary, remat[s])
+            if s not in wanted:
+                if s > max(wanted):
+                    break
+                if kind not in handed_on:
+                    handed_on[kind] = boundary_after(spec, boundary, fields)
+                boundary = handed_on[kind]
+                continue
+            if boundary is not None and kind in seen:
+                traced[s] = seen[kind].twin(spec, boundary)
+            else:
+                traced[s] = seen[kind] = TracedStage(spec, boundary, fields)
+            boundary = traced[s].boundary_out
+        return traced
+
+    def _streams(self, stage: int) -> list[str]:
+        return streams_of([self.layers[i] for i in self.cuts[stage]])
+
+    @cached_property
+    def _path_hashes(self) -> dict[int, jax.Array]:
+        """On the submesh of every stage with random streams, what tells its draws from those of other stages."""
+        hashes = {s: [path_hash(path) for path in self._streams(s)] for s in self.local}
+        return {
+            s: place(np.array(found, np.uint32), replicated(self._meshes[s])) for s, found in hashes.items() if found
+        }
+
+    def _kind(self, spec: StageSpec, boundary: Boundary | None, remat: str) -> Hashable:
+        """Equal for stages that one trace serves, among those of one call of `_trace`; their paths may differ."""
+        kinds = tuple(self.layers[i].kind for i in self.cuts[spec.index])
+        leaves = [*spec.params.values(), *spec.state.values()]
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
+        gathered = tuple(path in spec.gathered for path in spec.params)
+        return spec.is_first, spec.is_last, kinds, shapes, gathered, remat, None if boundary is None else boundary.kind
+
+    def _parameters(self, stage: int, borrowed_leaves: frozenset[str]) -> StageParameters:
+        params: dict[str, jax.ShapeDtypeStruct] = {}
+        state: dict[str, jax.ShapeDtypeStruct] = {}
+        for index in self.cuts[stage]:
+            of_params, of_state = placed(self.layers[index], self._meshes[stage], self.rules)
+            params.update(of_params)
+            state.update(of_state)
+        return StageParameters(self._meshes[stage], params, state, borrowed_leaves.intersection(params))
+
+    def _gathered_leaves(self, stage: int) -> frozenset[str]:
+        """The stage's parameters that are split over the data axis between steps alone."""
+        if not self._splits_data:
+            return frozenset()
+        axes = {path: names for index in self.cuts[stage] for path, names in self.layers[index].axes.items()}
+        params = self.parameters[stage].params
+        return frozenset(path for path in params if self.rules.gathered.intersection(axes.get(path, ())))
+
+    def _info(self, stage: int) -> StageInfo:
+        leaves = self.parameters[stage].params.values()
+        return StageInfo(
+            index=stage,
+            rank=self.plan.stage_ranks[stage],
+            layers=self.cuts[stage],
+            submesh=self._meshes[stage],
+            parameter_count=sum(leaf.size for leaf in leaves),
+            parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+        )
+
+
+def training_plan(config: PipelineConfig, num_ranks: int) -> Plan:
+    """The plan of a schedule that has a name or a file.
+
+    Raises `ValueError` when there is none, it breaks a rule, or it trains nothing.
+    """
+    plan = make_plan(config.schedule, num_ranks, config.num_microbatches, stages_per_rank=config.stages_per_rank)
+    validate(plan)
+    if plan.forward_only:
+        raise ValueError(
+            f"Training needs a schedule with backwards. Got {config.schedule!r}, which has none. Choose e.g. 1f1b."
+        )
+    return plan
+
+
+def _as_named(config: PipelineConfig, num_ranks: int, num_layers: int) -> Choice:
+    if config.partition in ("cost", "measured"):
+        raise ValueError(
+            "Stages must be known before they are made. "
+            f"Got partition {config.partition!r}, which meshpipe.choose.chooser.Chooser and meshpipe.Trainer resolve."
+        )
+    plan = training_plan(config, num_ranks)
+    return Choice(plan, partition(num_layers, plan.num_stages, config.boundaries), None)
+
+
+def _policy(remat: str) -> Callable[..., bool] | None:
+    return getattr(jax.checkpoint_policies, remat) if remat in CHECKPOINT_POLICIES else None

@@ -1,0 +1,1 @@
+"""What really happened in a step: times, hangs, numbers that are not finite."""

@@ -1,0 +1,116 @@
+"""When each action and transfer of a real step ran."""
+
+import time
+from collections.abc import Hashable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from meshpipe.pipeline.executor import Executor
+from meshpipe.plan.lower import Buffer, Compute, Transfer
+from meshpipe.plan.plan import Action, Plan
+from meshpipe.plan.simulate import Timeline
+
+Arrays = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """One step as it ran, in seconds from its first dispatch."""
+
+    timeline: Timeline
+    """Of the ranks that live here."""
+    transfers: Mapping[Transfer, tuple[float, float]]
+    """Start and end of each, of those that end here."""
+    begin: float
+    """`time.perf_counter()` of that dispatch."""
+
+
+class StepClock:
+    """Observes a step and times it without holding it up: a thread for every rank waits for its results in turn.
+
+    JAX tells when an array is ready, not when its computation began. So an action starts when the one before it on its
+    rank has ended, when what it reads has arrived, or when it was dispatched, whichever is last; that is its true start
+    wherever a device runs one program at a time.
+    """
+
+    def __init__(self, plan: Plan, added: Iterable[Arrays]):
+        """`added` has examples of the arrays that actions add to, for which a probe is compiled before the step."""
+        self._plan = plan
+        for arrays in added:
+            if arrays:
+                jax.block_until_ready(_probe(_smallest(arrays)))
+        self._lanes: dict[Hashable, ThreadPoolExecutor] = {}
+        self._seen: list[tuple[Compute | Transfer, float, Future[float] | None]] = []
+        self._begin = self._dispatch = time.perf_counter()
+
+    def observe(self, instruction: Compute | Transfer, made: Arrays, added: Arrays) -> None:
+        """To be called after each dispatch, in the order of the program."""
+        # What an action adds to is handed over to the next one at once; a copy of the smallest is ready just after it.
+        array = _smallest(made) if made else _probe(_smallest(added)) if added else None
+        end = None if array is None else self._lane(instruction).submit(_ready_time, array)
+        self._seen.append((instruction, self._dispatch, end))
+        self._dispatch = time.perf_counter()
+
+    def finish(self) -> MeasuredStep:
+        """Waits for the end of the step."""
+        starts: dict[Action, float] = {}
+        ends: dict[Action, float] = {}
+        transfers: dict[Transfer, tuple[float, float]] = {}
+        ready: dict[Buffer, float] = {}
+        free_at: dict[int, float] = {}
+        for instruction, dispatch, future in self._seen:
+            reads = (instruction.source,) if isinstance(instruction, Transfer) else instruction.reads
+            start = max(dispatch - self._begin, *(ready.get(buffer, 0.0) for buffer in reads), 0.0)
+            if isinstance(instruction, Compute):
+                start = max(start, free_at.get(instruction.rank, 0.0))
+            if isinstance(instruction, Transfer) and future is None:  # it ends elsewhere
+                continue
+            # A result that was ready before its thread looked has an end that is a little late, never early.
+            end = start if future is None else max(start, future.result() - self._begin)
+            if isinstance(instruction, Transfer):
+                transfers[instruction] = start, end
+                ready[instruction.target] = end
+                continue
+            starts[instruction.action], ends[instruction.action] = start, end
+            free_at[instruction.rank] = end
+            ready.update(dict.fromkeys(instruction.writes, end))
+        for lane in self._lanes.values():
+            lane.shutdown()
+        return MeasuredStep(Timeline(self._plan, starts, ends), transfers, self._begin)
+
+    def _lane(self, instruction: Compute | Transfer) -> ThreadPoolExecutor:
+        """The thread that waits for what this rank computes, or receives from one side."""
+        key: Hashable = instruction.rank if isinstance(instruction, Compute) else _side(instruction)
+        if key not in self._lanes:
+            self._lanes[key] = ThreadPoolExecutor(1, "clock")
+        return self._lanes[key]
+
+
+def measure_step(
+    executor: Executor, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
+) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays, MeasuredStep]:
+    """What `Executor.run` gives, after waiting for it, and when each action and transfer ran."""
+    examples = executor.accumulators()
+    jax.block_until_ready((params, state, inputs, examples))
+    clock = StepClock(executor.plan, examples)
+    gradients, after, totals = executor.run(params, state, inputs, clock.observe)
+    return gradients, after, totals, clock.finish()
+
+
+def _side(transfer: Transfer) -> tuple[int, int, str]:
+    return transfer.source_rank, transfer.target_rank, transfer.target.kind
+
+
+def _smallest(arrays: Arrays) -> jax.Array:
+    return min(arrays, key=lambda array: array.nbytes)
+
+
+_probe = jax.jit(jnp.copy)
+
+
+def _ready_time(array: jax.Array) -> float:
+    jax.block_until_ready(array)
+    return time.perf_counter()

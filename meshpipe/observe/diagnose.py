@@ -1,0 +1,106 @@
+"""Finding where a step first stopped being finite, by running it again layer by layer."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meshpipe.layers.layer import Leaves, Randomness
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.sharding import replicated
+
+
+def first_non_finite(
+    model: StagedModel, params: Leaves, state: Leaves, seed: int, step: int, batch: Mapping[str, Any]
+) -> str:
+    """What was not finite first, in words, with stage, microbatch and layer.
+
+    Forward is run again microbatch by microbatch and layer by layer on the submeshes, then backward from the loss down.
+    Slow, and only for a step that has failed; `params` and `state` are those before it.
+    """
+    for path, leaf in params.items():
+        if not _all_finite([leaf]):
+            return f"parameter {path} already is not finite before the step."
+    seed_data = jax.random.key_data(jax.random.key(seed))
+    weights = []
+    for microbatch in range(model.config.num_microbatches):
+        fields = {
+            name: np.split(np.asarray(value), model.config.num_microbatches)[microbatch]
+            for name, value in batch.items()
+        }
+        for name, value in fields.items():
+            if not _all_finite([value]):
+                return f"batch field {name!r} is not finite in microbatch {microbatch}."
+        randomness = Randomness(seed_data, jnp.uint32(step), jnp.uint32(microbatch))
+        found, weight, state = _replay(model, params, state, fields, randomness)
+        if found:
+            return f"{found} in microbatch {microbatch}."
+        weights.append(weight)
+    if not sum(weights):
+        return "the weight of the loss is 0 over the whole batch, so there is nothing to take a mean of."
+    return "every layer's forward and gradient is finite by itself; the sum over the microbatches overflows."
+
+
+def _replay(
+    model: StagedModel, params: Leaves, state: Leaves, batch: Mapping[str, Any], randomness: Randomness
+) -> tuple[str | None, float, Leaves]:
+    """One microbatch: the first value that is not finite, the weight of the loss, and the state afterwards."""
+    value: Any = jnp.asarray(batch[model.input])
+    pullbacks = []
+    for stage, cut in enumerate(model.cuts):
+        place = replicated(model.stages[stage].submesh)
+        value = jax.device_put(value, place)
+        fields = jax.device_put(dict(batch), place)
+        draws = jax.device_put((randomness.seed, randomness.step, randomness.microbatch), place)
+        for index in cut:
+            layer = model.layers[index]
+            where = f"{layer.path} (stage {stage})"
+            own = {path: params[path] for path in layer.params}
+            kept = {path: state[path] for path in layer.state}
+
+            def forward(
+                own: Leaves,
+                value: Any,
+                layer: Any = layer,
+                kept: Leaves = kept,
+                fields: Any = fields,
+                draws: Any = draws,
+            ) -> Any:
+                return layer(own, kept, value, fields, Randomness(*draws), train=True)
+
+            with jax.set_mesh(model.stages[stage].submesh):
+                value, pullback, after = jax.vjp(forward, own, value, has_aux=True)
+            if not _all_finite(jax.tree.leaves((value, after))):
+                return f"the output of {where} is not finite", 0.0, state
+            state = {**state, **after}
+            pullbacks.append((where, place, pullback))
+    (total, weight), pullback = _loss(model, value, fields)
+    if not _all_finite([total, weight]):
+        return "every layer's output is finite, and the loss is not", 0.0, state
+    (gradient,) = pullback(jnp.ones_like(total))
+    if not _all_finite(jax.tree.leaves(gradient)):
+        return "the gradient of the loss with respect to the last layer's output is not finite", 0.0, state
+    for where, place, pull in reversed(pullbacks):
+        own_gradient, gradient = pull(jax.device_put(gradient, place))
+        for path, leaf in own_gradient.items():
+            if not _all_finite([leaf]):
+                return f"outputs and loss are finite; the gradient of {path} in {where} is not", 0.0, state
+        if not _all_finite(jax.tree.leaves(gradient)):
+            return f"outputs and loss are finite; the gradient of the input of {where} is not", 0.0, state
+    return None, float(weight), state
+
+
+def _loss(model: StagedModel, value: Any, fields: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    def loss(value: Any) -> tuple[jax.Array, jax.Array]:
+        total, weight = model.loss(value, fields)
+        return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
+
+    total, pullback, weight = jax.vjp(loss, value, has_aux=True)
+    return (total, weight), pullback
+
+
+def _all_finite(leaves: Iterable[Any]) -> bool:
+    floating = [v for v in leaves if jnp.issubdtype(v.dtype, jnp.inexact)]
+    return all(bool(np.isfinite(np.asarray(v, np.float64)).all()) for v in floating)

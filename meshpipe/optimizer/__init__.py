@@ -1,0 +1,1 @@
+"""Optax on every stage, and what must cross stages: the norm, and tied parameters."""

@@ -1,0 +1,68 @@
+"""The optimizer of a recipe and its learning-rate schedule."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (arXiv 1711.05101), or SGD with momentum."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate falls after the warm-up, to 0 (constant: not at all) at the last step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; leaves with fewer than two dims (norms, biases) are left alone."""
+    beta1: float = 0.9
+    """AdamW's decay rate of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay rate of the mean squared gradient."""
+    momentum: float = 0.0
+    """SGD's momentum; 0 is plain SGD."""
+    clip_norm: float | None = None
+    """Largest global gradient norm; larger gradients are scaled down to it. None clips nothing."""
+
+    def __post_init__(self) -> None:
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"--clip-norm must be above 0, or left out. Got {self.clip_norm}.")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:  # False for NaN as well
+                raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0. Got {value}.")
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        """Learning rate of each update of a run of `steps` updates."""
+        after = max(steps - self.warmup_steps, 1)
+        decay: optax.Schedule
+        if self.decay == "cosine":
+            decay = optax.cosine_decay_schedule(self.learning_rate, after)
+        elif self.decay == "linear":
+            decay = optax.linear_schedule(self.learning_rate, 0.0, after)
+        else:
+            decay = optax.constant_schedule(self.learning_rate)
+        warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps + 1)
+        if not self.warmup_steps:
+            return decay
+        return optax.join_schedules([lambda count: warmup(count + 1), decay], [self.warmup_steps])
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The transformation; clipping is not part of it, since it must see every stage."""
+        rate = self.schedule(steps)
+        if self.optimizer == "adamw":
+            return optax.adamw(rate, self.beta1, self.beta2, weight_decay=self.weight_decay, mask=matrices)
+        decay = optax.add_decayed_weights(self.weight_decay, mask=matrices) if self.weight_decay else optax.identity()
+        return optax.chain(decay, optax.sgd(rate, momentum=self.momentum or None))
+
+
+def matrices(params: Any) -> Any:
+    """True for the leaves that weight decay is for: those with two or more dims."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)

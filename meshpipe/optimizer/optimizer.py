@@ -1,0 +1,276 @@
+"""Optax on every stage, and what must cross stages: the global norm, clipping by it, and tied parameters."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from meshpipe.compiler.compiler import Compiler
+from meshpipe.optimizer.parameters import Shapes, StageParameters
+from meshpipe.optimizer.separable import kinds_of_updates
+from meshpipe.pipeline.transfer import transfer_between
+from meshpipe.sharding import abstract, is_local, place, replicated
+
+Arrays = tuple[jax.Array, ...]
+Move = Callable[[Arrays | None], Arrays | None]
+
+
+class Optimizer:
+    """Updates every stage's parameters where they live, from gradients of the summed loss.
+
+    The loss is normalised once, by the weight of the whole batch; the global norm counts every parameter once. A step
+    whose loss or gradients are not finite leaves parameters, optimizer and state as they were, and so do all steps
+    after it until `reset`. Raises `ValueError` for a transformation that mixes gradients of different stages.
+    """
+
+    def __init__(
+        self,
+        transformation: optax.GradientTransformation,
+        stages: Sequence[StageParameters],
+        clip_norm: float | None = None,
+    ):
+        self._kinds = kinds_of_updates(transformation, [stage.owned for stage in stages])
+        self._transformation = transformation
+        self._stages = stages
+        self._clip_norm = clip_norm
+        self._last = replicated(stages[-1].mesh)
+        self._everywhere = [replicated(stage.mesh) for stage in stages]
+        self.state_shapes = [self._state_shapes(stage) for stage in stages]
+        self._inits: dict[int, Any] = {}
+        self._norms: dict[int, Any] = {}
+        self._updates: dict[int, Any] = {}
+        self._local = [i for i, stage in enumerate(stages) if is_local(stage.mesh)]
+        self._last_is_local = is_local(stages[-1].mesh)
+        self._up, self._down = self._links()
+        self._nothing = {i: place(np.float32(0), self._everywhere[i]) for i in self._local}
+        self.reset()
+        self.finite: dict[int, jax.Array] = {i: place(np.bool_(True), self._everywhere[i]) for i in self._local}
+        """For each local stage, whether the last update left its parameters finite."""
+
+    def _links(self) -> tuple[dict[int, Move], dict[int, Move]]:
+        """What moves sums of squares from each stage to its parent, and scalars back, where one end is here."""
+        up: dict[int, Move] = {}
+        down: dict[int, Move] = {}
+        for i, stage in enumerate(self._stages[:-1]):
+            above = parent(i, len(self._stages))
+            if i in self._local or above in self._local:
+                scalar = abstract((), jnp.float32, self._everywhere[i])
+                # Loss and norm are read in every process.
+                scalars = (scalar, abstract((), jnp.bool_, self._everywhere[i]), scalar, scalar)
+                square = abstract((), jnp.float32, self._everywhere[above])
+                mesh = self._stages[above].mesh
+                up[i] = transfer_between(f"norm {i}", stage.mesh, (square,))
+                down[i] = transfer_between(f"scale {i}", mesh, scalars if jax.process_count() > 1 else scalars[:2])
+        return up, down
+
+    def _state_shapes(self, stage: StageParameters) -> Any:
+        """Optax's state of a stage, its parameter-like leaves placed like the parameters."""
+        owned, everywhere = stage.owned, replicated(stage.mesh)
+
+        def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            params = [owned[key.key] for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in owned]
+            like = [param.sharding for param in params if param.shape == leaf.shape]
+            return abstract(leaf.shape, leaf.dtype, like[0] if like else everywhere)
+
+        return jax.tree_util.tree_map_with_path(place, _initial(self._transformation, owned))
+
+    def init(self, params: Mapping[int, Arrays]) -> dict[int, Any]:
+        """Optax's state of every local stage, made on its submesh."""
+        compiler = Compiler()
+        states = {}
+        for index, leaves in params.items():
+            program = self._inits.get(index) or self._compile_init(index, compiler)
+            states[index] = jax.tree.unflatten(jax.tree.structure(self.state_shapes[index]), program(leaves))
+        return states
+
+    def _compile_init(self, index: int, compiler: Compiler) -> Any:
+        stage, shapes = self._stages[index], self.state_shapes[index]
+
+        def init(params: Arrays) -> list[jax.Array]:
+            named = dict(zip(stage.params, params, strict=True))
+            return jax.tree.leaves(self._transformation.init({path: named[path] for path in stage.owned}))
+
+        shardings = [shape.sharding for shape in jax.tree.leaves(shapes)]
+        return compiler.compile(jax.jit(init, out_shardings=shardings).lower(tuple(stage.params.values())), stage.mesh)
+
+    def reset(self) -> None:
+        """Lets updates happen again after a step that was not finite."""
+        where = self._last if self._last_is_local else self._everywhere[self._local[0]]
+        self.good: jax.Array = place(np.bool_(True), where)
+
+    def compile(self, compiler: Compiler | None = None) -> None:
+        """Compiles what `init` and `update` run, in threads.
+
+        Programs see leaves without their paths, so that stages of equal shapes that are updated alike share them: the
+        first is traced and compiled, the others get copies.
+        """
+        programs = compiler or Compiler()
+        firsts: dict[Hashable, int] = {}
+        for index in self._local:
+            firsts.setdefault(self._kind(index), index)
+
+        def copy_stage(index: int) -> None:
+            first = firsts[self._kind(index)]
+            for found in (self._norms, self._updates, self._inits):
+                copy = programs.copy(found[first], self._stages[index].mesh)
+                if copy is None:
+                    return compile_stage(index)
+                found[index] = copy
+            return None
+
+        def compile_stage(index: int) -> None:
+            stage, treedef = self._stages[index], jax.tree.structure(self.state_shapes[index])
+            opt_state = jax.tree.leaves(self.state_shapes[index])
+            update_tree = self._update(stage)
+
+            def update(params, leaves, *arguments):  # type: ignore[no-untyped-def]
+                changed, new_state, *others = update_tree(params, jax.tree.unflatten(treedef, leaves), *arguments)
+                return changed, jax.tree.leaves(new_state), *others
+
+            gradients = _accumulators(stage)
+            scalar = abstract((), jnp.float32, self._everywhere[index])
+            good = abstract((), jnp.bool_, self._everywhere[index])
+            params, state = tuple(stage.params.values()), tuple(stage.state.values())
+            shardings = jax.tree.map(lambda s: s.sharding, (params, opt_state, state, good))
+            norm = jax.jit(self._sum_of_squares(stage), out_shardings=self._everywhere[index])
+            self._norms[index] = programs.compile(norm.lower(gradients, (scalar, scalar)), stage.mesh)
+            jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
+            arguments = (params, opt_state, gradients, state, state, scalar, good)
+            self._updates[index] = programs.compile(jitted.lower(*arguments), stage.mesh)
+            self._inits[index] = self._compile_init(index, programs)
+
+        def compile_summary() -> None:
+            scalar, good = abstract((), jnp.float32, self._last), abstract((), jnp.bool_, self._last)
+            summary = jax.jit(self._summary, out_shardings=self._last)
+            lowered = summary.lower(scalar, (scalar, scalar), good)
+            self._summarise = programs.compile(lowered, self._stages[-1].mesh)
+
+        with ThreadPoolExecutor() as pool:
+            originals = [pool.submit(compile_stage, index) for index in firsts.values()]
+            if self._last_is_local:
+                originals.append(pool.submit(compile_summary))
+            for original in originals:
+                original.result()
+            list(pool.map(copy_stage, [index for index in self._local if index not in firsts.values()]))
+
+    def _kind(self, index: int) -> Hashable:
+        """Equal for stages that one program serves."""
+        stage = self._stages[index]
+        leaves = [*stage.params.values(), *stage.state.values(), *jax.tree.leaves(self.state_shapes[index])]
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
+        borrowed = tuple(path in stage.borrowed for path in stage.params)
+        alone = index if self._kinds[index] is None else None
+        return self._kinds[index], alone, shapes, borrowed, len(stage.params)
+
+    def update(
+        self,
+        params: Mapping[int, Arrays],
+        states: Mapping[int, Any],
+        gradients: Mapping[int, Arrays],
+        before: Mapping[int, Arrays],
+        after: Mapping[int, Arrays],
+        totals: Arrays,
+    ) -> tuple[dict[int, Arrays], dict[int, Any], dict[int, Arrays], tuple[jax.Array, jax.Array, jax.Array]]:
+        """New parameters, optimizer state and other state of every local stage; loss, gradient norm, whether all is
+        finite.
+
+        `params` and `states` are donated; `before` and `after` are the non-parameter state at both ends of the step.
+        `totals` are those of the last stage, where it is local.
+        """
+        last = len(self._stages) - 1
+        below: dict[int, Arrays] = dict.fromkeys(self._local, ())
+
+        def square_of(i: int) -> Arrays:
+            return (self._norms[i](gradients[i], (below[i] + (self._nothing[i],) * 2)[:2]),)
+
+        for i, move in self._up.items():
+            arrived = move(square_of(i) if i in below else None)
+            if arrived is not None:
+                below[parent(i, len(self._stages))] += arrived
+        scalars: dict[int, Arrays | None] = {}
+        if self._last_is_local:
+            loss, norm, scale, self.good = self._summarise(*square_of(last), totals, self.good)
+            scalars[last] = scale, self.good, loss, norm
+        for i, move in reversed(self._down.items()):
+            above = scalars.get(parent(i, len(self._stages)))
+            scalars[i] = move(above if above is None or jax.process_count() > 1 else above[:2])
+        results = {}
+        for i, leaves in params.items():
+            scale, good, *_ = scalars[i]  # type: ignore[misc]
+            opt_state = jax.tree.leaves(states[i])
+            results[i] = self._updates[i](leaves, opt_state, gradients[i], before[i], after[i], scale, good)
+        summed = scalars[last if self._last_is_local else self._local[0]]
+        assert summed is not None
+        _, self.good, loss, norm = summed
+        new_params, leaves_of, new_state = ({i: r[k] for i, r in results.items()} for k in range(3))
+        new_states = {i: jax.tree.unflatten(jax.tree.structure(states[i]), new) for i, new in leaves_of.items()}
+        self.finite = {i: r[3] for i, r in results.items()}
+        return new_params, new_states, new_state, (loss, norm, self.good)
+
+    def _sum_of_squares(self, stage: StageParameters) -> Callable[[Arrays, Arrays], jax.Array]:
+        counted = [path not in stage.borrowed for path in stage.params]
+
+        def sum_of_squares(gradients: Arrays, below: Arrays) -> jax.Array:
+            squares = (jnp.sum(jnp.square(g.astype(jnp.float32))) for g, c in zip(gradients, counted, strict=True) if c)
+            return sum(below, start=sum(squares, start=jnp.zeros((), jnp.float32)))
+
+        return sum_of_squares
+
+    def _summary(
+        self, square: jax.Array, totals: Arrays, good: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        total, weight = totals
+        loss, norm = total / weight, jnp.sqrt(square) / weight
+        clip = self._clip_norm
+        factor = jnp.ones(()) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
+        return loss, norm, factor / weight, good & jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    def _update(self, stage: StageParameters) -> Callable[..., tuple[Arrays, Any, Arrays, jax.Array]]:
+        def update(params, opt_state, gradients, before, after, scale, good):  # type: ignore[no-untyped-def]
+            named = dict(zip(stage.params, params, strict=True))
+            owned = {path: named[path] for path in stage.owned}
+            scaled = {
+                path: (gradient * scale).astype(named[path].dtype)
+                for path, gradient in zip(stage.params, gradients, strict=True)
+                if path in owned
+            }
+            updates, new_state = self._transformation.update(scaled, opt_state, owned)
+            new = {**named, **optax.apply_updates(owned, updates)}
+
+            def keep(changed: Any, unchanged: Any) -> Any:
+                return jax.tree.map(lambda a, b: jnp.where(good, a, b), changed, unchanged)
+
+            changed = keep(tuple(new[p] for p in stage.params), params)
+            finite = jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in changed])) if changed else jnp.bool_(True)
+            return changed, keep(new_state, opt_state), keep(after, before), finite
+
+        return update
+
+
+def parent(stage: int, num_stages: int) -> int:
+    """The stage that takes this one's sum and hands it the scalars of the update: a binary tree below the last stage.
+
+    So every stage has at most three others to do with, however many there are, and waits for as many hops as the tree
+    is deep. A parent comes after its children.
+    """
+    return num_stages - 1 - (num_stages - 2 - stage) // 2
+
+
+def _accumulators(stage: StageParameters) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in stage.params.values())
+
+
+def _initial(transformation: optax.GradientTransformation, params: Shapes) -> Any:
+    try:
+        return jax.eval_shape(transformation.init, params)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            "An optimizer sees the parameters of one stage at a time, a dict by leaf path. "
+            f"Got a transformation that cannot start from {', '.join(params) or 'a stage without parameters'}. Write "
+            "masks and labels as functions of the parameters, e.g. mask=lambda params: jax.tree.map(...). Optax says: "
+            f"{error}"
+        ) from error

@@ -1,0 +1,24 @@
+"""What the optimizer knows of a stage."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """What the optimizer knows of a stage: where it is, its parameters and state."""
+
+    mesh: Mesh
+    params: Shapes
+    state: Shapes
+    borrowed: frozenset[str] = frozenset()
+    """Tied parameters that another leaf owns: they get the owner's value after every update."""
+
+    @property
+    def owned(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {path: shape for path, shape in self.params.items() if path not in self.borrowed}

@@ -1,0 +1,141 @@
+"""Whether an Optax transformation can update every stage by itself, and which stages it updates in the same way."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
+
+from meshpipe.stage.jaxpr import MissingInputError, extract, inline, variables
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def kinds_of_updates(transformation: optax.GradientTransformation, stages: Sequence[Shapes]) -> list[Hashable]:
+    """For each stage, something that is equal for those whose states start and change in the same way but for names;
+    None where that cannot be told.
+
+    Masks and labels may look at names, so this is found in the traced programs of the whole model. Raises `ValueError`
+    when a stage's update would need another stage's gradients, which a stage does not have, or random numbers.
+    """
+    if len(stages) < 2:
+        return [None] * len(stages)
+    params = {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
+    start, state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
+    update, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
+    _check_separable(update, shapes, stages, params, state)
+    places = [{path: number for number, path in enumerate(stage)} for stage in stages]
+    starts = _parts_of_stages(inline(start), (params,), state, places)
+    updates = _parts_of_stages(inline(update), (params, state, params), shapes, places)
+    return [None if None in parts else parts for parts in zip(starts, updates, strict=True)]
+
+
+def _parts_of_stages(
+    closed: ClosedJaxpr, inputs: Any, outputs: Any, places: Sequence[Mapping[str, int]]
+) -> list[Hashable]:
+    """For each stage, the part of a traced program that its leaves go through, with places instead of names.
+
+    None where one operation works on leaves of several stages (a `cond`), though it does not mix them.
+    """
+    given = _leaves_of_stages(inputs, closed.jaxpr.invars, places)
+    wanted = _leaves_of_stages(outputs, closed.jaxpr.outvars, places)
+    equations = _equations_of_stages(closed.jaxpr, [[v for _, v in leaves] for leaves in wanted])
+    parts: list[Hashable] = []
+    for there, asked, own in zip(given, wanted, equations, strict=True):
+        program = ClosedJaxpr(closed.jaxpr.replace(eqns=own), closed.consts)
+        try:
+            part = extract(program, [v for _, v in there], [v for _, v in asked])
+        except MissingInputError:
+            parts.append(None)
+            continue
+        constants = tuple((str(np.asarray(c).dtype), np.shape(c), np.asarray(c).tobytes()) for c in part.consts)
+        parts.append((str(part.jaxpr), constants, tuple(name for name, _ in there), tuple(name for name, _ in asked)))
+    return parts
+
+
+def _leaves_of_stages(
+    tree: Any, atoms: Sequence[Any], places: Sequence[Mapping[str, int]]
+) -> list[list[tuple[str, Any]]]:
+    """For each stage its leaves, and those that belong to no parameter, in an order that names do not change."""
+    stage_of = {path: stage for stage, place in enumerate(places) for path in place}
+    found: list[list[tuple[str, Any]]] = [[] for _ in places]
+    for (path, _), variable in zip(jax.tree_util.tree_flatten_with_path(tree)[0], atoms, strict=True):
+        named = [(key, getattr(key, "key", None)) for key in path]
+        owners = {stage_of[name] for _, name in named if name in stage_of}
+        for stage in range(len(places)) if not owners else owners if len(owners) == 1 else ():
+            names = [f"[{places[stage][name]}]" if name in stage_of else str(key) for key, name in named]
+            found[stage].append(("".join(names), variable))
+    return [sorted(leaves, key=lambda pair: pair[0]) for leaves in found]
+
+
+def _equations_of_stages(jaxpr: Jaxpr, wanted: Sequence[Sequence[Any]]) -> list[list[JaxprEqn]]:
+    """For each stage the equations that its outputs need, of all stages in one pass."""
+    needing: dict[Any, int] = defaultdict(int)
+    """The stages that need a value, as the bits of a number."""
+    for stage, outputs in enumerate(wanted):
+        for variable in variables(outputs):
+            needing[variable] |= 1 << stage
+    equations: list[list[JaxprEqn]] = [[] for _ in wanted]
+    for equation in reversed(jaxpr.eqns):
+        stages = 0
+        for variable in equation.outvars:
+            stages |= needing.get(variable, 0)
+        for variable in variables(equation.invars) if stages else ():
+            needing[variable] |= stages
+        for stage in range(stages.bit_length()):
+            if stages >> stage & 1:
+                equations[stage].append(equation)
+    return [own[::-1] for own in equations]
+
+
+def _check_separable(update: ClosedJaxpr, shapes: Any, stages: Sequence[Shapes], params: Shapes, state: Any) -> None:
+    stage_of = {path: index for index, stage in enumerate(stages) for path in stage}
+    if _draws_random_numbers(update.jaxpr):
+        raise ValueError(
+            "An optimizer must not draw random numbers when there are several stages: its draws would depend on how "
+            "the layers are cut. Got a transformation that does, such as optax.add_noise. Leave it out."
+        )
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    sources = [frozenset((stage_of[path[0].key],)) for path in paths]
+    reached = _dependencies(update.jaxpr, [*sources, *([frozenset()] * len(jax.tree.leaves(state))), *sources])
+    for (path, _), found in zip(jax.tree_util.tree_flatten_with_path(shapes)[0], reached, strict=True):
+        if len(found) > 1:
+            raise ValueError(
+                "An optimizer must update each parameter from its own gradient, since no stage sees another's. Got a "
+                f"transformation in which {path[-1].key} depends on stages "
+                f"{', '.join(map(str, sorted(found)))}. For clipping by the global norm leave "
+                "optax.clip_by_global_norm out and pass clip_norm=..., which counts every stage."
+            )
+
+
+def _dependencies(jaxpr: Any, inputs: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+    """For each output of a traced program, the union of the sources of the inputs that it depends on."""
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    nothing: frozenset[int] = frozenset()
+
+    def of(atom: Any) -> frozenset[int]:
+        return nothing if hasattr(atom, "val") else known.get(atom, nothing)
+
+    for equation in jaxpr.eqns:
+        operands = [of(atom) for atom in equation.invars]
+        name, params = equation.primitive.name, equation.params
+        if name in ("jit", "pjit", "closed_call"):
+            results = _dependencies(params["jaxpr"].jaxpr, operands)
+        elif name == "cond":
+            branches = [_dependencies(branch.jaxpr, operands[1:]) for branch in params["branches"]]
+            results = [operands[0].union(*outs) for outs in zip(*branches, strict=True)]
+        else:
+            results = [nothing.union(*operands)] * len(equation.outvars)
+        known.update(zip(equation.outvars, results, strict=True))
+    return [of(atom) for atom in jaxpr.outvars]
+
+
+def _draws_random_numbers(jaxpr: Any) -> bool:
+    names = ("random_", "threefry", "rng_")
+    return any(
+        equation.primitive.name.startswith(names) or any(map(_draws_random_numbers, jaxprs_in_params(equation.params)))
+        for equation in jaxpr.eqns
+    )

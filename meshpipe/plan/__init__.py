@@ -1,0 +1,1 @@
+"""Schedules as plain data: made, checked, simulated and lowered. Imports no JAX."""

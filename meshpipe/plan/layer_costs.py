@@ -1,0 +1,152 @@
+"""What each layer of a model costs: times and bytes that were measured or given, as plain data with a JSON form."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from meshpipe.plan.plan import Op
+from meshpipe.plan.simulate import Costs
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """One layer as a stage of its own; the last one with the loss. Times are of one microbatch, in seconds."""
+
+    kind: str
+    """Name of its class."""
+    forward: float
+    backward: float
+    backward_input: float
+    """The first part of a backward in two: the gradient of the input."""
+    backward_weight: float
+    """The second part: the gradients of the parameters."""
+    transfer: float
+    """Until its output is on the next rank; 0 where there is none to move it to."""
+    parameter_bytes: int
+    """On each device of the rank."""
+    activation_bytes: int
+    """What its forward keeps of one microbatch, on each device of the rank."""
+
+    def time(self, op: Op) -> float:
+        return {
+            Op.FORWARD: self.forward,
+            Op.BACKWARD: self.backward,
+            Op.BACKWARD_INPUT: self.backward_input,
+            Op.BACKWARD_WEIGHT: self.backward_weight,
+        }[op]
+
+    def total(self, whole_backward: bool = True) -> float:
+        """Forward and backward of one microbatch, backward whole or in two parts."""
+        return self.forward + (self.backward if whole_backward else self.backward_input + self.backward_weight)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the costs of layers depend on, beside the layers."""
+
+    microbatch_size: int
+    """Examples, over the whole data axis."""
+    data: int
+    tensor: int
+    remat: str
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """The costs of all layers, in order, and where they are from."""
+
+    layers: tuple[LayerCosts, ...]
+    setting: Setting
+    device: str
+    """What they were measured on, e.g. `cpu`."""
+    seconds: float
+    """How long measuring took."""
+    file: str | None = None
+    """Where they were read from; None where they were measured by this process."""
+
+    def describe(self) -> str:
+        """Where the costs are from, in a few words."""
+        if self.file is not None:
+            return f"costs of {self.file}, measured on {self.device}"
+        return f"costs measured on {self.device} in {self.seconds:.1f} s"
+
+    def of_stages(self, cuts: Sequence[range]) -> Costs:
+        """The times of stages made of these layers, sums over them; of the transfers between stages the longest."""
+        times: dict[Op | tuple[int, Op], float] = {
+            (stage, op): sum(self.layers[layer].time(op) for layer in cut)
+            for stage, cut in enumerate(cuts)
+            for op in Op
+        }
+        return Costs(times, max((self.layers[cut[-1]].transfer for cut in cuts[:-1]), default=0.0))
+
+    def check(self, kinds: Sequence[str], setting: Setting) -> None:
+        """Raises `ValueError` when they are the costs of other layers, or were taken in another setting."""
+        found = [layer.kind for layer in self.layers]
+        source = self.file or "measuring"
+        if len(found) != len(kinds):
+            raise ValueError(
+                f"Costs must be of the model's layers. Got {len(found)} layers in {source}, and the model has "
+                f"{len(kinds)}. {AGAIN}"
+            )
+        for index, (kind, expected) in enumerate(zip(found, kinds, strict=True)):
+            if kind != expected:
+                raise ValueError(
+                    f"Costs must be of the model's layers. Got {kind} for layer {index} in {source}, and the model has "
+                    f"{expected}. {AGAIN}"
+                )
+        for field in fields(Setting):
+            before, now = getattr(self.setting, field.name), getattr(setting, field.name)
+            if before != now:
+                name = field.name.replace("_", " ")
+                raise ValueError(
+                    f"Costs must be taken as they are used. Got {name} {before} in {source}, and {now} here. {AGAIN}"
+                )
+
+    def save(self, file: Path) -> None:
+        values = {
+            "device": self.device,
+            "seconds": self.seconds,
+            "setting": asdict(self.setting),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+        file.write_text(json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, file: str) -> "ModelCosts":
+        """Raises `ValueError` naming the file when it cannot be read or is not what `save` writes."""
+        try:
+            values = json.loads(Path(file).read_text())
+        except OSError as error:
+            raise ValueError(f"--costs must name a readable file. Got {file!r}: {error.strerror}. {AGAIN}") from None
+        except ValueError as error:
+            raise ValueError(f"--costs must name a JSON file of layer costs. Got {file!r}: {error}. {AGAIN}") from None
+        try:
+            costs = cls(
+                tuple(_checked(LayerCosts, layer) for layer in values["layers"]),
+                _checked(Setting, values["setting"]),
+                str(values["device"]),
+                float(values["seconds"]),
+                file,
+            )
+            costs.of_stages([range(len(costs.layers))])
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"--costs must name a JSON file of layer costs. Got {file!r}: {what}. {AGAIN}") from None
+        return costs
+
+
+AGAIN = "Measure again by `meshpipe plan RECIPE --profile --save-costs FILE.json`, with the same flags."
+
+
+def _checked(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """A dataclass of strings and numbers from a JSON object. Raises `ValueError` naming the field that is wrong."""
+    made = {}
+    for field in fields(kind):
+        value = values[field.name]
+        allowed = {str: str, int: int, float: int | float}[field.type]  # type: ignore[index]
+        if not isinstance(value, allowed) or isinstance(value, bool) or (not isinstance(value, str) and value < 0):
+            raise ValueError(f"{field.name} is {value!r}")
+        made[field.name] = field.type(value)  # type: ignore[operator]
+    return kind(**made)

@@ -1,0 +1,234 @@
+"""What every rank computes in one step and in which order: plain data with a text form."""
+
+import enum
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from meshpipe.plan.grid import draw, time_columns
+
+
+class PlanError(ValueError):
+    """A plan, or its text, breaks a rule; the message says which, draws where, and gives the way out."""
+
+
+class Op(enum.StrEnum):
+    """The kinds of work; BACKWARD is BACKWARD_INPUT and BACKWARD_WEIGHT in one."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
+
+    @property
+    def meaning(self) -> str:
+        """`forward` for F, and so on."""
+        return _MEANINGS[self]
+
+    # That of an enumeration is a Python function; actions are keys of every table of a plan.
+    __hash__ = str.__hash__
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether it adds to the gradients of the parameters, and is the last to need what forward kept."""
+        return self is Op.BACKWARD or self is Op.BACKWARD_WEIGHT
+
+
+_MEANINGS = {
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.BACKWARD_INPUT: "backward, input",
+    Op.BACKWARD_WEIGHT: "backward, weight",
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Action:
+    """One cell of a plan: `2F0` is stage 2, forward, microbatch 0."""
+
+    stage: int
+    op: Op
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op}{self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Action":
+        match = re.fullmatch(r"([0-9]{1,9})([FBIW])([0-9]{1,9})", text)
+        if match is None:
+            raise PlanError(
+                "An action is a stage, one of the letters F, B, I, W and a microbatch, e.g. 2F0 for the forward of "
+                f"stage 2 on microbatch 0. Got {text!r}."
+            )
+        return cls(int(match[1]), Op(match[2]), int(match[3]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The compute order of every rank over one batch. `validate` checks it; the schedules make valid ones."""
+
+    schedule: str
+    """Name of the rule that made it."""
+    num_microbatches: int
+    stage_ranks: tuple[int, ...]
+    """The rank that holds each stage."""
+    orders: tuple[tuple[Action, ...], ...]
+    """For each rank, its actions in the order in which it computes them."""
+    peak_activations: tuple[int, ...] | None = None
+    """For each rank, the most activations it may hold at once, one per stage and microbatch, from forward until the
+    last backward action that needs it; None promises nothing."""
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.orders)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stage_ranks)
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        return tuple(stage for stage, holder in enumerate(self.stage_ranks) if holder == rank)
+
+    @cached_property
+    def actions(self) -> frozenset[Action]:
+        return frozenset(action for order in self.orders for action in order)
+
+    @cached_property
+    def forward_only(self) -> bool:
+        """Whether nothing is trained, so that forward keeps nothing for backward."""
+        return all(action.op is Op.FORWARD for action in self.actions)
+
+    @cached_property
+    def fusible_stage(self) -> int | None:
+        """The last stage, if each of its backwards comes directly after the forward of the same microbatch."""
+        last = self.num_stages - 1
+        order = self.orders[self.stage_ranks[last]]
+        forwards = ((i, action) for i, action in enumerate(order) if action.stage == last and action.op is Op.FORWARD)
+        follows = (order[i + 1 : i + 2] == (Action(last, Op.BACKWARD, action.microbatch),) for i, action in forwards)
+        return last if all(follows) else None
+
+    def dependencies(self, action: Action) -> tuple[Action, ...]:
+        """The actions, of this rank or others, whose results this one reads."""
+        stage, microbatch = action.stage, action.microbatch
+        if action.op is Op.FORWARD:
+            return (Action(stage - 1, Op.FORWARD, microbatch),) if stage > 0 else ()
+        if action.op is Op.BACKWARD_WEIGHT:
+            return (Action(stage, Op.BACKWARD_INPUT, microbatch),)
+        forward = Action(stage, Op.FORWARD, microbatch)
+        if stage + 1 >= self.num_stages:
+            return (forward,)
+        split = Action(stage + 1, Op.BACKWARD_INPUT, microbatch)
+        return (forward, split if split in self.actions else Action(stage + 1, Op.BACKWARD, microbatch))
+
+    def start_times(
+        self, duration: Callable[[Action], float] = lambda action: 1, transfer: float = 0.0
+    ) -> dict[Action, float]:
+        """When each action starts if every rank follows its order and starts each action as early as it can.
+
+        `transfer` is the time from the end of an action until a dependent action of another rank can start.
+        Actions that can never start, because orders wait for each other, are left out.
+        """
+        starts: dict[Action, float] = {}
+        ends: dict[Action, float] = {}
+        free_at = [0.0] * self.num_ranks
+        cursors = [0] * self.num_ranks
+        waiting: dict[Action, list[int]] = {}
+        ready = list(range(self.num_ranks))
+        while ready:
+            rank = ready.pop()
+            order = self.orders[rank]
+            while cursors[rank] < len(order):
+                action = order[cursors[rank]]
+                start = free_at[rank]
+                needs = self.dependencies(action)
+                missing = next((need for need in needs if need not in ends), None)
+                if missing is not None:
+                    waiting.setdefault(missing, []).append(rank)
+                    break
+                for need in needs:
+                    start = max(start, ends[need] + (transfer if self.stage_ranks[need.stage] != rank else 0))
+                starts[action] = start
+                ends[action] = free_at[rank] = start + duration(action)
+                cursors[rank] += 1
+                ready += waiting.pop(action, ())
+        return starts
+
+    def live_activations(self, rank: int) -> list[int]:
+        """The number of activations that the rank holds while and after each action of its order runs."""
+        live, counts = 0, []
+        for action in self.orders[rank]:
+            live += action.op is Op.FORWARD and not self.forward_only
+            counts.append(live)
+            live -= action.op.accumulates
+        return counts
+
+    def grid(self, mark: Action | None = None, width: int | None = None) -> str:
+        """Draws ranks as rows and time as columns, every action one unit long; a dot is an idle rank.
+
+        `mark` puts an action in brackets. `width` is the most characters in a row: of a longer plan only the part
+        around the mark, or else the beginning, is drawn.
+        """
+        rank = None if mark is None else self.stage_ranks[mark.stage]
+        place = None if rank is None or mark is None else (rank, self.orders[rank].index(mark))
+        return draw(self.orders, time_columns(self.orders, self.start_times()), place, width)
+
+    def to_text(self) -> str:
+        """The plan as text that `Plan.parse` reads: a few lines of header, then a line a rank."""
+        lines = [
+            f"schedule: {self.schedule}",
+            f"microbatches: {self.num_microbatches}",
+            f"stage ranks: {' '.join(map(str, self.stage_ranks))}",
+        ]
+        if self.peak_activations is not None:
+            lines.append(f"peak activations: {' '.join(map(str, self.peak_activations))}")
+        lines += [f"rank {rank}: {' '.join(map(str, order))}".rstrip() for rank, order in enumerate(self.orders)]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """Reads what `to_text` writes; blank lines and what follows a `#` are skipped.
+
+        Raises `PlanError` naming the line when the text is malformed. Does not `validate`.
+        """
+        fields, orders = _parse_lines(text)
+        (num_microbatches,) = _integers("microbatches", fields, exactly_one=True)
+        peak_activations = _integers("peak activations", fields) if "peak activations" in fields else None
+        return cls(fields["schedule"], num_microbatches, _integers("stage ranks", fields), orders, peak_activations)
+
+
+def _parse_lines(text: str) -> tuple[dict[str, str], tuple[tuple[Action, ...], ...]]:
+    fields: dict[str, str] = {}
+    orders: list[tuple[Action, ...]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        key, colon, value = (part.strip() for part in line.partition("#")[0].partition(":"))
+        if not key and not colon:
+            continue
+        if key in ("schedule", "microbatches", "stage ranks", "peak activations") and key not in fields and value:
+            fields[key] = value
+        elif key == f"rank {len(orders)}" and colon:
+            try:
+                orders.append(tuple(Action.parse(word) for word in value.split()))
+            except PlanError as error:
+                raise PlanError(f"Line {number} of the plan: {error}") from None
+        else:
+            raise PlanError(
+                "The text of a plan has the lines `schedule: NAME`, `microbatches: COUNT`, `stage ranks: RANK ...` and "
+                "perhaps `peak activations: COUNT ...`, each once, and `rank 0: ACTION ...`, `rank 1: ACTION ...` in "
+                f"order. Got {line.strip()!r} on line {number}."
+            )
+    missing = [key for key in ("schedule", "microbatches", "stage ranks") if key not in fields]
+    if missing:
+        raise PlanError(
+            f"The text of a plan needs the lines schedule, microbatches and stage ranks. Add {missing[0]!r}."
+        )
+    return fields, tuple(orders)
+
+
+def _integers(key: str, fields: dict[str, str], exactly_one: bool = False) -> tuple[int, ...]:
+    words = fields[key].split()
+    if not all(re.fullmatch("[0-9]{1,9}", word) for word in words) or (exactly_one and len(words) > 1):
+        what = "one whole number" if exactly_one else "whole numbers with spaces between them"
+        raise PlanError(f"`{key}` of a plan must be {what}. Got {fields[key]!r}.")
+    return tuple(map(int, words))

@@ -1,0 +1,37 @@
+"""A plan of one's own, from a file in the text form that `Plan.to_text` writes."""
+
+from pathlib import Path
+
+from meshpipe.plan.plan import Plan, PlanError
+from meshpipe.plan.validate import validate
+
+
+def load_plan(path: str | Path, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Plan:
+    """The valid plan that the file holds; `stages_per_rank` None takes any number of stages.
+
+    Raises `ValueError` naming the file when it cannot be read, and when the plan in it breaks a rule, which is then
+    drawn, or was made for other sizes.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ValueError(f"The schedule must name a readable file of a plan. Got {str(path)!r}: {reason}.") from None
+    try:
+        plan = Plan.parse(text)
+        validate(plan)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+    _check_size(path, "ranks", plan.num_ranks, num_ranks, "on the mesh")
+    _check_size(path, "microbatches", plan.num_microbatches, num_microbatches, "asked for")
+    if stages_per_rank is not None:
+        _check_size(path, "stages", plan.num_stages, num_ranks * stages_per_rank, "asked for")
+    return plan
+
+
+def _check_size(path: str | Path, what: str, found: int, asked: int, of: str) -> None:
+    if found != asked:
+        raise ValueError(
+            "The plan in a file must have the sizes that are asked for. "
+            f"Got {found} {what} in {path}, and {asked} {of}. Change the one or the other."
+        )

@@ -1,0 +1,1 @@
+"""Several processes of one run: joining, stopping together, and ending when one fails."""

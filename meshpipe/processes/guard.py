@@ -1,0 +1,144 @@
+"""Several processes of one run: how all of them end when one fails."""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import NoReturn
+
+from meshpipe.processes.coordination import (
+    ask_now,
+    beat,
+    beats,
+    coordinator_address,
+    process_count,
+    process_index,
+    tell,
+)
+from meshpipe.processes.exit_codes import FAILED
+from meshpipe.processes.last_words import LastWords, saved_sentence
+
+ERROR = "meshpipe/error"
+POLL_SECONDS = 0.5
+SILENCE_SECONDS = 8.0
+"""After this long without a sign of life a process counts as dead."""
+COORDINATOR_SILENCE_SECONDS = 15.0
+CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
+"""Parts of the errors of transfers and collectives whose other end is gone."""
+
+
+class Guard:
+    """While entered, a failure of one process ends all of them within seconds, each with a message that names it.
+
+    Every process gives a sign of life now and then, and process 0, which coordinates the run, watches for them. Where a
+    process cannot say why it ends, a child of it does. Each message ends with the newest checkpoint of `folder`.
+    An error that leaves the block ends all processes as well, except for a `ValueError` about what cannot be, which
+    every process finds by itself. With one process it does nothing. Enter it as soon as the process has joined.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self._folder = folder
+        self._done = threading.Event()
+        self._answered = time.monotonic()
+        self._last_words: LastWords | None = None
+
+    def __enter__(self) -> "Guard":
+        coordinator = coordinator_address()
+        if coordinator is not None:
+            self._last_words = LastWords(process_index(), coordinator, self._folder).__enter__()
+            self._answered = time.monotonic()
+            for work in (self._watch_others, self._watch_coordinator):
+                threading.Thread(target=work, name="guard", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        cannot_be = isinstance(error, ValueError) and not _is_lost_connection(str(error))
+        if process_count() > 1 and isinstance(error, Exception) and not cannot_be:
+            traceback.print_exception(error)
+            self.fail(f"{type(error).__name__}: {error}")
+        self._done.set()
+        if self._last_words is not None:
+            self._last_words.withdraw()
+
+    def fail(self, message: str) -> NoReturn:
+        """Tells the others that this process fails and why, and ends it.
+
+        What looks as if another process were gone waits until it is known which, and ends with that.
+        """
+        if process_count() == 1:
+            leave(FAILED)
+        if _is_lost_connection(message):
+            time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
+        if not self._done.is_set():
+            try:
+                tell(ERROR, f"process {process_index()} on {socket.gethostname()} failed: {message}")
+            except Exception:  # another process was first, or there is nobody left to tell
+                with contextlib.suppress(Exception):
+                    message = ask_now(ERROR) or message
+            self._stop_because(message)
+        while True:  # until another thread, which was first, has ended this process
+            time.sleep(POLL_SECONDS)
+
+    def _watch_others(self) -> None:
+        seen = dict.fromkeys(range(process_count()), ("", time.monotonic()))
+        while not self._done.wait(POLL_SECONDS):
+            try:
+                beat()
+                message = ask_now(ERROR)
+                if message is None and process_index() == 0:
+                    silent = _silent(seen)
+                    if silent is not None:
+                        message = f"process {silent} gives no sign of life: it was killed, or it hangs"
+                        tell(ERROR, message)
+            except Exception as error:
+                message = f"process 0, which coordinates the run, is gone: {error}".splitlines()[0]
+            self._answered = time.monotonic()
+            if message is not None:
+                self._stop_because(message)
+
+    def _watch_coordinator(self) -> None:
+        """A process that is stopped, not killed, leaves questions to it without an answer."""
+        while not self._done.wait(POLL_SECONDS):
+            if time.monotonic() - self._answered > COORDINATOR_SILENCE_SECONDS:
+                self._stop_because("process 0, which coordinates the run, does not answer")
+
+    def _stop_because(self, message: str) -> None:
+        if self._done.is_set():
+            return
+        self._done.set()
+        text = f"meshpipe: process {process_index()} stops because {message}\n{saved_sentence(self._folder)}"
+        print(text, file=sys.stderr, flush=True)
+        if self._last_words is not None:
+            self._last_words.withdraw()
+        leave(FAILED)
+
+
+def _silent(seen: dict[int, tuple[str, float]]) -> int | None:
+    """A process whose last sign of life is too long ago; `seen` has what was seen of each, and when."""
+    now = time.monotonic()
+    for process, sign in beats().items():
+        if seen[process][0] != sign:
+            seen[process] = sign, now
+    return next((process for process, (_, at) in sorted(seen.items()) if now - at > SILENCE_SECONDS), None)
+
+
+def _is_lost_connection(message: str) -> bool:
+    return any(mark in message for mark in CONNECTION_MARKS)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a process of several at once, past JAX's shutdown, which aborts processes that it finds without the others.
+
+    Process 0 leaves a little later, since it has the messages that the others may still have to read.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if process_count() > 1 and process_index() == 0:
+        time.sleep(3 * POLL_SECONDS)
+    os._exit(status)

@@ -1,0 +1,138 @@
+"""How the processes of a run find each other."""
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+from meshpipe.processes.exit_codes import FAILED
+
+JOIN_SECONDS = 300.0
+"""How long processes wait for each other to join; hosts may start at different times."""
+SHUTDOWN_SECONDS = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How this process joins others in one run; without any of it, a run has one process unless its cluster says more.
+
+    Tasks of Slurm (`srun`), Open MPI and Cloud TPU find out everything by themselves, by `jax.distributed.initialize`.
+    """
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 listens, the same for all processes; HOST is how the others reach its machine."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    process_count: int | None = None
+    """Processes of the run; each is started with the same command and its own number."""
+    transfers: Literal["auto", "sockets"] = "auto"
+    """How arrays move between processes: `auto` leaves it to an accelerator's own way (NCCL on GPUs), `sockets` takes
+    them through the memory of the hosts, as on CPU: slower, and also where processes share a GPU."""
+    step_timeout: float = 0.0
+    """Seconds without a finished step after which the run fails and says what each rank waits for; 0 waits for ever."""
+
+    def __post_init__(self) -> None:
+        if self.step_timeout < 0:
+            raise ValueError(f"--step-timeout must be at least 0. Got {self.step_timeout}.")
+        given = [self.coordinator, self.process_id, self.process_count]
+        if any(value is not None for value in given) and any(value is None for value in given):
+            raise ValueError(
+                "--coordinator, --process-id and --process-count belong together. "
+                f"Got {self.coordinator}, {self.process_id} and {self.process_count}. Give all three, or none."
+            )
+        if self.coordinator is None or self.process_id is None or self.process_count is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"--coordinator must be HOST:PORT, e.g. 10.0.0.5:4321. Got {self.coordinator!r}.")
+        if not 0 <= self.process_id < self.process_count:
+            raise ValueError(
+                "--process-id must be at least 0 and below --process-count. "
+                f"Got {self.process_id} of {self.process_count}."
+            )
+
+
+def join(config: DistributedConfig) -> None:
+    """Meets the other processes of the run; does nothing where there are none.
+
+    Must be called before JAX is first used. When they do not come together in time, JAX can only abort, so this process
+    ends before it would, with a message. Raises `ConnectionError` when it is clear earlier that they cannot.
+    """
+    if config.coordinator is None and not _in_cluster(os.environ):
+        return
+    if config.process_count == 1:
+        return
+    if config.coordinator is not None and config.process_id == 0:
+        _check_can_listen(config.coordinator)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX would abort every process when one is gone; `Guard` ends them with a message and what was saved.
+    jax.config.update("jax_enable_recoverability", True)
+    # JAX would take SIGTERM for itself, and nobody would hear of it before `StopRequest` is entered.
+    jax.config.update("jax_enable_preemption_service", False)
+    timer = threading.Timer(JOIN_SECONDS, _give_up_joining, [config])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.process_count,
+            config.process_id,
+            initialization_timeout=2 * round(JOIN_SECONDS),
+            coordinator_bind_address=config.coordinator if config.process_id == 0 else None,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except Exception as error:
+        raise ConnectionError(
+            f"Process {config.process_id} could not join the {config.process_count} of the run at "
+            f"{config.coordinator}: {error}"
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def _check_can_listen(address: str) -> None:
+    """JAX would wait for ever where somebody else listens."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not matter
+            probe.bind(place)
+    except OSError as error:
+        raise ConnectionError(
+            f"Process 0 must be able to listen at --coordinator. Got {address}: {error.strerror}. "
+            "Name its own machine and a port that is free, and start process 0 once."
+        ) from error
+
+
+def _give_up_joining(config: DistributedConfig) -> None:
+    own = "this process" if config.process_id is None else f"process {config.process_id}"
+    count = "" if config.process_count is None else f" {config.process_count}"
+    where = "" if config.coordinator is None else f" at {config.coordinator}"
+    print(
+        f"meshpipe: {own} stops because not all{count} processes of the run came together{where} "
+        f"within {JOIN_SECONDS:.0f} s. Look at what the others say, and start all with the same address and count.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(FAILED)
+
+
+def _in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several tasks of a job for which JAX finds the others."""
+    sizes = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return any(size not in ("", "1") for size in sizes) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def own_address(coordinator: str | None) -> str:
+    """The address of this machine's interface that leads to the coordinator, by which other processes reach it."""
+    host, _, port = (coordinator or "127.0.0.1:1").rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # nothing is sent
+        probe.connect((host.strip("[]"), int(port)))
+        return str(probe.getsockname()[0])

@@ -1,0 +1,220 @@
+"""Tables and pictures of a run for people: layout, stages, plan, memory."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from meshpipe.choose.memory import RankMemory, predict_memory, stage_memory
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.mesh import describe
+from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.plan.plan import Op
+from meshpipe.plan.simulate import Costs, StageMemory, simulate
+from meshpipe.report.comparison import Comparison
+from meshpipe.report.picture import FORWARDS, Panel, draw_timelines
+from meshpipe.report.tables import count_of, describe_layers, format_bytes, make_table
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """What the tables need of a stage."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def layers(self) -> range: ...
+    @property
+    def parameter_count(self) -> int: ...
+    @property
+    def parameter_bytes(self) -> int: ...
+
+
+def layout_lines(recipe: str, model: StagedModel) -> list[str]:
+    """What runs where, in three lines."""
+    parameters = sum(stage.parameter_count for stage in model.stages)
+    stages = "  ".join(f"{s.index} (rank {s.rank}) {describe_layers(s.layers)}" for s in _abridge(model.stages))
+    return [
+        f"{recipe}: {parameters:,} parameters on {describe(model.mesh)}",
+        f"stages: {stages}",
+        f"{model.plan.schedule}, {_microbatches(model)}, remat {_remat(model)}, "
+        f"expected bubble {simulate(model.plan, model.stage_costs).bubble_fraction:.1%}{_how_chosen(model)}",
+    ]
+
+
+def _how_chosen(model: StagedModel) -> str:
+    """How stages were cut, unless evenly, and where the costs are from, if there are any."""
+    partition = model.config.partition
+    cut = "" if partition == "even" else f", partition {partition}"
+    return cut if model.layer_costs is None else f"{cut}, {model.layer_costs.describe()}"
+
+
+def _remat(model: StagedModel) -> str:
+    """One name where all stages have the same, else one for each; after `auto` where they were chosen."""
+    names = model.remat or ()
+    text = names[0] if len(set(names)) == 1 else " ".join(names)
+    return f"auto ({text})" if model.config.remat == "auto" else text
+
+
+def _microbatches(model: StagedModel) -> str:
+    count = model.plan.num_microbatches
+    (batch_size,) = {shape.shape[0] for shape in model.microbatches.shapes.values()}
+    return f"{count_of(count, 'microbatch', 'microbatches')} of {count_of(batch_size // count, 'example')}"
+
+
+def _mesh_sizes(model: StagedModel) -> str:
+    """The axes without the platform, since a plan is for whatever devices there will be."""
+    count = model.mesh.devices.size
+    return " x ".join(f"{axis} {size}" for axis, size in model.mesh.shape.items()) + f" = {count_of(count, 'device')}"
+
+
+def _abridge(stages: Sequence[Stage], longest: int = 8) -> Sequence[Stage]:
+    return stages if len(stages) <= longest else [*stages[: longest - 1], stages[-1]]
+
+
+def stage_table(stages: Sequence[Stage], layer_names: Sequence[str], remat: Sequence[str] = ()) -> Table:
+    """A row a stage: its rank, its layers by class, parameters and their bytes over the whole submesh.
+
+    `remat` has the rematerialisation of every stage, or is left out.
+    """
+    names = ("stage", "rank", "layers", "kinds", "parameters", "bytes", *(("remat",) if remat else ()))
+    table = make_table(*names, right=("stage", "rank", "parameters", "bytes"))
+    for stage in stages:
+        kinds = _run_lengths([layer_names[i] for i in stage.layers])
+        layers = f"{stage.layers.start}-{stage.layers.stop - 1}" if len(stage.layers) > 1 else str(stage.layers.start)
+        table.add_row(
+            str(stage.index),
+            str(stage.rank),
+            layers,
+            kinds,
+            f"{stage.parameter_count:,}",
+            format_bytes(stage.parameter_bytes),
+            *remat[stage.index : stage.index + 1],
+        )
+    if len(stages) > 1:
+        count, size = sum(s.parameter_count for s in stages), sum(s.parameter_bytes for s in stages)
+        table.add_row("all", "", "", "", f"{count:,}", format_bytes(size), style="bold")
+    return table
+
+
+def _run_lengths(names: Sequence[str]) -> str:
+    """`Embed, 3 Block, Head` for a list of names."""
+    runs: list[list[Any]] = []
+    for name in names:
+        if runs and runs[-1][0] == name:
+            runs[-1][1] += 1
+        else:
+            runs.append([name, 1])
+    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in runs)
+
+
+def memory_table(ranks: Sequence[RankMemory]) -> Table:
+    """A row a rank: what each of its devices holds at the peak of a step."""
+    names = ("parameters", "gradients", "optimizer", "batch", "activations", "sum", "live microbatches")
+    table = make_table("rank", *names, right=("rank", *names))
+    for rank in ranks:
+        parts = (rank.parameters, rank.gradients, rank.optimizer, rank.batch, rank.activations, rank.total)
+        table.add_row(str(rank.rank), *map(format_bytes, parts), str(rank.live_activations))
+    return table
+
+
+@runtime_checkable
+class Difference(Protocol):
+    """What the table needs of a difference between a layout and one device."""
+
+    @property
+    def layer(self) -> str: ...
+    @property
+    def quantity(self) -> str: ...
+    @property
+    def found(self) -> float: ...
+    @property
+    def allowed(self) -> float: ...
+    @property
+    def ok(self) -> bool: ...
+
+
+def difference_table(differences: Iterable[Difference]) -> Table:
+    """A row a layer and quantity: its largest difference and what is allowed."""
+    table = make_table("layer", "quantity", "difference", "allowed", "", right=("difference", "allowed"))
+    for d in differences:
+        mark = "" if d.ok else "differs"
+        table.add_row(d.layer, d.quantity, f"{d.found:.2g}", f"{d.allowed:.2g}", mark, style="" if d.ok else "bold red")
+    return table
+
+
+def print_plan(
+    console: Console, recipe: str, model: StagedModel, transformation: optax.GradientTransformation, plot: Path | None
+) -> None:
+    """Everything that is known of a step before it runs: mesh, stages, order of work, bubble and memory."""
+    costs = model.layer_costs
+    times = model.stage_costs or Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
+    memory = stage_memory(model, transformation)
+    timeline = simulate(model.plan, times, memory)
+    console.print(f"{recipe}: {_mesh_sizes(model)}\n")
+    console.print(stage_table(model.stages, [layer.class_name for layer in model.layers], model.remat or ()))
+    width = console.width if console.is_terminal else None
+    console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
+    console.print(model.plan.grid(width=width), markup=False)
+    assumed = "if stages cost the same and backward twice forward" if costs is None else f"by {costs.describe()}"
+    console.print(f"Expected bubble {timeline.bubble_fraction:.1%}, {assumed}.\n")
+    for line in _unsplit(model, memory):
+        console.print(line)
+    console.print(f"Expected memory of each device of a rank, remat {_remat(model)}:")
+    console.print(memory_table(predict_memory(model, transformation)))
+    if plot is not None:
+        title = f"{model.plan.schedule}, {_microbatches(model)}"
+        draw_timelines([Panel(timeline, title, in_seconds=costs is not None)], plot)
+        console.print(f"\nDrawn in {plot}.")
+
+
+def _unsplit(model: StagedModel, memory: Sequence[StageMemory]) -> Iterator[str]:
+    """Says where a plan splits a backward that cannot be split, so that its weight part is left with nothing."""
+    splits = any(action.op is Op.BACKWARD_WEIGHT for action in model.plan.actions)
+    whole = [s for s, kept in enumerate(memory) if splits and kept.kept_for_weights + kept.made_for_weights == 0]
+    if whole:
+        stages = f"stage{'s' if len(whole) > 1 else ''} {', '.join(map(str, whole))}"
+        yield f"The backward of {stages} cannot be split (a loop over layers computes both parts): I does it all.\n"
+
+
+def print_comparison(console: Console, recipe: str, config: PipelineConfig, comparisons: Iterable[Comparison]) -> None:
+    """Every schedule for a recipe, and what the columns mean."""
+    rows = list(comparisons)
+    measured = any(row.schedule.startswith("auto") for row in rows)
+    microbatches = count_of(config.num_microbatches, "microbatch", "microbatches")
+    assumed = "by measured costs of layers" if measured else "if stages cost the same and backward twice forward"
+    console.print(f"{recipe}: every schedule with {microbatches}, {assumed}\n")
+    console.print(comparison_table(rows, in_seconds=measured))
+    unit = "in seconds" if measured else f"in {FORWARDS}; without a bubble it takes {3 * config.num_microbatches}"
+    console.print(
+        f"\nA step is given {unit}. The bubble between steps is what is left where the next step fills the ends of "
+        "this one. Live activations are microbatches of all layers of a rank, memory is that of the fullest device."
+    )
+
+
+def comparison_table(comparisons: Iterable[Comparison], *, in_seconds: bool = False) -> Table:
+    """A row a schedule: its step, bubble and memory in simulation, or why it does not fit."""
+    step = "step, s" if in_seconds else "step"
+    names = ("stages per rank", step, "bubble", "bubble between steps", "live activations", "memory")
+    table = make_table("schedule", *names, "", right=names)
+    for c in comparisons:
+        if c.timeline is None:
+            table.add_row(c.schedule, str(c.stages_per_rank or ""), *[""] * 5, c.reason)
+            continue
+        t, count = c.timeline, c.timeline.plan.num_stages // c.timeline.plan.num_ranks
+        table.add_row(
+            c.schedule,
+            str(count),
+            f"{t.makespan:.4g}",
+            f"{t.bubble_fraction:.1%}",
+            f"{t.bubble_between_steps:.1%}",
+            f"{max(t.peak_activations) / count:.3g}",
+            format_bytes(max(t.peak_bytes)),
+            "",
+        )
+    return table

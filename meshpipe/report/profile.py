@@ -1,0 +1,86 @@
+"""What layers cost, and what cutting them by it would bring, as tables."""
+
+from rich.console import Console
+from rich.table import Table
+
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.plan.layer_costs import ModelCosts
+from meshpipe.plan.plan import Op
+from meshpipe.plan.simulate import Timeline, simulate
+from meshpipe.report.tables import describe_layers, format_bytes, make_table
+
+
+def print_profile(console: Console, costs: ModelCosts, before: StagedModel, after: StagedModel) -> None:
+    """The costs of every layer, and the stages and predicted steps of the cut that there is and of the proposed one."""
+    setting = costs.setting
+    console.print(
+        f"Measured on {costs.device} (data {setting.data} x tensor {setting.tensor}) in {costs.seconds:.1f} s: "
+        f"milliseconds of a microbatch of {setting.microbatch_size}, bytes on each device, remat {setting.remat}."
+    )
+    console.print(layer_table(costs))
+    console.print()
+    console.print(cut_table({_name(before): before, "measured": after}))
+    if after.cuts == before.cuts:
+        console.print("\nNo cut has a faster slowest stage than the one there is.\n")
+        return
+    old, new = (_timeline(model).makespan for model in (before, after))
+    console.print(
+        f"\nPredicted step: {_milliseconds(old)} ms before, {_milliseconds(new)} ms after ({new / old - 1:+.1%})."
+    )
+    if new < old:
+        first = ",".join(str(cut.start) for cut in after.cuts)
+        console.print(f"Take it by --partition measured, or without measuring again by --partition {first}.\n")
+    else:
+        console.print("The proposed cut has a faster slowest stage, but no shorter step: keep the one there is.\n")
+
+
+def layer_table(costs: ModelCosts) -> Table:
+    """A row a layer: the milliseconds of its programs, and its bytes."""
+    names = ("F", "B", "I", "W", "transfer", "parameters", "activations")
+    table = make_table("layer", "kind", *names, right=("layer", *names))
+    for index, layer in enumerate(costs.layers):
+        times = (*(layer.time(op) for op in Op), layer.transfer)
+        sizes = (layer.parameter_bytes, layer.activation_bytes)
+        table.add_row(str(index), layer.kind, *map(_milliseconds, times), *map(format_bytes, sizes))
+    return table
+
+
+def cut_table(models: dict[str, StagedModel]) -> Table:
+    """A row for each stage of each cut: milliseconds of one microbatch, and of all the work of its rank in a step."""
+    right = ("stage", "rank", "a microbatch", "rank busy a step", "step", "bubble")
+    table = make_table("cut", "stage", "rank", "layers", *right[2:], right=right)
+    for name, model in models.items():
+        timeline = _timeline(model)
+        for stage in model.stages:
+            first = stage.index == 0
+            is_last_of_rank = stage.index == max(model.plan.stages_of(stage.rank))
+            table.add_row(
+                name if first else "",
+                str(stage.index),
+                str(stage.rank),
+                describe_layers(stage.layers),
+                _milliseconds(_of_microbatch(model, stage.index)),
+                _milliseconds(timeline.busy[stage.rank]) if is_last_of_rank else "",
+                _milliseconds(timeline.makespan) if first else "",
+                f"{timeline.bubble_fraction:.1%}" if first else "",
+            )
+    return table
+
+
+def _timeline(model: StagedModel) -> Timeline:
+    return simulate(model.plan, model.stage_costs)
+
+
+def _of_microbatch(model: StagedModel, stage: int) -> float:
+    """The time that a stage takes for its work on one microbatch."""
+    costs = model.stage_costs
+    assert costs is not None
+    return sum(costs.time_of(a) for a in model.plan.actions if a.stage == stage and a.microbatch == 0)
+
+
+def _name(model: StagedModel) -> str:
+    return "given" if model.config.boundaries is not None else model.config.partition
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.3g}" if seconds < 1 else f"{1000 * seconds:,.0f}"

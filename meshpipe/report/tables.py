@@ -1,0 +1,43 @@
+"""What every table and line for people is made with."""
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+PLAIN_WIDTH = 240
+"""Characters of a line where the output is no terminal, so that no row is folded in a file or a pipe."""
+
+
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Standard output, or error, or none: as wide as the terminal, or wide enough for any table."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet)
+    if console.is_terminal:
+        return console
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet, width=PLAIN_WIDTH)
+
+
+def make_table(*columns: str, right: Iterable[str] = ()) -> Table:
+    """An empty table that stays readable in a file: columns apart by spaces, numbers to the right."""
+    right = set(right)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return table
+
+
+def describe_layers(layers: range) -> str:
+    return f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start}-{layers.stop - 1}"
+
+
+def count_of(number: int, singular: str, plural: str | None = None) -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
+def format_bytes(count: int | float) -> str:
+    """Bytes in three digits and a unit of 1000: `1.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"

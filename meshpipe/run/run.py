@@ -1,0 +1,94 @@
+"""A run of a recipe from its first check to its exit status."""
+
+from contextlib import ExitStack
+
+from rich.console import Console
+
+from meshpipe.checkpoint import Checkpointer
+from meshpipe.config import Config
+from meshpipe.data import batches
+from meshpipe.observe.trace import check_trace
+from meshpipe.observe.watchdog import Watchdog
+from meshpipe.processes.coordination import meet, process_count, process_index
+from meshpipe.processes.exit_codes import COMPLETED, FAILED
+from meshpipe.processes.guard import Guard
+from meshpipe.processes.stop import StopRequest
+from meshpipe.report.plan import layout_lines
+from meshpipe.run.agreement import agree
+from meshpipe.run.loop import Loop, Outputs
+from meshpipe.run.metrics import MetricsFile
+from meshpipe.run.record import saved_run
+from meshpipe.trainer import Trainer
+
+END_SECONDS = 600.0
+"""How long processes wait for each other to come to the end."""
+
+
+def run(
+    config: Config, recipe: str, console: Console, guard: Guard, stop: StopRequest, step_timeout: float = 0.0
+) -> int:
+    """Trains as `config` says; returns the exit status 0, 1, 130 or 143.
+
+    Ends after the step in progress once `stop` is asked for. After `step_timeout` seconds without the end of a step
+    `guard` ends the process with status 1; 0 waits for ever.
+
+    Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
+    """
+    options, several = config.checkpoint, process_count() > 1
+    metrics_file = config.metrics if process_index() == 0 else None
+    _check_costs(config)
+    MetricsFile.check(metrics_file, append=options.may_continue)
+    check_trace(config.trace)
+    saved = saved_run(config)
+    if saved is not None and saved["step"] >= config.steps:
+        console.print(
+            f"Nothing left to do: {options.checkpoint_dir} holds step {saved['step']}, and --steps is {config.steps}."
+        )
+        return COMPLETED
+    train_batches = batches(config.data.train_source(), config.batch_size, config.seed)
+    if saved is not None:
+        train_batches.set_state(saved["data"])
+    held_out = config.data.eval_source() if config.eval_batches else None
+    if held_out is not None:
+        batches(held_out, config.batch_size)
+    with ExitStack() as files:
+        trainer = Trainer.from_config(config)
+        if several:
+            agree(trainer)
+            train_batches.read_only(trainer.model.rows_read())
+        for line in layout_lines(recipe, trainer.model):
+            console.print(line)
+        console.print(f"Compiled in {trainer.compile_seconds:.1f} s.")
+        checkpointer = None
+        if options.checkpoint_dir is not None:
+            checkpointer = files.enter_context(Checkpointer(options.checkpoint_dir, keep=options.checkpoint_keep))
+            if saved is not None:
+                _restore(trainer, checkpointer, config, saved["step"], console)
+        metrics = files.enter_context(MetricsFile(metrics_file, append=options.may_continue))
+        outputs = Outputs(recipe, metrics, checkpointer, console)
+        watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, guard.fail))
+        loop = Loop(config, trainer, train_batches, held_out, outputs, stop, watchdog if step_timeout else None)
+        status = loop.run()
+        if several:
+            if status == FAILED:
+                guard.fail(loop.error)
+            meet("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
+        return status
+
+
+def _check_costs(config: Config) -> None:
+    if process_count() > 1 and config.pipeline.needs_costs and config.pipeline.costs is None:
+        raise ValueError(
+            "Processes that each measured layers would choose different plans. Got --schedule auto or --partition "
+            "measured without --costs. Write them once by `meshpipe plan RECIPE --profile --save-costs FILE.json`, and "
+            "pass --costs FILE.json to all."
+        )
+
+
+def _restore(trainer: Trainer, checkpointer: Checkpointer, config: Config, step: int, console: Console) -> None:
+    """Puts the state of a saved step into the trainer; with `--resume-from`, sets later steps aside."""
+    trainer.load_state_tree(checkpointer.restore(step, trainer.abstract_state_tree()), step)
+    console.print(f"Resumed after step {step} of {config.checkpoint.checkpoint_dir}.")
+    if config.checkpoint.resume_from is not None and process_index() == 0:
+        for later in checkpointer.supersede(step):
+            console.print(f"Step {later} is now {later}.superseded.")

@@ -1,0 +1,1 @@
+"""One stage as compiled programs: traced, cut into forward and backward, rewritten, accumulated. Internal."""

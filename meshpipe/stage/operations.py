@@ -1,0 +1,58 @@
+"""How many floating-point operations a traced program does."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
+
+from meshpipe.stage.jaxpr import LAYOUT_PRIMITIVES
+
+MOVES = LAYOUT_PRIMITIVES | {
+    "concatenate",
+    "convert_element_type",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "gather",
+    "iota",
+    "pad",
+    "rev",
+    "select_n",
+    "slice",
+    "split",
+    "stop_gradient",
+}
+"""Operations that compute nothing."""
+
+
+def count_operations(program: ClosedJaxpr | Jaxpr) -> float:
+    """An estimate: products of matrices and convolutions by their sizes, other work one operation for each element.
+
+    A `scan` counts as often as it runs, a `while` once, and of a `cond` the branch that does most. Moving data counts
+    nothing.
+    """
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: JaxprEqn) -> float:
+    name, params = equation.primitive.name, equation.params
+    inner = [count_operations(part) for part in jaxprs_in_params(params)]
+    if name == "cond":
+        return max(inner)
+    if inner and not name.startswith("reduce"):
+        return params.get("length", 1) * sum(inner)
+    output: Any = equation.outvars[0].aval if equation.outvars else None
+    if not hasattr(output, "dtype") or not jnp.issubdtype(output.dtype, jnp.inexact) or name in MOVES:
+        return 0.0
+    size = float(math.prod(output.shape))
+    shapes = [operand.aval.shape for operand in equation.invars]  # type: ignore[attr-defined]
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * size * math.prod(shapes[0][axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        features = params["dimension_numbers"].rhs_spec[0]
+        return 2 * size * math.prod(shapes[1]) / shapes[1][features]
+    if name.startswith("reduce"):
+        return float(math.prod(shapes[0]))
+    return size

@@ -1,0 +1,250 @@
+"""Sums over the examples of a microbatch that are left unfinished: one term for each part of the examples.
+
+The gradient of a parameter is such a sum. Where the examples are split over devices, each device adds the term of its
+own examples to those of the microbatches before, and one sum over devices is left for the end of a step.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.sharding import PartitionSpec
+
+from meshpipe.mesh import DATA
+from meshpipe.stage.jaxpr import apply_equation, inline, variables
+
+Atom: TypeAlias = Var | jax.extend.core.Literal
+Use: TypeAlias = int | str
+"""How the terms of a result come from an operand: from runs of this dim of it, from its terms, or from all of it."""
+TERMS, WHOLE = "terms", "whole"
+
+LINEAR = frozenset(
+    {
+        *("broadcast_in_dim", "convert_element_type", "copy", "cumsum", "expand_dims", "neg", "reduce_sum", "reshape"),
+        *("rev", "sharding_constraint", "slice", "split", "squeeze", "transpose", "unstack"),
+    }
+)
+"""Operations of one operand that may be done to each term of a sum."""
+
+
+class PartialSums:
+    """A traced program, and which outputs it can return in `parts` terms: `[parts, ...]`, with the output as sum.
+
+    It looks for what sums over the examples: a product of matrices, a convolution, a sum, or a scatter whose operands
+    have them as leading dim, perhaps transposed, which is `examples` or a multiple of it long. Each is done for `parts`
+    equal runs of that dim; what follows up to the output must be linear. The terms are right whatever that dim really
+    is. Where it is the one that is split over devices, no device needs values of another. Sums inside a `jax.lax.scan`
+    are found as well.
+
+    Inputs at `terms` come in terms themselves; they must be used by what is linear in them alone.
+    """
+
+    def __init__(self, closed: ClosedJaxpr, parts: int, examples: int, terms: Collection[int] = ()):
+        self._closed, self._parts, self._examples = inline(closed), parts, examples
+        jaxpr = self._closed.jaxpr
+        self._inputs = frozenset(terms)
+        self._zeros: set[Var] = set()
+        self._terms: set[Var] = {jaxpr.invars[i] for i in terms}
+        self._loops: dict[int, _Loop] = {}
+        """Its scans, by the number of the equation."""
+        self._transposed = {e.outvars[0]: e for e in jaxpr.eqns if e.primitive.name == "transpose"}
+        self._same = {
+            after: before
+            for e in jaxpr.eqns
+            if e.primitive.name == "optimization_barrier"
+            for before, after in zip(e.invars, e.outvars, strict=True)
+        }
+        for index, equation in enumerate(jaxpr.eqns):
+            name = equation.primitive.name
+            if name == "scan":
+                self._loops[index] = loop = _Loop(equation, self)
+                self._terms.update(equation.outvars[i] for i in loop.in_terms)
+            elif name == "broadcast_in_dim" and self._is_zero(equation.invars[0]):
+                self._zeros.update(equation.outvars)
+            elif self._uses(equation) is not None:
+                self._terms.update(equation.outvars)
+        self.available = frozenset(i for i, v in enumerate(jaxpr.outvars) if self._has_terms(v))
+        """The outputs that can be had in terms."""
+
+    def run(self, arguments: Sequence[Any], outputs: Collection[int]) -> list[Any]:
+        """All outputs, those at `outputs` in terms. To be traced, with a mesh set whose data axis is `parts` long: some
+        of what it computes is not used.
+        """
+        jaxpr = self._closed.jaxpr
+        values: dict[Any, Any] = dict(zip(jaxpr.constvars, self._closed.consts, strict=True))
+        terms: dict[Any, Any] = {}
+        for i, (variable, argument) in enumerate(zip(jaxpr.invars, arguments, strict=True)):
+            (terms if i in self._inputs else values)[variable] = argument
+
+        def read(atom: Atom, use: Use = WHOLE) -> Any:
+            if use == TERMS:
+                zeros = jnp.zeros((self._parts, *atom.aval.shape), atom.aval.dtype)  # type: ignore[attr-defined]
+                return zeros if self._is_zero(atom) else terms[atom]
+            value = values[atom] if isinstance(atom, Var) else atom.val
+            if isinstance(use, str):
+                return value
+            before, size, after = value.shape[:use], value.shape[use], value.shape[use + 1 :]
+            return value.reshape(*before, self._parts, size // self._parts, *after)
+
+        axes: dict[Use, int | str | None] = {WHOLE: None, TERMS: 0}
+        for index, equation in enumerate(jaxpr.eqns):
+            loop, uses = self._loops.get(index), self._uses(equation)
+            if loop is not None and loop.in_terms:
+                operands = [read(v, TERMS if i in loop.operands else WHOLE) for i, v in enumerate(equation.invars)]
+                for i, (variable, result) in enumerate(zip(equation.outvars, loop.run(operands), strict=True)):
+                    values[variable] = result.sum(0, dtype=result.dtype) if i in loop.in_terms else result
+                    if i in loop.in_terms:
+                        terms[variable] = result
+                continue
+            if all(v in values for v in variables(equation.invars)):
+                operands = [read(v) for v in equation.invars]
+                values.update(zip(equation.outvars, apply_equation(jaxpr, equation, operands), strict=True))
+            if uses is not None and equation.primitive.name == "conv_general_dilated":
+                terms[equation.outvars[0]] = _convolve_parts(equation, [values[v] for v in equation.invars], uses)
+            elif uses is not None:
+                operands = [read(v, use) for v, use in zip(equation.invars, uses, strict=True)]
+                each = jax.vmap(
+                    lambda *operands, equation=equation: equation.primitive.bind(*operands, **equation.params),
+                    in_axes=[axes.get(use, use) for use in uses],
+                )
+                results = each(*operands)
+                terms.update(zip(equation.outvars, results if isinstance(results, list) else [results], strict=True))
+        return [read(v, TERMS if i in outputs else WHOLE) for i, v in enumerate(jaxpr.outvars)]
+
+    def _uses(self, equation: JaxprEqn) -> tuple[Use, ...] | None:
+        """How the terms of the result come from the operands; None where they cannot."""
+        operands, params = equation.invars, equation.params
+        if not _keeps_sums(equation):
+            return None
+        known = [self._has_terms(v) for v in operands]
+        dims: list[Any] = [self._examples_dim(v) for v in operands]
+        match equation.primitive.name:
+            case "mul" | "dot_general" if known[0] != known[1]:
+                return (TERMS, WHOLE) if known[0] else (WHOLE, TERMS)
+            case "div" | "pad" if known[0] and (equation.primitive.name == "div" or self._is_zero(operands[1])):
+                return TERMS, WHOLE
+            case "select_n" if all(known[1:]):
+                return WHOLE, *(TERMS,) * (len(operands) - 1)
+            case "add" | "add_any" | "sub" | "concatenate" | "stack" if all(known):
+                return (TERMS,) * len(operands)
+            case name if name in LINEAR and known[0]:
+                return TERMS, *(WHOLE,) * (len(operands) - 1)
+            case "dot_general" if tuple(dims) in zip(*params["dimension_numbers"][0], strict=True):
+                return dims[0], dims[1]
+            case "conv_general_dilated" if tuple(dims) == _summed_dims(equation):
+                return dims[0], dims[1]
+            case "reduce_sum" if dims[0] in params["axes"]:
+                return (dims[0],)
+            case "scatter-add" if known[0] and dims[1] == 0 and dims[2] == 0:
+                numbers = params["dimension_numbers"]
+                is_summed = 0 not in numbers.update_window_dims and not numbers.operand_batching_dims
+                return (TERMS, 0, 0) if is_summed else None
+        return None
+
+    def _examples_dim(self, atom: Atom) -> int | None:
+        """The dim of a value that may hold the examples: the leading one, before it was transposed."""
+        while isinstance(atom, Var) and atom in self._same:
+            atom = self._same[atom]
+        before = self._transposed.get(atom) if isinstance(atom, Var) else None
+        if before is not None:
+            dim = self._examples_dim(before.invars[0])
+            return None if dim is None else before.params["permutation"].index(dim)
+        size = (*getattr(atom.aval, "shape", ()), 0)[0]
+        return 0 if size > 0 and size % self._examples == 0 and size % self._parts == 0 else None
+
+    def _has_terms(self, atom: Atom) -> bool:
+        return self._is_zero(atom) or (isinstance(atom, Var) and atom in self._terms)
+
+    def _is_zero(self, atom: Atom) -> bool:
+        return atom in self._zeros if isinstance(atom, Var) else not np.any(atom.val)
+
+
+def _keeps_sums(equation: JaxprEqn) -> bool:
+    """Whether the types are such that sums of results are results of sums: no number is cut off or wraps around."""
+    results = [v.aval.dtype for v in equation.outvars if hasattr(v.aval, "dtype")]
+    operands = [v.aval.dtype for v in equation.invars if hasattr(v.aval, "dtype")]
+    if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in results):
+        return True
+    wide = all(jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4 for dtype in (*results, *operands))
+    return wide and equation.primitive.name != "div"
+
+
+def _summed_dims(convolution: JaxprEqn) -> tuple[int, int] | None:
+    """The dims of the operands that it sums over beside those of its window: in a kernel's gradient, the examples."""
+    numbers = convolution.params["dimension_numbers"]
+    is_whole = convolution.params["feature_group_count"] == 1
+    return (numbers.lhs_spec[1], numbers.rhs_spec[1]) if is_whole else None
+
+
+def _convolve_parts(convolution: JaxprEqn, operands: Sequence[jax.Array], dims: Sequence[Any]) -> jax.Array:
+    """A term of each device of the data axis.
+
+    `jax.vmap` would make groups of features, which XLA's partitioner gathers on every device.
+    """
+    return jax.shard_map(
+        lambda *own: convolution.primitive.bind(*own, **convolution.params)[None],
+        in_specs=tuple(PartitionSpec(*[None] * dim, DATA) for dim in dims),
+        out_specs=PartitionSpec(DATA),
+        axis_names={DATA},
+    )(*operands)
+
+
+class _Loop:
+    """A scan whose body can add up, or stack, terms in place of their sum."""
+
+    def __init__(self, equation: JaxprEqn, around: PartialSums):
+        params = equation.params
+        body = inline(params["jaxpr"])
+        jaxpr = body.jaxpr
+        # Only what is sliced and stacked has a dim more outside of the body.
+        num_carry = _count_of_equal_rank(equation.outvars, jaxpr.outvars)
+        self._num_carry = num_carry
+        self._num_consts = _count_of_equal_rank(equation.invars, jaxpr.invars) - num_carry
+        self._options = {name: params[name] for name in ("length", "reverse", "unroll")}
+        plain = PartialSums(body, around._parts, around._examples)
+        added = {
+            i: term
+            for i in range(num_carry)
+            if (term := _term_added(jaxpr, jaxpr.invars[self._num_consts + i], jaxpr.outvars[i])) is not None
+            and plain._has_terms(term)
+            and around._has_terms(equation.invars[self._num_consts + i])
+        }
+        self.operands = frozenset(self._num_consts + i for i in added)
+        """The operands of the scan that are to be given in terms."""
+        self._body = PartialSums(body, around._parts, around._examples, self.operands)
+        self.in_terms: frozenset[int] = frozenset(added) | {i for i in self._body.available if i >= num_carry}
+        """The results that come in terms."""
+
+    def run(self, operands: Sequence[Any]) -> list[Any]:
+        consts, rest = operands[: self._num_consts], operands[self._num_consts :]
+
+        def body(carry: Any, slices: Any) -> tuple[Any, Any]:
+            results = self._body.run((*consts, *carry, *slices), self.in_terms)
+            return results[: self._num_carry], results[self._num_carry :]
+
+        carry, stacked = jax.lax.scan(body, rest[: self._num_carry], rest[self._num_carry :], **self._options)
+        terms_first = [
+            jnp.moveaxis(v, 1, 0) if i in self.in_terms else v for i, v in enumerate(stacked, self._num_carry)
+        ]
+        return [*carry, *terms_first]
+
+
+def _count_of_equal_rank(outside: Sequence[Atom], inside: Sequence[Atom]) -> int:
+    return sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(outside, inside, strict=True))  # type: ignore[attr-defined]
+
+
+def _term_added(jaxpr: Jaxpr, carry: Var, result: Atom) -> Atom | None:
+    """What a body adds to a value that it hands from turn to turn and does not use otherwise."""
+    users = [equation for equation in jaxpr.eqns if carry in equation.invars]
+    if len(users) != 1 or users[0].primitive.name not in ("add", "add_any") or users[0].outvars[0] is not result:
+        return None
+    if any(result in equation.invars for equation in jaxpr.eqns) or carry in jaxpr.outvars:
+        return None
+    if jaxpr.outvars.count(result) > 1:
+        return None
+    left, right = users[0].invars
+    return right if left is carry else left

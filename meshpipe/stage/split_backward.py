@@ -1,0 +1,102 @@
+"""Cutting a traced backward in two: the gradient of a stage's input, and the gradients of its parameters.
+
+Zero Bubble Pipeline Parallelism, arXiv 2401.10241, section 2: what the previous stage waits for is computed first, the
+rest fills what would be idle time.
+"""
+
+from collections.abc import Sequence
+
+from jax.extend.core import ClosedJaxpr, Literal, Var
+
+from meshpipe.stage.jaxpr import LAYOUT_PRIMITIVES, extract, inline, invariant_values, variables
+from meshpipe.stage.residuals import ELEMENTWISE_PRIMITIVES, least_to_keep
+
+
+class SplitBackward:
+    """The two parts of one backward; together they run every equation once, rearrangements aside.
+
+    `closed` computes parameter gradients, then input gradients. Its first `num_step_inputs` inputs stay at hand for
+    the whole step; those after it belong to one microbatch, and the weight part gets of them only what it reads.
+    """
+
+    def __init__(self, closed: ClosedJaxpr, num_parameters: int, num_step_inputs: int):
+        self.closed = closed = inline(closed)
+        jaxpr = closed.jaxpr
+        self._weight_gradients: list[Var | Literal] = list(jaxpr.outvars[:num_parameters])
+        self._input_gradients: list[Var | Literal] = list(jaxpr.outvars[num_parameters:])
+        self._step_inputs = list(jaxpr.invars[:num_step_inputs])
+        microbatch_inputs = list(jaxpr.invars[num_step_inputs:])
+
+        in_input_part = _defined_on_the_way(closed, self._input_gradients)
+        self.early = tuple(i for i, v in enumerate(self._weight_gradients) if isinstance(v, Var) and v in in_input_part)
+        """Parameters whose gradient is ready with the input's (a loop computes both at once): no weight part is left
+        for them.
+        """
+        self.late = tuple(i for i in range(num_parameters) if i not in self.early)
+        kept = self._kept_between(in_input_part)
+        self.crossing = [v for v in kept if v not in microbatch_inputs]
+        """Values that the input part hands to the weight part."""
+        late = [self._weight_gradients[i] for i in self.late]
+        reached = set(_first_reached(closed, late, {*self.crossing, *jaxpr.invars}))
+        self.carried = tuple(i for i, v in enumerate(microbatch_inputs) if v in reached)
+        """Which inputs of the microbatch the weight part reads again."""
+        self._carried_vars = [microbatch_inputs[i] for i in self.carried]
+
+    def _kept_between(self, in_input_part: set[Var]) -> list[Var]:
+        """Few bytes, from which the weight part can go on without doing again what the input part does.
+
+        Operations on single elements that only the weight part needs are done where less is kept that way.
+        """
+        jaxpr = self.closed.jaxpr
+        late = [self._weight_gradients[i] for i in self.late]
+        part = extract(self.closed, jaxpr.invars, late)
+        own = [e for e in part.jaxpr.eqns if not in_input_part.intersection(e.outvars)]
+        movable = {v for e in own if e.primitive.name in ELEMENTWISE_PRIMITIVES for v in e.outvars}
+        wanted = dict.fromkeys(variables(late))
+        only_later: set[Var] = set()
+        for equation in own:
+            operands = variables(equation.invars)
+            if not movable.issuperset(equation.outvars):
+                only_later.update(equation.outvars)
+                wanted.update(dict.fromkeys(operands))
+            elif only_later.intersection(operands):
+                only_later.update(equation.outvars)
+        return least_to_keep(
+            jaxpr,
+            wanted,
+            invariant_values(jaxpr, self._step_inputs),
+            lambda e: e.primitive.name in LAYOUT_PRIMITIVES or movable.issuperset(e.outvars),
+            only_later=only_later,
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """True where nothing is left for a weight part: the stage cannot be split, and the input part does it all."""
+        return not self.late
+
+    def input_part(self) -> ClosedJaxpr:
+        """All inputs -> input gradients, values that cross, gradients of the `early` parameters."""
+        early = [self._weight_gradients[i] for i in self.early]
+        return extract(self.closed, self.closed.jaxpr.invars, [*self._input_gradients, *self.crossing, *early])
+
+    def weight_part(self) -> ClosedJaxpr:
+        """Step inputs, carried inputs, values that crossed -> gradients of the `late` parameters."""
+        late = [self._weight_gradients[i] for i in self.late]
+        return extract(self.closed, [*self._step_inputs, *self._carried_vars, *self.crossing], late)
+
+
+def _defined_on_the_way(closed: ClosedJaxpr, outputs: Sequence[Var | Literal]) -> set[Var]:
+    """Every value computed by an equation that the outputs need."""
+    part = extract(closed, closed.jaxpr.invars, outputs)
+    return {v for equation in part.jaxpr.eqns for v in equation.outvars}
+
+
+def _first_reached(closed: ClosedJaxpr, outputs: Sequence[Var | Literal], stops: set[Var]) -> list[Var]:
+    """The values among `stops` at which a walk back from the outputs ends, in the order of the program."""
+    needed = set(variables(outputs))
+    for equation in reversed(closed.jaxpr.eqns):
+        wanted = [v for v in equation.outvars if v in needed and v not in stops]
+        if wanted:
+            needed.update(variables(equation.invars))
+    order = [*closed.jaxpr.invars, *(v for e in closed.jaxpr.eqns for v in e.outvars)]
+    return [v for v in order if v in needed and v in stops]

@@ -1,0 +1,176 @@
+"""The predicted memory of a rank is what its arrays take."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_recipes
+from benchmarks.live_bytes import measure_peaks
+from flax import nnx
+
+from meshpipe.choose.memory import RankMemory, predict_memory
+from meshpipe.config import Config
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.mesh import MeshConfig, make_mesh
+from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.sharding import FULLY_SHARDED, ShardingRules
+from meshpipe.trainer import Trainer
+
+
+def predict(config: Config) -> list[RankMemory]:
+    return predict_memory(StagedModel.from_config(config), config.optimizer.build(config.steps))
+
+
+def on_device(leaves: object, device: jax.Device) -> int:
+    """Bytes of arrays that one device holds."""
+    shards = (shard for leaf in jax.tree.leaves(leaves) for shard in leaf.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+
+def test_parameters_and_optimizer_are_exact() -> None:
+    config = tiny_recipes.pipeline()
+    trainer = Trainer.from_config(config)
+    trees = trainer.state_tree()
+    for memory in predict(config):
+        device = trainer.mesh.devices[memory.rank].flat[0]
+        assert memory.parameters == on_device([tree["params"] for tree in trees], device)
+        assert memory.optimizer == on_device([tree["optimizer"] for tree in trees], device)
+        assert memory.gradients == memory.parameters  # float32, as the parameters are
+
+
+def test_activations_of_dense_layers() -> None:
+    # Of each layer, backward needs y = tanh(...), from which its derivative follows: 4 examples of 8 float32 are 128
+    # bytes. What the first layer reads is in the batch already. At the peak another output of as many bytes is on its
+    # way, or its gradient.
+    first, last = predict(tiny_recipes.pipeline())
+    assert (first.live_activations, last.live_activations) == (2, 1)
+    assert first.activations == 2 * (2 * 128) + 128
+    # The input that came from the other rank, and at least the probabilities that the loss's gradient is made of.
+    assert last.activations >= 128 + 2 * 2 * 128 + 128
+
+
+def test_data_splits_activations_and_remat_saves_them() -> None:
+    config = replace(tiny_recipes.single(), model=tiny_recipes.DenseConfig(depth=12))
+    (plain,) = predict(config)
+    (split,) = predict(replace(config, mesh=MeshConfig(data=2)))
+    assert split.activations == plain.activations // 2
+    assert split.batch == plain.batch // 2
+    assert split.parameters == plain.parameters
+    four = replace(config, pipeline=PipelineConfig(num_microbatches=4, schedule="gpipe"))
+    (kept,) = predict(four)
+    (recomputed,) = predict(replace(four, pipeline=replace(four.pipeline, remat="full")))
+    assert kept.live_activations == recomputed.live_activations == 4
+    assert recomputed.activations < kept.activations / 2
+
+
+def test_the_sum_is_the_sum() -> None:
+    (memory,) = predict(tiny_recipes.single())
+    parts = (memory.parameters, memory.gradients, memory.optimizer, memory.batch, memory.activations)
+    assert memory.total == sum(parts)
+
+
+class Plain(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + jnp.tanh(jnp.sin(self.linear(x)))
+
+
+class Recomputed(nnx.Module):
+    """The same with nothing kept of its inside."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.plain = Plain(rngs)
+
+    @nnx.remat
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.plain(x)
+
+
+class Looped(nnx.Module):
+    """Three layers in one `scan`, whose residuals are stacked."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.kernels = nnx.Param(0.3 * rngs.params.normal((3, 8, 8)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, kernel: (x + jnp.tanh(jnp.sin(x @ kernel)), None), x, self.kernels[...])[0]
+
+
+class Split(nnx.Module):
+    """A matrix that fully sharded data parallelism splits, used in bfloat16."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", None))
+        self.linear = nnx.Linear(8, 8, kernel_init=init, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + jnp.tanh(self.linear(x)).astype(x.dtype)
+
+
+def staged(
+    layer: type[nnx.Module], data: int = 1, rules: ShardingRules | None = None, **pipeline: Any
+) -> tuple[StagedModel, dict[str, np.ndarray]]:
+    batch = {"inputs": np.ones((64, 8), np.float32)}
+    config = PipelineConfig(**{"num_microbatches": 4, **pipeline})
+
+    def loss(output: jax.Array, batch: Any) -> Any:
+        return (output**2).sum(), jnp.float32(output.size)
+
+    mesh = make_mesh(2, data)
+    model = StagedModel([layer] * 4, loss, batch=batch, mesh=mesh, input="inputs", config=config, rules=rules)
+    return model, batch
+
+
+@pytest.mark.parametrize(
+    ("layer", "pipeline"),
+    [
+        (Plain, {"schedule": "1f1b", "remat": "full,none"}),
+        (Plain, {"schedule": "zb-h1"}),
+        (Plain, {"schedule": "interleaved-1f1b"}),
+        (Recomputed, {"schedule": "gpipe"}),
+        (Looped, {"schedule": "1f1b"}),
+    ],
+)
+def test_the_peak_is_what_is_measured(layer: type[nnx.Module], pipeline: dict[str, str]) -> None:
+    model, batch = staged(layer, **pipeline)
+    transformation = optax.sgd(0.1, momentum=0.9)
+    predicted = predict_memory(model, transformation)
+    measured = measure_peaks(model, transformation, batch)
+    for rank, peak in zip(predicted, measured, strict=True):
+        # All is counted but a few scalars of the executor and the optimizer.
+        assert rank.total <= peak <= rank.total + 100
+        assert rank.activations > 2000
+
+
+def test_split_parameters_are_whole_while_a_step_runs() -> None:
+    """And so are their gradients; what is kept between steps is split."""
+    transformation = optax.adam(0.1)
+    model, batch = staged(Split, data=2, rules=FULLY_SHARDED)
+    whole, _ = staged(Split, data=2)
+    predicted, unsplit = predict_memory(model, transformation), predict_memory(whole, transformation)
+    measured = measure_peaks(model, transformation, batch)
+    for rank, other, peak in zip(predicted, unsplit, measured, strict=True):
+        assert rank.total <= peak <= rank.total + 100
+        kernels = 2 * 8 * 8 * 4
+        assert other.parameters - rank.parameters == kernels // 2
+        assert other.gradients == rank.gradients
+        assert other.optimizer - rank.optimizer == kernels
+
+
+def test_layers_that_keep_nothing_of_their_inside_predict_less() -> None:
+    transformation = optax.sgd(0.1)
+    plain, recomputed = (predict_memory(staged(layer)[0], transformation) for layer in (Plain, Recomputed))
+    assert recomputed[0].activations < plain[0].activations / 2
+
+
+def test_residuals_of_a_loop_are_those_of_each_turn() -> None:
+    """Of each of 3 layers at least the argument of each function, 16 rows of 8 float32; for 2 live microbatches."""
+    (first, _) = predict_memory(staged(Looped)[0], optax.sgd(0.1))
+    assert first.live_activations == 2
+    assert first.activations >= 2 * 2 * 3 * 2 * (16 * 8 * 4)

@@ -1,0 +1,237 @@
+"""Wrong calls: one clear message with the way out, exit code 2, no traceback, and nothing written."""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+from meshpipe.cli import main
+from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
+
+TINY = f"{Path(__file__).parents[1] / 'tiny_recipes.py'}:pipeline"
+LANGUAGE = f"{Path(__file__).parents[2] / 'recipes' / 'language_model.py'}:debug"
+BROKEN = "def number():\n    return 3\n\ndef fails():\n    raise ValueError('no such layout')\n"
+
+READ_COSTS = "--partition measured --costs costs.json"
+COSTS = ModelCosts((LayerCosts("Dense", 1.0, 2.0, 1.0, 1.0, 0.0, 288, 256),) * 4, Setting(4, 1, 1, "none"), "cpu", 1.0)
+
+CALLS = {
+    # Commands and recipes.
+    "no command": ("", "The command must be one of recipes, train, verify, plan, launch, checkpoint. Got none."),
+    "unknown command": ("trian TINY", "Did you mean train?"),
+    "no recipe": ("train", "A recipe comes first: meshpipe train RECIPE [flags]. Got none."),
+    "flag before the recipe": ("train --steps 3 TINY", "A recipe comes first"),
+    "recipe without a function": ("train tiny_recipes", "A recipe is FILE.py:FUNCTION, or FILE:FUNCTION."),
+    "recipe of a missing file": ("plan nowhere.py:single", "There is no file nowhere.py"),
+    "recipe of a missing function": ("verify TINYs", "Did you mean"),
+    "recipe that is not a Config": ("train broken.py:number", "Return a Config from number"),
+    "recipe that fails": ("train broken.py:fails", "fails on line 5: no such layout"),
+    "recipe that is not Python": ("train notes.txt.py:f", "Correct the file."),
+    "no recipes folder": ("recipes", "Change to a folder that has it"),
+    # Flags.
+    "unknown flag": ("train TINY --stepz 3", "Perhaps you meant: --steps"),
+    "flag without a value": ("train TINY --steps", "Missing value for argument '--steps'"),
+    "flag that is no number": ("train TINY --steps many", "--steps INT"),
+    "negative steps": ("train TINY --steps -1", "--steps must be at least 0. Got -1."),
+    "negative seed": ("train TINY --seed -1", "--seed must be at least 0. Got -1."),
+    "negative evaluation interval": ("train TINY --eval-every -5", "--eval-every must be at least 0. Got -5."),
+    "negative learning rate": ("train TINY --learning-rate -1", "must be a number of at least 0"),
+    "flag of another command": ("train TINY --plot a.png", "Unrecognized options: --plot"),
+    # Mesh, batch and microbatches.
+    "empty axis": ("train TINY --mesh.pipeline 0", "--mesh.pipeline must be at least 1. Got 0."),
+    "more devices than there are": ("train TINY --mesh.tensor 8", "Got 16, with 8 started."),
+    "batch that does not divide": ("train TINY --batch-size 10", "The nearest sizes that fit are 8 and 12."),
+    "microbatch over data": ("train TINY --mesh.data 3", "must be a multiple of --num-microbatches * --mesh.data"),
+    "empty batch": ("train TINY --batch-size 0", "--batch-size must be at least 1. Got 0."),
+    "batch larger than the data": ("train TINY --data.count 15", "Pass a smaller --batch-size"),
+    "held-out data smaller than a batch": ("train TINY --batch-size 80", "Pass a smaller --batch-size"),
+    "no microbatch": ("train TINY --num-microbatches 0", "--num-microbatches must be at least 1. Got 0."),
+    # Stages and schedules.
+    "more stages than layers": ("train TINY --mesh.pipeline 8", "Use fewer pipeline ranks"),
+    "too many first layers": ("train TINY --partition 0,1,2,3", "Give 1 after 0, or cut by --partition even."),
+    "first layer beyond the layers": ("train TINY --partition 9", "must ascend strictly between 1 and 3, the last"),
+    "partition that is no number": (
+        "train TINY --partition two",
+        "--partition must be one of even, cost, measured, or",
+    ),
+    "more stages than layers to balance": ("plan TINY --mesh.pipeline 8 --partition cost", "Every stage needs a layer"),
+    "more stages than layers for auto": ("train TINY --mesh.pipeline 8 --schedule auto", "Every stage needs a layer"),
+    "auto with a wrong number of stages": ("train TINY --schedule auto --partition 0,1,2", "Give 1 after 0"),
+    "measuring for no backward": ("train TINY --schedule inference --partition measured", "which has none. Choose"),
+    "limit that is no amount": ("train TINY --schedule auto --memory-limit 3XB", "A memory limit must be a number"),
+    "limit that nothing keeps to": ("train TINY --memory-limit 3GB", "or pass one of the two."),
+    "limit below the least": ("plan TINY --schedule auto --costs costs.json --memory-limit 900B", "fullest rank. Got"),
+    "costs that nothing reads": ("train TINY --costs costs.json", "--costs is for --partition measured and --schedule"),
+    "costs that are not there": ("train TINY --schedule auto --costs none.json", "must name a readable file"),
+    "costs that are none": ("train TINY --schedule auto --costs old.jsonl", "a JSON file of layer costs"),
+    "costs of another model": ("plan TINY --model.depth 5 COSTS", "Got 4 layers in costs.json, and the model has 5."),
+    "costs of other microbatches": (
+        "train TINY --batch-size 32 COSTS",
+        "Got microbatch size 4 in costs.json, and 8 he",
+    ),
+    "costs read and measured": ("plan TINY --profile COSTS", "Leave one of them out."),
+    "costs saved unmeasured": ("plan TINY --save-costs new.json", "--save-costs saves what --profile measures."),
+    "costs into a missing folder": ("plan TINY --profile --save-costs missing/new.json", "a folder that exists"),
+    "unknown schedule": ("train TINY --schedule 1f1", "Did you mean 1f1b?"),
+    "schedule of one stage per rank": ("train TINY --stages-per-rank 2", "a schedule that takes several: gpipe"),
+    "no stage per rank": ("train TINY --stages-per-rank 0", "--stages-per-rank must be at least 1. Got 0."),
+    "unknown rematerialisation": ("train TINY --remat some", "--remat must be one of none, full, everything_saveable"),
+    "rematerialisation of too many stages": ("train TINY --remat none,full,none", "Got 3 names (none,full,none) for 2"),
+    "rematerialisation to choose for no limit": ("train TINY --remat auto", "Add e.g. --memory-limit 12GiB."),
+    "memory limit that is no size": ("train TINY --remat auto --memory-limit 3apples", "Got '3apples'."),
+    "memory limit that nothing fits into": ("train TINY --remat auto --memory-limit 1kB", "Raise it to that, or use"),
+    # Models and data.
+    "text that is not there": ("train LANGUAGE --data.path nowhere", "--data.path must name a text file or a folder"),
+    "windows longer than the text": ("train LANGUAGE --data.path old.jsonl", "a smaller --data.sequence-length"),
+    "heads that do not divide the width": ("train LANGUAGE --model.num-heads 3", "--model.num-heads"),
+    "heads that do not divide by tensor": ("plan LANGUAGE --mesh.tensor 4", "Choose a divisor of"),
+    # Files.
+    "metrics in a missing folder": ("train TINY --metrics missing/m.jsonl", "Make it, or name another file."),
+    "compiled programs into a file": ("train TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
+    "verify with programs in a file": ("verify TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
+    "metrics into a folder": ("train TINY --metrics folder", "Name a file in it."),
+    "metrics over another run": ("train TINY --metrics old.jsonl", "Name another file, remove it"),
+    "picture without a format": ("plan TINY --plot picture", "--plot must name a file whose suffix is one of"),
+    "picture in a missing folder": ("plan TINY --plot missing/a.png", "a folder that exists"),
+    "resume without a folder": ("train TINY --resume", "add --checkpoint-dir DIR"),
+    "saving without a folder": ("train TINY --checkpoint-every 2", "add --checkpoint-dir DIR"),
+    "resume from nothing": (
+        "train TINY --resume-from 2 --checkpoint-dir folder",
+        "or leave --resume-from out to start a new one",
+    ),
+    "resume from without a folder": ("train TINY --resume-from 3", "add --checkpoint-dir DIR"),
+    "automatic resume without a folder": ("train TINY --auto-resume", "add --checkpoint-dir DIR"),
+    "resume from two steps": ("train TINY --resume-from 2 --resume --checkpoint-dir saved", "Leave one of them out"),
+    "resume of nothing": ("train TINY --resume --checkpoint-dir folder", "or leave --resume out to start a new one"),
+    "resume of a missing folder": ("train TINY --resume --checkpoint-dir missing", "or leave --resume out"),
+    "checkpoints into a file": ("train TINY --checkpoint-dir old.jsonl", "Name another folder."),
+    "checkpoints below a file": ("train TINY --checkpoint-dir old.jsonl/deep", "Name another folder."),
+    "learning rate that is no number": ("train TINY --learning-rate nan", "--learning-rate must be a number"),
+    "clipping at no number": ("train TINY --clip-norm nan", "--clip-norm must be above 0"),
+    "negative number of checkpoints": ("train TINY --checkpoint-dir new --checkpoint-keep -1", "must be at least 0"),
+    "no update to verify": ("verify TINY --updates 0", "--updates must be at least 1. Got 0."),
+}
+
+# Of a folder `saved`, in which a run of four steps has saved steps 2 and 4.
+CALLS_WITH_CHECKPOINTS = {
+    "new run in the folder of another": ("train TINY --checkpoint-dir saved", "Pass --resume to go on"),
+    "another seed": ("train TINY --seed 1 RESUME", "Got 1, and saved was saved with 0. Pass --seed 0"),
+    "another batch size": ("train TINY --batch-size 32 RESUME", "Pass --batch-size 16"),
+    "another model": ("train TINY --model.depth 3 RESUME", "Got depth 3, and saved was saved with 4."),
+    "another optimizer": (
+        "train TINY --optimizer sgd RESUME",
+        "Got optimizer 'sgd', and saved was saved with 'adamw'.",
+    ),
+    "other data": ("train TINY --data.count 100 RESUME", "or start a new run"),
+    "resume from a step that is not there": (
+        "train TINY --resume-from 3 --checkpoint-dir saved",
+        "Got 3. Whole steps there: 2, 4.",
+    ),
+    "no such step": ("checkpoint show saved --step 3", "Whole steps there: 2, 4."),
+    "no such step to verify": ("checkpoint verify saved --step 3", "Whole steps there: 2, 4."),
+    "step that is no number": ("checkpoint show saved --step last", "--step"),
+    "no folder to list": ("checkpoint list missing", "Name the --checkpoint-dir of a run."),
+    "folder without checkpoints": ("checkpoint list folder", "Name the --checkpoint-dir of a run."),
+    "no folder named": ("checkpoint list", "Missing"),
+    "unknown checkpoint command": ("checkpoint lst saved", "Did you mean list?"),
+    "no checkpoint command": ("checkpoint", "The command must be one of list, show, verify. Got none."),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started() -> None:
+    """JAX with the devices of the tests, before a command asks for others."""
+    assert jax.device_count() == 8
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("meshpipe.stage.compile_stages.compile_stage", must_not_compile)
+    monkeypatch.setattr("meshpipe.choose.profile.compile_stage", must_not_compile)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "old.jsonl").write_text('{"event": "end"}\n')
+    COSTS.save(tmp_path / "costs.json")
+    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "notes.txt.py").write_text("dear diary\n")
+    return tmp_path
+
+
+def must_not_compile(*arguments: object, **keywords: object) -> None:
+    raise AssertionError("refused only after compiling")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
+    }
+
+
+def refuse(arguments: str, phrase: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs a command that must end with code 2, the phrase on standard error, and no change of the folder."""
+    before = contents(folder)
+    code = main(arguments.replace("TINY", TINY).replace("LANGUAGE", LANGUAGE).replace("COSTS", READ_COSTS).split())
+    error = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().err)
+    assert code == 2, error
+    assert phrase in error
+    assert "Traceback" not in error
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("arguments", "phrase"), CALLS.values(), ids=CALLS)
+def test_wrong_calls(arguments: str, phrase: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse(arguments, phrase, folder, capsys)
+
+
+@pytest.fixture(scope="module")
+def run_of_four_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "saved"
+    flags = f"train {TINY} --steps 4 --eval-batches 0 --checkpoint-every 2 --checkpoint-dir {folder}"
+    assert main(flags.split()) == 0
+    return folder
+
+
+@pytest.fixture
+def saved(run_of_four_steps: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(run_of_four_steps, folder / "saved"))
+
+
+@pytest.mark.parametrize(("arguments", "phrase"), CALLS_WITH_CHECKPOINTS.values(), ids=CALLS_WITH_CHECKPOINTS)
+def test_wrong_calls_with_checkpoints(
+    arguments: str, phrase: str, saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse(arguments.replace("RESUME", "--resume --checkpoint-dir saved"), phrase, folder, capsys)
+
+
+def damage(step: Path, item: str) -> None:
+    """Flips one bit in the middle of the largest file of an item."""
+    file = max((path for path in (step / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("item", ["stage_0", "stage_1", "meta"])
+def test_a_damaged_checkpoint_is_not_gone_on_with(
+    item: str, saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(saved / "4", item)
+    resume = "train TINY --steps 9 --metrics new.jsonl --resume --checkpoint-dir saved"
+    refuse(resume, "Pass --resume-from 2, the newest step that is good.", folder, capsys)
+    assert main(["checkpoint", "verify", "saved"]) == 1
+    assert "step 2: every byte is good" in capsys.readouterr().out
+    assert main(["checkpoint", "verify", "saved", "--step", "2"]) == 0
+
+
+def test_a_checkpoint_without_one_of_its_files_is_not_gone_on_with(
+    saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    max(
+        (path for path in (saved / "4" / "stage_1").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    ).unlink()
+    refuse("train TINY --steps 9 --resume --checkpoint-dir saved", "Pass --resume-from 2", folder, capsys)

@@ -1,0 +1,137 @@
+"""The commands that end soon, called in this process: what they print and the exit codes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from meshpipe.cli import main
+
+RECIPES = Path(__file__).resolve().parents[1] / "tiny_recipes.py"
+
+
+@pytest.fixture
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder for commands that are called in this process, where JAX has eight devices."""
+    assert jax.device_count() == 8
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "tiny.py").write_text(RECIPES.read_text())
+    return tmp_path
+
+
+def test_recipes_lists_layouts(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert header == ["recipe", "pipeline", "data", "tensor", "devices", "about"]
+    assert rows == [
+        ["tiny:single", "1", "1", "1", "1", "One", "device."],
+        ["tiny:pipeline", "2", "1", "1", "2", "Two", "ranks."],
+    ]
+
+
+def test_recipes_lists_the_others_when_one_fails(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_process / "recipes" / "broken.py").write_text("def fails() -> Config:\n    return 3\n")
+    assert main(["recipes"]) == 2
+    captured = capsys.readouterr()
+    assert "tiny:pipeline" in captured.out
+    assert "recipes/broken.py fails on line 1" in captured.err
+
+
+def test_plan_shows_stages_grid_bubble_and_memory(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--num-microbatches", "2", "--plot", "a.png"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny:pipeline: pipeline 2 x data 1 x tensor 1 = 2 devices" in out
+    assert "2 Dense" in out
+    assert "rank 1  .    1F0  1B0  1F1  1B1  ." in out
+    assert "Expected bubble 33.3%" in out
+    assert "activations" in out
+    assert out.count("  none") == 2
+    assert (in_process / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_saved_schedule_can_be_run(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--schedule", "zb-h1", "--save-schedule", "mine.txt"]) == 0
+    assert "Written to mine.txt" in capsys.readouterr().out
+    assert main(["plan", "tiny:pipeline", "--schedule", "mine.txt"]) == 0
+    assert "0I0" in capsys.readouterr().out
+
+
+def test_all_schedules_are_compared(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--compare"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["1f1b"][:3] == ["1", "15", "20.0%"]
+    assert rows["zb-v"][:3] == ["2", "12.5", "4.0%"]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--save-schedule plan.json", "--save-schedule no/plan.txt", "--compare --plot a.png"]
+)
+def test_flags_of_plan_that_cannot_be(in_process: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", *flags.split()]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_plan_measures_layers_and_proposes_a_cut(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measure = ["--num-microbatches", "4", "--partition", "1", "--profile", "--save-costs", "costs.json"]
+    assert main(["plan", "tiny:pipeline", *measure]) == 0
+    out = capsys.readouterr().out
+    assert "Measured on cpu (data 1 x tensor 1) in " in out
+    assert re.search(r"^ +3 +Dense +[\d.]+ ", out, re.MULTILINE)
+    assert "given" in out
+    assert "Predicted step: " in out
+    assert ", by costs measured on cpu in " in out
+    assert main(["plan", "tiny:pipeline", "--schedule", "auto", "--costs", "costs.json"]) == 0
+    out = capsys.readouterr().out
+    assert "by costs of costs.json, measured on cpu." in out
+    assert re.search(r"^auto.*, 4 microbatches", out, re.MULTILINE)
+
+
+def test_plan_chooses_what_is_computed_again(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--remat", "auto", "--memory-limit", "3.3kB"]) == 0
+    out = capsys.readouterr().out
+    assert "remat auto (nothing_saveable none):" in out
+
+
+def test_verify_agrees(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "tiny:pipeline", "--updates", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "Equal to plain training on one device over 2 updates" in out
+    assert "layers/3" in out
+
+
+def test_verify_names_the_first_layer_that_differs(
+    in_process: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from meshpipe.reference.plain import PlainTrainer
+
+    honest = PlainTrainer.step
+
+    def step(self: PlainTrainer, batch: Any) -> Any:
+        loss, norm, gradients = honest(self, batch)
+        return loss, norm, {path: leaf * (2 if path.startswith("layers/2/") else 1) for path, leaf in gradients.items()}
+
+    monkeypatch.setattr(PlainTrainer, "step", step)
+    assert main(["verify", "tiny:pipeline", "--updates", "1"]) == 1
+    assert "meshpipe: the first difference is in layers/2: gradient layers/2/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["checkpoint", "--help"], ["recipes", "--help"]]
+)
+def test_help_of_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert "usage: meshpipe" in capsys.readouterr().out
+
+
+def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny:pipeline", "--help"]) == 0
+    out = capsys.readouterr().out
+    flags = """--mesh.pipeline --mesh.data --mesh.tensor --schedule --stages-per-rank --num-microbatches --remat --steps
+        --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --resume-from
+        --auto-resume --metrics
+        --eval-every --measure-every --trace --partition --costs --memory-limit --data.count --model.width"""
+    for flag in flags.split():
+        assert f"{flag} " in out or f"{flag}, " in out, flag

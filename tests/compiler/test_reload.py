@@ -1,0 +1,77 @@
+"""A program loaded for other devices does what XLA compiles for them. Fails where private parts of JAX have moved."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meshpipe.compiler.reload import kept_arguments, load, serialise
+from meshpipe.mesh import make_mesh, submeshes
+
+ROWS = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+SPECS = (PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "tensor"), PartitionSpec("tensor"))
+
+
+def lower(mesh):
+    """Products split over both axes, so that they are summed across devices, added to a donated array."""
+    shardings = [NamedSharding(mesh, spec) for spec in SPECS]
+
+    def add(total, x, up, down):
+        y = jnp.tanh(x @ up) @ down
+        return total + y.T @ y, jax.nn.softmax(y).sum()
+
+    shapes = [jax.ShapeDtypeStruct(ROWS.shape, ROWS.dtype, sharding=s) for s in shardings]
+    return jax.jit(add, donate_argnums=0, out_shardings=(shardings[0],) * 2).lower(*shapes)
+
+
+def arguments(mesh):
+    return [jax.device_put(ROWS + i, NamedSharding(mesh, spec)) for i, spec in enumerate(SPECS)]
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2)])
+def test_a_loaded_program_does_what_a_compiled_one_does(sizes):
+    source, target = submeshes(make_mesh(*sizes))
+    lowered = lower(target)
+    compiled, original = lowered.compile(), lower(source).compile()
+    serialised = serialise(original, source)
+    assert serialised is not None, "programs can no longer be had as bytes"
+    loaded = load(serialised, target, lowered.in_tree, lowered.out_tree)
+    assert loaded is not None, "programs can no longer be loaded for other devices"
+
+    given = arguments(target)
+    results, expected = loaded(*given), compiled(*arguments(target))
+    for result, other in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(other))
+        assert result.sharding == other.sharding
+        assert result.devices() == set(target.devices.flat)
+    assert [value.is_deleted() for value in given] == [True, False, False, False]
+    assert loaded.input_shardings == compiled.input_shardings
+    assert loaded.output_shardings == compiled.output_shardings
+    assert loaded.memory_analysis().temp_size_in_bytes == compiled.memory_analysis().temp_size_in_bytes
+    np.testing.assert_array_equal(original(*arguments(source))[0], expected[0])
+
+
+def test_a_program_that_calls_python_stays_where_it_is():
+    (mesh,) = submeshes(make_mesh(1))
+
+    def shout(x):
+        jax.debug.print("{}", x)
+        return x + 1
+
+    assert serialise(jax.jit(shout).lower(1.0).compile(), mesh) is None
+
+
+def test_bytes_that_are_no_program_give_none():
+    source, target = submeshes(make_mesh(2))
+    lowered = lower(source)
+    serialised = serialise(lowered.compile(), source)
+    assert serialised is not None
+    broken = type(serialised)(serialised.data[:-100], serialised.device_ids)
+    assert load(broken, target, lowered.in_tree, lowered.out_tree) is None
+
+
+def test_the_arguments_that_a_program_reads():
+    first, second = (jax.jit(lambda *both, i=i: both[i] + 1).lower(1.0, 2.0) for i in (0, 1))
+    assert first.as_text() == second.as_text()
+    assert (kept_arguments(first), kept_arguments(second)) == ((0,), (1,))

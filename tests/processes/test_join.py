@@ -1,0 +1,104 @@
+"""How processes join, and when they stop together."""
+
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from meshpipe.processes import join as join_module
+from meshpipe.processes.join import DistributedConfig, join, own_address
+from meshpipe.processes.launch import free_port
+from meshpipe.processes.stop import StopRequest, StopTogether
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "a:1"}, "belong together"),
+        ({"process_id": 0}, "belong together"),
+        ({"coordinator": "nowhere", "process_id": 0, "process_count": 2}, "must be HOST:PORT"),
+        ({"coordinator": "a:70000", "process_id": 0, "process_count": 2}, "must be HOST:PORT"),
+        ({"coordinator": "a:1", "process_id": 2, "process_count": 2}, "below --process-count. Got 2 of 2"),
+        ({"step_timeout": -1.0}, "--step-timeout must be at least 0"),
+    ],
+)
+def test_places_that_cannot_be(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistributedConfig(**given)  # type: ignore[arg-type]
+
+
+def test_process_0_says_when_it_cannot_listen() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        for address in (f"127.0.0.1:{other.getsockname()[1]}", "192.0.2.1:4321", "no-such-host.invalid:4321"):
+            with pytest.raises(ConnectionError, match=rf"listen at --coordinator. Got {address}: "):
+                join(DistributedConfig(coordinator=address, process_id=0, process_count=2))
+
+
+def test_the_own_address_is_that_of_the_way_to_the_coordinator() -> None:
+    assert own_address("127.0.0.1:1234") == "127.0.0.1"
+    assert own_address(None) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # a shell in an allocation, without srun
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, True),
+    ],
+)
+def test_jobs_of_several_tasks_are_recognised(environment: dict[str, str], several: bool) -> None:
+    assert join_module._in_cluster(environment) == several
+
+
+def test_one_process_stops_when_it_is_asked_to() -> None:
+    request = StopRequest()
+    together = StopTogether(request)
+    assert not together.after(3)
+    request.signal = signal.SIGTERM
+    assert together.after(3)
+
+
+def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is one step behind or ahead of the one that is asked takes as many steps as all."""
+    told: dict[str, str] = {}
+
+    def tell(key: str, text: str) -> None:
+        if key in told:
+            raise RuntimeError("ALREADY_EXISTS")
+        told[key] = text
+
+    for name, replacement in {"process_count": lambda: 3, "tell": tell, "ask_now": told.get}.items():
+        monkeypatch.setattr(distributed, name, replacement)
+    requests = [StopRequest() for _ in range(3)]
+    processes = [StopTogether(request) for request in requests]
+    assert not any(process.after(step) for process, step in zip(processes, (4, 5, 6), strict=True))
+    requests[1].signal = signal.SIGTERM
+    requests[2].signal = signal.SIGINT
+    steps = [4, 5, 6]
+    assert not processes[1].after(5)
+    for index, process in enumerate(processes):
+        while not process.after(steps[index]):
+            steps[index] += 1
+    assert steps == [7, 7, 7]
+    assert all(request.signal == signal.SIGTERM for request in requests)
+
+
+def test_a_process_whose_others_do_not_come_says_so() -> None:
+    script = f"""
+from meshpipe.processes import join
+join.JOIN_SECONDS = 0.5
+place = dict(coordinator="127.0.0.1:{free_port()}", process_id=0, process_count=2)
+join.join(join.DistributedConfig(**place))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1, ended
+    assert "process 0 stops because not all 2 processes of the run came together at 127.0.0.1:" in ended.stderr

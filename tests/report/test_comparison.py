@@ -1,0 +1,26 @@
+"""The comparison of schedules: each on the model at hand, or why not."""
+
+from dataclasses import replace
+
+import tiny_recipes
+
+from meshpipe.choose.chooser import Chooser
+from meshpipe.plan.schedules import SCHEDULES
+from meshpipe.report.comparison import compare_schedules
+
+
+def test_every_schedule_is_there_with_its_bubble_or_its_reason() -> None:
+    config = tiny_recipes.pipeline()
+    chooser = Chooser.from_config(config)
+    rows = {c.schedule: c for c in compare_schedules(chooser, None)}
+    assert set(rows) == set(SCHEDULES) - {"inference"}
+    one, zero = rows["1f1b"].timeline, rows["zb-h1"].timeline
+    assert one is not None
+    assert zero is not None
+    assert (one.makespan, zero.makespan) == (15.0, 13.0)  # 3 M + 3 (R - 1), and one unit less for each rank
+    assert max(one.peak_bytes) > 0
+    with_three = replace(chooser, config=replace(config.pipeline, stages_per_rank=3))
+    three = {c.schedule: c for c in compare_schedules(with_three, None)}
+    assert three["interleaved-1f1b"].timeline is None
+    assert three["interleaved-1f1b"].reason.startswith("Every stage needs a layer. Got 4 layer(s) for 6 stages")
+    assert three["1f1b"].stages_per_rank == 1

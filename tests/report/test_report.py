@@ -1,0 +1,99 @@
+"""Tables and pictures say what they should, in rows that stay whole in a file."""
+
+import io
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_recipes
+from flax import nnx
+from rich.console import Console
+
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.mesh import make_mesh
+from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.report.plan import layout_lines, print_plan, stage_table
+from meshpipe.report.tables import format_bytes, make_console
+
+
+@dataclass(frozen=True)
+class Stage:
+    index: int
+    rank: int
+    layers: range
+    parameter_count: int
+    parameter_bytes: int
+
+
+def rows(table: object) -> list[str]:
+    output = io.StringIO()
+    Console(file=output, width=200).print(table)
+    return [" ".join(line.split()) for line in output.getvalue().splitlines()]
+
+
+def test_stages_are_summed_and_layers_counted() -> None:
+    stages = [Stage(0, 0, range(3), 1500, 6000), Stage(1, 1, range(3, 4), 500, 2_000_000_000)]
+    assert rows(stage_table(stages, ["Embed", "Block", "Block", "Head"])) == [
+        "stage rank layers kinds parameters bytes",
+        "0 0 0-2 Embed, 2 Block 1,500 6 kB",
+        "1 1 3 Head 500 2 GB",
+        "all 2,000 2 GB",
+    ]
+    assert rows(stage_table(stages, ["Embed", "Block", "Block", "Head"], ["none", "full"]))[:3] == [
+        "stage rank layers kinds parameters bytes remat",
+        "0 0 0-2 Embed, 2 Block 1,500 6 kB none",
+        "1 1 3 Head 500 2 GB full",
+    ]
+
+
+def test_the_layout_in_three_lines() -> None:
+    assert layout_lines("tiny:pipeline", StagedModel.from_config(tiny_recipes.pipeline())) == [
+        "tiny:pipeline: 288 parameters on pipeline 2 x data 1 x tensor 1 = 2 cpu devices",
+        "stages: 0 (rank 0) layers 0-1  1 (rank 1) layers 2-3",
+        "1f1b, 4 microbatches of 4 examples, remat none, expected bubble 20.0%",
+    ]
+
+
+def test_the_layout_says_what_each_stage_computes_again() -> None:
+    config = replace(tiny_recipes.pipeline(), pipeline=PipelineConfig(num_microbatches=4, remat="full,none"))
+    assert "remat full none, expected" in layout_lines("mine", StagedModel.from_config(config))[2]
+
+
+class Looped(nnx.Module):
+    """Two layers in a loop, which computes the gradients of their input and of their parameters at once."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.kernels = nnx.Param(rngs.params.normal((2, 8, 8)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, self.kernels[...])[0]
+
+
+def test_a_plan_says_which_backward_cannot_be_split() -> None:
+    model = StagedModel(
+        [lambda rngs: nnx.Linear(8, 8, rngs=rngs), Looped],
+        lambda output, batch: (output.sum(), output.size),
+        batch={"inputs": np.ones((4, 8), np.float32)},
+        mesh=make_mesh(2),
+        input="inputs",
+        config=PipelineConfig(schedule="zb-h1", num_microbatches=2),
+    )
+    output = io.StringIO()
+    print_plan(Console(file=output, width=200), "mine", model, optax.sgd(0.1), None)
+    assert "The backward of stage 1 cannot be split" in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (999_600, "1 MB"), (2_345_000_000, "2.35 GB"), (7e15, "7,000 TB")],
+)
+def test_bytes_have_a_unit(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+def test_a_file_gets_whole_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    make_console().print("word " * 100)
+    assert len(capsys.readouterr().out.splitlines()) == 1

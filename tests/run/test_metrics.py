@@ -1,0 +1,127 @@
+"""The metrics file is JSON a line at a time whatever happens, and the progress line says enough."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from meshpipe.run.metrics import MetricsFile, ProgressLine, lines_every
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def step(number: int, **more: float) -> dict[str, float]:
+    return {"step": number, "loss": 2.5, "step_time_s": 0.5, "examples_per_s": 1234.0} | more
+
+
+def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with MetricsFile(path) as metrics:
+        metrics.write("start", {"step": 0})
+        metrics.write("step", step(1))
+        assert [line["event"] for line in read(path)] == ["start", "step"]
+
+
+def test_appends_on_resume_and_begins_anew_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    for append, events in ((False, ["a"]), (True, ["a", "b"]), (False, ["c"])):
+        with MetricsFile(path, append=append) as metrics:
+            metrics.write(events[-1], {})
+        assert [line["event"] for line in read(path)] == events
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(b'{"event": "a"}\n{"ev', '{"event": "a"}\n'), (b'{"ev', ""), (b"", ""), (b"{}\n", "{}\n")]
+)
+def test_a_torn_last_line_is_cut_before_appending(tmp_path: Path, before: bytes, after: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(before)
+    with MetricsFile(path, append=True) as metrics:
+        metrics.write("b", {})
+    assert path.read_text() == after + '{"event": "b"}\n'
+
+
+def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with MetricsFile(path) as metrics:
+        metrics.write("eval", {"loss": math.nan, "config": {"clip_norm": [math.inf, 1.0]}})
+    assert read(path) == [{"event": "eval", "loss": None, "config": {"clip_norm": [None, 1.0]}}]
+
+
+def test_no_file_takes_everything() -> None:
+    with MetricsFile(None) as metrics:
+        metrics.write("start", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [("missing/m.jsonl", "Make it, or name another file"), (".", "Name a file in it"), ("old.jsonl", "by --resume")],
+)
+def test_check_refuses_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, phrase: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=phrase):
+        MetricsFile.check(name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]
+
+
+def test_check_takes_new_empty_and_resumed_files_and_devices(tmp_path: Path) -> None:
+    (tmp_path / "old.jsonl").write_text("{}\n")
+    (tmp_path / "empty.jsonl").touch()
+    MetricsFile.check(None)
+    MetricsFile.check(tmp_path / "new.jsonl")
+    MetricsFile.check(tmp_path / "empty.jsonl")
+    MetricsFile.check(tmp_path / "old.jsonl", append=True)
+    MetricsFile.check("/dev/null")
+
+
+def test_plain_lines_come_every_few_steps_and_last() -> None:
+    output = io.StringIO()
+    progress = ProgressLine(Console(file=output, width=200), steps=42)
+    for number in range(1, 43):
+        progress.step(step(number))
+    progress.close()
+    lines = output.getvalue().splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 5, 10, 15, 20, 25, 30, 35, 40, 42]
+    assert lines[2] == "step 10/42  loss 2.5000  0.5 s/step  1,234 examples/s  0:00:16 left"
+
+
+def test_speed_is_told_in_tokens_where_there_are_tokens() -> None:
+    output = io.StringIO()
+    ProgressLine(Console(file=output, width=200), steps=1).step(step(1, tokens_per_s=99_000.0))
+    assert "99,000 tokens/s" in output.getvalue()
+
+
+def test_slow_steps_are_not_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1_000_000, 20))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    output = io.StringIO()
+    progress = ProgressLine(Console(file=output, width=200), steps=1000)
+    for number in range(1, 20):
+        progress.step(step(number, step_time_s=20.0))
+    assert 5 <= len(output.getvalue().splitlines()) < 19
+
+
+def test_a_terminal_gets_one_live_line() -> None:
+    output = io.StringIO()
+    progress = ProgressLine(Console(file=output, width=100, force_terminal=True), steps=3)
+    for number in (1, 2):
+        progress.step(step(number))
+    progress.say("held out")
+    progress.close()
+    text = output.getvalue()
+    assert "held out" in text
+    assert "2/3" in text
+    assert text.endswith("\x1b[?25h") or "\x1b[?25h" in text.rsplit("2/3", 1)[1]  # the cursor is back
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (15, 1), (16, 2), (60, 5), (100, 10), (1000, 100), (10**6, 100)])
+def test_about_fifteen_lines(steps: int, every: int) -> None:
+    assert lines_every(steps) == every

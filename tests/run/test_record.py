@@ -1,0 +1,83 @@
+"""What is written down about a run can be read back, and decides whether it can be gone on with."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny_recipes
+
+from meshpipe.config import Config
+from meshpipe.mesh import MeshConfig
+from meshpipe.optimizer.config import OptimizerConfig
+from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.run.record import check_continues, checkpoint_metadata, config_values, layout_values, versions
+
+
+def saved(config: Config) -> dict[str, Any]:
+    """The metadata of a checkpoint as it comes back from disk."""
+    layout = layout_values(config, [range(2), range(2, 4)])
+    metadata = checkpoint_metadata(config, "tiny:pipeline", layout, 5, {"examples": 80})
+    return json.loads(json.dumps(metadata))
+
+
+def test_a_config_becomes_nested_values() -> None:
+    values = config_values(tiny_recipes.pipeline())
+    assert json.loads(json.dumps(values)) == values
+    assert values["model"] == {"type": "DenseConfig", "width": 8, "depth": 4}
+    assert values["data"]["type"] == "PointsConfig"
+    assert values["mesh"] == {"pipeline": 2, "data": 1, "tensor": 1}
+    assert values["steps"] == 6
+
+
+def test_what_json_cannot_hold_is_named() -> None:
+    assert config_values({"path": range(2), 3: (1, None)}) == {"path": "range(0, 2)", "3": [1, None]}
+
+
+def test_the_layout_says_where_stages_begin() -> None:
+    layout = layout_values(tiny_recipes.pipeline(), [range(3), range(3, 4)])
+    expected = {"pipeline": 2, "schedule": "1f1b", "num_microbatches": 4, "stages_per_rank": 1, "partition": "0,3"}
+    assert layout | expected == layout
+
+
+def test_the_layout_says_what_was_chosen() -> None:
+    auto = PipelineConfig(num_microbatches=4, schedule="auto", remat="auto", memory_limit="1GiB")
+    config = replace(tiny_recipes.pipeline(), pipeline=auto)
+    layout = layout_values(config, [range(3), range(3, 4)], "zb-h1", ("none", "full"))
+    assert (layout["schedule"], layout["remat"]) == ("zb-h1", "none,full")
+    named = replace(config, pipeline=replace(auto, schedule="gpipe", remat="full", memory_limit=None))
+    layout = layout_values(named, [range(3), range(3, 4)], "zb-h1", ("none", "full"))
+    assert (layout["schedule"], layout["remat"]) == ("gpipe", "full")
+
+
+def test_versions_name_the_packages() -> None:
+    assert versions().keys() >= {"python", "meshpipe", "jax", "flax", "optax"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mesh": MeshConfig(data=2)},
+        {"pipeline": PipelineConfig(num_microbatches=2, remat="full", schedule="gpipe", partition="1")},
+        {"steps": 1000, "eval_every": 3, "metrics": "m.jsonl"},
+        {"optimizer": OptimizerConfig(learning_rate=1.0, warmup_steps=3, decay="cosine", clip_norm=1.0)},
+    ],
+)
+def test_a_run_goes_on_at_another_layout_and_pace(changes: dict[str, Any]) -> None:
+    check_continues(replace(tiny_recipes.pipeline(), **changes), saved(tiny_recipes.pipeline()), "runs/a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"seed": 3}, "Got 3, and runs/a was saved with 0. Pass --seed 0"),
+        ({"batch_size": 32}, "Got 32, and runs/a was saved with 16. Pass --batch-size 16"),
+        ({"model": tiny_recipes.DenseConfig(depth=5)}, "keep its model. Got depth 5, and runs/a was saved with 4"),
+        ({"optimizer": OptimizerConfig(momentum=0.9)}, "keep its optimizer. Got momentum 0.9"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(changes: dict[str, Any], phrase: str) -> None:
+    with pytest.raises(ValueError, match="A resumed run must keep its") as error:
+        check_continues(replace(tiny_recipes.pipeline(), **changes), saved(tiny_recipes.pipeline()), "runs/a")
+    assert phrase in str(error.value)

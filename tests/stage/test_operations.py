@@ -1,0 +1,45 @@
+"""Operations counted in traced programs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from meshpipe.stage.operations import count_operations
+
+X, W = jnp.ones((4, 8)), jnp.ones((8, 8))
+PRODUCT = 2 * 4 * 8 * 8
+
+
+def repeated(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
+
+
+def either(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.cond(x[0, 0].astype(jnp.int32) > 0, lambda: x @ w @ w, lambda: x @ w)
+
+
+def convolved(x: jax.Array, w: jax.Array) -> jax.Array:
+    kernel = jnp.ones((3, 8, 8))  # 3 wide, 8 features in, 8 out
+    return jax.lax.conv_general_dilated(x[None], kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+@pytest.mark.parametrize(
+    ("function", "count"),
+    [
+        (lambda x, w: x @ w, PRODUCT),
+        (lambda x, w: jnp.einsum("bi,ij->bj", x, w), PRODUCT),
+        (lambda x, w: x.T.reshape(4, 8)[:, ::2], 0),
+        (lambda x, w: x + 1, 4 * 8),
+        (lambda x, w: x.sum(), 4 * 8),
+        (lambda x, w: x.astype(jnp.int32) + 1, 0),
+        (jax.jit(lambda x, w: x @ w), PRODUCT),
+        (repeated, 5 * PRODUCT),
+        (either, 2 * PRODUCT),
+        (convolved, 3 * PRODUCT),
+    ],
+)
+def test_operations(function: Callable[..., Any], count: int) -> None:
+    assert count_operations(jax.make_jaxpr(function)(X, W)) == count
