@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 
 import jax
-from jax.experimental import transfer
 from jax.extend.backend import get_backend
 
 from meshpipe.processes.coordination import ask, process_index, tell
@@ -23,6 +22,8 @@ class Peers:
     """
 
     def __init__(self, address: str, accelerators: bool = False):
+        from jax.experimental import transfer  # late: one process does not depend on what is experimental in JAX
+
         self.accelerators = accelerators
         host = f"[{address}]" if ":" in address else address
         self._server = transfer.start_transfer_server(get_backend(), f"{host}:0", [f"{host}:0"] * 2)

@@ -1,31 +1,31 @@
 """Short texts that the processes of a run tell each other, through the service that `jax.distributed` starts.
 
 The public API of JAX has no key-value store, so this module uses a private name, `jax._src.distributed`, whose client
-Orbax uses too; its test fails when it moves.
+Orbax uses too. It is imported once `jax.distributed` was started, so a run of one process does not need it; the test of
+this module fails when it moves.
 """
 
 import time
 from typing import Any
 
 import jax
-from jax._src import distributed
 
 POLL_SECONDS = 0.02
 
 
 def process_count() -> int:
     """Processes of this run; 1 where `jax.distributed` was not started. Does not start JAX's backend."""
-    return distributed.global_state.num_processes or 1
+    return (_service().num_processes or 1) if jax.distributed.is_initialized() else 1
 
 
 def process_index() -> int:
-    """The number of this process, from 0."""
-    return distributed.global_state.process_id or 0
+    """The number of this process, from 0. Does not start JAX's backend."""
+    return (_service().process_id or 0) if jax.distributed.is_initialized() else 0
 
 
 def coordinator_address() -> str | None:
     """HOST:PORT of process 0, also where a cluster said it; None without other processes."""
-    return distributed.global_state.coordinator_address
+    return _service().coordinator_address if jax.distributed.is_initialized() else None
 
 
 def tell(key: str, text: str) -> None:
@@ -83,6 +83,24 @@ _BEATS = "meshpipe/alive"
 
 
 def _client() -> Any:
-    client = distributed.global_state.client
-    assert client is not None, "jax.distributed was not started"
-    return client
+    assert jax.distributed.is_initialized(), "jax.distributed was not started"
+    return _service().client
+
+
+def _service() -> Any:
+    """What JAX knows of the other processes: the client of the key-value store, numbers and addresses.
+
+    Raises `RuntimeError` for a version of JAX that keeps it elsewhere.
+    """
+    try:
+        from jax._src.distributed import global_state
+
+        for name in ("client", "coordinator_address", "num_processes", "process_id"):
+            getattr(global_state, name)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            "Several processes need the key-value store of jax.distributed, which is a private part of JAX. jax "
+            f"{jax.__version__} does not have it where meshpipe looks for it ({error}). Install another version of jax "
+            "or of meshpipe, or run one process."
+        ) from error
+    return global_state

@@ -1,10 +1,35 @@
 """The names of JAX that coordination relies on; tests/multiprocess uses it in earnest."""
 
-from jax._src import distributed
+import sys
+from types import ModuleType
 
-from meshpipe.processes.coordination import coordinator_address, process_count, process_index
+import jax
+import pytest
+
+from meshpipe.processes.coordination import _service, coordinator_address, process_count, process_index
 
 
 def test_one_process_needs_no_service() -> None:
-    assert distributed.global_state.client is None
+    assert not jax.distributed.is_initialized()
     assert (process_count(), process_index(), coordinator_address()) == (1, 0, None)
+
+
+def test_the_private_names_are_where_they_were() -> None:
+    service = _service()
+    assert service.client is None
+    from jax._src import distributed
+
+    # The store's methods that this package calls.
+    names = dir(distributed._jax.DistributedRuntimeClient)
+    assert {
+        "key_value_set",
+        "key_value_try_get",
+        "key_value_dir_get",
+        "wait_at_barrier",
+    } <= set(names)
+
+
+def test_a_moved_name_is_told_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax._src.distributed", ModuleType("jax._src.distributed"))
+    with pytest.raises(RuntimeError, match=rf"jax {jax.__version__} does not have it .* or run one process"):
+        _service()
