@@ -1,14 +1,19 @@
 """Several processes of one run: how all of them end when one fails."""
 
 import contextlib
+import functools
 import os
 import socket
 import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
+
+import jax
+import jaxlib
 
 from meshpipe.processes.coordination import (
     ask_now,
@@ -28,7 +33,9 @@ SILENCE_SECONDS = 8.0
 """After this long without a sign of life a process counts as dead."""
 COORDINATOR_SILENCE_SECONDS = 15.0
 CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
-"""Parts of the errors of transfers and collectives whose other end is gone."""
+"""Parts of the errors that JAX raises for transfers and collectives whose other end is gone."""
+TRANSFERS = tuple(Path(__file__).parents[1] / "pipeline" / name for name in ("peers.py", "transfer.py"))
+"""The files that call JAX's transfers directly."""
 
 
 class Guard:
@@ -58,22 +65,24 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        cannot_be = isinstance(error, ValueError) and not _is_lost_connection(str(error))
+        cannot_be = isinstance(error, ValueError) and not is_lost_connection(error)
         if process_count() > 1 and isinstance(error, Exception) and not cannot_be:
             traceback.print_exception(error)
-            self.fail(f"{type(error).__name__}: {error}")
+            self.fail(error)
         self._done.set()
         if self._last_words is not None:
             self._last_words.withdraw()
 
-    def fail(self, message: str) -> NoReturn:
+    def fail(self, why: Exception | str) -> NoReturn:
         """Tells the others that this process fails and why, and ends it.
 
-        What looks as if another process were gone waits until it is known which, and ends with that.
+        An error of a connection to another process, which is therefore gone, waits until it is known which process,
+        and ends with that.
         """
         if process_count() == 1:
             leave(FAILED)
-        if _is_lost_connection(message):
+        message = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
+        if isinstance(why, Exception) and is_lost_connection(why):
             time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
         if not self._done.is_set():
             try:
@@ -128,8 +137,27 @@ def _silent(seen: dict[int, tuple[str, float]]) -> int | None:
     return next((process for process, (_, at) in sorted(seen.items()) if now - at > SILENCE_SECONDS), None)
 
 
-def _is_lost_connection(message: str) -> bool:
-    return any(mark in message for mark in CONNECTION_MARKS)
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether JAX raised this error because the other end of a transfer or collective is gone.
+
+    JAX has no type of its own for it, so its words decide, but only where JAX itself raised the error: the same words
+    in an error of the user's code, such as a data source that lost its server, mean something else.
+    """
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # of a Python function that a program calls back
+        return False
+    if not any(mark in text for mark in CONNECTION_MARKS):
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    origin = Path(frames[-1].filename) if frames else None
+    return origin is not None and (origin in TRANSFERS or any(root in origin.parents for root in _jax_folders()))
+
+
+@functools.cache
+def _jax_folders() -> tuple[Path, ...]:
+    return tuple(Path(str(package.__file__)).parent for package in (jax, jaxlib))
 
 
 def leave(status: int) -> NoReturn:

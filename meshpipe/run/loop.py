@@ -94,7 +94,7 @@ class Loop:
         self._clock = time.perf_counter()
         self._saved_step = trainer.step_number if trainer.step_number else None
         self._evaluated_step: int | None = None
-        self.error = ""
+        self.error: Exception | None = None
         """What made it fail."""
         self._progress = ProgressLine(outputs.console, config.steps, trainer.step_number)
 
@@ -118,7 +118,7 @@ class Loop:
         except OSError as exception:
             status, error = "failed", error or exception
         if error is not None:
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = error
             self._explain(error, saved)
             return FAILED
         self._say(self._last_line(status, saved))

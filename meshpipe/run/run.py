@@ -10,7 +10,7 @@ from meshpipe.data import batches
 from meshpipe.observe.trace import check_trace
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.processes.coordination import meet, process_count, process_index
-from meshpipe.processes.exit_codes import COMPLETED, FAILED
+from meshpipe.processes.exit_codes import COMPLETED
 from meshpipe.processes.guard import Guard
 from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
@@ -70,7 +70,7 @@ def run(
         loop = Loop(config, trainer, train_batches, held_out, outputs, stop, watchdog if step_timeout else None)
         status = loop.run()
         if several:
-            if status == FAILED:
+            if loop.error is not None:
                 guard.fail(loop.error)
             meet("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
         return status
