@@ -30,7 +30,7 @@ from meshpipe.optimizer.tied import TiedLeaves
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Observer
 from meshpipe.plan.plan import Plan
-from meshpipe.processes.coordination import ask, tell
+from meshpipe.processes.group import Group
 from meshpipe.sharding import ShardingRules, local_value
 
 LAST_STAGE_SECONDS = 3600.0
@@ -129,20 +129,22 @@ class Trainer:
         self.model = model
         self.seed = seed
         self.step_number = 0
-        self._told = 0
         self._unchecked: deque[tuple[int, jax.Array, Batch]] = deque()
-        self.tied = TiedLeaves(model.tied, model.parameters)
+        self.group = Group(device.process_index for device in model.mesh.devices.flat)
+        """The processes that have a part in it."""
+        name = self.group.name
+        self.tied = TiedLeaves(model.tied, model.parameters, f"{name}/tied")
         compiler = Compiler(None if compile_cache is None else CompileCache(compile_cache))
         made: list[tuple[Leaves, Leaves]] = []
 
         def make_optimizer() -> None:
-            self.optimizer = Optimizer(optimizer, model.parameters, clip_norm)
+            self.optimizer = Optimizer(optimizer, model.parameters, clip_norm, name)
             self.optimizer.compile(compiler)
 
         def make_parameters() -> None:
             made.extend(initialise(model.layers_on_submeshes, model.rules, seed, compiler))
 
-        model.compile([make_optimizer, make_parameters], compiler)
+        model.compile([make_optimizer, make_parameters], compiler, name)
         self._seed_data = model.place_seed(seed)
         params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
         state = {path: leaf for _, layer in made for path, leaf in layer.items()}
@@ -218,15 +220,15 @@ class Trainer:
         return self._from_last_stage(means)
 
     def _from_last_stage(self, value: Any) -> Any:
-        """What the processes of the last stage have, in all processes; anything that JSON can hold."""
-        if jax.process_count() == 1:
+        """What the processes of the last stage have, in all processes; anything that JSON can hold.
+
+        The last stage has a value only after all have handed over the work that it comes from.
+        """
+        if self.group.is_alone:
             return value
-        self._told += 1
         last = self.model.stages[-1].submesh.devices.flat[0].process_index
-        key = f"meshpipe/last stage/{self._told}"
-        if jax.process_index() == last:
-            tell(key, json.dumps(jax.tree.map(float, value)))
-        return json.loads(ask(key, LAST_STAGE_SECONDS))
+        text = json.dumps(jax.tree.map(float, value)) if jax.process_index() == last else None
+        return json.loads(self.group.broadcast("last stage", text, last, LAST_STAGE_SECONDS))
 
     def check(self, result: StepResult) -> None:
         """Waits for the step. Raises `NonFiniteError`, which names step, stage, microbatch and layer.

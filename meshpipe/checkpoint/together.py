@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 from meshpipe.checkpoint.checksums import check_sizes, write_files, write_list
-from meshpipe.processes.coordination import ask, process_count, process_index, tell
+from meshpipe.processes.coordination import ask, delete, process_count, process_index, tell
 
 _numbers = itertools.count()
+_last_topic: dict[Path, str] = {}
+"""By folder, the topic of the last save there, which nobody reads once all have written their part of the next."""
 
 
 class SaveTogether:
@@ -50,6 +52,9 @@ class SaveTogether:
         else:
             # All are heard, so that none still writes when what there is gets cleared away.
             told = [self._hear(f"part/{process}", of=process) for process in range(process_count())]
+            if (read := _last_topic.get(self._partial.parent)) is not None:
+                delete(read)
+            _last_topic[self._partial.parent] = self._topic
             whole = "; ".join(filter(None, told)) or self._attempt(lambda: self._complete(leaves, commit))
             self._tell("whole", whole)
         if whole:

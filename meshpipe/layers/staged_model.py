@@ -150,10 +150,13 @@ class StagedModel:
         traced = self._trace(range(self.plan.num_stages), remat=names, train=True)
         return list(traced.values())
 
-    def compile(self, also: Sequence[Callable[[], None]] = (), compiler: Compiler | None = None) -> None:
+    def compile(
+        self, also: Sequence[Callable[[], None]] = (), compiler: Compiler | None = None, name: str = "model"
+    ) -> None:
         """Traces the local stages one after the other, then compiles them, and `also`, in threads, where XLA runs at
-        once.
+        once. `name` begins the names of its transfers; no other model has it.
         """
+        self._name = name
         assert self.remat is not None, "remat is to be chosen first"
         keep_freed_memory(self.mesh)
         fused = None if on_cpu(self.mesh) else self.plan.fusible_stage
@@ -163,7 +166,7 @@ class StagedModel:
         self._cache = compiler.cache
         ops = {action.op for action in self.plan.actions}
         self.programs = compile_stages(self.traced, ops, self.remat, compiler, also, fused)
-        self.executor = Executor("train", self.program, self._meshes, self.traced, self.programs)
+        self.executor = Executor(f"{name}/train", self.program, self._meshes, self.traced, self.programs)
 
     @cached_property
     def evaluation(self) -> tuple[Executor, tuple[str, ...]]:
@@ -175,10 +178,8 @@ class StagedModel:
         remat = ("none",) * self.plan.num_stages
         traced = self._evaluation_traced = self._trace(self.local, remat=remat, train=False, names=names)
         programs = compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache))
-        return Executor("evaluate", lower(plan, reduces=self._splits_data), self._meshes, traced, programs), (
-            "loss",
-            *names,
-        )
+        program = lower(plan, reduces=self._splits_data)
+        return Executor(f"{self._name}/evaluate", program, self._meshes, traced, programs), ("loss", *names)
 
     def place_seed(self, seed: int) -> dict[int, jax.Array]:
         """The seed's key data on every local stage's submesh."""

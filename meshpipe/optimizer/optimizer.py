@@ -24,7 +24,8 @@ class Optimizer:
 
     The loss is normalised once, by the weight of the whole batch; the global norm counts every parameter once. A step
     whose loss or gradients are not finite leaves parameters, optimizer and state as they were, and so do all steps
-    after it until `reset`. Raises `ValueError` for a transformation that mixes gradients of different stages.
+    after it until `reset`. `name` begins the names of its transfers.
+    Raises `ValueError` for a transformation that mixes gradients of different stages.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Optimizer:
         transformation: optax.GradientTransformation,
         stages: Sequence[StageParameters],
         clip_norm: float | None = None,
+        name: str = "optimizer",
     ):
         self._kinds = kinds_of_updates(transformation, [stage.owned for stage in stages])
         self._transformation = transformation
@@ -45,13 +47,13 @@ class Optimizer:
         self._updates: dict[int, Any] = {}
         self._local = [i for i, stage in enumerate(stages) if is_local(stage.mesh)]
         self._last_is_local = is_local(stages[-1].mesh)
-        self._up, self._down = self._links()
+        self._up, self._down = self._links(name)
         self._nothing = {i: place(np.float32(0), self._everywhere[i]) for i in self._local}
         self.reset()
         self.finite: dict[int, jax.Array] = {i: place(np.bool_(True), self._everywhere[i]) for i in self._local}
         """For each local stage, whether the last update left its parameters finite."""
 
-    def _links(self) -> tuple[dict[int, Move], dict[int, Move]]:
+    def _links(self, name: str) -> tuple[dict[int, Move], dict[int, Move]]:
         """What moves sums of squares from each stage to its parent, and scalars back, where one end is here."""
         up: dict[int, Move] = {}
         down: dict[int, Move] = {}
@@ -63,8 +65,10 @@ class Optimizer:
                 scalars = (scalar, abstract((), jnp.bool_, self._everywhere[i]), scalar, scalar)
                 square = abstract((), jnp.float32, self._everywhere[above])
                 mesh = self._stages[above].mesh
-                up[i] = transfer_between(f"norm {i}", stage.mesh, (square,))
-                down[i] = transfer_between(f"scale {i}", mesh, scalars if jax.process_count() > 1 else scalars[:2])
+                up[i] = transfer_between(f"{name}/norm {i}", stage.mesh, (square,))
+                down[i] = transfer_between(
+                    f"{name}/scale {i}", mesh, scalars if jax.process_count() > 1 else scalars[:2]
+                )
         return up, down
 
     def _state_shapes(self, stage: StageParameters) -> Any:

@@ -19,10 +19,11 @@ class TiedLeaves:
     The first of a group owns it: its gradient is the sum over the group, only it is updated and counted in the norm,
     and the others receive its new value.
 
+    `name` begins the names of its transfers.
     Raises `ValueError` for a path that does not exist, is named twice, or has another shape than its owner.
     """
 
-    def __init__(self, groups: Sequence[Sequence[str]], stages: Sequence[StageParameters]):
+    def __init__(self, groups: Sequence[Sequence[str]], stages: Sequence[StageParameters], name: str = "tied"):
         where = {path: (s, i) for s, stage in enumerate(stages) for i, path in enumerate(stage.params)}
         shapes = {path: leaf for stage in stages for path, leaf in stage.params.items()}
         named = [path for group in groups for path in group]
@@ -45,7 +46,7 @@ class TiedLeaves:
         self._pairs: list[_Pair] = []
         for group in groups:
             for path in group[1:]:
-                self._pairs.append(_Pair(path, where[group[0]], where[path], stages))
+                self._pairs.append(_Pair(f"{name} {path}", where[group[0]], where[path], stages))
         self._add = jax.jit(jnp.add, donate_argnums=0)
 
     def sum_gradients(self, gradients: Mapping[int, Arrays]) -> dict[int, Arrays]:
@@ -77,14 +78,14 @@ class TiedLeaves:
 class _Pair:
     """A borrowed leaf and its owner, each as stage and place among its parameters."""
 
-    def __init__(self, path: str, owner: tuple[int, int], borrower: tuple[int, int], stages: Sequence[StageParameters]):
+    def __init__(self, name: str, owner: tuple[int, int], borrower: tuple[int, int], stages: Sequence[StageParameters]):
         self.owner, self.borrower = owner, borrower
         owned = list(stages[owner[0]].params.values())[owner[1]]
         borrowed = list(stages[borrower[0]].params.values())[borrower[1]]
         dtype = jnp.promote_types(owned.dtype, jnp.float32)
         gradient = abstract(owned.shape, dtype, owned.sharding)
-        self.move_gradient = _move(f"tied gradient {path}", stages[borrower[0]].mesh, gradient, donated=False)
-        self.move_value = _move(f"tied value {path}", stages[owner[0]].mesh, borrowed, donated=True)
+        self.move_gradient = _move(f"{name} gradient", stages[borrower[0]].mesh, gradient, donated=False)
+        self.move_value = _move(f"{name} value", stages[owner[0]].mesh, borrowed, donated=True)
 
 
 def _move(

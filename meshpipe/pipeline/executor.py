@@ -26,7 +26,7 @@ class Executor:
 
     `traced` and `programs` hold the stages that live here; instructions of other stages are left out, so the work per
     step is that of the local ranks. `meshes` has the submesh of every stage. Every slot holds a flat tuple of arrays.
-    `name` tells transfers of this executor from those of others.
+    `name` tells transfers of this executor from those of others, of which another trainer may have some.
     """
 
     def __init__(

@@ -62,6 +62,11 @@ def tell_all(topic: str, text: str, timeout: float) -> list[str]:
     return [ask(f"{topic}/{process}", timeout) for process in range(process_count())]
 
 
+def delete(key: str) -> None:
+    """Forgets a key, and those below it, once nobody will read them any more."""
+    _client().key_value_delete(key)
+
+
 def meet(name: str, timeout: float) -> None:
     """Waits until every process has come to the meeting of this name, which is used once."""
     if process_count() > 1:

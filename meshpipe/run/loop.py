@@ -19,8 +19,9 @@ from meshpipe.data import BatchIterator, Source, batches
 from meshpipe.observe.clock import MeasuredStep
 from meshpipe.observe.trace import write_trace
 from meshpipe.observe.watchdog import Watchdog
-from meshpipe.processes.coordination import process_count, process_index, tell_all
+from meshpipe.processes.coordination import process_count, process_index
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
+from meshpipe.processes.group import Group
 from meshpipe.processes.stop import StopRequest, StopTogether
 from meshpipe.report.picture import Panel, draw_timelines, has_matplotlib
 from meshpipe.run.metrics import MetricsFile, ProgressLine, speed
@@ -180,7 +181,7 @@ class Loop:
         if tokens is not None:
             self._values["tokens_per_s"] = tokens / seconds
         if result.measured is not None:
-            self._values["bubble_fraction"] = _bubble_of_all(result)
+            self._values["bubble_fraction"] = _bubble_of_all(result, self._trainer.group)
             self._trace(result.step, result.measured)
         done = {"step_time_s": seconds, "examples": self._config.batch_size, "tokens": tokens or 0}
         self._work = {name: total + done[name] for name, total in self._work.items()}
@@ -304,14 +305,14 @@ def _completion_time(result: StepResult) -> float:
     return time.perf_counter()
 
 
-def _bubble_of_all(result: StepResult) -> float:
+def _bubble_of_all(result: StepResult, group: Group) -> float:
     """The idle share of all ranks in a timed step, also of those that live in other processes."""
     assert result.measured is not None
     timeline = result.measured.timeline
-    if process_count() == 1:
+    if group.is_alone:
         return timeline.bubble_fraction
     own = f"{timeline.makespan!r} {sum(timeline.busy)!r} {timeline.num_ranks}"
-    told = tell_all(f"meshpipe/busy/{result.step}", own, TELL_SECONDS)
+    told = group.gather("busy", own, TELL_SECONDS)
     makespans, busy, ranks = zip(*(map(float, text.split()) for text in told), strict=True)
     return max(0.0, 1 - sum(busy) / (max(makespans) * sum(ranks)))
 

@@ -1,0 +1,22 @@
+"""Several trainers in one group of processes do not take each other's values."""
+
+import json
+from pathlib import Path
+
+from processes import run_processes
+
+SCRIPT = str(Path(__file__).parent / "two_trainers.py")
+
+
+def test_two_trainers_at_once_have_the_numbers_of_one_process(tmp_path: Path) -> None:
+    ended = run_processes(2, [SCRIPT], tmp_path), run_processes(1, [SCRIPT], tmp_path)
+    together, (alone,) = (
+        [json.loads(line[7:]) for log in of.logs for line in log.splitlines() if line.startswith("RESULT ")]
+        for of in ended
+    )
+    assert len(together) == 2, ended[0]
+    assert alone["held out"][0] != alone["held out"][1]
+    for found in together:
+        keys = found.pop("keys")
+        assert found == alone
+        assert keys <= 2 * 2, "what was read stays with the coordinator"

@@ -1,0 +1,68 @@
+"""Two trainers at once in this process, which may be one of several: their steps overlap, and both are evaluated."""
+
+import argparse
+import json
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import meshpipe
+from meshpipe.processes.coordination import meet
+from meshpipe.processes.guard import leave
+from meshpipe.processes.join import DistributedConfig, join
+from meshpipe.sharding import local_value
+
+WIDTH, ROWS = 8, 8
+
+
+def make(seed: int) -> meshpipe.Trainer:
+    return meshpipe.Trainer(
+        [lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs)] * 2,
+        lambda output, batch: ((output**2).sum(), output.size),
+        optax.sgd(0.1),
+        batch={"inputs": np.ones((ROWS, WIDTH), np.float32)},
+        mesh=meshpipe.make_mesh(2),
+        pipeline=meshpipe.PipelineConfig(num_microbatches=2),
+        seed=seed,
+    )
+
+
+def keys() -> list[str]:
+    """What the coordinator holds beside signs of life and addresses."""
+    from jax._src import distributed
+
+    found = distributed.global_state.client.key_value_dir_get("meshpipe")
+    return [key for key, _ in found if "last stage" in key]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--coordinator")
+    parser.add_argument("--process-id", type=int)
+    parser.add_argument("--process-count", type=int)
+    flags = parser.parse_args()
+    meshpipe.use_cpu_devices(2 // (flags.process_count or 1))
+    join(DistributedConfig(**vars(flags)))
+    batch = {"inputs": np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)}
+    first, second = make(0), make(1)
+    found: dict[str, object] = {
+        "held out": [trainer.evaluate([batch])["loss"].hex() for trainer in (first, second)],
+        "loss": [float(trainer.loss_and_gradients(batch)[0]).hex() for trainer in (first, second)],
+    }
+    steps = [trainer.step(batch) for _ in range(3) for trainer in (first, second)]
+    found["steps"] = [float(local_value(result.loss)).hex() for result in steps]
+    for _ in range(5):
+        first.evaluate([batch])
+    if jax.process_count() > 1:
+        meet("evaluated", 60.0)
+        found["keys"] = len(keys())
+        meet("end", 60.0)
+    print("RESULT", json.dumps(found), flush=True)
+    if jax.process_count() > 1:
+        leave(0)
+
+
+if __name__ == "__main__":
+    main()
