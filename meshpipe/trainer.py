@@ -1,6 +1,7 @@
 """Training state on a mesh, one step of it, and evaluation."""
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +43,14 @@ StateTree = dict[str, dict[str, Any]]
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or a gradient was not finite; the parameters are those of the last good step."""
+    """The loss, a gradient or a parameter is not finite."""
+
+    def __init__(self, message: str, step: int, *, left_out: bool) -> None:
+        super().__init__(message)
+        self.step = step
+        """The first step that is not finite."""
+        self.left_out = left_out
+        """Whether the update was left out, so that the trainer is as it was before `step` and can go on."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class StepResult:
     """Mean loss over the whole batch, whose gradient made the update."""
     grad_norm: jax.Array
     """Global norm of the gradient before clipping."""
+    applied: jax.Array
+    """False when the update was left out: it was not finite, or the weight of the whole batch is 0."""
     good: jax.Array
     """False when the loss or the norm is not finite, and the update was therefore left out."""
     finite: dict[int, jax.Array]
@@ -175,25 +185,34 @@ class Trainer:
         """
         gradients, after, totals, measured = self._accumulate(batch, measure=measure, observe=observe)
         gradients = self.tied.sum_gradients(gradients)
-        self._params, self._opt_states, self._state, (loss, norm, good) = self.optimizer.update(
+        self._params, self._opt_states, self._state, found = self.optimizer.update(
             self._params, self._opt_states, gradients, self._state, after, totals
         )
         self._params = self.tied.share_values(self._params)
         self.step_number += 1
-        result = StepResult(self.step_number, loss, norm, good, self.optimizer.finite, batch, measured)
-        self._remember(result.step, good, batch)
+        result = StepResult(
+            self.step_number,
+            found.loss,
+            found.norm,
+            found.applied,
+            found.good,
+            self.optimizer.finite,
+            batch,
+            measured,
+        )
+        self._remember(result.step, result.good, batch)
         return result
 
     def loss_and_gradients(self, batch: Batch) -> tuple[jax.Array, Leaves]:
         """The loss of a batch and the gradient of every parameter, by leaf path, without an update.
 
         A tied parameter's gradient stands under its owner's path. Of several processes, each has the gradients of its
-        own stages.
+        own stages. Where the weight of the whole batch is 0, there is no mean, and the sums are returned.
         """
         gradients, _, totals, _ = self._accumulate(batch)
         gradients = self.tied.sum_gradients(gradients)
         total, weight = self._from_last_stage([local_value(value) for value in totals[:2]])
-        divisor = np.float32(weight)
+        divisor = np.float32(weight or 1)
         stages = self.model.parameters
         return jnp.float32(total) / divisor, {
             path: leaf / divisor
@@ -205,7 +224,7 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over all batches of the loss and the metrics, with layers in evaluation mode; nothing is updated.
 
-        Raises `ValueError` when there is no batch.
+        What has a weight of 0 over all batches is NaN. Raises `ValueError` when there is no batch.
         """
         executor, names = self.model.evaluation
         sums: list[np.ndarray] = []
@@ -216,7 +235,8 @@ class Trainer:
         if not sums:
             raise ValueError("Evaluation needs at least one batch. Got none; lower the batch size or add data.")
         total = np.sum(sums, axis=0)
-        means = {name: float(total[2 * i] / total[2 * i + 1]) for i, name in enumerate(names) if len(total)}
+        sums_and_weights = zip(names, total[::2].tolist(), total[1::2].tolist(), strict=bool(len(total)))
+        means = {name: value / weight if weight else math.nan for name, value, weight in sums_and_weights}
         return self._from_last_stage(means)
 
     def _from_last_stage(self, value: Any) -> Any:
@@ -233,28 +253,32 @@ class Trainer:
     def check(self, result: StepResult) -> None:
         """Waits for the step. Raises `NonFiniteError`, which names step, stage, microbatch and layer.
 
-        Of several bad steps the first is named, so it does to check some. The trainer is then as it was after the last
-        good step, and can go on.
+        Of several bad steps the first is named, so it does to check some. Where its update was left out, so were those
+        of all steps after it: the trainer is then as it was after the last good step, and can go on.
         """
         if local_value(result.good):
             spoiled = [stage for stage, finite in result.finite.items() if not local_value(finite)]
             if spoiled:
                 raise NonFiniteError(
                     f"Step {result.step} has a finite loss and gradient, but its update made parameters of stage "
-                    f"{spoiled[0]} not finite. Lower the learning rate, and restore the last checkpoint."
+                    f"{spoiled[0]} not finite. Lower the learning rate, and restore the last checkpoint.",
+                    result.step,
+                    left_out=False,
                 )
             return
         first = next(((step, batch) for step, good, batch in self._unchecked if not local_value(good)), None)
         if first is None:
-            raise NonFiniteError(f"Step {result.step} was left out, because a step before it was not finite.")
+            message = f"Step {result.step} was left out, because a step before it was not finite."
+            raise NonFiniteError(message, result.step, left_out=True)
         step, batch = first
         self.step_number = step - 1
         self._unchecked.clear()
         self.optimizer.reset()
         if jax.process_count() > 1:
-            raise NonFiniteError(f"Step {step} is not finite. Run it in one process to find out where that began.")
-        origin = first_non_finite(self.model, self.params, self.state, self.seed, step - 1, batch)
-        raise NonFiniteError(f"Step {step} is not finite: {origin}")
+            origin = "run it in one process to find out where that began."
+        else:
+            origin = first_non_finite(self.model, self.params, self.state, self.seed, step - 1, batch)
+        raise NonFiniteError(f"Step {step} is not finite: {origin}", step, left_out=True)
 
     def _remember(self, step: int, good: jax.Array, batch: Batch) -> None:
         """Keeps steps until they are known to be good, without waiting, so that the first bad one can be run again."""

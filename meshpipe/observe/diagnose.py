@@ -24,7 +24,6 @@ def first_non_finite(
         if not _all_finite([leaf]):
             return f"parameter {path} already is not finite before the step."
     seed_data = jax.random.key_data(jax.random.key(seed))
-    weights = []
     for microbatch in range(model.config.num_microbatches):
         fields = {
             name: np.split(np.asarray(value), model.config.num_microbatches)[microbatch]
@@ -34,19 +33,16 @@ def first_non_finite(
             if not _all_finite([value]):
                 return f"batch field {name!r} is not finite in microbatch {microbatch}."
         randomness = Randomness(seed_data, jnp.uint32(step), jnp.uint32(microbatch))
-        found, weight, state = _replay(model, params, state, fields, randomness)
+        found, state = _replay(model, params, state, fields, randomness)
         if found:
             return f"{found} in microbatch {microbatch}."
-        weights.append(weight)
-    if not sum(weights):
-        return "the weight of the loss is 0 over the whole batch, so there is nothing to take a mean of."
     return "every layer's forward and gradient is finite by itself; the sum over the microbatches overflows."
 
 
 def _replay(
     model: StagedModel, params: Leaves, state: Leaves, batch: Mapping[str, Any], randomness: Randomness
-) -> tuple[str | None, float, Leaves]:
-    """One microbatch: the first value that is not finite, the weight of the loss, and the state afterwards."""
+) -> tuple[str | None, Leaves]:
+    """One microbatch: the first value that is not finite, and the state afterwards."""
     value: Any = jnp.asarray(batch[model.input])
     pullbacks = []
     for stage, cut in enumerate(model.cuts):
@@ -73,23 +69,23 @@ def _replay(
             with jax.set_mesh(model.stages[stage].submesh):
                 value, pullback, after = jax.vjp(forward, own, value, has_aux=True)
             if not _all_finite(jax.tree.leaves((value, after))):
-                return f"the output of {where} is not finite", 0.0, state
+                return f"the output of {where} is not finite", state
             state = {**state, **after}
             pullbacks.append((where, place, pullback))
     (total, weight), pullback = _loss(model, value, fields)
     if not _all_finite([total, weight]):
-        return "every layer's output is finite, and the loss is not", 0.0, state
+        return "every layer's output is finite, and the loss is not", state
     (gradient,) = pullback(jnp.ones_like(total))
     if not _all_finite(jax.tree.leaves(gradient)):
-        return "the gradient of the loss with respect to the last layer's output is not finite", 0.0, state
+        return "the gradient of the loss with respect to the last layer's output is not finite", state
     for where, place, pull in reversed(pullbacks):
         own_gradient, gradient = pull(jax.device_put(gradient, place))
         for path, leaf in own_gradient.items():
             if not _all_finite([leaf]):
-                return f"outputs and loss are finite; the gradient of {path} in {where} is not", 0.0, state
+                return f"outputs and loss are finite; the gradient of {path} in {where} is not", state
         if not _all_finite(jax.tree.leaves(gradient)):
-            return f"outputs and loss are finite; the gradient of the input of {where} is not", 0.0, state
-    return None, float(weight), state
+            return f"outputs and loss are finite; the gradient of the input of {where} is not", state
+    return None, state
 
 
 def _loss(model: StagedModel, value: Any, fields: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,26 @@ Arrays = tuple[jax.Array, ...]
 Move = Callable[[Arrays | None], Arrays | None]
 
 
+class Scalars(NamedTuple):
+    """What an update found, in every process."""
+
+    loss: jax.Array
+    """Mean over the whole batch; 0 where nothing counts."""
+    norm: jax.Array
+    """Global norm of the gradient before clipping; 0 where nothing counts."""
+    good: jax.Array
+    """Whether loss and norm are finite, and those of every update since the last `reset`."""
+    applied: jax.Array
+    """Whether the update was made: it is good, and its weight is not 0."""
+
+
 class Optimizer:
     """Updates every stage's parameters where they live, from gradients of the summed loss.
 
     The loss is normalised once, by the weight of the whole batch; the global norm counts every parameter once. A step
     whose loss or gradients are not finite leaves parameters, optimizer and state as they were, and so do all steps
-    after it until `reset`. `name` begins the names of its transfers.
+    after it until `reset`. A step whose weight is 0 has no mean to follow and leaves them as they were, too; the steps
+    after it do not. `name` begins the names of its transfers.
     Raises `ValueError` for a transformation that mixes gradients of different stages.
     """
 
@@ -61,8 +75,9 @@ class Optimizer:
             above = parent(i, len(self._stages))
             if i in self._local or above in self._local:
                 scalar = abstract((), jnp.float32, self._everywhere[i])
-                # Loss and norm are read in every process.
-                scalars = (scalar, abstract((), jnp.bool_, self._everywhere[i]), scalar, scalar)
+                # Loss, norm and what is good are read in every process.
+                flag = abstract((), jnp.bool_, self._everywhere[i])
+                scalars = (scalar, flag, scalar, scalar, flag)
                 square = abstract((), jnp.float32, self._everywhere[above])
                 mesh = self._stages[above].mesh
                 up[i] = transfer_between(f"{name}/norm {i}", stage.mesh, (square,))
@@ -137,13 +152,13 @@ class Optimizer:
 
             gradients = _accumulators(stage)
             scalar = abstract((), jnp.float32, self._everywhere[index])
-            good = abstract((), jnp.bool_, self._everywhere[index])
+            applied = abstract((), jnp.bool_, self._everywhere[index])
             params, state = tuple(stage.params.values()), tuple(stage.state.values())
-            shardings = jax.tree.map(lambda s: s.sharding, (params, opt_state, state, good))
+            shardings = jax.tree.map(lambda s: s.sharding, (params, opt_state, state, applied))
             norm = jax.jit(self._sum_of_squares(stage), out_shardings=self._everywhere[index])
             self._norms[index] = programs.compile(norm.lower(gradients, (scalar, scalar)), stage.mesh)
             jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
-            arguments = (params, opt_state, gradients, state, state, scalar, good)
+            arguments = (params, opt_state, gradients, state, state, scalar, applied)
             self._updates[index] = programs.compile(jitted.lower(*arguments), stage.mesh)
             self._inits[index] = self._compile_init(index, programs)
 
@@ -178,9 +193,8 @@ class Optimizer:
         before: Mapping[int, Arrays],
         after: Mapping[int, Arrays],
         totals: Arrays,
-    ) -> tuple[dict[int, Arrays], dict[int, Any], dict[int, Arrays], tuple[jax.Array, jax.Array, jax.Array]]:
-        """New parameters, optimizer state and other state of every local stage; loss, gradient norm, whether all is
-        finite.
+    ) -> tuple[dict[int, Arrays], dict[int, Any], dict[int, Arrays], Scalars]:
+        """New parameters, optimizer state and other state of every local stage, and what was found.
 
         `params` and `states` are donated; `before` and `after` are the non-parameter state at both ends of the step.
         `totals` are those of the last stage, where it is local.
@@ -197,23 +211,22 @@ class Optimizer:
                 below[parent(i, len(self._stages))] += arrived
         scalars: dict[int, Arrays | None] = {}
         if self._last_is_local:
-            loss, norm, scale, self.good = self._summarise(*square_of(last), totals, self.good)
-            scalars[last] = scale, self.good, loss, norm
+            scalars[last] = self._summarise(*square_of(last), totals, self.good)
         for i, move in reversed(self._down.items()):
             above = scalars.get(parent(i, len(self._stages)))
             scalars[i] = move(above if above is None or jax.process_count() > 1 else above[:2])
         results = {}
         for i, leaves in params.items():
-            scale, good, *_ = scalars[i]  # type: ignore[misc]
+            scale, applied, *_ = scalars[i]  # type: ignore[misc]
             opt_state = jax.tree.leaves(states[i])
-            results[i] = self._updates[i](leaves, opt_state, gradients[i], before[i], after[i], scale, good)
+            results[i] = self._updates[i](leaves, opt_state, gradients[i], before[i], after[i], scale, applied)
         summed = scalars[last if self._last_is_local else self._local[0]]
         assert summed is not None
-        _, self.good, loss, norm = summed
+        _, applied, loss, norm, self.good = summed
         new_params, leaves_of, new_state = ({i: r[k] for i, r in results.items()} for k in range(3))
         new_states = {i: jax.tree.unflatten(jax.tree.structure(states[i]), new) for i, new in leaves_of.items()}
         self.finite = {i: r[3] for i, r in results.items()}
-        return new_params, new_states, new_state, (loss, norm, self.good)
+        return new_params, new_states, new_state, Scalars(loss, norm, self.good, applied)
 
     def _sum_of_squares(self, stage: StageParameters) -> Callable[[Arrays, Arrays], jax.Array]:
         counted = [path not in stage.borrowed for path in stage.params]
@@ -226,15 +239,20 @@ class Optimizer:
 
     def _summary(
         self, square: jax.Array, totals: Arrays, good: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Scale of the gradients, whether the update is made, loss, norm, and whether all is finite."""
         total, weight = totals
-        loss, norm = total / weight, jnp.sqrt(square) / weight
+        counts = weight != 0
+        divisor = jnp.where(counts, weight, 1)
+        # 0 where nothing counts, and NaN where there was one.
+        loss, norm = (jnp.where(counts, value / divisor, value * 0) for value in (total, jnp.sqrt(square)))
         clip = self._clip_norm
         factor = jnp.ones(()) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
-        return loss, norm, factor / weight, good & jnp.isfinite(loss) & jnp.isfinite(norm)
+        good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
+        return factor / divisor, good & counts, loss, norm, good
 
     def _update(self, stage: StageParameters) -> Callable[..., tuple[Arrays, Any, Arrays, jax.Array]]:
-        def update(params, opt_state, gradients, before, after, scale, good):  # type: ignore[no-untyped-def]
+        def update(params, opt_state, gradients, before, after, scale, applied):  # type: ignore[no-untyped-def]
             named = dict(zip(stage.params, params, strict=True))
             owned = {path: named[path] for path in stage.owned}
             scaled = {
@@ -246,7 +264,7 @@ class Optimizer:
             new = {**named, **optax.apply_updates(owned, updates)}
 
             def keep(changed: Any, unchanged: Any) -> Any:
-                return jax.tree.map(lambda a, b: jnp.where(good, a, b), changed, unchanged)
+                return jax.tree.map(lambda a, b: jnp.where(applied, a, b), changed, unchanged)
 
             changed = keep(tuple(new[p] for p in stage.params), params)
             finite = jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in changed])) if changed else jnp.bool_(True)

@@ -51,13 +51,16 @@ class PlainTrainer:
         """One update; returns the loss, the gradient norm before clipping, and the gradients that made the update."""
         rows = {name: np.split(np.asarray(value), self._split) for name, value in batch.items()}
         microbatches = jax.device_put([{n: v[m] for n, v in rows.items()} for m in range(self._split)], self._device)
-        sums, gradients = [], None
+        before, sums, gradients = self.state, [], None
         for index, microbatch in enumerate(microbatches):
             draws = jax.device_put((self._seed, np.uint32(self.step_number), np.uint32(index)), self._device)
             (total, (weight, self.state)), gradient = self._sum_and_gradient(self.params, self.state, microbatch, draws)
             sums.append((float(total), float(weight)))
             gradients = gradient if gradients is None else jax.tree.map(jnp.add, gradients, gradient)
         total, weight = np.sum(np.asarray(sums, np.float64), axis=0)
+        if not weight:  # there is no mean to follow
+            self.state, self.step_number = before, self.step_number + 1
+            return 0.0, 0.0, {path: np.zeros(leaf.shape, np.float32) for path, leaf in self.params.items()}
         mean = {path: np.asarray(g, np.float32) / np.float32(weight) for path, g in (gradients or {}).items()}
         norm = float(np.sqrt(sum(np.sum(np.square(g.astype(np.float64))) for g in mean.values())))
         if self._clip_norm is not None and norm > self._clip_norm:

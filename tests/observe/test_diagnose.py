@@ -78,10 +78,9 @@ def everything(trainer):
         ({"inputs": (3, np.nan)}, r"batch field 'inputs' is not finite in microbatch 1"),
         ({"bad_forward": (5, 1)}, r"the output of layers/2 \(stage 1\) is not finite in microbatch 2"),
         ({"bad_backward": (6, 1)}, r"the gradient of .*layers/2.*\(stage 1\) is not.* in microbatch 3"),
-        ({"weight": (slice(None), 0.0)}, r"the weight of the loss is 0 over the whole batch"),
         ({"inputs": (0, 1e30)}, r"not finite"),
     ],
-    ids=["batch", "forward", "backward", "weight", "overflow"],
+    ids=["batch", "forward", "backward", "overflow"],
 )
 def test_the_first_bad_value_is_named_and_nothing_changes(trainer, changes, message):
     trainer.check(trainer.step(batch()))
@@ -94,6 +93,33 @@ def test_the_first_bad_value_is_named_and_nothing_changes(trainer, changes, mess
     assert trainer.step_number == number
     trainer.check(trainer.step(batch()))  # and training goes on
     assert everything(trainer) != good
+
+
+def test_an_update_of_weight_0_is_left_out_and_nothing_breaks(trainer_again):
+    trainer = trainer_again
+    before, number = everything(trainer), trainer.step_number
+    nothing = batch(weight=(slice(None), 0.0))
+    result = trainer.step(nothing)
+    trainer.check(result)
+    assert not bool(result.applied)
+    assert (float(result.loss), float(result.grad_norm)) == (0.0, 0.0)
+    assert everything(trainer) == before
+    assert trainer.step_number == number + 1  # it counts as a step
+    loss, gradients = trainer.loss_and_gradients(nothing)
+    assert all(np.isfinite(leaf).all() for leaf in [loss, *gradients.values()])
+    assert np.isnan(trainer.evaluate([nothing])["loss"])
+    after = trainer.step(batch())
+    trainer.check(after)
+    assert bool(after.applied)
+    assert everything(trainer) != before
+
+
+def test_an_update_of_weight_0_with_a_value_that_is_not_finite_is_told(trainer_again):
+    with pytest.raises(NonFiniteError, match="batch field 'inputs' is not finite") as caught:
+        trainer_again.check(
+            trainer_again.step(batch(weight=(slice(None), 0.0)) | {"inputs": batch()["inputs"] * np.nan})
+        )
+    assert caught.value.left_out
 
 
 def test_an_update_that_overflows_is_told():
