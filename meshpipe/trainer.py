@@ -21,6 +21,7 @@ from meshpipe.config import Config
 from meshpipe.host import no_garbage_collection
 from meshpipe.layers.initialise import initialise
 from meshpipe.layers.layer import LayerLike, Leaves
+from meshpipe.layers.paths import by_path
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.layers.staged_model import StagedModel, StageInfo
 from meshpipe.mesh import make_mesh
@@ -162,6 +163,10 @@ class Trainer:
         self._params = self.tied.share_values({s: tuple(params[p] for p in of.params) for s, of in stages.items()})
         self._state = {s: tuple(state[p] for p in of.state) for s, of in stages.items()}
         self._opt_states = self.optimizer.init(self._params)
+        self._optimizer_paths = [
+            tuple(by_path(shapes, stage.params))
+            for stage, shapes in zip(model.parameters, self.optimizer.state_shapes, strict=True)
+        ]
         self.compile_seconds = time.perf_counter() - started
 
     @property
@@ -309,7 +314,7 @@ class Trainer:
             {
                 "params": dict(zip(stage.params, self._params[i], strict=True)),
                 "state": dict(zip(stage.state, self._state[i], strict=True)),
-                "optimizer": _by_path(self._opt_states[i]),
+                "optimizer": self._named(i, self._opt_states[i]),
             }
             if i in self._params
             else {"params": {}, "state": {}, "optimizer": {}}
@@ -319,8 +324,8 @@ class Trainer:
     def abstract_state_tree(self) -> list[StateTree]:
         """The shapes and shardings of `state_tree`, to restore into."""
         return [
-            {"params": dict(stage.params), "state": dict(stage.state), "optimizer": _by_path(shapes)}
-            for stage, shapes in zip(self.model.parameters, self.optimizer.state_shapes, strict=True)
+            {"params": dict(stage.params), "state": dict(stage.state), "optimizer": self._named(i, shapes)}
+            for i, (stage, shapes) in enumerate(zip(self.model.parameters, self.optimizer.state_shapes, strict=True))
         ]
 
     def load_state_tree(self, trees: Sequence[StateTree], step: int) -> None:
@@ -329,11 +334,15 @@ class Trainer:
             tree, stage, shapes = trees[i], self.model.parameters[i], self.optimizer.state_shapes[i]
             self._params[i] = tuple(tree["params"][path] for path in stage.params)
             self._state[i] = tuple(tree["state"][path] for path in stage.state)
-            leaves = [tree["optimizer"][path] for path in _by_path(shapes)]
+            leaves = [tree["optimizer"][path] for path in self._optimizer_paths[i]]
             self._opt_states[i] = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         self.step_number = step
         self._unchecked.clear()
         self.optimizer.reset()
+
+    def _named(self, stage: int, opt_state: Any) -> dict[str, Any]:
+        """The leaves of a stage's optimizer state by path."""
+        return dict(zip(self._optimizer_paths[stage], jax.tree.leaves(opt_state), strict=True))
 
     def _accumulate(
         self, batch: Batch, *, measure: bool = False, observe: Observer | None = None
@@ -342,9 +351,3 @@ class Trainer:
         if measure:
             return measure_step(self.model.executor, self._params, self._state, inputs)
         return *self.model.executor.run(self._params, self._state, inputs, observe), None
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """A pytree's leaves by their path, e.g. `0/mu/layers/3/kernel`."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.compiler.fingerprint import fingerprint
+from meshpipe.layers.paths import check_distinct, join
 
 Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
@@ -98,7 +99,7 @@ class Layer:
         """The output of the layer and its state afterwards."""
         variables = []
         for key, variable in nnx.to_flat_state(self.structure):
-            path = _join(self.path, key)
+            path = join(self.path, key)
             if isinstance(variable, nnx.RngState):
                 value = _random_state(path, variable, randomness)
             else:
@@ -168,8 +169,9 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Lay
     state: dict[str, jax.ShapeDtypeStruct] = {}
     axes: dict[str, tuple[str | None, ...]] = {}
     streams: list[str] = []
+    check_distinct((join(path, key) for key, _ in nnx.to_flat_state(structure)), f"variables of {kind.__name__}")
     for key, variable in nnx.to_flat_state(structure):
-        leaf, value = _join(path, key), _value(variable)
+        leaf, value = join(path, key), _value(variable)
         if isinstance(variable, nnx.RngState):
             streams += [leaf] if isinstance(variable, nnx.RngKey) else []
             continue
@@ -237,7 +239,7 @@ def _check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
             if attribute not in known and any(isinstance(part, jax.Array) for part in parts):
                 raise ValueError(
                     "The arrays of a layer must be variables. "
-                    f"{_join(path, attribute)} is a plain array; write nnx.Variable(...) around it, or "
+                    f"{join(path, attribute)} is a plain array; write nnx.Variable(...) around it, or "
                     "nnx.Param(...) if it is trained."
                 )
 
@@ -273,16 +275,12 @@ def _random_state(path: str, variable: nnx.Variable, randomness: Randomness) -> 
 
 def _leaves(path: str, state: nnx.State) -> Leaves:
     flat = nnx.to_flat_state(state)
-    return {_join(path, key): _value(v) for key, v in flat if not isinstance(v, nnx.RngState)}
+    return {join(path, key): _value(v) for key, v in flat if not isinstance(v, nnx.RngState)}
 
 
 def _value(variable: Any) -> Any:
     """The array of a variable; an array that is an attribute of its own (`nnx.data`) stands for itself."""
     return variable.get_value() if isinstance(variable, nnx.Variable) else variable
-
-
-def _join(path: str, key: Sequence[Any]) -> str:
-    return "/".join((path, *map(str, key)))
 
 
 def path_hash(path: str) -> int:

@@ -14,6 +14,9 @@ Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
 Metrics = Callable[[Any, Mapping[str, jax.Array]], Mapping[str, tuple[jax.Array, jax.Array]]]
 """Output of the last layer and the microbatch -> further sums and weights to report in evaluation."""
 
+_RESERVED = frozenset({"loss", "step", "event", "eval_time_s"})
+"""What stands beside the metrics in the results of an evaluation, and in the metrics file."""
+
 
 def stage_function(
     stage: int,
@@ -49,6 +52,11 @@ def stage_function(
             state = {**state, **after}
         if loss is not None:
             extra = metrics(value, batch) if metrics is not None else {}
+            if taken := _RESERVED.intersection(extra):
+                raise ValueError(
+                    f"A metric must have a name of its own, none of {', '.join(sorted(_RESERVED))}. "
+                    f"Got {', '.join(sorted(taken))}."
+                )
             if names is not None:
                 names[:] = list(extra)
             value = (*_loss(loss, value, batch), *(v for pair in extra.values() for v in pair))

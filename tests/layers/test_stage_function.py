@@ -1,0 +1,20 @@
+"""What a stage computes beside its layers: the loss, and metrics with names of their own."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meshpipe.layers.stage_function import stage_function
+
+
+@pytest.mark.parametrize("name", ["loss", "step"])
+def test_a_metric_cannot_take_the_place_of_another_value(name: str) -> None:
+    def metrics(output, batch):  # type: ignore[no-untyped-def]
+        return {"accuracy": (output.sum(), 1), name: (output.sum(), 1)}
+
+    run = stage_function(
+        0, [], input="inputs", loss=lambda output, batch: (output.sum(), 1), metrics=metrics, names=[], train=False
+    )
+    zero = jnp.uint32(0)
+    with pytest.raises(ValueError, match=f"A metric must have a name of its own, none of .*. Got {name}."):
+        run({}, {}, None, {"inputs": np.ones(3, np.float32)}, (zero, jnp.zeros(0), zero, zero))
