@@ -41,6 +41,9 @@ class Config:
     """Examples per update, over the whole mesh."""
     seed: int = 0
     """Seed of the parameters, the dropout masks and the order of the data."""
+    skip_nonfinite: int = 0
+    """Batches with a loss or gradient that is not finite that a run may go past, each time leaving out the update; one
+    more ends it. 0 ends it at the first."""
     compile_cache: str | None = None
     """Folder where compiled programs are kept for the next run; None keeps none."""
     metrics: str | None = None
@@ -57,7 +60,15 @@ class Config:
     """Batches per evaluation; 0 turns evaluation off."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 0, "batch_size": 1, "seed": 0, "measure_every": 0, "eval_every": 0, "eval_batches": 0}
+        least = {
+            "steps": 0,
+            "batch_size": 1,
+            "seed": 0,
+            "skip_nonfinite": 0,
+            "measure_every": 0,
+            "eval_every": 0,
+            "eval_batches": 0,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 flag = name.replace("_", "-")

@@ -52,6 +52,7 @@ class BatchIterator(Iterator[Batch]):
         self._order = {"seed": seed % 2**32, "shuffle": shuffle}
         self._epochs = epochs
         self._rows: frozenset[int] | None = None
+        self._returned: list[Batch] = []
         self._start(0)
 
     def read_only(self, rows: Iterable[int]) -> None:
@@ -68,6 +69,7 @@ class BatchIterator(Iterator[Batch]):
         # Two threads read ahead: examples are cheap slices, and the cores belong to the training.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         self._examples = examples
+        self._returned.clear()
         self._iterator = iter(dataset.to_iter_dataset(options))
 
     def _read(self, position: int, index: int) -> Mapping[str, Any]:
@@ -80,9 +82,14 @@ class BatchIterator(Iterator[Batch]):
         return {name: np.zeros_like(value) for name, value in self._source[0].items()}
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        batch = self._returned.pop() if self._returned else next(self._iterator)
         self._examples += self._batch_size
         return batch
+
+    def put_back(self, batch: Batch) -> None:
+        """Takes back the last batch that was handed out, which is handed out again next."""
+        self._returned.append(batch)
+        self._examples -= self._batch_size
 
     def get_state(self) -> dict[str, Any]:
         """The position as values that JSON can hold."""

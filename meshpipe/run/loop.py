@@ -1,13 +1,13 @@
 """The training loop of a recipe: steps, evaluation, checkpoints, metrics and signals."""
 
 import itertools
+import math
 import sys
 import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,15 +15,12 @@ from rich.console import Console
 
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
-from meshpipe.data import BatchIterator, Source, batches
-from meshpipe.observe.clock import MeasuredStep
-from meshpipe.observe.trace import write_trace
+from meshpipe.data import Batch, BatchIterator, Source, batches
 from meshpipe.observe.watchdog import Watchdog
-from meshpipe.processes.coordination import process_count, process_index
+from meshpipe.processes.coordination import process_count
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
-from meshpipe.processes.group import Group
 from meshpipe.processes.stop import StopRequest, StopTogether
-from meshpipe.report.picture import Panel, draw_timelines, has_matplotlib
+from meshpipe.report.tables import count_of
 from meshpipe.run.metrics import MetricsFile, ProgressLine, speed
 from meshpipe.run.record import (
     checkpoint_metadata,
@@ -32,6 +29,8 @@ from meshpipe.run.record import (
     layout_values,
     versions,
 )
+from meshpipe.run.trace_file import TraceFile
+from meshpipe.run.warning import Warnings
 from meshpipe.sharding import local_value
 from meshpipe.trainer import NonFiniteError, StepResult, Trainer
 
@@ -41,8 +40,6 @@ TELL_SECONDS = 60.0
 """How long processes wait for each other's times of a step."""
 RATES_AT_ONCE = 1024
 """Learning rates that are computed together."""
-LONGEST_TRACE = 10
-"""Timed steps that a trace holds, the last ones."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,15 @@ class Outputs:
     metrics: MetricsFile
     checkpointer: Checkpointer | None
     console: Console
+
+
+class _OnItsWay(NamedTuple):
+    """A step that was handed over and not read yet."""
+
+    result: StepResult
+    tokens: int | None
+    completion: Future[float]
+    """When all of it was there."""
 
 
 class Loop:
@@ -71,6 +77,7 @@ class Loop:
         outputs: Outputs,
         stop: StopRequest,
         watchdog: Watchdog | None = None,
+        left_out: int = 0,
     ) -> None:
         self._watchdog = watchdog
         self._config = config
@@ -80,8 +87,8 @@ class Loop:
         self._out = outputs
         self._stop = stop
         self._rates: tuple[int, np.ndarray] = (0, np.zeros(0))
-        self._learning_rate(trainer.step_number)
-        self._on_its_way: tuple[StepResult, int | None, Future[float]] | None = None
+        self._learning_rate(trainer.step_number - left_out)
+        self._on_its_way: _OnItsWay | None = None
         self._watch = ThreadPoolExecutor(1, "watch")
         self._good_step = trainer.step_number
         """The last update that is known to be finite."""
@@ -89,9 +96,13 @@ class Loop:
         """What was reported of it."""
         self._work = {"step_time_s": 0.0, "examples": 0, "tokens": 0}
         """Sums over the steps of this run."""
+        self._left_out = left_out
+        """Updates that were left out, of this run and those that it goes on from; the optimizer has not counted them."""
+        self._skipped = 0
+        """Those of this run whose batch was not finite."""
+        self._warnings = Warnings()
         self._first_step = trainer.step_number + 1
-        self._timed: dict[int, MeasuredStep] = {}
-        """The last timed steps by number, for the trace."""
+        self._trace = None if config.trace is None else TraceFile(config.trace, self._warnings)
         self._clock = time.perf_counter()
         self._saved_step = trainer.step_number if trainer.step_number else None
         self._evaluated_step: int | None = None
@@ -112,12 +123,7 @@ class Loop:
             self._watch.shutdown()
         saved = self._newest_checkpoint()
         end = {"status": status, "step": self._good_step, "saved_step": saved, "seconds": time.perf_counter() - started}
-        try:
-            self._out.metrics.write(
-                "end", end if error is None else end | {"error": f"{type(error).__name__}: {error}"}
-            )
-        except OSError as exception:
-            status, error = "failed", error or exception
+        self._out.metrics.write("end", end if error is None else end | {"error": f"{type(error).__name__}: {error}"})
         if error is not None:
             self.error = error
             self._explain(error, saved)
@@ -130,26 +136,7 @@ class Loop:
         stopped = False
         together = StopTogether(self._stop)
         while trainer.step_number < config.steps and not (stopped := together.after(trainer.step_number)):
-            batch = next(self._batches)
-            measure = self._is_timed(trainer.step_number + 1)
-            if measure:
-                self._finish_step()
-            if self._watchdog is not None:
-                self._watchdog.begin_step()
-            observe = None if self._watchdog is None else self._watchdog.observe
-            result = trainer.step(batch, measure=measure, observe=observe)
-            # A thread notes when it is complete, since this one will look only after handing over the next step.
-            completion = self._watch.submit(_completion_time, result)
-            self._finish_step()
-            self._on_its_way = result, config.model.tokens(batch), completion
-            if measure:  # writing its trace takes time that is no step's
-                self._finish_step()
-            if _is_due(result.step, config.checkpoint.checkpoint_every):
-                self._finish_step()
-                self._save()
-            if _is_due(result.step, config.eval_every):
-                self._finish_step()
-                self._evaluate()
+            self._step(next(self._batches))
         self._finish_step()
         self._save()
         if self._out.checkpointer is not None:
@@ -159,12 +146,43 @@ class Loop:
         self._evaluate()
         return "completed"
 
-    def _finish_step(self) -> None:
-        """Waits for the step on its way, checks that it is finite, and reports it."""
-        if self._on_its_way is None:
+    def _step(self, batch: Batch) -> None:
+        """Hands over one step, finishes the one before it, and does what is due after this one."""
+        config, trainer = self._config, self._trainer
+        measure = self._is_timed(trainer.step_number + 1)
+        if measure:
+            self._finish_step()
+        if self._watchdog is not None:
+            self._watchdog.begin_step()
+        observe = None if self._watchdog is None else self._watchdog.observe
+        result = trainer.step(batch, measure=measure, observe=observe)
+        # A thread notes when it is complete, since this one will look only after handing over the next step.
+        completion = self._watch.submit(_completion_time, result)
+        if not self._finish_step():  # and therefore this one was left out as well
+            self._batches.put_back(batch)
             return
+        self._on_its_way = _OnItsWay(result, config.model.tokens(batch), completion)
+        if measure:  # writing its trace takes time that is no step's
+            self._finish_step()
+        if _is_due(result.step, config.checkpoint.checkpoint_every):
+            self._finish_step()
+            self._save()
+        if _is_due(result.step, config.eval_every):
+            self._finish_step()
+            self._evaluate()
+
+    def _finish_step(self) -> bool:
+        """Waits for the step on its way, checks that it is finite, and reports it.
+
+        False when its batch is one of those that may be skipped, so that this update and any after it were left out.
+        """
+        if self._on_its_way is None:
+            return True
         (result, tokens, completion), self._on_its_way = self._on_its_way, None
-        self._trainer.check(result)
+        try:
+            self._trainer.check(result)
+        except NonFiniteError as error:
+            self._skip(error)
         seconds, self._clock = completion.result() - self._clock, completion.result()
         self._good_step = result.step
         if self._watchdog is not None:
@@ -174,19 +192,42 @@ class Loop:
             "loss": float(local_value(result.loss)),
             "grad_norm": float(local_value(result.grad_norm)),
             # The schedule counts the updates before this one.
-            "learning_rate": self._learning_rate(result.step - 1),
+            "learning_rate": self._learning_rate(result.step - 1 - self._left_out),
             "step_time_s": seconds,
             "examples_per_s": self._config.batch_size / seconds,
         }
         if tokens is not None:
             self._values["tokens_per_s"] = tokens / seconds
         if result.measured is not None:
-            self._values["bubble_fraction"] = _bubble_of_all(result, self._trainer.group)
-            self._trace(result.step, result.measured)
+            self._values["bubble_fraction"] = self._bubble_of_all(result)
+            if self._trace is not None:
+                self._trace.add(result.step, result.measured)
+                self._clock = time.perf_counter()
         done = {"step_time_s": seconds, "examples": self._config.batch_size, "tokens": tokens or 0}
         self._work = {name: total + done[name] for name, total in self._work.items()}
+        good, applied = bool(local_value(result.good)), bool(local_value(result.applied))
+        if not applied:
+            self._values["left_out"] = "weight 0" if good else "not finite"
+            self._left_out += 1
+        if good and not applied:
+            self._warnings.say_once(
+                "weight 0",
+                f"step {result.step} was left out: the weight of its loss is 0 over the whole batch, so there is no "
+                "mean to follow. The metrics file marks such steps by left_out.",
+            )
         self._out.metrics.write("step", self._values)
         self._progress.step(self._values)
+        return good
+
+    def _skip(self, error: NonFiniteError) -> None:
+        """Goes past a step that is not finite and was left out; raises the error where that is not allowed."""
+        allowed = self._config.skip_nonfinite
+        if not error.left_out or self._skipped == allowed:
+            raise error
+        self._skipped += 1
+        # It counts as a step, so that steps and batches stay in line.
+        self._trainer.step_number = error.step
+        self._say(f"{error} Its update was left out ({self._skipped} of {allowed} by --skip-nonfinite).")
 
     def _learning_rate(self, updates: int) -> float:
         """What the schedule says after so many updates.
@@ -206,22 +247,6 @@ class Loop:
         if config.measure_every or config.trace is None:
             return _is_due(step, config.measure_every)
         return step == min(self._first_step + STEPS_BEFORE_TRACE, config.steps)
-
-    def _trace(self, step: int, measured: MeasuredStep) -> None:
-        """Writes the trace anew with one more step, and a picture of the first."""
-        if self._config.trace is None:
-            return
-        file = Path(self._config.trace)
-        if process_index():  # a file for each process, of its own ranks
-            file = file.with_suffix(f".process{process_index()}.json")
-        if not self._timed and has_matplotlib():
-            panel = Panel(measured.timeline, f"{measured.timeline.plan.schedule}, step {step}", in_seconds=True)
-            draw_timelines([panel], file.with_suffix(".png"))
-        self._timed[step] = measured
-        if len(self._timed) > LONGEST_TRACE:
-            del self._timed[min(self._timed)]
-        write_trace(file, self._timed)
-        self._clock = time.perf_counter()
 
     def _evaluate(self) -> None:
         if self._held_out is None or self._evaluated_step == self._good_step:
@@ -246,10 +271,27 @@ class Loop:
         if checkpointer is None or step == self._saved_step:
             return
         position = self._batches.get_state()
-        metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position)
+        metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position, self._left_out)
         checkpointer.save(step, self._trainer.state_tree(), metadata, self._trainer.abstract_state_tree())
         self._saved_step = step
         self._clock = time.perf_counter()
+
+    def _bubble_of_all(self, result: StepResult) -> float:
+        """The idle share of all ranks in a timed step, also of those that live in other processes; NaN where one of
+        those does not tell in time.
+        """
+        assert result.measured is not None
+        timeline = result.measured.timeline
+        if self._trainer.group.is_alone:
+            return timeline.bubble_fraction
+        own = f"{timeline.makespan!r} {sum(timeline.busy)!r} {timeline.num_ranks}"
+        try:
+            told = self._trainer.group.gather("busy", own, TELL_SECONDS)
+        except TimeoutError as error:
+            self._warnings.say_once("bubble", f"the bubble of step {result.step} is not known: {error}")
+            return math.nan
+        makespans, busy, ranks = zip(*(map(float, text.split()) for text in told), strict=True)
+        return max(0.0, 1 - sum(busy) / (max(makespans) * sum(ranks)))
 
     @property
     def _layout(self) -> dict[str, Any]:
@@ -281,6 +323,8 @@ class Loop:
             seconds = self._work["step_time_s"]
             mean = {f"{unit}_per_s": self._work[unit] / seconds for unit in ("examples", "tokens") if self._work[unit]}
             parts.append(f"loss {self._values['loss']:.4f}, {speed(mean)}")
+        if self._left_out:
+            parts.append(f"{count_of(self._left_out, 'update was', 'updates were')} left out")
         return "; ".join(parts) + f". {self._saved_sentence(saved)}"
 
     def _saved_sentence(self, saved: int | None) -> str:
@@ -303,18 +347,6 @@ class Loop:
 def _completion_time(result: StepResult) -> float:
     jax.block_until_ready(result.good)
     return time.perf_counter()
-
-
-def _bubble_of_all(result: StepResult, group: Group) -> float:
-    """The idle share of all ranks in a timed step, also of those that live in other processes."""
-    assert result.measured is not None
-    timeline = result.measured.timeline
-    if group.is_alone:
-        return timeline.bubble_fraction
-    own = f"{timeline.makespan!r} {sum(timeline.busy)!r} {timeline.num_ranks}"
-    told = group.gather("busy", own, TELL_SECONDS)
-    makespans, busy, ranks = zip(*(map(float, text.split()) for text in told), strict=True)
-    return max(0.0, 1 - sum(busy) / (max(makespans) * sum(ranks)))
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -88,10 +88,14 @@ def checkpoint_metadata(
     layout: Mapping[str, Any],
     step: int,
     data: Mapping[str, Any],
+    left_out: int = 0,
 ) -> dict[str, Any]:
-    """What is saved beside the arrays; `layout` is that of the run, `data` the position in the training data."""
+    """What is saved beside the arrays; `layout` is that of the run, `data` the position in the training data, and
+    `left_out` the number of updates that were left out until then.
+    """
     return {
         "step": step,
+        "left_out": left_out,
         "seed": config.seed,
         "data": dict(data),
         "recipe": recipe,

@@ -67,7 +67,16 @@ def run(
         metrics = files.enter_context(MetricsFile(metrics_file, append=options.may_continue))
         outputs = Outputs(recipe, metrics, checkpointer, console)
         watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, guard.fail))
-        loop = Loop(config, trainer, train_batches, held_out, outputs, stop, watchdog if step_timeout else None)
+        loop = Loop(
+            config,
+            trainer,
+            train_batches,
+            held_out,
+            outputs,
+            stop,
+            watchdog if step_timeout else None,
+            left_out=0 if saved is None else saved.get("left_out", 0),
+        )
         status = loop.run()
         if several:
             if loop.error is not None:

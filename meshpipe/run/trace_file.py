@@ -1,0 +1,38 @@
+"""The trace of a run: the last timed steps in a file, and a picture of the first beside it."""
+
+from pathlib import Path
+
+from meshpipe.observe.clock import MeasuredStep
+from meshpipe.observe.trace import write_trace
+from meshpipe.processes.coordination import process_index
+from meshpipe.report.picture import Panel, draw_timelines, has_matplotlib
+from meshpipe.run.warning import Warnings
+
+LONGEST_TRACE = 10
+"""Timed steps that a trace holds, the last ones."""
+
+
+class TraceFile:
+    """Written anew with each timed step; of several processes each has a file, of its own ranks."""
+
+    def __init__(self, path: str, warnings: Warnings) -> None:
+        self._file = Path(path)
+        if process_index():
+            self._file = self._file.with_suffix(f".process{process_index()}.json")
+        self._steps: dict[int, MeasuredStep] = {}
+        self._warnings = warnings
+
+    def add(self, step: int, measured: MeasuredStep) -> None:
+        """Never raises: a trace that cannot be written is said once."""
+        is_first = not self._steps
+        self._steps[step] = measured
+        if len(self._steps) > LONGEST_TRACE:
+            del self._steps[min(self._steps)]
+        try:
+            write_trace(self._file, self._steps)
+            if is_first and has_matplotlib():
+                timeline = measured.timeline
+                panel = Panel(timeline, f"{timeline.plan.schedule}, step {step}", in_seconds=True)
+                draw_timelines([panel], self._file.with_suffix(".png"))
+        except Exception as error:  # of the file system, or of Matplotlib
+            self._warnings.say_once("trace", f"the trace could not be written: {error}. The run continues without it.")
