@@ -4,6 +4,7 @@ from meshpipe.checkpoint import Checkpointer as Checkpointer
 from meshpipe.checkpoint import CheckpointError as CheckpointError
 from meshpipe.config import Config as Config
 from meshpipe.data import DataConfig as DataConfig
+from meshpipe.layers.fields import with_fields as with_fields
 from meshpipe.layers.layer import LayerLike as LayerLike
 from meshpipe.mesh import MeshConfig as MeshConfig
 from meshpipe.mesh import make_mesh as make_mesh

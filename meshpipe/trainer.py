@@ -181,6 +181,14 @@ class Trainer:
     def stages(self) -> tuple[StageInfo, ...]:
         return self.model.stages
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the model does because of how its layers are written, in sentences that the command line prints too.
+
+        They tell which batch fields reached optional keywords, and which modules stay in evaluation mode.
+        """
+        return self.model.notes
+
     def step(self, batch: Batch, *, measure: bool = False, observe: Observer | None = None) -> StepResult:
         """One update on a global batch of numpy arrays; returns as soon as the work is dispatched.
 

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.compiler.fingerprint import fingerprint
+from meshpipe.layers.fields import WithFields, fields_of, optional_fields, parameters_of
+from meshpipe.layers.modes import fixed, mode_keywords, set_mode, told
 from meshpipe.layers.paths import check_distinct, join
 
 Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
-LayerLike: TypeAlias = nnx.Module | Callable[..., nnx.Module]
-"""A module, or a constructor that takes an `nnx.Rngs` or nothing; with constructors no process ever holds the whole
-model."""
+LayerLike: TypeAlias = nnx.Module | Callable[..., nnx.Module] | WithFields
+"""A module, or a constructor that takes an `nnx.Rngs` or nothing, perhaps with the batch fields that it asks for; with
+constructors no process ever holds the whole model."""
 
-TRAIN = "train"
-"""The keyword through which a layer's `__call__` learns whether it is training."""
 _INITIALISE, _RUN = 0, 1
 
 
@@ -51,8 +51,14 @@ class Layer:
     """What forward may change beside random streams: batch statistics, caches."""
     axes: Mapping[str, tuple[str | None, ...]]
     """Logical axes of the leaves that name them."""
-    fields: tuple[str, ...]
-    """Batch fields that the call takes as keywords, and `train`."""
+    fields: Mapping[str, str]
+    """Batch fields that the call is given, by keyword."""
+    optional: tuple[str, ...]
+    """Of those keywords, the ones that have a default and were not asked for with `with_fields`."""
+    modes: tuple[str, ...]
+    """Keywords through which the call is told whether it is training."""
+    fixed: tuple[str, ...]
+    """Attributes that keep parts of the layer in evaluation mode, e.g. `layers/3/norm.use_running_average`."""
     streams: tuple[str, ...]
     """Paths of its random streams."""
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -74,7 +80,7 @@ class Layer:
         variables = nnx.to_flat_state(self.structure)
         metadata = [v.get_metadata() if isinstance(v, nnx.Variable) else None for _, v in variables]
         arrays = [(key, type(v), _value(v).shape, _value(v).dtype) for key, v in variables]
-        return fingerprint((self.graphdef, metadata, self.fields)), tuple(arrays)
+        return fingerprint((self.graphdef, metadata, dict(self.fields), self.modes)), tuple(arrays)
 
     def initialise(self, seed: jax.Array, path_hash: jax.Array) -> tuple[Leaves, Leaves]:
         """Parameters and state from the seed's key and `path_hash` only.
@@ -106,9 +112,9 @@ class Layer:
                 value = params[path] if path in params else state[path]
             variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
         module = nnx.merge(self.graphdef, nnx.from_flat_state(variables))
-        module.train() if train else module.eval()
-        keywords = {name: train if name == TRAIN and name not in batch else batch[name] for name in self.fields}
-        output = module(activation, **keywords)
+        set_mode(module, train)
+        keywords = {keyword: batch[field] for keyword, field in self.fields.items()}
+        output = module(activation, **keywords, **told(module, self.modes, train))
         after = _leaves(self.path, nnx.state(module))
         return output, {path: after[path] for path in self.state}
 
@@ -148,28 +154,33 @@ def _at(path: str, layer: Layer) -> Layer:
         state={moved(leaf): shape for leaf, shape in layer.state.items()},
         axes={moved(leaf): names for leaf, names in layer.axes.items()},
         streams=tuple(map(moved, layer.streams)),
+        fixed=tuple(map(moved, layer.fixed)),
     )
 
 
 def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Layer:
-    make, ready = _constructor(path, layer)
-    kinds: list[tuple[type, nnx.GraphDef]] = []
+    asked = layer.fields if isinstance(layer, WithFields) else None
+    make, ready = _constructor(path, layer.layer if isinstance(layer, WithFields) else layer)
+    built: list[tuple[nnx.Module, nnx.GraphDef]] = []
 
     def build() -> nnx.State:
         module = _checked(path, make(nnx.Rngs(0)))
         graphdef, structure = nnx.split(module)
         _check_arrays(path, module, structure)
-        kinds.append((type(module), graphdef))
+        built.append((module, graphdef))
         return structure
 
     with nnx.use_eager_sharding(False):
         structure = jax.eval_shape(build)
-    ((kind, graphdef),) = kinds
+    ((module, graphdef),) = built
+    fields = fields_of(path, module, batch_fields, asked)
     params: dict[str, jax.ShapeDtypeStruct] = {}
     state: dict[str, jax.ShapeDtypeStruct] = {}
     axes: dict[str, tuple[str | None, ...]] = {}
     streams: list[str] = []
-    check_distinct((join(path, key) for key, _ in nnx.to_flat_state(structure)), f"variables of {kind.__name__}")
+    check_distinct(
+        (join(path, key) for key, _ in nnx.to_flat_state(structure)), f"variables of {type(module).__name__}"
+    )
     for key, variable in nnx.to_flat_state(structure):
         leaf, value = join(path, key), _value(variable)
         if isinstance(variable, nnx.RngState):
@@ -186,14 +197,19 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Lay
         params=params,
         state=state,
         axes=axes,
-        fields=_fields(path, kind, batch_fields),
+        fields=fields,
+        optional=optional_fields(module, fields) if asked is None else (),
+        modes=mode_keywords(module, [p for p in parameters_of(type(module)) if p.name not in fields]),
+        fixed=tuple(f"{join(path, key)}.{name}" for key, name in fixed(module)),
         streams=tuple(streams),
         make=make,
         values=_leaves(path, nnx.state(ready)) if ready is not None else None,
     )
 
 
-def _constructor(path: str, layer: LayerLike) -> tuple[Callable[[nnx.Rngs], nnx.Module], nnx.Module | None]:
+def _constructor(
+    path: str, layer: nnx.Module | Callable[..., nnx.Module]
+) -> tuple[Callable[[nnx.Rngs], nnx.Module], nnx.Module | None]:
     if isinstance(layer, nnx.Module):
         return lambda rngs: layer, layer
     if not callable(layer):
@@ -242,20 +258,6 @@ def _check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
                     f"{join(path, attribute)} is a plain array; write nnx.Variable(...) around it, or "
                     "nnx.Param(...) if it is trained."
                 )
-
-
-def _fields(path: str, kind: type, batch_fields: tuple[str, ...]) -> tuple[str, ...]:
-    parameters = list(inspect.signature(kind.__call__).parameters.values())[2:]  # after self and the activation
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    offered = (*batch_fields, TRAIN)
-    for parameter in named:
-        if parameter.default is parameter.empty and parameter.name not in offered:
-            raise ValueError(
-                "After its input, a layer's __call__ may only require batch fields and `train`. "
-                f"{path} ({kind.__name__}) requires {parameter.name!r}; the batch has {', '.join(batch_fields)}. "
-                "Add the field or give it a default."
-            )
-    return tuple(p.name for p in named if p.name in offered)
 
 
 def _random_state(path: str, variable: nnx.Variable, randomness: Randomness) -> jax.Array:

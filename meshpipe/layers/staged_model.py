@@ -17,6 +17,7 @@ from meshpipe.host import keep_freed_memory
 from meshpipe.layers.initialise import placed
 from meshpipe.layers.layer import Layer, LayerLike, abstract_layers, path_hash
 from meshpipe.layers.microbatches import Microbatches
+from meshpipe.layers.notes import notes_on
 from meshpipe.layers.stage_function import Loss, Metrics, stage_function, streams_of
 from meshpipe.mesh import DATA, make_mesh, on_cpu, submeshes
 from meshpipe.optimizer.parameters import StageParameters
@@ -106,6 +107,11 @@ class StagedModel:
     @property
     def _splits_data(self) -> bool:
         return self.mesh.shape.get(DATA, 1) > 1
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the model does because of how its layers are written, a sentence each."""
+        return notes_on(self.layers)
 
     @property
     def stage_costs(self) -> Costs | None:

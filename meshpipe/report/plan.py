@@ -36,7 +36,7 @@ class Stage(Protocol):
 
 
 def layout_lines(recipe: str, model: StagedModel) -> list[str]:
-    """What runs where, in three lines."""
+    """What runs where, in three lines, and what else there is to say of the model."""
     parameters = sum(stage.parameter_count for stage in model.stages)
     stages = "  ".join(f"{s.index} (rank {s.rank}) {describe_layers(s.layers)}" for s in _abridge(model.stages))
     return [
@@ -44,6 +44,7 @@ def layout_lines(recipe: str, model: StagedModel) -> list[str]:
         f"stages: {stages}",
         f"{model.plan.schedule}, {_microbatches(model)}, remat {_remat(model)}, "
         f"expected bubble {simulate(model.plan, model.stage_costs).bubble_fraction:.1%}{_how_chosen(model)}",
+        *model.notes,
     ]
 
 
@@ -158,6 +159,8 @@ def print_plan(
     timeline = simulate(model.plan, times, memory)
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
     console.print(stage_table(model.stages, [layer.class_name for layer in model.layers], model.remat or ()))
+    for note in model.notes:
+        console.print(note, markup=False)
     width = console.width if console.is_terminal else None
     console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
     console.print(model.plan.grid(width=width), markup=False)

@@ -174,7 +174,7 @@ class Inputs(nnx.Module):
 @pytest.mark.parametrize("train", [True, False])
 def test_a_call_gets_the_batch_fields_and_train_that_it_names(train: bool) -> None:
     layer = layer_of(Fields)
-    assert set(layer.fields) == {"targets", "mask", "train"}
+    assert (set(layer.fields), layer.modes) == ({"targets", "mask"}, ("train",))
     batch = {"mask": "a mask", "targets": "targets"}
     (x, *others), _ = call(layer, 3.0, train=train, batch=batch)
     assert (x, *others) == (6.0, "targets", "a mask", train, {})

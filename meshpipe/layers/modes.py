@@ -1,0 +1,70 @@
+"""Training and evaluation, told to modules through attributes and keywords, without undoing what a module fixed."""
+
+from collections.abc import Iterable, Iterator
+from inspect import Parameter
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+ATTRIBUTES = ("deterministic", "use_running_average")
+"""What `nnx.Module.train` and `eval` switch in a module and all that it holds."""
+
+
+def mode_values(train: bool) -> dict[str, bool]:
+    """The keywords of a call that tell whether it is training."""
+    return {"train": train, "training": train, **dict.fromkeys(ATTRIBUTES, not train)}
+
+
+KEYWORDS = frozenset(mode_values(True))
+
+_NONE = object()
+"""Stands for an attribute that is not there."""
+
+
+def set_mode(module: nnx.Module, train: bool) -> None:
+    """As `module.train()` or `module.eval()`, but what is True stays: a module fixed that in its constructor."""
+    for _, node in nnx.iter_modules(module):
+        for name in ATTRIBUTES:
+            value = _attribute(node, name)
+            if value is None or value is False:
+                setattr(node, name, not train)
+
+
+def fixed(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Where a module is in evaluation mode for good: the path to a part of it, and the attribute that is True there."""
+    for path, node in nnx.iter_modules(module):
+        for name in ATTRIBUTES:
+            if _attribute(node, name) is True:
+                yield path, name
+
+
+def mode_keywords(module: nnx.Module, parameters: Iterable[Parameter]) -> tuple[str, ...]:
+    """Which of a call's keywords are to be told the mode.
+
+    A keyword that is None by default is not, where modules hold an attribute of that name: then None means that each
+    of them decides.
+    """
+    return tuple(
+        p.name for p in parameters if p.name in KEYWORDS and not (p.default is None and _is_attribute(module, p.name))
+    )
+
+
+def told(module: nnx.Module, keywords: Iterable[str], train: bool) -> dict[str, bool]:
+    """Values for these keywords; what the module itself has fixed goes before the mode."""
+    values = mode_values(train)
+    return {name: values[name] or _attribute(module, name) is True for name in keywords}
+
+
+def _is_attribute(module: nnx.Module, name: str) -> bool:
+    return name in ATTRIBUTES and any(_attribute(node, name) is not _NONE for _, node in nnx.iter_modules(module))
+
+
+def _attribute(node: nnx.Module, name: str) -> Any:
+    """True, False or None as a module has it; anything else under such a name, a property say, is the user's own."""
+    if name not in ATTRIBUTES or isinstance(getattr(type(node), name, None), property):
+        return _NONE
+    value = getattr(node, name, _NONE)
+    if isinstance(value, np.bool_):
+        return bool(value)
+    return value if value is None or isinstance(value, bool) else _NONE

@@ -1,0 +1,36 @@
+"""What a model does because of how its layers are written, in sentences: nothing of it happens without a word."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from meshpipe.layers.layer import Layer
+
+
+def notes_on(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """A sentence for each kind of thing that a reader of the layer list may not expect."""
+    return (*_fields(layers), *_fixed(layers))
+
+
+def _fields(layers: Sequence[Layer]) -> Iterator[str]:
+    for (name, fields), found in _grouped(
+        [((layer.class_name, layer.optional), layer.path) for layer in layers if layer.optional]
+    ):
+        yield (
+            f"Batch fields given to optional keywords of the same name: {', '.join(fields)} of {name} ({_some(found)})."
+        )
+
+
+def _fixed(layers: Sequence[Layer]) -> Iterator[str]:
+    parts = [path.rpartition(".") for layer in layers for path in layer.fixed]
+    for name, found in _grouped([(name, path) for path, _, name in parts]):
+        yield f"Kept in training as the modules have it: {name}=True of {_some(found)}."
+
+
+def _grouped(pairs: Sequence[tuple[Any, str]]) -> Iterator[tuple[Any, list[str]]]:
+    for key in dict.fromkeys(key for key, _ in pairs):
+        yield key, [value for other, value in pairs if other == key]
+
+
+def _some(paths: Sequence[str], longest: int = 3) -> str:
+    rest = len(paths) - longest
+    return ", ".join(paths) if rest <= 0 else f"{', '.join(paths[:longest])} and {rest} more"
