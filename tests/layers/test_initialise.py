@@ -87,10 +87,10 @@ def test_layers_that_are_alike_share_a_program(monkeypatch: pytest.MonkeyPatch) 
         compiled.append(arguments)
         return compile_one(*arguments)
 
-    compile_one = meshpipe.compiler._compile
-    monkeypatch.setattr(meshpipe.compiler, "_compile", count)
+    compile_one = meshpipe.compiler.compiler._compile
+    monkeypatch.setattr(meshpipe.compiler.compiler, "_compile", count)
     # Layers on other submeshes are moved there; loading the program for them would take longer.
-    monkeypatch.setattr(meshpipe.compiler, "load", lambda *arguments: pytest.fail("a program was loaded"))
+    monkeypatch.setattr(meshpipe.compiler.compiler, "load", lambda *arguments: pytest.fail("a program was loaded"))
     made([Block, Block, functools.partial(nnx.Linear, 3, 3), Block], [RANKS[0], RANKS[1], RANKS[0], RANKS[3]])
     assert len(compiled) == 2
 
