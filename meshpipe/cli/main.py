@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from meshpipe.cli.arguments import Command, choose, origin
 from meshpipe.cli.checkpoint import checkpoint
 from meshpipe.cli.launch import launch
+from meshpipe.cli.output import lasting_output
 from meshpipe.cli.plan import plan
 from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
@@ -42,9 +43,18 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+RUNS = ("train", "launch")
+"""Commands that continue without standard output, and say so; what the others do is their output."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    with lasting_output(say=command in RUNS):
+        return _run(command, rest)
+
+
+def _run(command: str, rest: list[str]) -> int:
     if command in ("-h", "--help"):
         print(USAGE)
         return COMPLETED

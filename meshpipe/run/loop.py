@@ -97,7 +97,7 @@ class Loop:
         self._work = {"step_time_s": 0.0, "examples": 0, "tokens": 0}
         """Sums over the steps of this run."""
         self._left_out = left_out
-        """Updates that were left out, of this run and those that it goes on from; the optimizer has not counted them."""
+        """Updates that were left out, before this run too; the optimizer and its schedule have not counted them."""
         self._skipped = 0
         """Those of this run whose batch was not finite."""
         self._warnings = Warnings()

@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from meshpipe.run.warning import Warnings
+
 SECONDS_BETWEEN_LINES = 30.0
 """Longest silence of a run whose output is not a terminal, as far as its steps allow."""
 LONGEST_LINE = 1 << 20
@@ -23,10 +25,12 @@ LONGEST_LINE = 1 << 20
 class MetricsFile:
     """One JSON object a line, written at once, without a buffer. A file of None takes everything and writes nothing.
 
-    Numbers that are not finite become null, which JSON can hold.
+    Numbers that are not finite become null, which JSON can hold. A line that cannot be written, on a full disk say, is
+    left out as a whole, which is said once on standard error; the next one is tried again.
     """
 
     def __init__(self, path: str | Path | None, *, append: bool = False) -> None:
+        self._path, self._warnings = path, Warnings()
         self._file: FileIO | None = None
         if path is not None:
             if append:
@@ -62,7 +66,14 @@ class MetricsFile:
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         if self._file is not None:
             line = json.dumps({"event": event} | _finite(values), allow_nan=False)
-            self._file.write(line.encode() + b"\n")
+            try:
+                _write_whole(self._file, line.encode() + b"\n")
+            except OSError as error:
+                self._warnings.say_once(
+                    "metrics",
+                    f"a line of the metrics file {self._path} could not be written: {error.strerror}. "
+                    "The run continues; the lines that cannot be written are missing.",
+                )
 
     def close(self) -> None:
         if self._file is not None:
@@ -75,6 +86,20 @@ class MetricsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _write_whole(file: FileIO, line: bytes) -> None:
+    """Writes all of a line, or nothing where that is possible. Raises `OSError`."""
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        written = len(line) - len(rest)
+        if written and file.seekable():
+            os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size - written)
+            file.seek(0, os.SEEK_END)
+        raise
 
 
 def _finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,27 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     with MetricsFile(path) as metrics:
         metrics.write("eval", {"loss": math.nan, "config": {"clip_norm": [math.inf, 1.0]}})
     assert read(path) == [{"event": "eval", "loss": None, "config": {"clip_norm": [None, 1.0]}}]
+
+
+def test_a_line_that_cannot_be_written_is_left_out_whole_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files cuts a write short, as a full disk does, also for root."""
+    path = tmp_path / "m.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsFile(path) as metrics:
+        metrics.write("step", {"step": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+        try:
+            metrics.write("step", {"step": 2})
+            metrics.write("step", {"step": 3})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        metrics.write("step", {"step": 4})
+    assert [line["step"] for line in read(path)] == [1, 4]
+    error = capsys.readouterr().err
+    assert error.count("meshpipe:") == 1
+    assert f"a line of the metrics file {path} could not be written: File too large" in error
 
 
 def test_no_file_takes_everything() -> None:
