@@ -7,6 +7,7 @@ import tyro
 
 from meshpipe.checkpoint import CheckpointConfig
 from meshpipe.data import DataConfig
+from meshpipe.errors import ArgumentError, check_seed, check_whole
 from meshpipe.mesh import MeshConfig
 from meshpipe.models.model import ModelConfig
 from meshpipe.optimizer.config import OptimizerConfig
@@ -60,23 +61,21 @@ class Config:
     """Batches per evaluation; 0 turns evaluation off."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         least = {
             "steps": 0,
             "batch_size": 1,
-            "seed": 0,
             "skip_nonfinite": 0,
             "measure_every": 0,
             "eval_every": 0,
             "eval_batches": 0,
         }
         for name, low in least.items():
-            if getattr(self, name) < low:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least {low}. Got {getattr(self, name)}.")
+            check_whole(name, getattr(self, name), low)
         microbatches = self.pipeline.num_microbatches
         if self.batch_size % (microbatches * self.mesh.data):
-            raise ValueError(
-                "--batch-size must be a multiple of --num-microbatches * --mesh.data. "
+            raise ArgumentError(
+                "`batch_size` must be a multiple of `num_microbatches` * `mesh.data`. "
                 f"Got {self.batch_size} with {microbatches} * {self.mesh.data} = {microbatches * self.mesh.data}. "
                 f"{_nearest_batch_sizes(self.batch_size, microbatches * self.mesh.data)}"
             )

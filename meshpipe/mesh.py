@@ -9,11 +9,16 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from meshpipe.errors import check_whole
+
 PIPELINE = "pipeline"
 DATA = "data"
 TENSOR = "tensor"
 AXES = (PIPELINE, DATA, TENSOR)
 """Mesh axes, outermost first: neighbours on the tensor axis are neighbouring devices, pipeline ranks are far apart."""
+
+MOST_CPU_DEVICES = 4096
+"""Virtual ones of a process; XLA starts threads for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +34,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for axis in AXES:
-            if getattr(self, axis) < 1:
-                raise ValueError(f"--mesh.{axis} must be at least 1. Got {getattr(self, axis)}.")
+            check_whole(axis, getattr(self, axis), section="mesh")
 
     @property
     def num_devices(self) -> int:
@@ -87,11 +91,17 @@ def on_cpu(mesh: Mesh) -> bool:
 def use_cpu_devices(count: int) -> None:
     """Gives the CPU backend `count` virtual devices; has no effect on accelerators.
 
-    Must run before JAX is first used. Raises `ValueError` when JAX has already started with fewer CPU devices.
+    Must run before JAX is first used. Raises `ValueError` when JAX has already started with fewer CPU devices, or there
+    would be more of them than a machine can have threads for.
 
     A thread pool smaller than twice the number of devices can deadlock programs with collectives in jax 0.10 on CPU, so
     `NPROC`, from which XLA sizes its pool, is raised as well unless the caller has set it.
     """
+    check_whole("count", count)
+    if count > MOST_CPU_DEVICES:
+        raise ValueError(
+            f"A machine can have at most {MOST_CPU_DEVICES} virtual CPU devices. Got {count:,}. Choose a smaller mesh."
+        )
     if count > 1:
         os.environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))
     try:

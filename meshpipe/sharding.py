@@ -57,7 +57,7 @@ class ShardingRules:
             if size % parts:
                 raise ValueError(
                     f"A split axis must divide by its mesh axis. {path} has {size} {axes[dim] if axes else ''} in dim "
-                    f"{dim}, and --mesh.{mesh_axis} is {parts}. Choose a divisor of {size}."
+                    f"{dim}, and the mesh axis {mesh_axis} has {parts} parts. Choose a divisor of {size}."
                 )
         return NamedSharding(mesh, spec)
 

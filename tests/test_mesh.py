@@ -61,9 +61,9 @@ def test_too_few_devices_says_the_product_and_the_way_out() -> None:
 
 @pytest.mark.parametrize("axis", AXES)
 def test_sizes_below_one_are_refused(axis: str) -> None:
-    with pytest.raises(ValueError, match=rf"--mesh.{axis} must be at least 1. Got 0"):
+    with pytest.raises(ValueError, match=rf"`{axis}` must be at least 1. Got 0"):
         MeshConfig(**{axis: 0})
-    with pytest.raises(ValueError, match=rf"--mesh.{axis} must be at least 1. Got -2"):
+    with pytest.raises(ValueError, match=rf"`{axis}` must be at least 1. Got -2"):
         make_mesh(**{axis: -2})
 
 

@@ -52,7 +52,7 @@ def test_an_unknown_logical_axis_names_the_rules_and_the_way_out() -> None:
 
 
 def test_a_split_axis_must_divide_by_its_mesh_axis() -> None:
-    message = r"layers/0/kernel has 6 hidden in dim 1, and --mesh.tensor is 4. Choose a divisor of 6"
+    message = r"layers/0/kernel has 6 hidden in dim 1, and the mesh axis tensor has 4 parts. Choose a divisor of 6"
     with pytest.raises(ValueError, match=message):
         ShardingRules().sharding("layers/0/kernel", (3, 6), ("embed", "hidden"), MESH)
 

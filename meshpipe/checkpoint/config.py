@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from meshpipe.errors import ArgumentError, check_whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -27,22 +29,22 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "checkpoint_keep"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0. Got {getattr(self, name)}.")
+            check_whole(name, getattr(self, name), 0)
+        if self.resume_from is not None:
+            check_whole("resume_from", self.resume_from, 0)
         if self.checkpoint_dir is None:
-            flags = {
-                "--resume": self.resume,
-                "--resume-from": self.resume_from is not None,
-                "--auto-resume": self.auto_resume,
-                "--checkpoint-every": self.checkpoint_every > 0,
+            asked = {
+                "resume": self.resume,
+                "resume_from": self.resume_from is not None,
+                "auto_resume": self.auto_resume,
+                "checkpoint_every": self.checkpoint_every > 0,
             }
-            for name, asked in flags.items():
-                if asked:
-                    raise ValueError(f"{name} needs a folder of checkpoints. Got none: add --checkpoint-dir DIR.")
+            for name in (name for name, is_asked in asked.items() if is_asked):
+                raise ArgumentError(f"`{name}` needs a folder of checkpoints. Got none: add `checkpoint_dir` DIR.")
         elif not self.checkpoint_dir.strip():
-            raise ValueError("--checkpoint-dir must name a folder. Got an empty name.")
+            raise ArgumentError("`checkpoint_dir` must name a folder. Got an empty name.")
         if self.resume_from is not None and (self.resume or self.auto_resume):
-            other = "--resume" if self.resume else "--auto-resume"
-            raise ValueError(
-                f"--resume-from names a checkpoint, and {other} takes the newest. Got both. Leave one of them out."
+            other = "resume" if self.resume else "auto_resume"
+            raise ArgumentError(
+                f"`resume_from` names a checkpoint, and `{other}` takes the newest. Got both. Leave one of them out."
             )

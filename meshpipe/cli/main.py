@@ -14,6 +14,7 @@ from meshpipe.cli.plan import plan
 from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
 from meshpipe.cli.verify import verify
+from meshpipe.errors import errors_name_flags
 from meshpipe.processes.exit_codes import COMPLETED, INTERRUPTED, INVALID
 
 USAGE = """usage: meshpipe COMMAND ...
@@ -60,7 +61,8 @@ def _run(command: str, rest: list[str]) -> int:
         return COMPLETED
     _quiet_libraries()
     try:
-        return choose(command, COMMANDS, "meshpipe")(rest)
+        with errors_name_flags():
+            return choose(command, COMMANDS, "meshpipe")(rest)
     except SystemExit as end:  # from tyro, after --help or a wrong flag
         return end.code if isinstance(end.code, int) else COMPLETED
     except ValueError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from meshpipe.compiler.reload import Serialised
+from meshpipe.errors import ArgumentError
 
 _SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "PJRT_NPROC")
 """Variables of the environment that change what is compiled."""
@@ -33,8 +34,8 @@ class CompileCache:
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
         except OSError as error:
-            raise ValueError(
-                "--compile-cache must be a folder that can be written to. "
+            raise ArgumentError(
+                "`compile_cache` must be a folder that can be written to. "
                 f"Got {str(folder)!r}: {error.strerror}. Choose another, or leave it out."
             ) from error
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 
+from meshpipe.errors import ArgumentError, check_whole
+
 Batch = dict[str, np.ndarray]
 
 
@@ -118,12 +120,11 @@ def batches(
     examples after the last full batch of the last epoch are.
     Raises `ValueError` when the source is smaller than one batch.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1. Got {batch_size}.")
+    check_whole("batch_size", batch_size)
     if len(source) < batch_size:
-        raise ValueError(
+        raise ArgumentError(
             f"A data set must have at least one batch of examples. Got {len(source)} in {source!r}, with batches of "
-            f"{batch_size}. Pass a smaller --batch-size, shorter windows, or more data."
+            f"{batch_size}. Pass a smaller `batch_size`, shorter windows, or more data."
         )
     return BatchIterator(source, batch_size, seed, shuffle, epochs)
 

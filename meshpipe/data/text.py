@@ -10,6 +10,7 @@ import numpy as np
 
 from meshpipe.data.batches import DataConfig
 from meshpipe.data.text_files import MAX_BYTES_PER_FILE, PACKAGES, Text, folder_files, package_files, read, split
+from meshpipe.errors import ArgumentError, check_whole
 
 Example = dict[str, np.ndarray]
 
@@ -115,7 +116,7 @@ class PackageWindowsConfig(DataConfig):
     def __post_init__(self) -> None:
         _check_sequence_length(self.sequence_length)
         if not self.packages:
-            raise ValueError("--data.packages must name at least one package. Got none.")
+            raise ArgumentError("`packages` must name at least one package. Got none.", "data")
 
     def train_source(self) -> LabelledWindows:
         return self._source(held_out=False)
@@ -163,7 +164,7 @@ class TextFilesConfig(DataConfig):
             texts = read(mixed, max_file_bytes=MAX_BYTES_PER_FILE, max_bytes=limit)
         else:
             texts = _texts_under(Path(self.path), held_out=held_out)
-        what = f"the {'held-out' if held_out else 'training'} part of --data.path {self.path}"
+        what = f"the {'held-out' if held_out else 'training'} part of {self.path}"
         _check_size(sum(text.size for text in texts), self.sequence_length + 1, what)
         return PackedWindows(texts, self.sequence_length)
 
@@ -185,21 +186,21 @@ def _texts_under(path: Path, *, held_out: bool) -> list[Text]:
         # An empty file cannot be mapped.
         whole = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     else:
-        raise ValueError(
-            f"--data.path must name a text file or a folder of text files. Got {str(path)!r}, which is neither."
+        raise ArgumentError(
+            f"`path` must name a text file or a folder of text files. Got {str(path)!r}, which is neither.", "data"
         )
     cut = whole.size * 9 // 10
     return [whole[cut:] if held_out else whole[:cut]]
 
 
 def _check_sequence_length(sequence_length: int) -> None:
-    if sequence_length < 1:
-        raise ValueError(f"--data.sequence-length must be at least 1. Got {sequence_length}.")
+    check_whole("sequence_length", sequence_length, section="data")
 
 
 def _check_size(size: int, needed: int, what: str) -> None:
     if size < needed:
-        raise ValueError(
+        raise ArgumentError(
             f"There must be at least one window of text. Got {size} bytes in {what}, with windows of {needed}. "
-            "Give more text, or a smaller --data.sequence-length."
+            "Give more text, or a smaller `sequence_length`.",
+            "data",
         )

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from meshpipe.errors import ArgumentError
+
 Text = UInt8[np.ndarray, " _"]
 """Bytes of one file, or of several that follow each other."""
 
@@ -59,9 +61,10 @@ def package_files(package: str) -> tuple[TextFile, ...]:
         for path in root.rglob("*.py")
     ]
     if not files:
-        raise ValueError(
-            f"--data.packages must name installed packages that are folders of Python files. Got {package!r}. "
-            f"Leave the flag out to use {', '.join(PACKAGES)}."
+        raise ArgumentError(
+            f"`packages` must name installed packages that are folders of Python files. Got {package!r}. "
+            f"Leave it out to use {', '.join(PACKAGES)}.",
+            "data",
         )
     return tuple(files)
 

@@ -1,5 +1,6 @@
 """A language model in the shape of Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from meshpipe.errors import ArgumentError
 from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
 from meshpipe.models.transformer import (
     EMBED,
@@ -105,8 +107,8 @@ class LanguageModelConfig(ModelConfig):
             vocab_size=self.vocab_size,
         )
         check_heads(self.d_model, self.num_heads, self.num_kv_heads)
-        if self.rope_theta <= 1:
-            raise ValueError(f"--model.rope-theta must be above 1. Got {self.rope_theta}.")
+        if not 1 < self.rope_theta < math.inf:  # False for NaN as well
+            raise ArgumentError(f"`rope_theta` must be a number above 1. Got {self.rope_theta}.", "model")
 
     def layers(self) -> list[LayerConstructor]:
         init = embedding_init(self.d_model**-0.5 if self.tie_embedding else 1.0)

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from meshpipe.errors import check_number
 from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
 from meshpipe.models.transformer import (
     EMBED,
@@ -64,8 +65,7 @@ class TextClassifierConfig(ModelConfig):
             vocab_size=self.vocab_size,
         )
         check_heads(self.d_model, self.num_heads, self.num_heads)
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"--model.dropout-rate must be at least 0 and below 1. Got {self.dropout_rate}.")
+        check_number("dropout_rate", self.dropout_rate, below=1, section="model")
 
     def layers(self) -> list[LayerConstructor]:
         blocks = [partial(EncoderBlock, self) for _ in range(self.num_blocks)]

@@ -7,6 +7,8 @@ from flax import nnx
 from flax.typing import Initializer
 from jaxtyping import Array, Bool, Float
 
+from meshpipe.errors import ArgumentError, check_whole
+
 # Logical axes of parameters; meshpipe.sharding says which mesh axis each one is split over.
 EMBED, HEADS, HIDDEN, VOCAB = "embed", "heads", "hidden", "vocab"
 
@@ -93,19 +95,20 @@ def rotate(x: Float[Array, "batch seq heads head_dim"], theta: float) -> Float[A
 def check_heads(d_model: int, num_heads: int, num_kv_heads: int) -> None:
     """Raises `ValueError` when the sizes do not give whole heads of an even number of features, in equal groups."""
     if d_model % (2 * num_heads):
-        raise ValueError(
-            "--model.d-model must be a multiple of 2 * --model.num-heads: rotary positions turn pairs of features. "
+        raise ArgumentError(
+            "`d_model` must be a multiple of 2 * `num_heads`: rotary positions turn pairs of features. "
             f"Got {d_model} with {num_heads} heads. "
-            f"The next multiple is {-(-d_model // (2 * num_heads)) * 2 * num_heads}."
+            f"The next multiple is {-(-d_model // (2 * num_heads)) * 2 * num_heads}.",
+            "model",
         )
     if num_heads % num_kv_heads:
-        raise ValueError(
-            "--model.num-heads must be a multiple of --model.num-kv-heads, which equal groups of heads share. "
-            f"Got {num_heads} and {num_kv_heads}."
+        raise ArgumentError(
+            "`num_heads` must be a multiple of `num_kv_heads`, which equal groups of heads share. "
+            f"Got {num_heads} and {num_kv_heads}.",
+            "model",
         )
 
 
 def check_at_least_one(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"--model.{name.replace('_', '-')} must be at least 1. Got {size}.")
+        check_whole(name, size, section="model")

@@ -1,11 +1,12 @@
 """The optimizer of a recipe and its learning-rate schedule."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import optax
+
+from meshpipe.errors import check_clip_norm, check_number, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,12 @@ class OptimizerConfig:
     """Largest global gradient norm; larger gradients are scaled down to it. None clips nothing."""
 
     def __post_init__(self) -> None:
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"--clip-norm must be above 0, or left out. Got {self.clip_norm}.")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "beta1", "beta2", "momentum"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:  # False for NaN as well
-                raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0. Got {value}.")
+        check_clip_norm(self.clip_norm)
+        check_whole("warmup_steps", self.warmup_steps, 0)
+        for name in ("learning_rate", "weight_decay"):
+            check_number(name, getattr(self, name))
+        for name in ("beta1", "beta2", "momentum"):  # from 1 on, a mean is no mean any more
+            check_number(name, getattr(self, name), below=1)
 
     def schedule(self, steps: int) -> optax.Schedule:
         """Learning rate of each update of a run of `steps` updates."""

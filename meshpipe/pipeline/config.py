@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from meshpipe.errors import ArgumentError, check_whole
+
 CHECKPOINT_POLICIES = (
     "everything_saveable",
     "nothing_saveable",
@@ -46,22 +48,28 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         for name in ("stages_per_rank", "num_microbatches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Got {value}.")
+            if getattr(self, name) is not None or name == "num_microbatches":
+                check_whole(name, getattr(self, name))
+        for name in ("schedule", "remat", "partition", "memory_limit", "costs"):
+            self._check_text(name)
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
         self._check_remat()
         if self.partition not in PARTITIONS and not re.fullmatch(r"\d+(,\d+)*", self.partition):
-            raise ValueError(
-                f"--partition must be one of {', '.join(PARTITIONS)}, or the first layers of the stages with commas "
+            raise ArgumentError(
+                f"`partition` must be one of {', '.join(PARTITIONS)}, or the first layers of the stages with commas "
                 f"between them, e.g. 0,2,4. Got {self.partition!r}."
             )
         if self.costs is not None and not self.needs_costs:
-            raise ValueError(
-                "--costs is for --partition measured and --schedule auto. "
-                f"Got {self.costs!r} with --partition {self.partition} and --schedule {self.schedule}. Leave it out."
+            raise ArgumentError(
+                "`costs` is for `partition` measured and `schedule` auto. "
+                f"Got {self.costs!r} with `partition` {self.partition} and `schedule` {self.schedule}. Leave it out."
             )
+
+    def _check_text(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) and not (value is None and name in ("memory_limit", "costs")):
+            raise ArgumentError(f"`{name}` must be a text. Got {value!r}, a {type(value).__name__}.{_as_text(value)}")
 
     @property
     def needs_costs(self) -> bool:
@@ -85,8 +93,8 @@ class PipelineConfig:
         if names == ("auto",):
             return None
         if len(names) not in (1, num_stages):
-            raise ValueError(
-                f"--remat must be one name for all stages, or one for each. Got {len(names)} names ({self.remat}) for "
+            raise ArgumentError(
+                f"`remat` must be one name for all stages, or one for each. Got {len(names)} names ({self.remat}) for "
                 f"{num_stages} {'stage' if num_stages == 1 else 'stages'}."
             )
         return names if len(names) == num_stages else names * num_stages
@@ -94,17 +102,24 @@ class PipelineConfig:
     def _check_remat(self) -> None:
         unknown = [name for name in self.remat.split(",") if name not in REMAT_POLICIES]
         if unknown and self.remat != "auto":
-            raise ValueError(
-                f"--remat must be one of {', '.join(REMAT_POLICIES)}, several of them with commas between, one per "
+            raise ArgumentError(
+                f"`remat` must be one of {', '.join(REMAT_POLICIES)}, several of them with commas between, one per "
                 f"stage, or auto. Got {unknown[0]!r}."
             )
         if self.remat == "auto" and self.memory_limit is None:
-            raise ValueError("--remat auto needs to know how much memory there is. Add e.g. --memory-limit 12GiB.")
+            raise ArgumentError("`remat` auto needs to know how much memory there is. Add e.g. `memory_limit` 12GiB.")
         if self.memory_limit is not None and "auto" not in (self.remat, self.schedule):
-            raise ValueError(
-                f"--memory-limit is for --schedule auto and --remat auto, which keep to it. Got {self.memory_limit} "
-                f"with --schedule {self.schedule} and --remat {self.remat}. Leave it out, or pass one of the two."
+            raise ArgumentError(
+                f"`memory_limit` is for `schedule` auto and `remat` auto, which keep to it. Got {self.memory_limit} "
+                f"with `schedule` {self.schedule} and `remat` {self.remat}. Leave it out, or pass one of the two."
             )
+
+
+def _as_text(value: object) -> str:
+    """What was meant by the numbers or names of a list, and by a number."""
+    if isinstance(value, list | tuple):
+        return f" Write {','.join(map(str, value))!r}."
+    return f" Write {str(value)!r}." if isinstance(value, int) and not isinstance(value, bool) else ""
 
 
 UNITS = {prefix + "B": 1000**power for power, prefix in enumerate(("", "k", "M", "G", "T"))} | {

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from meshpipe.errors import ArgumentError
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Costs
 
@@ -119,9 +120,11 @@ class ModelCosts:
         try:
             values = json.loads(Path(file).read_text())
         except OSError as error:
-            raise ValueError(f"--costs must name a readable file. Got {file!r}: {error.strerror}. {AGAIN}") from None
+            raise ArgumentError(f"`costs` must name a readable file. Got {file!r}: {error.strerror}. {AGAIN}") from None
         except ValueError as error:
-            raise ValueError(f"--costs must name a JSON file of layer costs. Got {file!r}: {error}. {AGAIN}") from None
+            raise ArgumentError(
+                f"`costs` must name a JSON file of layer costs. Got {file!r}: {error}. {AGAIN}"
+            ) from None
         try:
             costs = cls(
                 tuple(_checked(LayerCosts, layer) for layer in values["layers"]),
@@ -133,7 +136,9 @@ class ModelCosts:
             costs.of_stages([range(len(costs.layers))])
         except (KeyError, TypeError, ValueError) as error:
             what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"--costs must name a JSON file of layer costs. Got {file!r}: {what}. {AGAIN}") from None
+            raise ArgumentError(
+                f"`costs` must name a JSON file of layer costs. Got {file!r}: {what}. {AGAIN}"
+            ) from None
         return costs
 
 

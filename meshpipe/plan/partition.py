@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
+from meshpipe.errors import ArgumentError
+
 CUTS_TRIED = 200_000
 """Stages placed in each search for a cut of several stages per rank: about half a second."""
 
@@ -32,10 +34,10 @@ def partition_at(num_layers: int, num_stages: int, boundaries: Sequence[int]) ->
     layers.
     """
     if len(boundaries) != num_stages - 1:
-        raise ValueError(
-            "--partition must give the first layer of every stage, where that of stage 0 is 0 and may be left out. "
+        raise ArgumentError(
+            "`partition` must give the first layer of every stage, where that of stage 0 is 0 and may be left out. "
             f"Got {len(boundaries)} ({_spell(boundaries)}) after 0 for {num_stages} stages. "
-            f"Give {num_stages - 1} after 0, or cut by --partition even."
+            f"Give {num_stages - 1} after 0, or cut by `partition` even."
         )
     edges = (0, *boundaries, num_layers)
     if any(a >= b for a, b in pairwise(edges)):

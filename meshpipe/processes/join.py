@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 
+from meshpipe.errors import ArgumentError, check_number
 from meshpipe.processes.exit_codes import FAILED
 
 JOIN_SECONDS = 300.0
@@ -37,22 +38,21 @@ class DistributedConfig:
     """Seconds without a finished step after which the run fails and says what each rank waits for; 0 waits for ever."""
 
     def __post_init__(self) -> None:
-        if self.step_timeout < 0:
-            raise ValueError(f"--step-timeout must be at least 0. Got {self.step_timeout}.")
+        check_number("step_timeout", self.step_timeout)
         given = [self.coordinator, self.process_id, self.process_count]
         if any(value is not None for value in given) and any(value is None for value in given):
-            raise ValueError(
-                "--coordinator, --process-id and --process-count belong together. "
+            raise ArgumentError(
+                "`coordinator`, `process_id` and `process_count` belong together. "
                 f"Got {self.coordinator}, {self.process_id} and {self.process_count}. Give all three, or none."
             )
         if self.coordinator is None or self.process_id is None or self.process_count is None:
             return
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(f"--coordinator must be HOST:PORT, e.g. 10.0.0.5:4321. Got {self.coordinator!r}.")
+            raise ArgumentError(f"`coordinator` must be HOST:PORT, e.g. 10.0.0.5:4321. Got {self.coordinator!r}.")
         if not 0 <= self.process_id < self.process_count:
-            raise ValueError(
-                "--process-id must be at least 0 and below --process-count. "
+            raise ArgumentError(
+                "`process_id` must be at least 0 and below `process_count`. "
                 f"Got {self.process_id} of {self.process_count}."
             )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from meshpipe.config import Config
+from meshpipe.errors import errors_name_flags
 
 FOLDER = Path("recipes")
 """Where short names are looked up, in the current folder."""
@@ -41,7 +42,8 @@ class Recipe:
         """
         function = getattr(_run_file(self.file), self.function)
         try:
-            config = function()
+            with errors_name_flags(False):  # a recipe is Python, and has arguments
+                config = function()
         except Exception as error:
             raise RecipeError(f"The recipe {self.name} fails{_where(error, self.file)}: {error}") from error
         if not isinstance(config, Config):

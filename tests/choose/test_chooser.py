@@ -171,5 +171,5 @@ def test_first_layers_are_read(text: str, boundaries: tuple[int, ...] | None) ->
 
 @pytest.mark.parametrize("text", ["", "0,,2", "-1", "1;2", "Even"])
 def test_partitions_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="--partition must be one of even, cost, measured"):
+    with pytest.raises(ValueError, match="`partition` must be one of even, cost, measured"):
         PipelineConfig(partition=text)

@@ -35,7 +35,7 @@ CALLS = {
     "flag without a value": ("train TINY --steps", "Missing value for argument '--steps'"),
     "flag that is no number": ("train TINY --steps many", "--steps INT"),
     "negative steps": ("train TINY --steps -1", "--steps must be at least 0. Got -1."),
-    "negative seed": ("train TINY --seed -1", "--seed must be at least 0. Got -1."),
+    "negative seed": ("train TINY --seed -1", "--seed must be at least 0 and below 4294967296. Got -1."),
     "negative evaluation interval": ("train TINY --eval-every -5", "--eval-every must be at least 0. Got -5."),
     "negative learning rate": ("train TINY --learning-rate -1", "must be a number of at least 0"),
     "flag of another command": ("train TINY --plot a.png", "Unrecognized options: --plot"),

@@ -196,7 +196,7 @@ def test_a_single_file_is_mapped_and_its_last_tenth_held_out(tmp_path):
         (lambda tmp: TextFilesConfig(path=str(tmp / "none")).train_source(), "which is neither"),
         (lambda tmp: TextFilesConfig(path=str(tmp)).train_source(), "at least one window of text. Got 0 bytes"),
         (lambda tmp: TextFilesConfig(path=__file__, sequence_length=10**6).eval_source(), "in the held-out part"),
-        (lambda tmp: TextFilesConfig(sequence_length=0), "--data.sequence-length must be at least 1"),
+        (lambda tmp: TextFilesConfig(sequence_length=0), "`sequence_length` must be at least 1"),
         (lambda tmp: PackageWindowsConfig(packages=()), "at least one package"),
         (lambda tmp: PackageWindowsConfig(packages=("no_such",)).train_source(), "Got 'no_such'"),
         (lambda tmp: PackageWindowsConfig(packages=("sys",)).train_source(), "Got 'sys'"),

@@ -125,5 +125,5 @@ def test_the_values_of_a_ready_made_module_are_copied() -> None:
 
 def test_a_leaf_that_cannot_be_split_is_named() -> None:
     narrow = functools.partial(nnx.Linear, 3, 3, kernel_init=SPLIT)
-    with pytest.raises(ValueError, match=r"layers/0/kernel has 3 hidden in dim 1, and --mesh.tensor is 2"):
+    with pytest.raises(ValueError, match="layers/0/kernel has 3 hidden in dim 1, and the mesh axis tensor has 2"):
         made([narrow], [TWO_BY_TWO])

@@ -140,10 +140,10 @@ def test_published_sizes(config: LanguageModelConfig, millions: float):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"num_blocks": 0}, "--model.num-blocks must be at least 1"),
-        ({"num_kv_heads": 3}, "multiple of --model.num-kv-heads"),
+        ({"num_blocks": 0}, "`num_blocks` must be at least 1"),
+        ({"num_kv_heads": 3}, "multiple of `num_kv_heads`"),
         ({"d_model": 68}, "next multiple is 72"),
-        ({"rope_theta": 1.0}, "--model.rope-theta"),
+        ({"rope_theta": 1.0}, "`rope_theta`"),
     ],
 )
 def test_sizes_that_cannot_be(sizes: dict[str, Any], message: str):

@@ -100,9 +100,9 @@ def test_every_parameter_names_its_logical_axes():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"d_model": 0}, "--model.d-model must be at least 1"),
-        ({"d_model": 36}, "multiple of 2 \\* --model.num-heads.*next multiple is 48"),
-        ({"dropout_rate": 1.0}, "--model.dropout-rate"),
+        ({"d_model": 0}, "`d_model` must be at least 1"),
+        ({"d_model": 36}, "multiple of 2 \\* `num_heads`.*next multiple is 48"),
+        ({"dropout_rate": 1.0}, "`dropout_rate`"),
     ],
 )
 def test_sizes_that_cannot_be(sizes: dict[str, Any], message: str):

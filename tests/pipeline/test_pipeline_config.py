@@ -39,5 +39,5 @@ def test_one_name_is_for_all_stages_and_several_are_for_one_each() -> None:
 
 @pytest.mark.parametrize("remat", ["", "none,", "none,some", "auto,none", "none, full"])
 def test_a_name_that_is_none_is_an_error(remat: str) -> None:
-    with pytest.raises(ValueError, match="--remat must be one of none, full, everything_saveable"):
+    with pytest.raises(ValueError, match="`remat` must be one of none, full, everything_saveable"):
         PipelineConfig(remat=remat, memory_limit="1GB")

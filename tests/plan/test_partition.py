@@ -44,7 +44,7 @@ def test_fewer_layers_than_stages_is_refused() -> None:
 
 @pytest.mark.parametrize(("boundaries", "spelled"), [((), "0 (none)"), ((1,), "1 (1)"), ((1, 2, 3), "3 (1, 2, 3)")])
 def test_the_number_of_boundaries_must_fit_the_stages(boundaries: tuple[int, ...], spelled: str) -> None:
-    message = f"Got {spelled} after 0 for 3 stages. Give 2 after 0, or cut by --partition even."
+    message = f"Got {spelled} after 0 for 3 stages. Give 2 after 0, or cut by `partition` even."
     with pytest.raises(ValueError, match=re.escape(message)):
         partition(4, 3, boundaries)
 

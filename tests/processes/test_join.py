@@ -20,8 +20,8 @@ from meshpipe.processes.stop import StopRequest, StopTogether
         ({"process_id": 0}, "belong together"),
         ({"coordinator": "nowhere", "process_id": 0, "process_count": 2}, "must be HOST:PORT"),
         ({"coordinator": "a:70000", "process_id": 0, "process_count": 2}, "must be HOST:PORT"),
-        ({"coordinator": "a:1", "process_id": 2, "process_count": 2}, "below --process-count. Got 2 of 2"),
-        ({"step_timeout": -1.0}, "--step-timeout must be at least 0"),
+        ({"coordinator": "a:1", "process_id": 2, "process_count": 2}, "below `process_count`. Got 2 of 2"),
+        ({"step_timeout": -1.0}, "`step_timeout` must be a number of at least 0"),
     ],
 )
 def test_places_that_cannot_be(given: dict[str, object], message: str) -> None:

@@ -1,0 +1,88 @@
+"""Errors in what a caller wrote, in the words of that caller: arguments in the library, flags on the command line.
+
+One place checks a value, whoever gave it.
+"""
+
+import math
+import numbers
+import operator
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NAME = re.compile(r"`([a-z_][a-z0-9_]*(?:\.[a-z_][a-z0-9_]*)?)`")
+_caller = {"writes flags": False}
+
+SEED_LIMIT = 2**32
+"""Seeds are below it: JAX drops the higher bits of a seed, so that two seeds would be one."""
+
+
+class ArgumentError(ValueError):
+    """A value that its caller has to change.
+
+    The message has the names of arguments in backticks, such as `clip_norm`, or `mesh.data` for an argument of an
+    argument; the command line turns them into its flags. `section` is that of the flags of names without one.
+    """
+
+    def __init__(self, message: str, section: str = "") -> None:
+        super().__init__(_with_flags(message, section) if _caller["writes flags"] else message)
+
+
+@contextmanager
+def errors_name_flags(flags: bool = True) -> Iterator[None]:
+    """Has errors name flags, or arguments, in the whole process."""
+    before, _caller["writes flags"] = _caller["writes flags"], flags
+    try:
+        yield
+    finally:
+        _caller["writes flags"] = before
+
+
+def _with_flags(message: str, section: str) -> str:
+    def flag(match: re.Match[str]) -> str:
+        name = match[1] if "." in match[1] or not section else f"{section}.{match[1]}"
+        return f"--{name.replace('_', '-')}"
+
+    return _NAME.sub(flag, message)
+
+
+def check_whole(name: str, value: object, least: int = 1, below: int | None = None, *, section: str = "") -> None:
+    """Raises `ArgumentError` for what is no whole number, less than `least`, or not below `below`."""
+    rule = f"at least {least}" if below is None else f"at least {least} and below {below}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ArgumentError(f"`{name}` must be a whole number of {rule}. Got {_spell(value)}.", section)
+    number = operator.index(value)
+    if number < least or (below is not None and number >= below):
+        raise ArgumentError(f"`{name}` must be {rule}. Got {value}.", section)
+
+
+def check_number(name: str, value: object, below: int | float = math.inf, *, section: str = "") -> None:
+    """Raises `ArgumentError` for what is no number, negative, infinite, NaN, or not below `below`."""
+    rule = "a number of at least 0" if below == math.inf else f"a number of at least 0 and below {below:g}"
+    if not _is_real(value) or not 0 <= value < below:  # type: ignore[operator]
+        raise ArgumentError(f"`{name}` must be {rule}. Got {_spell(value)}.", section)
+
+
+def check_positive(name: str, value: object, otherwise: str = "", *, section: str = "") -> None:
+    """Raises `ArgumentError` for what is no number above 0; `otherwise` says what else the argument may be."""
+    if not _is_real(value) or not value > 0:  # type: ignore[operator]
+        raise ArgumentError(f"`{name}` must be above 0{otherwise}. Got {_spell(value)}.", section)
+
+
+def check_seed(seed: object) -> None:
+    """Raises `ArgumentError` for what is no seed: a whole number of 32 bits."""
+    check_whole("seed", seed, 0, SEED_LIMIT)
+
+
+def check_clip_norm(clip_norm: object) -> None:
+    """Raises `ArgumentError` for a norm that would train nothing, or uphill; None clips nothing."""
+    if clip_norm is not None:
+        check_positive("clip_norm", clip_norm, ", or None to clip nothing")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _spell(value: object) -> str:
+    return f"{value}" if _is_real(value) else f"{value!r}, a {type(value).__name__}"
