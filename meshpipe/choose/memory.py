@@ -34,7 +34,8 @@ class RankMemory:
     gradients: int
     optimizer: int
     batch: int
-    """The fields of the batch that its stages read, and state such as batch statistics, before the step and after."""
+    """The fields of the batch that its stages read, and state: once what forward leaves as it is, such as a mask, and
+    twice what it changes, such as batch statistics."""
     activations: int
     """What forward keeps for backward, for all microbatches that are alive at once, and values on their way between
     stages."""
@@ -114,7 +115,7 @@ def held_always(
             parameters=_device_bytes(owned.params.values()) + _hoisted_bytes(stage),
             gradients=_gradient_bytes(stage),
             optimizer=_device_bytes(jax.tree.leaves(optimizer[s])),
-            batch=_device_bytes(stage.inputs) + 2 * _device_bytes(stage.state),
+            batch=_device_bytes(stage.inputs) + _device_bytes(owned.state.values()) + _device_bytes(stage.state),
         )
         for s, (owned, stage) in enumerate(zip(model.parameters, traced, strict=True))
     ]
@@ -162,6 +163,7 @@ def microbatch_memory(stage: TracedStage, remat: str, *, splits: bool, always: i
         input_gradient=_device_bytes(stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)),
         recomputed=sum(residuals) if recomputes else 0,
         found_for_weights=found,
+        new_state=_device_bytes(stage.state),
     )
 
 
@@ -190,9 +192,10 @@ def _gradient_bytes(stage: TracedStage) -> int:
 
 
 def _hoisted_bytes(stage: TracedStage) -> int:
-    """Taken to be split as the parameters of a step are on the whole."""
-    whole = sum(p.size * p.dtype.itemsize for p in stage.params)
-    return nbytes(stage.hoisted_vars) * _device_bytes(stage.params_in_step) // whole if whole else 0
+    """Taken to be split as the parameters of a step and the state that they are made of are on the whole."""
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in (*stage.params, *stage.fixed_state))
+    of_device = _device_bytes((*stage.params_in_step, *stage.fixed_state))
+    return nbytes(stage.prepared_vars) * of_device // whole if whole else 0
 
 
 def _split_bytes(stage: TracedStage, value: Var) -> int:

@@ -95,7 +95,9 @@ def _backward(stage: TracedStage) -> Any:
 def _key(stage: TracedStage) -> str:
     """The same for stages of the same programs, whatever hashes their random streams begin with."""
     program = re.sub(r"\b\d+:u32\[\]", "_:u32[]", str(stage.closed))
-    shardings = [shape.sharding.spec for shape in (*stage.params, *stage.state, *stage.x, *stage.inputs)]
+    shardings = [
+        shape.sharding.spec for shape in (*stage.params, *stage.fixed_state, *stage.state, *stage.x, *stage.inputs)
+    ]
     return f"{program}\n{shardings}\n{stage.input_names}\n{stage.spec.is_last}"
 
 
@@ -104,9 +106,9 @@ class _Run:
 
     def __init__(self, stage: TracedStage, programs: StagePrograms, x: Arrays, inputs: Arrays):
         self.stage, self.programs, self.x, self.inputs = stage, programs, x, inputs
-        self.params, self.state = _place(stage.params), _place(stage.state)
+        self.params, self.state, fixed = _place(stage.params), _place(stage.state), _place(stage.fixed_state)
         self.microbatch = jax.device_put(np.uint32(0), stage.microbatch.sharding)
-        self.hoisted = tuple(programs.prepare(self.params)) if programs.prepare else ()
+        self.hoisted = programs.hoisted(self.params, fixed)
         self.accumulators, self.totals = programs.zeros()
         self._forward()
         self.kept = tuple(x[i] for i in stage.kept_x), tuple(self.state[i] for i in stage.kept_state)

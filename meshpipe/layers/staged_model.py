@@ -1,7 +1,7 @@
 """A user's layers and loss cut into stages on the submeshes of a mesh, compiled and ready to run."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -167,6 +167,8 @@ class StagedModel:
         keep_freed_memory(self.mesh)
         fused = None if on_cpu(self.mesh) else self.plan.fusible_stage
         self.traced = self._trace(self.local, remat=self.remat, train=True)
+        for s, stage in self.traced.items():
+            self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths)
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()
         self._cache = compiler.cache

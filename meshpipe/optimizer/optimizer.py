@@ -14,6 +14,7 @@ from meshpipe.optimizer.parameters import Shapes, StageParameters
 from meshpipe.optimizer.separable import kinds_of_updates
 from meshpipe.pipeline.transfer import transfer_between
 from meshpipe.sharding import abstract, is_local, place, replicated
+from meshpipe.stage.traced import replaced
 
 Arrays = tuple[jax.Array, ...]
 Move = Callable[[Arrays | None], Arrays | None]
@@ -60,6 +61,9 @@ class Optimizer:
         self._norms: dict[int, Any] = {}
         self._updates: dict[int, Any] = {}
         self._local = [i for i, stage in enumerate(stages) if is_local(stage.mesh)]
+        self._changing = {
+            i: [k for k, path in enumerate(stages[i].state) if path not in stages[i].fixed] for i in self._local
+        }
         self._last_is_local = is_local(stages[-1].mesh)
         self._up, self._down = self._links(name)
         self._nothing = {i: place(np.float32(0), self._everywhere[i]) for i in self._local}
@@ -153,7 +157,7 @@ class Optimizer:
             gradients = _accumulators(stage)
             scalar = abstract((), jnp.float32, self._everywhere[index])
             applied = abstract((), jnp.bool_, self._everywhere[index])
-            params, state = tuple(stage.params.values()), tuple(stage.state.values())
+            params, state = tuple(stage.params.values()), tuple(stage.changing.values())
             shardings = jax.tree.map(lambda s: s.sharding, (params, opt_state, state, applied))
             norm = jax.jit(self._sum_of_squares(stage), out_shardings=self._everywhere[index])
             self._norms[index] = programs.compile(norm.lower(gradients, (scalar, scalar)), stage.mesh)
@@ -179,11 +183,11 @@ class Optimizer:
     def _kind(self, index: int) -> Hashable:
         """Equal for stages that one program serves."""
         stage = self._stages[index]
-        leaves = [*stage.params.values(), *stage.state.values(), *jax.tree.leaves(self.state_shapes[index])]
+        leaves = [*stage.params.values(), *stage.changing.values(), *jax.tree.leaves(self.state_shapes[index])]
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
         borrowed = tuple(path in stage.borrowed for path in stage.params)
         alone = index if self._kinds[index] is None else None
-        return self._kinds[index], alone, shapes, borrowed, len(stage.params)
+        return self._kinds[index], alone, shapes, borrowed, len(stage.params), len(stage.changing)
 
     def update(
         self,
@@ -196,7 +200,8 @@ class Optimizer:
     ) -> tuple[dict[int, Arrays], dict[int, Any], dict[int, Arrays], Scalars]:
         """New parameters, optimizer state and other state of every local stage, and what was found.
 
-        `params` and `states` are donated; `before` and `after` are the non-parameter state at both ends of the step.
+        `params` and `states` are donated; `before` and `after` are the non-parameter state at both ends of the step, of
+        which what forward does not change is handed on as it is.
         `totals` are those of the last stage, where it is local.
         """
         last = len(self._stages) - 1
@@ -219,11 +224,13 @@ class Optimizer:
         for i, leaves in params.items():
             scale, applied, *_ = scalars[i]  # type: ignore[misc]
             opt_state = jax.tree.leaves(states[i])
-            results[i] = self._updates[i](leaves, opt_state, gradients[i], before[i], after[i], scale, applied)
+            old, new = (tuple([state[i][k] for k in self._changing[i]]) for state in (before, after))
+            results[i] = self._updates[i](leaves, opt_state, gradients[i], old, new, scale, applied)
         summed = scalars[last if self._last_is_local else self._local[0]]
         assert summed is not None
         _, applied, loss, norm, self.good = summed
-        new_params, leaves_of, new_state = ({i: r[k] for i, r in results.items()} for k in range(3))
+        new_params, leaves_of = ({i: r[k] for i, r in results.items()} for k in range(2))
+        new_state = {i: replaced(before[i], self._changing[i], r[2]) for i, r in results.items()}
         new_states = {i: jax.tree.unflatten(jax.tree.structure(states[i]), new) for i, new in leaves_of.items()}
         self.finite = {i: r[3] for i, r in results.items()}
         return new_params, new_states, new_state, Scalars(loss, norm, self.good, applied)

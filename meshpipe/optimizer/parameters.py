@@ -18,7 +18,14 @@ class StageParameters:
     state: Shapes
     borrowed: frozenset[str] = frozenset()
     """Tied parameters that another leaf owns: they get the owner's value after every update."""
+    fixed: frozenset[str] = frozenset()
+    """State that forward leaves as it is, such as frozen weights and masks: an update does not touch it."""
 
     @property
     def owned(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {path: shape for path, shape in self.params.items() if path not in self.borrowed}
+
+    @property
+    def changing(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The state that forward changes, such as batch statistics."""
+        return {path: shape for path, shape in self.state.items() if path not in self.fixed}

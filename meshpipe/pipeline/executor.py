@@ -12,7 +12,7 @@ from meshpipe.plan.lower import Buffer, Compute, Free, Instruction, Program, Red
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.sharding import place, replicated
 from meshpipe.stage.programs import StagePrograms
-from meshpipe.stage.traced import Arrays, TracedStage
+from meshpipe.stage.traced import Arrays, TracedStage, replaced
 
 Slots = list[Any]
 Step = Callable[[Slots], None]
@@ -96,8 +96,9 @@ class Executor:
         slots = self._empty.copy()
         for s, programs in self._programs.items():
             slots[self._named[s, "params"]] = params[s]
-            slots[self._named[s, "hoisted"]] = tuple(programs.prepare(params[s])) if programs.prepare else ()
-            slots[self._named[s, "state"]] = state[s]
+            stage = self._traced[s]
+            slots[self._named[s, "hoisted"]] = programs.hoisted(params[s], tuple([state[s][i] for i in stage.fixed]))
+            slots[self._named[s, "state"]] = tuple([state[s][i] for i in stage.changing])
             slots[self._named[s, "inputs"]] = inputs[s]
             slots[self._named[s, "accumulators"]], slots[self._named[s, "totals"]] = programs.zeros()
         if observe is None:
@@ -112,7 +113,10 @@ class Executor:
         last = next((s for s, stage in self._traced.items() if stage.spec.is_last), None)
         return (
             {s: slots[self._named[s, "accumulators"]] for s in self._traced},
-            {s: slots[self._named[s, "state"]] for s in self._traced},
+            {
+                s: replaced(state[s], stage.changing, slots[self._named[s, "state"]])
+                for s, stage in self._traced.items()
+            },
             () if last is None else slots[self._named[last, "totals"]],
         )
 

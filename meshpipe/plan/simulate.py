@@ -68,6 +68,8 @@ class StageMemory:
     """What B or I computes again (rematerialisation), while it runs."""
     found_for_weights: float = 0.0
     """The part of `made_for_weights` that I finds: gradients of the output, and what is computed again."""
+    new_state: float = 0.0
+    """State that F changes, while it runs: until it ends there is the old one too."""
 
     def __post_init__(self) -> None:
         for what, count in vars(self).items():
@@ -185,7 +187,7 @@ class Timeline:
         taken, given_back = bytes_of(stage, action, self.plan.forward_only)
         if action.op is Op.FORWARD:
             kept = 0.0 if self.plan.forward_only else stage.kept_input
-            return taken - kept, given_back + stage.input - kept
+            return taken - kept + stage.new_state, given_back + stage.input - kept + stage.new_state
         if action.op is Op.BACKWARD_WEIGHT:
             return taken, given_back
         gradient = self.memory[action.stage + 1].input_gradient if action.stage + 1 < self.plan.num_stages else 0.0

@@ -25,11 +25,11 @@ class StagePrograms:
     """A stage's compiled programs; arrays go in and come out as flat tuples."""
 
     prepare: Callable[..., list[jax.Array]] | None
-    """Parameters -> hoisted values, where there are any."""
+    """Parameters, fixed state -> values computed once per step, where there are any."""
     zeros: Callable[[], tuple[Arrays, Arrays]]
     """Fresh accumulators of gradients (none for a forward-only stage), and totals (none but for the last stage)."""
     forward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays]] | None
-    """Parameters, hoisted, state, x, inputs, microbatch, totals -> output, state, residuals, totals."""
+    """Parameters, hoisted, changing state, x, inputs, microbatch, totals -> output, state, residuals, totals."""
     recompute: Callable[..., Arrays] | None
     """The same up to the microbatch -> residuals, where forward does not hand them over."""
     backward: Callable[..., tuple[Arrays, Arrays]] | None
@@ -43,6 +43,10 @@ class StagePrograms:
     reduce: Callable[..., tuple[Arrays, Arrays]] | None = None
     """Accumulators and totals, one by one (donated) -> accumulators, totals summed over the data axis, where
     microbatches are split over it."""
+
+    def hoisted(self, params: Arrays, fixed: Arrays) -> Arrays:
+        """What all microbatches of a step read: the state that forward does not change, and what is computed once."""
+        return fixed if self.prepare is None else (*fixed, *self.prepare(params, fixed))
 
 
 @dataclass(frozen=True)
@@ -310,12 +314,12 @@ def _totals(stage: TracedStage) -> Shapes:
 
 
 def _compile_prepare(stage: TracedStage, compiler: Compiler) -> tuple[Callable[..., list[jax.Array]] | None, Shapes]:
-    if not stage.hoisted_vars:
-        return None, ()
+    if not stage.prepared_vars:
+        return None, stage.fixed_state
     run = function_of(stage.prepare())
-    lowered = jax.jit(lambda params: tuple(run(*params))).lower(stage.params)
+    lowered = jax.jit(lambda params, fixed: tuple(run(*params, *fixed))).lower(stage.params, stage.fixed_state)
     prepare = compiler.compile(lowered, stage.spec.mesh)
-    return prepare, _like(prepare.out_info, prepare.output_shardings)
+    return prepare, (*stage.fixed_state, *_like(prepare.out_info, prepare.output_shardings))
 
 
 def _shardings(shapes: Shapes) -> tuple[Any, ...]:

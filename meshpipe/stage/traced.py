@@ -127,7 +127,6 @@ class TracedStage:
         self.microbatch_size = next(iter(fields.values())).shape[1]
         mesh = spec.mesh
         self.params: Shapes = tuple(spec.params.values())
-        self.state: Shapes = tuple(spec.state.values())
         self.x = self.boundary_in.on(mesh, self.microbatch_size)
         self.microbatch = abstract((), jnp.uint32, replicated(mesh))
         seed = abstract(
@@ -139,7 +138,7 @@ class TracedStage:
 
         with jax.set_mesh(mesh):
             closed, shapes = jax.make_jaxpr(self._forward_with_pullback, return_shape=True)(
-                self.params, self.state, self.x, inputs, self.microbatch
+                self.params, tuple(spec.state.values()), self.x, inputs, self.microbatch
             )
             closed = inline(closed)
         self.closed = extract(closed, closed.jaxpr.invars, closed.jaxpr.outvars, effects=True)
@@ -190,13 +189,23 @@ class TracedStage:
     def _slice_variables(self, inputs: Shapes, num_outputs: int, num_state: int) -> None:
         """Names the inputs and outputs of the traced program, and decides what backward keeps."""
         jaxpr = self.closed.jaxpr
-        sizes = (len(self.params), len(self.state), len(self.x), len(inputs), 1)
-        self.param_vars, self.state_vars, self.x_vars, input_vars, (self.microbatch_var,) = split(jaxpr.invars, sizes)
-        outputs, self.new_state_vars, self.pullback_vars = split(
+        sizes = (len(self.params), num_state, len(self.x), len(inputs), 1)
+        self.param_vars, state_vars, self.x_vars, input_vars, (self.microbatch_var,) = split(jaxpr.invars, sizes)
+        outputs, new_state_vars, self.pullback_vars = split(
             jaxpr.outvars, (num_outputs, num_state, len(jaxpr.outvars) - num_outputs - num_state)
         )
         self.output_vars = outputs
-        self.hoisted_vars = hoistable_values(jaxpr, self.param_vars)
+        self.changing = tuple(i for i, v in enumerate(state_vars) if new_state_vars[i] is not v)
+        """Which leaves of the state forward changes; the others are no output of it, and are not kept for backward."""
+        self.state_vars = [state_vars[i] for i in self.changing]
+        self.new_state_vars = [new_state_vars[i] for i in self.changing]
+        read = {v for e in jaxpr.eqns for v in variables(e.invars)} | set(variables(self.pullback_vars))
+        self.fixed = tuple(i for i, v in enumerate(state_vars) if v in read and i not in self.changing)
+        """Which leaves of the state are read and not changed."""
+        self.fixed_vars = [state_vars[i] for i in self.fixed]
+        self.prepared_vars = hoistable_values(jaxpr, [*self.param_vars, *self.fixed_vars])
+        self.hoisted_vars = [*self.fixed_vars, *self.prepared_vars]
+        """What is the same for all microbatches of a step: fixed state, and what is computed once."""
         used = {v for e in jaxpr.eqns for v in variables(e.invars)} | set(variables(jaxpr.outvars))
         kept_inputs = [i for i, v in enumerate(input_vars) if v in used]
         self.input_vars = [input_vars[i] for i in kept_inputs]
@@ -208,7 +217,7 @@ class TracedStage:
         # A microbatch is cut from the batch again for backward; what forward computes from it is kept like the rest.
         step_long = {*self.input_vars, self.microbatch_var}
         slices = {v for e in jaxpr.eqns if step_long & set(variables(e.invars)) for v in e.outvars}
-        free = invariant_values(jaxpr, self.param_vars) | step_long | slices
+        free = invariant_values(jaxpr, [*self.param_vars, *self.fixed_vars]) | step_long | slices
         residuals = [v for v in self.pullback_vars if isinstance(v, Var) and v not in free]
         kept = least_to_keep(jaxpr, residuals, free, lambda e: e.primitive.name in self._repeatable)
         self.residual_vars = [v for v in kept if v not in jaxpr.invars]
@@ -234,6 +243,23 @@ class TracedStage:
         )
 
     @property
+    def state(self) -> Shapes:
+        """The state that forward changes."""
+        owned = tuple(self.spec.state.values())
+        return tuple(owned[i] for i in self.changing)
+
+    @property
+    def fixed_paths(self) -> frozenset[str]:
+        """The state that forward does not change, whether it reads it or not."""
+        return frozenset(path for i, path in enumerate(self.spec.state) if i not in self.changing)
+
+    @property
+    def fixed_state(self) -> Shapes:
+        """The state that is read and not changed."""
+        owned = tuple(self.spec.state.values())
+        return tuple(owned[i] for i in self.fixed)
+
+    @property
     def residuals(self) -> Shapes:
         """What forward leaves for backward, wherever XLA lays it."""
         return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.residual_vars)  # type: ignore[attr-defined]
@@ -250,7 +276,7 @@ class TracedStage:
         """
         twin = copy.copy(self)
         twin.spec, twin.boundary_in, twin.original = spec, boundary_in, self
-        twin.params, twin.state = tuple(spec.params.values()), tuple(spec.state.values())
+        twin.params = tuple(spec.params.values())
         twin.x = boundary_in.on(spec.mesh, self.microbatch_size)
         twin.microbatch, *inputs = (
             abstract(s.shape, s.dtype, NamedSharding(spec.mesh, s.sharding.spec))
@@ -260,11 +286,13 @@ class TracedStage:
         return twin
 
     def prepare(self) -> ClosedJaxpr:
-        """Parameters -> values computed from them alone, once per step (a cast to bfloat16)."""
-        return extract(self.closed, self.param_vars, self.hoisted_vars)
+        """Parameters, fixed state -> values computed from them alone, once per step (a cast to bfloat16)."""
+        return extract(self.closed, [*self.param_vars, *self.fixed_vars], self.prepared_vars)
 
     def forward(self, *, outputs: bool, residuals: bool) -> ClosedJaxpr:
-        """Parameters, hoisted values, state, x, inputs, microbatch -> output, state (with `outputs`), residuals."""
+        """Parameters, hoisted values, changing state, x, inputs, microbatch -> output and state (with `outputs`),
+        residuals.
+        """
         wanted = [*self.output_vars, *self.new_state_vars] if outputs else []
         return extract(
             self.closed,
@@ -344,6 +372,14 @@ def split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
         parts.append(list(values[start : start + size]))
         start += size
     return parts
+
+
+def replaced(values: Arrays, places: Sequence[int], new: Arrays) -> Arrays:
+    """The values with others in some places."""
+    result = list(values)
+    for place, value in zip(places, new, strict=True):
+        result[place] = value
+    return tuple(result)
 
 
 def _reached(closed: ClosedJaxpr, outputs: Sequence[Any], stops: Sequence[Var]) -> set[Var]:

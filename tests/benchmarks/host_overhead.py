@@ -86,7 +86,7 @@ def step_row(
     seed = trainer.model.place_seed(0)
     inputs = trainer.model.inputs(batch, seed, 0)
     params = {s: placed(stage.params) for s, stage in trainer.model.traced.items()}
-    states = {s: placed(stage.state) for s, stage in trainer.model.traced.items()}
+    states = {s: placed(tuple(stage.spec.state.values())) for s, stage in trainer.model.traced.items()}
     run = trainer.model.executor.run
     engine = median(times_of(lambda: jax.block_until_ready(run(params, states, inputs)), repeats, warmups=3))
 

@@ -102,6 +102,21 @@ class Looped(nnx.Module):
         return jax.lax.scan(lambda x, kernel: (x + jnp.tanh(jnp.sin(x @ kernel)), None), x, self.kernels[...])[0]
 
 
+class Frozen(nnx.Module):
+    """A matrix that is not trained, used in bfloat16, a mask, and a count that forward changes."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.base = nnx.Variable(0.3 * rngs.params.normal((8, 8)))
+        self.mask = nnx.Variable(jnp.arange(8) % 2 == 0)
+        self.count = nnx.BatchStat(jnp.zeros((8,)))
+        self.scale = nnx.Param(jnp.ones((8,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.count[...] += 1
+        y = jnp.sin(x.astype(jnp.bfloat16) @ self.base[...].astype(jnp.bfloat16)).astype(x.dtype)
+        return jnp.where(self.mask[...], x, y * self.scale[...])
+
+
 class Split(nnx.Module):
     """A matrix that fully sharded data parallelism splits, used in bfloat16."""
 
@@ -135,6 +150,8 @@ def staged(
         (Plain, {"schedule": "interleaved-1f1b"}),
         (Recomputed, {"schedule": "gpipe"}),
         (Looped, {"schedule": "1f1b"}),
+        (Frozen, {"schedule": "gpipe"}),
+        (Frozen, {"schedule": "zb-h1", "remat": "none,full"}),
     ],
 )
 def test_the_peak_is_what_is_measured(layer: type[nnx.Module], pipeline: dict[str, str]) -> None:
