@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 import tyro
 
 from meshpipe.checkpoint import CheckpointConfig
-from meshpipe.data import DataConfig
+from meshpipe.data import DataConfig, example_batch
 from meshpipe.errors import ArgumentError, check_seed, check_whole
+from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig
 from meshpipe.models.model import ModelConfig
 from meshpipe.optimizer.config import OptimizerConfig
 from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.sharding import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,18 @@ class Config:
                 f"Got {self.batch_size} with {microbatches} * {self.mesh.data} = {microbatches * self.mesh.data}. "
                 f"{_nearest_batch_sizes(self.batch_size, microbatches * self.mesh.data)}"
             )
+
+    def task(self) -> Task:
+        """What the run trains. Raises `ValueError` when the data cannot be read."""
+        return Task(
+            self.model.layers(),
+            self.model.loss,
+            batch=example_batch(self.data.train_source(), self.batch_size),
+            input=self.model.input,
+            metrics=self.model.metrics,
+            tied=self.model.tied(),
+            rules=PRESETS[self.sharding],
+        )
 
 
 def _nearest_batch_sizes(batch_size: int, unit: int) -> str:

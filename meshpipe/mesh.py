@@ -40,6 +40,10 @@ class MeshConfig:
     def num_devices(self) -> int:
         return self.pipeline * self.data * self.tensor
 
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh of these sizes, as `make_mesh` makes it."""
+        return make_mesh(self.pipeline, self.data, self.tensor, devices=devices)
+
 
 def make_mesh(
     pipeline: int = 1, data: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None

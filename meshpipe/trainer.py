@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 from meshpipe.choose.chooser import Chooser
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
-from meshpipe.config import Config
 from meshpipe.host import no_garbage_collection
 from meshpipe.layers.initialise import initialise
 from meshpipe.layers.layer import LayerLike, Leaves
 from meshpipe.layers.paths import by_path
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.layers.staged_model import StagedModel, StageInfo
+from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
 from meshpipe.observe.clock import MeasuredStep, measure_step
 from meshpipe.observe.diagnose import first_non_finite
@@ -34,6 +34,7 @@ from meshpipe.pipeline.executor import Observer
 from meshpipe.plan.plan import Plan
 from meshpipe.processes.group import Group
 from meshpipe.sharding import ShardingRules, local_value
+from meshpipe.stage.target import Target
 
 LAST_STAGE_SECONDS = 3600.0
 """How long to wait for what the last stage found out."""
@@ -81,7 +82,8 @@ class Trainer:
     `batch` is an example of a global batch, arrays or shapes; `loss(output, microbatch)` returns the sum of the losses
     and their weight. `input` names the batch field that the first layer is called with. Everything is compiled here,
     all stages at once, after the layers were measured if `pipeline` asks for that, or loaded from the folder
-    `compile_cache`, where programs are kept for later runs.
+    `compile_cache`, where programs are kept for later runs. `target` is what the programs are written for, in place of
+    the platform of the mesh.
 
     Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, or the folder cannot be
     made.
@@ -103,29 +105,43 @@ class Trainer:
         tied: Sequence[Sequence[str]] = (),
         rules: ShardingRules | None = None,
         compile_cache: str | None = None,
+        target: Target | None = None,
     ):
-        chooser = Chooser(
-            layers,
-            loss,
-            optimizer,
-            batch=batch,
-            mesh=make_mesh() if mesh is None else mesh,
-            input=input,
-            config=pipeline or PipelineConfig(),
-            metrics=metrics,
-            tied=tied,
-            rules=rules,
-        )
-        self._set_up(chooser.choose(), optimizer, seed, clip_norm, compile_cache)
+        task = Task(layers, loss, batch=batch, input=input, metrics=metrics, tied=tied, rules=rules or ShardingRules())
+        self._begin(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target)
 
     @classmethod
-    def from_config(cls, config: Config) -> "Trainer":
-        """A trainer for a recipe's config. Raises `ValueError` when its parts do not fit together."""
+    def of(
+        cls,
+        task: Task,
+        optimizer: optax.GradientTransformation,
+        *,
+        mesh: Mesh | None = None,
+        pipeline: PipelineConfig | None = None,
+        seed: int = 0,
+        clip_norm: float | None = None,
+        compile_cache: str | None = None,
+        target: Target | None = None,
+    ) -> "Trainer":
+        """A trainer of a task, whose parts are otherwise the first arguments. Raises as the constructor does."""
         trainer = cls.__new__(cls)
-        chooser = Chooser.from_config(config)
-        model, clip_norm = chooser.choose(), config.optimizer.clip_norm
-        trainer._set_up(model, chooser.transformation, config.seed, clip_norm, config.compile_cache)
+        trainer._begin(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target)
         return trainer
+
+    def _begin(
+        self,
+        task: Task,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh | None,
+        pipeline: PipelineConfig | None,
+        seed: int,
+        clip_norm: float | None,
+        compile_cache: str | None,
+        target: Target | None,
+    ) -> None:
+        mesh = make_mesh() if mesh is None else mesh
+        chooser = Chooser(task, optimizer, mesh=mesh, config=pipeline or PipelineConfig(), target=target)
+        self._set_up(chooser.choose(), optimizer, seed, clip_norm, compile_cache)
 
     @no_garbage_collection()
     def _set_up(

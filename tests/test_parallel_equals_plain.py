@@ -10,12 +10,10 @@ import pytest
 import small_model
 from reference import SEED, Reference
 
-import meshpipe.layers.staged_model
-import meshpipe.stage.programs
-import meshpipe.stage.traced
 from meshpipe import PipelineConfig, Trainer, make_mesh
 from meshpipe.models import LanguageModelConfig, TextClassifierConfig
 from meshpipe.plan.schedules import SCHEDULES
+from meshpipe.stage.target import ACCELERATOR
 
 EPSILON = float(np.finfo(np.float32).eps)
 LOSS_TOLERANCE = 32 * EPSILON
@@ -72,7 +70,7 @@ def small():
     return small_model.LAYERS, small_model.loss, small_model.batches(UPDATES), ()
 
 
-def compare(model, mesh, num_microbatches, **pipeline):
+def compare(model, mesh, num_microbatches, target=None, **pipeline):
     layers, loss, rows, tied = model()
     trainer = Trainer(
         layers,
@@ -83,6 +81,7 @@ def compare(model, mesh, num_microbatches, **pipeline):
         pipeline=PipelineConfig(num_microbatches=num_microbatches, **pipeline),
         seed=SEED,
         tied=tied,
+        target=target,
     )
     plain = Reference(
         layers, loss, optimizer(), jax.device_get(trainer.params), num_microbatches=num_microbatches, tied=tied
@@ -148,11 +147,9 @@ def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches)
         (small, "full", (2, 2, 1), 4),
     ],
 )
-def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches, monkeypatch):
+def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches):
     """They repeat more of forward, and have one program for forward and backward of the last stage."""
-    for module in (meshpipe.stage.programs, meshpipe.stage.traced, meshpipe.layers.staged_model):
-        monkeypatch.setattr(module, "on_cpu", lambda mesh: False)
-    trainer = compare(model, mesh, num_microbatches, schedule="1f1b", remat=remat)
+    trainer = compare(model, mesh, num_microbatches, target=ACCELERATOR, schedule="1f1b", remat=remat)
     assert [s for s, programs in trainer.model.programs.items() if programs.forward_backward is not None] == [
         mesh[0] - 1
     ]

@@ -6,9 +6,9 @@ import pytest
 import tiny_recipes
 from jax.sharding import PartitionSpec as P
 
-from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import MeshConfig, make_mesh, submeshes
 from meshpipe.reference.verify import verify_recipe
+from meshpipe.run.setup import make_chooser, make_trainer
 from meshpipe.sharding import (
     FULLY_SHARDED,
     ShardingRules,
@@ -16,7 +16,6 @@ from meshpipe.sharding import (
     batch_sharding,
     replicated,
 )
-from meshpipe.trainer import Trainer
 
 MESH = submeshes(make_mesh(1, 2, 4))[0]
 
@@ -66,7 +65,7 @@ def test_a_leaf_is_placed_by_its_names() -> None:
 
 def test_a_model_that_names_no_axes_cannot_be_fully_sharded() -> None:
     config = replace(tiny_recipes.pipeline(), mesh=MeshConfig(data=2), sharding="fully-sharded")
-    for make in (StagedModel.from_config, Trainer.from_config, verify_recipe):
+    for make in (make_chooser, make_trainer, verify_recipe):
         with pytest.raises(ValueError, match=r"Got a model that names none of embed\. .* leave out --sharding"):
             make(config)
 

@@ -13,20 +13,18 @@ from jax.sharding import Mesh
 from meshpipe.choose.memory import ONE_UNIT_EACH, stage_memory
 from meshpipe.choose.profile import operations_of_layers, profile_layers, setting_of
 from meshpipe.choose.remat import settle_remat
-from meshpipe.config import Config
-from meshpipe.data import example_batch
-from meshpipe.layers.layer import LayerLike
-from meshpipe.layers.stage_function import Loss, Metrics
-from meshpipe.layers.staged_model import Choice, StagedModel, training_plan
+from meshpipe.layers.staged_model import Choice, StagedModel
+from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig, make_mesh, submeshes
 from meshpipe.pipeline.config import PipelineConfig, parse_bytes
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.partition import partition, partition_by_cost
 from meshpipe.plan.plan import Action, Op, Plan
-from meshpipe.plan.schedules import gpipe, loop, zigzag
+from meshpipe.plan.schedules import gpipe, loop, make_plan, zigzag
 from meshpipe.plan.search.auto import NothingFits, Profile, auto_plan, shortest_named
 from meshpipe.plan.simulate import Timeline
-from meshpipe.sharding import PRESETS, ShardingRules
+from meshpipe.plan.validate import validate
+from meshpipe.stage.target import Target
 
 MOST_STAGES_PER_RANK = 4
 """The most that `auto` tries where no number of stages per rank is given."""
@@ -42,44 +40,20 @@ Cuts = tuple[range, ...]
 
 @dataclass(frozen=True)
 class Chooser:
-    """A model and how it is to be laid out, as `Trainer` takes them; `choose` makes the model, cut and with its plan.
+    """A task and how it is to be laid out, as `Trainer` takes them; `choose` makes the model, cut and with its plan.
 
     Nothing is measured unless the config asks for it: `partition="measured"` or `schedule="auto"`, and no `costs`.
     """
 
-    layers: Sequence[LayerLike]
-    loss: Loss
+    task: Task
     transformation: optax.GradientTransformation
     _: KW_ONLY
-    batch: Mapping[str, Any]
     mesh: Mesh
-    input: str
     config: PipelineConfig
-    metrics: Metrics | None = None
-    tied: Sequence[Sequence[str]] = ()
-    rules: ShardingRules | None = None
+    target: Target | None = None
+    """What programs are written for; None is the platform of the mesh."""
     measure_on: Mesh | None = None
     """Where layers are measured, in place of the mesh: on its first rank, and transfers to its second if it has one."""
-
-    @classmethod
-    def from_config(cls, config: Config, *, mesh: Mesh | None = None, measure_on: Mesh | None = None) -> "Chooser":
-        """The model of a recipe, on the mesh that it asks for unless one is given.
-
-        Raises `ValueError` when the devices are too few.
-        """
-        return cls(
-            config.model.layers(),
-            config.model.loss,
-            config.optimizer.build(config.steps),
-            batch=example_batch(config.data.train_source(), config.batch_size),
-            mesh=make_mesh(config.mesh.pipeline, config.mesh.data, config.mesh.tensor) if mesh is None else mesh,
-            input=config.model.input,
-            config=config.pipeline,
-            metrics=config.model.metrics,
-            tied=config.model.tied(),
-            rules=PRESETS[config.sharding],
-            measure_on=measure_on,
-        )
 
     def choose(self, costs: ModelCosts | None = None) -> StagedModel:
         """The model, ready to be compiled. `costs` are taken in place of measuring or reading them.
@@ -94,14 +68,14 @@ class Chooser:
     def _laid_out(self, costs: ModelCosts | None) -> StagedModel:
         config = self.config
         if costs is None and not config.needs_costs and config.partition != "cost":
-            return self._model(None)
+            return self._model(named_choice(config, self._num_ranks, len(self.task.layers)))
         plan = None if config.schedule == "auto" else training_plan(config, self._num_ranks)
         candidates = [plan.stage_ranks] if plan else list(self._placements())
         if config.partition != "cost" and config.partition != "measured":
             for stage_ranks in candidates:
-                partition(len(self.layers), len(stage_ranks), config.boundaries)  # before anything is measured
-        elif len(self.layers) < len(candidates[0]):
-            partition(len(self.layers), len(candidates[0]))
+                partition(len(self.task.layers), len(stage_ranks), config.boundaries)  # before anything is measured
+        elif len(self.task.layers) < len(candidates[0]):
+            partition(len(self.task.layers), len(candidates[0]))
         if costs is not None or config.needs_costs:
             costs = self._checked(costs)
         if plan is not None:
@@ -121,28 +95,19 @@ class Chooser:
         """The costs of every layer, measured now; takes the time of compiling each kind of layer once."""
         mesh = self.mesh if self.measure_on is None else self.measure_on
         ranks = submeshes(mesh)
-        return profile_layers(self.layer_by_layer(mesh), self.batch, ranks[1] if len(ranks) > 1 else None)
+        return profile_layers(self.layer_by_layer(mesh), self.task.batch, ranks[1] if len(ranks) > 1 else None)
 
     @property
     def _num_ranks(self) -> int:
         return len(submeshes(self.mesh))
 
-    def _model(self, choice: Choice | None, **changes: Any) -> StagedModel:
-        arguments: dict[str, Any] = {
-            "batch": self.batch,
-            "mesh": self.mesh,
-            "input": self.input,
-            "config": self.config,
-            "metrics": self.metrics,
-            "tied": self.tied,
-            "rules": self.rules,
-            "choice": choice,
-        }
-        return StagedModel(self.layers, self.loss, **(arguments | changes))
+    def _model(self, choice: Choice, **changes: Any) -> StagedModel:
+        arguments: dict[str, Any] = {"mesh": self.mesh, "config": self.config, "choice": choice, "target": self.target}
+        return StagedModel(self.task, **(arguments | changes))
 
     def layer_by_layer(self, mesh: Mesh) -> StagedModel:
         """Every layer a stage of its own, all on the first rank of the mesh."""
-        num_layers = len(self.layers)
+        num_layers = len(self.task.layers)
         plan = gpipe(1, self.config.num_microbatches, num_layers)
         first = Mesh(mesh.devices[:1], mesh.axis_names, axis_types=mesh.axis_types)
         choice = Choice(plan, partition(num_layers, num_layers), None)
@@ -183,14 +148,14 @@ class Chooser:
         if self.config.partition == "measured":
             assert costs is not None
             return partition_by_cost([layer.total(whole_backward) for layer in costs.layers], stage_ranks)
-        return partition(len(self.layers), len(stage_ranks), self.config.boundaries)
+        return partition(len(self.task.layers), len(stage_ranks), self.config.boundaries)
 
     def _placements(self) -> Iterator[tuple[int, ...]]:
         """Where `auto` may place stages: for each number of them per rank, in turn and to and fro."""
         ranks, given, boundaries = self._num_ranks, self.config.stages_per_rank, self.config.boundaries
         if given is None and boundaries is not None:
             given = max(1, (len(boundaries) + 1) // ranks)
-        most = max(1, min(MOST_STAGES_PER_RANK, len(self.layers) // ranks))
+        most = max(1, min(MOST_STAGES_PER_RANK, len(self.task.layers) // ranks))
         for number in range(1, most + 1) if given is None else (given,):
             yield from dict.fromkeys((loop(ranks, number), zigzag(ranks, number)))
 
@@ -247,6 +212,26 @@ class Chooser:
         plan = _split_backwards(gpipe(self._num_ranks, self.config.num_microbatches, stages_per_rank))
         config = replace(self.config, remat="full") if self.config.remat == "auto" else self.config
         return stage_memory(self._model(Choice(plan, cuts, None), config=config), self.transformation)
+
+
+def training_plan(config: PipelineConfig, num_ranks: int) -> Plan:
+    """The plan of a schedule that has a name or a file.
+
+    Raises `ValueError` when there is none, it breaks a rule, or it trains nothing.
+    """
+    plan = make_plan(config.schedule, num_ranks, config.num_microbatches, stages_per_rank=config.stages_per_rank)
+    validate(plan)
+    if plan.forward_only:
+        raise ValueError(
+            f"Training needs a schedule with backwards. Got {config.schedule!r}, which has none. Choose e.g. 1f1b."
+        )
+    return plan
+
+
+def named_choice(config: PipelineConfig, num_ranks: int, num_layers: int) -> Choice:
+    """The plan and the cut that a config names, where it leaves nothing to costs."""
+    plan = training_plan(config, num_ranks)
+    return Choice(plan, partition(num_layers, plan.num_stages, config.boundaries), None)
 
 
 def measuring_mesh(sizes: MeshConfig) -> Mesh:

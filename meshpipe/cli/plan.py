@@ -57,13 +57,14 @@ def plan(arguments: list[str]) -> int:
     extra.check(config)
     import jax
 
-    from meshpipe.choose.chooser import Chooser, measuring_mesh
-    from meshpipe.mesh import make_mesh, use_cpu_devices
+    from meshpipe.choose.chooser import measuring_mesh
+    from meshpipe.mesh import use_cpu_devices
     from meshpipe.report.comparison import compare_schedules
     from meshpipe.report.picture import check_picture
     from meshpipe.report.plan import print_comparison, print_plan
     from meshpipe.report.profile import print_profile
     from meshpipe.report.tables import make_console
+    from meshpipe.run.setup import make_chooser
 
     if extra.plot is not None:
         check_picture(extra.plot)
@@ -72,8 +73,8 @@ def plan(arguments: list[str]) -> int:
     if platforms:  # else JAX finds all there are
         jax.config.update("jax_platforms", platforms if "cpu" in platforms else f"{platforms},cpu")
     use_cpu_devices(config.mesh.num_devices)
-    mesh = make_mesh(config.mesh.pipeline, config.mesh.data, config.mesh.tensor, devices=jax.devices("cpu"))
-    chooser = Chooser.from_config(config, mesh=mesh, measure_on=measuring_mesh(config.mesh) if measures else None)
+    mesh = config.mesh.build(jax.devices("cpu"))
+    chooser = make_chooser(config, mesh=mesh, measure_on=measuring_mesh(config.mesh) if measures else None)
     console = make_console()
     costs = None
     if extra.profile:

@@ -107,7 +107,7 @@ def _key(lowered: jax.stages.Lowered, mesh: Mesh, options: Options) -> str | Non
         str(lowered.out_tree),
         weak,
         _place(mesh),
-        options,
+        dict(options or {}),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.compiler.fingerprint import fingerprint
 from meshpipe.layers.layer import Layer, Leaves, path_hash
-from meshpipe.mesh import on_cpu
 from meshpipe.sharding import ShardingRules, abstract, replicated
+from meshpipe.stage.target import Target
 
 Placed = dict[str, jax.ShapeDtypeStruct]
 
@@ -99,12 +99,7 @@ def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered
 
 
 def _compile(compiler: Compiler, lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
-    """Compiled with little optimisation on CPU, where random numbers take seconds to optimise and are drawn once.
-
-    Their values are the same.
-    """
-    options: dict[str, Any] = {"xla_backend_optimization_level": 1}
-    return compiler.compile(lowered, mesh, options if on_cpu(mesh) else None)
+    return compiler.compile(lowered, mesh, Target.of(mesh).initialise_options)
 
 
 def _copy(values: Leaves, shapes: Placed) -> Leaves:

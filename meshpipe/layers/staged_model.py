@@ -11,28 +11,26 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
-from meshpipe.config import Config
-from meshpipe.data import example_batch
 from meshpipe.host import keep_freed_memory
 from meshpipe.layers.initialise import placed
-from meshpipe.layers.layer import Layer, LayerLike, abstract_layers, path_hash
+from meshpipe.layers.layer import Layer, abstract_layers, path_hash
 from meshpipe.layers.microbatches import Microbatches
 from meshpipe.layers.notes import notes_on
-from meshpipe.layers.stage_function import Loss, Metrics, stage_function, streams_of
-from meshpipe.mesh import DATA, make_mesh, on_cpu, submeshes
+from meshpipe.layers.stage_function import stage_function, streams_of
+from meshpipe.layers.task import Task
+from meshpipe.mesh import DATA, submeshes
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.tied import borrowed
 from meshpipe.pipeline.config import CHECKPOINT_POLICIES, PipelineConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.lower import Program, lower
-from meshpipe.plan.partition import partition
 from meshpipe.plan.plan import Op, Plan
-from meshpipe.plan.schedules import forwards_of, make_plan
+from meshpipe.plan.schedules import forwards_of
 from meshpipe.plan.simulate import Costs
-from meshpipe.plan.validate import validate
-from meshpipe.sharding import PRESETS, ShardingRules, is_local, place, replicated
+from meshpipe.sharding import is_local, place, replicated
 from meshpipe.stage.compile_stages import compile_stages
+from meshpipe.stage.target import Target
 from meshpipe.stage.traced import Boundary, StageSpec, TracedStage, boundary_after
 
 
@@ -63,30 +61,17 @@ class Choice:
 class StagedModel:
     """What a step computes: the stages, their compiled programs and the executor. It holds no training state.
 
-    `choice` has the plan and the cut; None takes those that the config names. Raises `ValueError` when these have to
-    be chosen first, as `meshpipe.choose` does.
+    `choice` has the plan and the cut, which `meshpipe.choose` makes; `target` what the programs are written for, which
+    is the platform of the mesh if it is None.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[LayerLike],
-        loss: Loss,
-        *,
-        batch: Mapping[str, Any],
-        mesh: Mesh,
-        input: str,
-        config: PipelineConfig,
-        metrics: Metrics | None = None,
-        tied: Sequence[Sequence[str]] = (),
-        rules: ShardingRules | None = None,
-        choice: Choice | None = None,
-    ):
-        self.mesh, self.rules, self.config, self.tied = mesh, rules or ShardingRules(), config, tied
-        self.microbatches = Microbatches(batch, input, config.num_microbatches, mesh)
-        self.layers = abstract_layers(layers, self.microbatches.shapes)
-        self.loss, self.input, self._metrics = loss, input, metrics
+    def __init__(self, task: Task, *, mesh: Mesh, config: PipelineConfig, choice: Choice, target: Target | None = None):
+        self.task, self.mesh, self.config = task, mesh, config
+        self.target = target or Target.of(mesh)
+        self.rules, self.tied = task.rules, task.tied
+        self.microbatches = Microbatches(task.batch, task.input, config.num_microbatches, mesh)
+        self.layers = abstract_layers(task.layers, self.microbatches.shapes)
         ranks = submeshes(mesh)
-        choice = choice or _as_named(config, len(ranks), len(self.layers))
         self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
         self.remat = config.remat_of_stages(self.plan.num_stages)
         """The rematerialisation of every stage; None where it is yet to be chosen, as `choose_remat` does."""
@@ -95,7 +80,7 @@ class StagedModel:
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.local = tuple(s for s, submesh in enumerate(self._meshes) if is_local(submesh))
         """Stages of which this process has devices; the others are known by their shapes alone."""
-        self.parameters = [self._parameters(s, borrowed(tied)) for s in range(self.plan.num_stages)]
+        self.parameters = [self._parameters(s, borrowed(self.tied)) for s in range(self.plan.num_stages)]
         self._gathered = [self._gathered_leaves(s) for s in range(self.plan.num_stages)]
         if self.rules.gathered and self._splits_data and not any(self._gathered):
             raise ValueError(
@@ -123,24 +108,6 @@ class StagedModel:
         """The layers of the local stages, in order."""
         return [(self.layers[i], self._meshes[s]) for s in self.local for i in self.cuts[s]]
 
-    @classmethod
-    def from_config(cls, config: Config) -> "StagedModel":
-        """The model of a recipe on the mesh it asks for; nothing is allocated or compiled.
-
-        Raises `ValueError` when the parts of the config do not fit together or the devices are too few.
-        """
-        return cls(
-            config.model.layers(),
-            config.model.loss,
-            batch=example_batch(config.data.train_source(), config.batch_size),
-            mesh=make_mesh(config.mesh.pipeline, config.mesh.data, config.mesh.tensor),
-            input=config.model.input,
-            config=config.pipeline,
-            metrics=config.model.metrics,
-            tied=config.model.tied(),
-            rules=PRESETS[config.sharding],
-        )
-
     @cached_property
     def program(self) -> Program:
         """The plan with its transfers, the same in every process."""
@@ -165,7 +132,7 @@ class StagedModel:
         self._name = name
         assert self.remat is not None, "remat is to be chosen first"
         keep_freed_memory(self.mesh)
-        fused = None if on_cpu(self.mesh) else self.plan.fusible_stage
+        fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
         self.traced = self._trace(self.local, remat=self.remat, train=True)
         for s, stage in self.traced.items():
             self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths)
@@ -223,12 +190,13 @@ class StagedModel:
             spec = StageSpec(
                 index=s,
                 mesh=mesh,
+                target=self.target,
                 function=stage_function(
                     s,
                     [self.layers[i] for i in self.cuts[s]],
-                    input=self.input if s == 0 else None,
-                    loss=self.loss if s == self.plan.num_stages - 1 else None,
-                    metrics=self._metrics if names is not None else None,
+                    input=self.task.input if s == 0 else None,
+                    loss=self.task.loss if s == self.plan.num_stages - 1 else None,
+                    metrics=self.task.metrics if names is not None else None,
                     names=names,
                     train=train,
                 ),
@@ -301,30 +269,6 @@ class StagedModel:
             parameter_count=sum(leaf.size for leaf in leaves),
             parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         )
-
-
-def training_plan(config: PipelineConfig, num_ranks: int) -> Plan:
-    """The plan of a schedule that has a name or a file.
-
-    Raises `ValueError` when there is none, it breaks a rule, or it trains nothing.
-    """
-    plan = make_plan(config.schedule, num_ranks, config.num_microbatches, stages_per_rank=config.stages_per_rank)
-    validate(plan)
-    if plan.forward_only:
-        raise ValueError(
-            f"Training needs a schedule with backwards. Got {config.schedule!r}, which has none. Choose e.g. 1f1b."
-        )
-    return plan
-
-
-def _as_named(config: PipelineConfig, num_ranks: int, num_layers: int) -> Choice:
-    if config.partition in ("cost", "measured"):
-        raise ValueError(
-            "Stages must be known before they are made. "
-            f"Got partition {config.partition!r}, which meshpipe.choose.chooser.Chooser and meshpipe.Trainer resolve."
-        )
-    plan = training_plan(config, num_ranks)
-    return Choice(plan, partition(num_layers, plan.num_stages, config.boundaries), None)
 
 
 def _policy(remat: str) -> Callable[..., bool] | None:

@@ -43,7 +43,7 @@ def _replay(
     model: StagedModel, params: Leaves, state: Leaves, batch: Mapping[str, Any], randomness: Randomness
 ) -> tuple[str | None, Leaves]:
     """One microbatch: the first value that is not finite, and the state afterwards."""
-    value: Any = jnp.asarray(batch[model.input])
+    value: Any = jnp.asarray(batch[model.task.input])
     pullbacks = []
     for stage, cut in enumerate(model.cuts):
         place = replicated(model.stages[stage].submesh)
@@ -90,7 +90,7 @@ def _replay(
 
 def _loss(model: StagedModel, value: Any, fields: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
     def loss(value: Any) -> tuple[jax.Array, jax.Array]:
-        total, weight = model.loss(value, fields)
+        total, weight = model.task.loss(value, fields)
         return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
 
     total, pullback, weight = jax.vjp(loss, value, has_aux=True)

@@ -183,7 +183,7 @@ def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
         config.model.loss,
         config.optimizer.build(config.steps),
         batches=itertools.islice(batches(config.data.train_source(), config.batch_size, config.seed), updates),
-        mesh=make_mesh(config.mesh.pipeline, config.mesh.data, config.mesh.tensor),
+        mesh=config.mesh.build(),
         input=config.model.input,
         pipeline=config.pipeline,
         seed=config.seed,

@@ -18,6 +18,7 @@ from meshpipe.run.agreement import agree
 from meshpipe.run.loop import Loop, Outputs
 from meshpipe.run.metrics import MetricsFile
 from meshpipe.run.record import saved_run
+from meshpipe.run.setup import make_trainer
 from meshpipe.trainer import Trainer
 
 END_SECONDS = 600.0
@@ -52,7 +53,7 @@ def run(
     if held_out is not None:
         batches(held_out, config.batch_size)
     with ExitStack() as files:
-        trainer = Trainer.from_config(config)
+        trainer = make_trainer(config)
         if several:
             agree(trainer)
             train_batches.read_only(trainer.model.rows_read())

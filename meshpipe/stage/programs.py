@@ -10,12 +10,10 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from meshpipe.compiler.compiler import Compiler
-from meshpipe.mesh import on_cpu
 from meshpipe.plan.plan import Op
 from meshpipe.sharding import abstract, replicated
 from meshpipe.stage.accumulate import Summands, Sums, compile_reduce, compile_zeros
 from meshpipe.stage.jaxpr import CHECKPOINT_PRIMITIVES, function_of
-from meshpipe.stage.products import KEEP_BARRIERS, multiply_in_rows
 from meshpipe.stage.split_backward import SplitBackward
 from meshpipe.stage.traced import Arrays, Shapes, TracedStage, split
 
@@ -177,7 +175,8 @@ def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> Cl
     """The stage's backward traced: gradients of its parameters, then of its input."""
     example = _backward_arguments(stage, hoisted, residuals)
     traced = jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
-    return multiply_in_rows(traced) if on_cpu(stage.spec.mesh) else traced
+    rewrite = stage.spec.target.rewrite_products
+    return traced if rewrite is None else rewrite(traced)
 
 
 def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
@@ -294,8 +293,7 @@ def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler
 
 
 def _compile_backward_part(stage: TracedStage, lowered: jax.stages.Lowered, compiler: Compiler) -> jax.stages.Compiled:
-    mesh = stage.spec.mesh
-    return compiler.compile(lowered, mesh, KEEP_BARRIERS if on_cpu(mesh) else None)
+    return compiler.compile(lowered, stage.spec.mesh, stage.spec.target.backward_options)
 
 
 def _x_gradients(stage: TracedStage) -> Shapes:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding
 
-from meshpipe.mesh import on_cpu
 from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated, without_data
 from meshpipe.stage.jaxpr import (
     LAYOUT_PRIMITIVES,
@@ -21,7 +20,8 @@ from meshpipe.stage.jaxpr import (
     invariant_values,
     variables,
 )
-from meshpipe.stage.residuals import ARITHMETIC_PRIMITIVES, ELEMENTWISE_PRIMITIVES, least_to_keep
+from meshpipe.stage.residuals import least_to_keep
+from meshpipe.stage.target import Target
 
 Arrays = tuple[jax.Array, ...]
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
@@ -52,6 +52,8 @@ class StageSpec:
     index: int
     mesh: Mesh
     """Its submesh."""
+    target: Target
+    """What its programs are written for."""
     function: StageFunction
     params: Mapping[str, jax.ShapeDtypeStruct]
     state: Mapping[str, jax.ShapeDtypeStruct]
@@ -230,7 +232,7 @@ class TracedStage:
         """The primitives of forward that backward may do again."""
         if self.spec.checkpoint_policy is jax.checkpoint_policies.everything_saveable:
             return LAYOUT_PRIMITIVES
-        return ARITHMETIC_PRIMITIVES if on_cpu(self.spec.mesh) else ELEMENTWISE_PRIMITIVES
+        return self.spec.target.repeatable
 
     @property
     def params_in_step(self) -> Shapes:
@@ -333,7 +335,7 @@ class TracedStage:
             self.pullback_vars,
         )
         arguments = (*params, *hoisted, *inputs, microbatch, *kept[0], *kept[1], *residuals)
-        run = _apart(rebuild) if on_cpu(self.spec.mesh) else function_of(rebuild)
+        run = _apart(rebuild) if self.spec.target.rebuilds_apart else function_of(rebuild)
         leaves = run(*arguments)
         pullback = jax.tree.unflatten(self.pullback, leaves)
         gradients, x_gradients = pullback(list(output_gradients))

@@ -20,10 +20,11 @@ import optax
 from benchmark import print_results
 from flax import nnx
 from live_bytes import measure_peaks
+from staged import staged
 
 import meshpipe
 from meshpipe.choose.memory import RankMemory, predict_memory, stage_memory
-from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.task import Task
 from meshpipe.plan.simulate import StageMemory
 
 ALLOWED = 0.05
@@ -121,13 +122,10 @@ def main() -> int:
 def measure(flags: argparse.Namespace, schedule: str, remat: str, num_microbatches: int) -> Result:
     shape = (num_microbatches * flags.rows, flags.width)
     batch = {"inputs": np.ones(shape, np.float32), "target": np.ones(shape, np.float32)}
-    model = StagedModel(
-        [lambda rngs: Block(flags.width, rngs)] * flags.layers,
-        loss,
-        batch=batch,
-        mesh=meshpipe.make_mesh(flags.ranks, flags.data),
-        input="inputs",
-        config=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=num_microbatches, remat=remat),
+    model = staged(
+        Task([lambda rngs: Block(flags.width, rngs)] * flags.layers, loss, batch=batch),
+        meshpipe.make_mesh(flags.ranks, flags.data),
+        meshpipe.PipelineConfig(schedule=schedule, num_microbatches=num_microbatches, remat=remat),
     )
     return Result(
         schedule,

@@ -10,7 +10,7 @@ import pytest
 import tiny_recipes
 from flax import nnx
 
-from meshpipe.choose.chooser import Chooser, measuring_mesh
+from meshpipe.choose.chooser import measuring_mesh
 from meshpipe.choose.memory import predict_memory, stage_memory
 from meshpipe.config import Config
 from meshpipe.layers.staged_model import StagedModel
@@ -20,7 +20,7 @@ from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.plan.schedules import SCHEDULES, takes_stages
 from meshpipe.plan.simulate import simulate
 from meshpipe.report.plan import layout_lines
-from meshpipe.trainer import Trainer
+from meshpipe.run.setup import make_chooser, make_trainer
 
 
 def layer(times: float) -> LayerCosts:
@@ -40,7 +40,7 @@ def recipe(**pipeline: Any) -> Config:
 
 
 def chosen(given: ModelCosts | None = UNEVEN, **pipeline: Any) -> StagedModel:
-    return Chooser.from_config(recipe(**pipeline)).choose(given)
+    return make_chooser(recipe(**pipeline)).choose(given)
 
 
 def step(model: StagedModel) -> float:
@@ -68,7 +68,7 @@ def test_two_stages_per_rank_balance_ranks() -> None:
 
 def test_cut_by_operations_runs_nothing() -> None:
     wide = replace(recipe(partition="cost"), model=WideEnd())
-    model = Chooser.from_config(wide).choose()
+    model = make_chooser(wide).choose()
     assert model.cuts == (range(4), range(4, 5))
     assert model.stage_costs is None
     assert layout_lines("wide", model)[-1].endswith("expected bubble 20.0%, partition cost")
@@ -118,11 +118,11 @@ def test_auto_takes_fewer_stages_where_more_hardly_pay() -> None:
     pipeline = PipelineConfig(schedule="auto", num_microbatches=20, partition="measured")
     config = replace(recipe(), pipeline=pipeline, batch_size=40)
     two, four = (
-        Chooser.from_config(replace(config, pipeline=replace(pipeline, stages_per_rank=number))).choose(equal)
+        make_chooser(replace(config, pipeline=replace(pipeline, stages_per_rank=number))).choose(equal)
         for number in (2, 4)
     )
     assert step(four) < step(two) < 1.005 * step(four)
-    assert Chooser.from_config(config).choose(equal).plan == two.plan
+    assert make_chooser(config).choose(equal).plan == two.plan
 
 
 def test_a_limit_that_nothing_keeps_to_says_what_would_do() -> None:
@@ -144,17 +144,17 @@ def test_costs_of_a_file_are_taken(tmp_path: Any) -> None:
 def test_training_with_what_was_measured_gives_the_same_numbers() -> None:
     batch = {"inputs": np.ones((16, 8), np.float32), "labels": np.zeros(16, np.int32)}
     plain = replace(tiny_recipes.pipeline(), model=tiny_recipes.DenseConfig(depth=2))
-    trainer = Trainer.from_config(replace(plain, pipeline=replace(plain.pipeline, schedule="auto")))
+    trainer = make_trainer(replace(plain, pipeline=replace(plain.pipeline, schedule="auto")))
     assert trainer.plan.schedule.startswith("auto")
     assert "costs measured on cpu in " in layout_lines("tiny", trainer.model)[-1]
-    alone = Trainer.from_config(replace(plain, mesh=MeshConfig(), pipeline=PipelineConfig()))
+    alone = make_trainer(replace(plain, mesh=MeshConfig(), pipeline=PipelineConfig()))
     assert float(trainer.step(batch).loss) == pytest.approx(float(alone.step(batch).loss), rel=1e-6)
 
 
 def test_before_and_after() -> None:
-    before, after = Chooser.from_config(recipe(partition="1")).before_and_after(UNEVEN)
+    before, after = make_chooser(recipe(partition="1")).before_and_after(UNEVEN)
     assert (before.cuts[0], after.cuts[0]) == (range(1), range(5))
-    before, _ = Chooser.from_config(recipe(partition="measured")).before_and_after(UNEVEN)
+    before, _ = make_chooser(recipe(partition="measured")).before_and_after(UNEVEN)
     assert before.cuts[0] == range(4)
 
 

@@ -11,18 +11,20 @@ import pytest
 import tiny_recipes
 from benchmarks.live_bytes import measure_peaks
 from flax import nnx
+from staged import staged
 
 from meshpipe.choose.memory import RankMemory, predict_memory
 from meshpipe.config import Config
 from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig, make_mesh
 from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.run.setup import make_chooser, make_trainer
 from meshpipe.sharding import FULLY_SHARDED, ShardingRules
-from meshpipe.trainer import Trainer
 
 
 def predict(config: Config) -> list[RankMemory]:
-    return predict_memory(StagedModel.from_config(config), config.optimizer.build(config.steps))
+    return predict_memory(make_chooser(config).choose(), config.optimizer.build(config.steps))
 
 
 def on_device(leaves: object, device: jax.Device) -> int:
@@ -33,7 +35,7 @@ def on_device(leaves: object, device: jax.Device) -> int:
 
 def test_parameters_and_optimizer_are_exact() -> None:
     config = tiny_recipes.pipeline()
-    trainer = Trainer.from_config(config)
+    trainer = make_trainer(config)
     trees = trainer.state_tree()
     for memory in predict(config):
         device = trainer.mesh.devices[memory.rank].flat[0]
@@ -128,7 +130,7 @@ class Split(nnx.Module):
         return x + jnp.tanh(self.linear(x)).astype(x.dtype)
 
 
-def staged(
+def made(
     layer: type[nnx.Module], data: int = 1, rules: ShardingRules | None = None, **pipeline: Any
 ) -> tuple[StagedModel, dict[str, np.ndarray]]:
     batch = {"inputs": np.ones((64, 8), np.float32)}
@@ -138,7 +140,7 @@ def staged(
         return (output**2).sum(), jnp.float32(output.size)
 
     mesh = make_mesh(2, data)
-    model = StagedModel([layer] * 4, loss, batch=batch, mesh=mesh, input="inputs", config=config, rules=rules)
+    model = staged(Task([layer] * 4, loss, batch=batch, rules=rules), mesh, config)
     return model, batch
 
 
@@ -155,7 +157,7 @@ def staged(
     ],
 )
 def test_the_peak_is_what_is_measured(layer: type[nnx.Module], pipeline: dict[str, str]) -> None:
-    model, batch = staged(layer, **pipeline)
+    model, batch = made(layer, **pipeline)
     transformation = optax.sgd(0.1, momentum=0.9)
     predicted = predict_memory(model, transformation)
     measured = measure_peaks(model, transformation, batch)
@@ -168,8 +170,8 @@ def test_the_peak_is_what_is_measured(layer: type[nnx.Module], pipeline: dict[st
 def test_split_parameters_are_whole_while_a_step_runs() -> None:
     """And so are their gradients; what is kept between steps is split."""
     transformation = optax.adam(0.1)
-    model, batch = staged(Split, data=2, rules=FULLY_SHARDED)
-    whole, _ = staged(Split, data=2)
+    model, batch = made(Split, data=2, rules=FULLY_SHARDED)
+    whole, _ = made(Split, data=2)
     predicted, unsplit = predict_memory(model, transformation), predict_memory(whole, transformation)
     measured = measure_peaks(model, transformation, batch)
     for rank, other, peak in zip(predicted, unsplit, measured, strict=True):
@@ -182,12 +184,12 @@ def test_split_parameters_are_whole_while_a_step_runs() -> None:
 
 def test_layers_that_keep_nothing_of_their_inside_predict_less() -> None:
     transformation = optax.sgd(0.1)
-    plain, recomputed = (predict_memory(staged(layer)[0], transformation) for layer in (Plain, Recomputed))
+    plain, recomputed = (predict_memory(made(layer)[0], transformation) for layer in (Plain, Recomputed))
     assert recomputed[0].activations < plain[0].activations / 2
 
 
 def test_residuals_of_a_loop_are_those_of_each_turn() -> None:
     """Of each of 3 layers at least the argument of each function, 16 rows of 8 float32; for 2 live microbatches."""
-    (first, _) = predict_memory(staged(Looped)[0], optax.sgd(0.1))
+    (first, _) = predict_memory(made(Looped)[0], optax.sgd(0.1))
     assert first.live_activations == 2
     assert first.activations >= 2 * 2 * 3 * 2 * (16 * 8 * 4)

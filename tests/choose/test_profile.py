@@ -11,6 +11,7 @@ from meshpipe.choose import profile
 from meshpipe.choose.chooser import Chooser
 from meshpipe.choose.memory import stage_memory
 from meshpipe.choose.profile import operations_of_layers
+from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.layer_costs import Setting
@@ -19,12 +20,9 @@ from meshpipe.plan.plan import Op
 
 def chooser(**pipeline: Any) -> Chooser:
     return Chooser(
-        LAYERS,
-        loss,
+        Task(LAYERS, loss, batch=batches(1)[0]),
         optax.sgd(0.1),
-        batch=batches(1)[0],
         mesh=make_mesh(2, 2),
-        input="inputs",
         config=PipelineConfig(num_microbatches=2, **pipeline),
     )
 

@@ -10,12 +10,15 @@ import optax
 import pytest
 import tiny_recipes
 from flax import nnx
+from staged import staged
 
-from meshpipe import PipelineConfig, Trainer, make_mesh
+from meshpipe import PipelineConfig, make_mesh
 from meshpipe.choose.memory import predict_memory
 from meshpipe.choose.remat import choose_remat
 from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.task import Task
 from meshpipe.report.plan import layout_lines
+from meshpipe.run.setup import make_chooser, make_trainer
 
 WIDTH, ROWS, COUNT = 16, 64, 4
 ADAM = optax.adam(1e-3)
@@ -39,7 +42,7 @@ def loss(output: Any, batch: Any) -> Any:
 def model(remat: str, limit: int | None = None, **pipeline: Any) -> StagedModel:
     pipeline = {"schedule": "gpipe", "num_microbatches": COUNT} | pipeline
     config = PipelineConfig(remat=remat, memory_limit=None if limit is None else str(limit), **pipeline)
-    return StagedModel([Block] * 4, loss, batch=BATCH, mesh=make_mesh(2), input="inputs", config=config)
+    return staged(Task([Block] * 4, loss, batch=BATCH), make_mesh(2), config)
 
 
 def peaks(remat: str, **pipeline: Any) -> list[int]:
@@ -89,10 +92,10 @@ def test_a_trainer_takes_what_was_chosen_says_so_and_computes_the_same() -> None
     points = [tiny_recipes.Points(16, 8)[i] for i in range(16)]
     batch = {name: np.stack([point[name] for point in points]) for name in ("inputs", "labels")}
     config = replace(tiny_recipes.pipeline(), model=tiny_recipes.DenseConfig(depth=2))
-    peaks = [rank.total for rank in predict_memory(StagedModel.from_config(config), config.optimizer.build(1))]
+    peaks = [rank.total for rank in predict_memory(make_chooser(config).choose(), config.optimizer.build(1))]
     assert peaks[0] > peaks[1]
     limit = PipelineConfig(num_microbatches=4, remat="auto", memory_limit=str(peaks[1]))
-    plain, chosen = (Trainer.from_config(c) for c in (config, replace(config, pipeline=limit)))
+    plain, chosen = (make_trainer(c) for c in (config, replace(config, pipeline=limit)))
     assert chosen.model.remat is not None
     assert chosen.model.remat[0] != "none"
     assert chosen.model.remat[1] == "none"

@@ -20,8 +20,8 @@ MESHES = submeshes(make_mesh(4, 2))
 def compiled(monkeypatch):
     """Counts what XLA compiles."""
     lowered = []
-    compile_it = meshpipe.compiler._compile
-    monkeypatch.setattr(meshpipe.compiler, "_compile", lambda *a: (lowered.append(a[0]), compile_it(*a))[1])
+    compile_it = meshpipe.compiler.compiler._compile
+    monkeypatch.setattr(meshpipe.compiler.compiler, "_compile", lambda *a: (lowered.append(a[0]), compile_it(*a))[1])
     return lowered
 
 
@@ -102,7 +102,7 @@ def test_an_error_of_the_compiler_reaches_every_waiter(monkeypatch):
     def fail(*_):
         raise RuntimeError("no space")
 
-    monkeypatch.setattr(meshpipe.compiler, "_compile", fail)
+    monkeypatch.setattr(meshpipe.compiler.compiler, "_compile", fail)
     compiler = Compiler()
     for mesh in MESHES[:2]:
         with pytest.raises(RuntimeError, match="no space"):

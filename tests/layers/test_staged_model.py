@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from staged import staged
 
 import meshpipe.compiler.compiler
 from meshpipe import PipelineConfig, Trainer, make_mesh
-from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.task import Task
 from meshpipe.stage.traced import TracedStage
 
 WIDTH = 8
@@ -75,7 +76,7 @@ def train(layer: Any, schedule: str = "1f1b", data: int = 1) -> tuple[list[int],
 def trace(layers: list[Any]) -> list[int]:
     config = PipelineConfig(num_microbatches=2)
     mesh = make_mesh(len(layers))
-    return traces(StagedModel(layers, loss, batch=BATCH, mesh=mesh, input="inputs", config=config).trace())
+    return traces(staged(Task(layers, loss, batch=BATCH), mesh, config).trace())
 
 
 def traces(stages: list[TracedStage]) -> list[int]:
@@ -135,13 +136,14 @@ def test_code_of_equal_layers_runs_once_for_all_middle_stages() -> None:
 
 
 def test_stages_in_the_middle_read_no_examples() -> None:
-    model = StagedModel(
-        [Dense] * 3,
-        lambda output, batch: ((output - batch["goal"]).sum(), jnp.float32(output.size)),
-        batch={"inputs": BATCH["inputs"], "goal": BATCH["inputs"]},
-        mesh=make_mesh(3),
-        input="inputs",
-        config=PipelineConfig(num_microbatches=2),
+    model = staged(
+        Task(
+            [Dense] * 3,
+            lambda output, batch: ((output - batch["goal"]).sum(), jnp.float32(output.size)),
+            batch={"inputs": BATCH["inputs"], "goal": BATCH["inputs"]},
+        ),
+        make_mesh(3),
+        PipelineConfig(num_microbatches=2),
     )
     traced = model.trace()
     for stage, read in ((0, range(8)), (1, []), (2, range(8))):

@@ -1,5 +1,6 @@
 """The times of a real step: every action and transfer once, in an order that could be, and the numbers of any step."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,14 +10,14 @@ import pytest
 from flax import nnx
 
 import meshpipe
-import meshpipe.layers.staged_model
 from meshpipe.plan.lower import Compute, Transfer, lower
 from meshpipe.plan.plan import Op
+from meshpipe.stage.target import CPU, Target
 
 WIDTH = 8
 
 
-def trainer(schedule: str, remat: str = "none") -> meshpipe.Trainer:
+def trainer(schedule: str, remat: str = "none", target: Target = CPU) -> meshpipe.Trainer:
     stages = 4 if schedule == "zb-v" else 2
     return meshpipe.Trainer(
         [lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs)] * stages,
@@ -25,6 +26,7 @@ def trainer(schedule: str, remat: str = "none") -> meshpipe.Trainer:
         batch=batch(),
         mesh=meshpipe.make_mesh(pipeline=2),
         pipeline=meshpipe.PipelineConfig(schedule=schedule, num_microbatches=4, remat=remat),
+        target=target,
     )
 
 
@@ -40,9 +42,8 @@ def batch() -> dict[str, np.ndarray]:
 )
 def pair(request: pytest.FixtureRequest) -> tuple[meshpipe.Trainer, meshpipe.Trainer]:
     schedule, remat, fused = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meshpipe.layers.staged_model, "on_cpu", lambda mesh: not fused)
-        return trainer(schedule, remat), trainer(schedule, remat)
+    target = replace(CPU, fuses_last_stage=fused)
+    return trainer(schedule, remat, target), trainer(schedule, remat, target)
 
 
 def test_every_action_and_transfer_has_its_time(pair: tuple[meshpipe.Trainer, meshpipe.Trainer]) -> None:

@@ -14,6 +14,7 @@ from meshpipe.plan.plan import Op
 from meshpipe.plan.schedules import SCHEDULES, make_plan
 from meshpipe.sharding import abstract, batch_sharding, replicated
 from meshpipe.stage.programs import StagePrograms, compile_stage
+from meshpipe.stage.target import CPU
 from meshpipe.stage.traced import StageSpec, TracedStage
 
 ROWS, WIDTH, STAGES = 2, 4, 3
@@ -42,6 +43,7 @@ def traced_stages(num_microbatches: int) -> dict[int, TracedStage]:
         spec = StageSpec(
             index=index,
             mesh=mesh,
+            target=CPU,
             function=last if index == STAGES - 1 else scale,
             params={"scale": abstract((WIDTH,), jnp.float32, replicated(mesh))},
             state={"seen": abstract((), jnp.int32, replicated(mesh))},

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import tiny_recipes
 
-from meshpipe.choose.chooser import Chooser
 from meshpipe.plan.schedules import SCHEDULES
 from meshpipe.report.comparison import compare_schedules
+from meshpipe.run.setup import make_chooser
 
 
 def test_every_schedule_is_there_with_its_bubble_or_its_reason() -> None:
     config = tiny_recipes.pipeline()
-    chooser = Chooser.from_config(config)
+    chooser = make_chooser(config)
     rows = {c.schedule: c for c in compare_schedules(chooser, None)}
     assert set(rows) == set(SCHEDULES) - {"inference"}
     one, zero = rows["1f1b"].timeline, rows["zb-h1"].timeline

@@ -11,12 +11,14 @@ import pytest
 import tiny_recipes
 from flax import nnx
 from rich.console import Console
+from staged import staged
 
-from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.report.plan import layout_lines, print_plan, stage_table
 from meshpipe.report.tables import format_bytes, make_console
+from meshpipe.run.setup import make_chooser
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def test_stages_are_summed_and_layers_counted() -> None:
 
 
 def test_the_layout_in_three_lines() -> None:
-    assert layout_lines("tiny:pipeline", StagedModel.from_config(tiny_recipes.pipeline())) == [
+    assert layout_lines("tiny:pipeline", make_chooser(tiny_recipes.pipeline()).choose()) == [
         "tiny:pipeline: 288 parameters on pipeline 2 x data 1 x tensor 1 = 2 cpu devices",
         "stages: 0 (rank 0) layers 0-1  1 (rank 1) layers 2-3",
         "1f1b, 4 microbatches of 4 examples, remat none, expected bubble 20.0%",
@@ -59,7 +61,7 @@ def test_the_layout_in_three_lines() -> None:
 
 def test_the_layout_says_what_each_stage_computes_again() -> None:
     config = replace(tiny_recipes.pipeline(), pipeline=PipelineConfig(num_microbatches=4, remat="full,none"))
-    assert "remat full none, expected" in layout_lines("mine", StagedModel.from_config(config))[2]
+    assert "remat full none, expected" in layout_lines("mine", make_chooser(config).choose())[2]
 
 
 class Looped(nnx.Module):
@@ -73,13 +75,14 @@ class Looped(nnx.Module):
 
 
 def test_a_plan_says_which_backward_cannot_be_split() -> None:
-    model = StagedModel(
-        [lambda rngs: nnx.Linear(8, 8, rngs=rngs), Looped],
-        lambda output, batch: (output.sum(), output.size),
-        batch={"inputs": np.ones((4, 8), np.float32)},
-        mesh=make_mesh(2),
-        input="inputs",
-        config=PipelineConfig(schedule="zb-h1", num_microbatches=2),
+    model = staged(
+        Task(
+            [lambda rngs: nnx.Linear(8, 8, rngs=rngs), Looped],
+            lambda output, batch: (output.sum(), output.size),
+            batch={"inputs": np.ones((4, 8), np.float32)},
+        ),
+        make_mesh(2),
+        PipelineConfig(schedule="zb-h1", num_microbatches=2),
     )
     output = io.StringIO()
     print_plan(Console(file=output, width=200), "mine", model, optax.sgd(0.1), None)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from staged import staged
 
 from meshpipe import PipelineConfig, make_mesh
-from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.task import Task
 from meshpipe.models import LanguageModelConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.plan.lower import lower
@@ -27,9 +28,7 @@ def language_model(mesh, rules=None):
     batch = {name: np.zeros(shape, np.int32) for name in ("inputs", "targets", "segment_ids")}
     batch["weights"] = np.ones(shape, np.float32)
     pipeline = PipelineConfig(num_microbatches=2)
-    return StagedModel(
-        config.layers(), config.loss, batch=batch, mesh=mesh, input="inputs", config=pipeline, rules=rules
-    )
+    return staged(Task(config.layers(), config.loss, batch=batch, rules=rules), mesh, pipeline)
 
 
 def collectives(program):
@@ -89,7 +88,7 @@ def test_gradients_of_convolutions_are_reduced_once_per_step():
     results = []
     for data in (1, 2):
         mesh = make_mesh(1, data)
-        model = StagedModel([Convolve], loss, batch=batch, mesh=mesh, input="inputs", config=config)
+        model = staged(Task([Convolve], loss, batch=batch), mesh, config)
         (stage,) = model.trace()
         programs = compile_stage(stage, {Op.FORWARD, Op.BACKWARD})
         if data > 1:

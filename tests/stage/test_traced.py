@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Var
+from staged import staged
 
 from meshpipe import PipelineConfig, make_mesh
-from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.task import Task
 from meshpipe.mesh import submeshes
 from meshpipe.sharding import abstract, replicated
 from meshpipe.stage.jaxpr import function_of
+from meshpipe.stage.target import CPU
 from meshpipe.stage.traced import Boundary, StageSpec, TracedStage
 
 ROWS, WIDTH, HIDDEN, MICROBATCHES = 3, 4, 10, 2
@@ -57,13 +59,10 @@ def stages() -> list[TracedStage]:
         "target": np.ones((rows, WIDTH), np.float32),
         "unused": np.ones((rows, 7), np.float32),
     }
-    model = StagedModel(
-        [Block, Block, Drop, Block],
-        loss,
-        batch=batch,
-        mesh=make_mesh(4),
-        input="inputs",
-        config=PipelineConfig(num_microbatches=MICROBATCHES),
+    model = staged(
+        Task([Block, Block, Drop, Block], loss, batch=batch),
+        make_mesh(4),
+        PipelineConfig(num_microbatches=MICROBATCHES),
     )
     CALLS.clear()
     return model.trace()
@@ -154,7 +153,7 @@ def test_boundaries_are_what_the_layers_return(stages: list[TracedStage]) -> Non
 def spec(function: Callable[..., Any], params: dict[str, tuple[int, ...]], **place: Any) -> StageSpec:
     shapes = {path: abstract(shape, jnp.float32, replicated(MESH)) for path, shape in params.items()}
     state = {"count": abstract((), jnp.int32, replicated(MESH))}
-    return StageSpec(0, MESH, function, shapes, state, **place)
+    return StageSpec(0, MESH, CPU, function, shapes, state, **place)
 
 
 def middle(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:

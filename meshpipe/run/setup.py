@@ -1,0 +1,34 @@
+"""A recipe's config made into what runs it."""
+
+from jax.sharding import Mesh
+
+from meshpipe.choose.chooser import Chooser
+from meshpipe.config import Config
+from meshpipe.trainer import Trainer
+
+
+def make_trainer(config: Config) -> Trainer:
+    """The trainer of a recipe, compiled. Raises `ValueError` when the parts of the config do not fit together."""
+    return Trainer.of(
+        config.task(),
+        config.optimizer.build(config.steps),
+        mesh=config.mesh.build(),
+        pipeline=config.pipeline,
+        seed=config.seed,
+        clip_norm=config.optimizer.clip_norm,
+        compile_cache=config.compile_cache,
+    )
+
+
+def make_chooser(config: Config, *, mesh: Mesh | None = None, measure_on: Mesh | None = None) -> Chooser:
+    """What lays a recipe's model out, on the mesh that it asks for unless one is given; allocates nothing.
+
+    Raises `ValueError` when the devices are too few.
+    """
+    return Chooser(
+        config.task(),
+        config.optimizer.build(config.steps),
+        mesh=config.mesh.build() if mesh is None else mesh,
+        config=config.pipeline,
+        measure_on=measure_on,
+    )
