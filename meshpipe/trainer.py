@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from meshpipe.choose.chooser import Chooser
-from meshpipe.compiler.cache import CompileCache
+from meshpipe.compiler.cache import open_cache
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.host import no_garbage_collection
 from meshpipe.layers.initialise import initialise
@@ -161,7 +161,7 @@ class Trainer:
         """The processes that have a part in it."""
         name = self.group.name
         self.tied = TiedLeaves(model.tied, model.parameters, f"{name}/tied")
-        compiler = Compiler(None if compile_cache is None else CompileCache(compile_cache))
+        compiler = Compiler(open_cache(compile_cache))
         made: list[tuple[Leaves, Leaves]] = []
 
         def make_optimizer() -> None:

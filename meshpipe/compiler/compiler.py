@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from meshpipe.compiler.cache import CompileCache
-from meshpipe.compiler.reload import Serialised, kept_arguments, load, serialise
+from meshpipe.compiler.reload import Serialised, compile_noting_origin, kept_arguments, load, serialise
 
 Options = Mapping[str, Any] | None
 
@@ -51,7 +51,7 @@ class Compiler:
         """The program compiled for all devices of `mesh`, as it was lowered; a copy of an equal one where possible."""
         key = _key(lowered, mesh, options)
         if key is None:
-            return _compile(lowered, options)
+            return _compile(lowered, options)[0]
         with self._lock:
             is_first = key not in self._programs
             future = self._programs.setdefault(key, Future())
@@ -61,7 +61,7 @@ class Compiler:
             except BaseException as error:
                 future.set_exception(error)
         program = future.result()
-        return self._noted(program.copy_to(mesh), program) or _compile(lowered, options)
+        return self._noted(program.copy_to(mesh), program) or _compile(lowered, options)[0]
 
     def copy(self, compiled: jax.stages.Compiled, mesh: Mesh) -> jax.stages.Compiled | None:
         """What `compile` returned, for a submesh of the same shape; None where that is not possible."""
@@ -78,15 +78,16 @@ class Compiler:
             loaded = load(stored, mesh, lowered.in_tree, lowered.out_tree)
             if loaded is not None:
                 return _Program(loaded, mesh, lowered, stored)
-        compiled = _compile(lowered, options)
-        serialised = serialise(compiled, mesh)
+        compiled, is_new = _compile(lowered, options)
+        serialised = serialise(compiled, mesh) if is_new else None
         if self.cache is not None and serialised is not None:
             self.cache.write(key, serialised)
         return _Program(compiled, mesh, lowered, serialised)
 
 
-def _compile(lowered: jax.stages.Lowered, options: Options) -> jax.stages.Compiled:
-    return lowered.compile(compiler_options=dict(options) if options else None)
+def _compile(lowered: jax.stages.Lowered, options: Options) -> tuple[jax.stages.Compiled, bool]:
+    """The program, and whether it may be copied."""
+    return compile_noting_origin(lowered, dict(options) if options else None)
 
 
 def _key(lowered: jax.stages.Lowered, mesh: Mesh, options: Options) -> str | None:

@@ -6,6 +6,7 @@ return None and callers compile instead; `tests/test_reload.py` fails where that
 """
 
 import io
+import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +28,45 @@ class Serialised:
 def serialise(compiled: jax.stages.Compiled, mesh: Mesh) -> Serialised | None:
     """A program that XLA compiled in this process for the devices of `mesh`.
 
-    None for Python callbacks and constants that JAX passes as arguments, and where JAX's own cache of compiled programs
-    is in use: XLA's CPU backend loses parts of a program that was itself loaded, and cannot tell.
+    None for Python callbacks and constants that JAX passes as arguments. It must not be given a program that JAX loaded
+    from its own cache (see `compile_noting_origin`): XLA's CPU backend loses parts of those, and cannot tell.
     """
     try:
         unloaded = compiled._executable._unloaded_executable  # type: ignore[attr-defined]
         effects = (*unloaded.unordered_effects, *unloaded.ordered_effects)
-        if effects or unloaded.host_callbacks or unloaded.keepalive or jax.config.values["jax_compilation_cache_dir"]:
+        if effects or unloaded.host_callbacks or unloaded.keepalive:
             return None
         return Serialised(serialize_executable.serialize(compiled)[0], tuple(d.id for d in mesh.devices.flat))
     except Exception:
         return None
+
+
+def compile_noting_origin(lowered: jax.stages.Lowered, options: dict[str, Any] | None) -> tuple[Any, bool]:
+    """The compiled program, and whether XLA has compiled it just now: JAX may have loaded it from its own cache."""
+    _seen.requests = _seen.hits = 0
+    compiled = lowered.compile(compiler_options=options)
+    settings = jax.config.values
+    if not settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+        return compiled, True
+    return compiled, _seen.requests > _seen.hits  # no word of a request says nothing
+
+
+class _Seen(threading.local):
+    """What JAX's cache was asked for in this thread, and had."""
+
+    requests = 0
+    hits = 0
+
+
+_seen = _Seen()
+
+
+def _count(event: str, **details: Any) -> None:
+    _seen.requests += event == "/jax/compilation_cache/compile_requests_use_cache"
+    _seen.hits += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_listener(_count)
 
 
 def load(program: Serialised, target: Mesh, in_tree: Any, out_tree: Any) -> jax.stages.Compiled | None:

@@ -1,5 +1,8 @@
 """The folder of compiled programs: what can be a folder, and what is read from it."""
 
+import os
+import stat
+
 import pytest
 
 from meshpipe.compiler.cache import CompileCache
@@ -26,6 +29,79 @@ def test_a_file_is_no_folder(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"`compile_cache` must be a folder that can be written to. Got '.*file"):
             CompileCache(path)
+
+
+@pytest.fixture
+def open_umask():
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def test_what_is_made_is_for_this_user_alone(tmp_path, open_umask):
+    CompileCache(tmp_path / "new" / "cache").write("key", Serialised(b"program", (0,)))
+    (file,) = (tmp_path / "new" / "cache").iterdir()
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path, mode):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(ValueError, match=rf"which others may write to \(mode {mode:04o}\).*chmod go-w"):
+        CompileCache(folder)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match="others may write to"):
+        CompileCache(tmp_path / "link")
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "cache", 12345, 12345)
+    else:
+        monkeypatch.setattr("os.geteuid", lambda: 12345)
+    with pytest.raises(ValueError, match="belongs to another user"):
+        CompileCache(tmp_path / "cache")
+
+
+def written(folder):
+    """The file of a program that may be read."""
+    CompileCache(folder).write("key", Serialised(b"program", (0,)))
+    (file,) = folder.iterdir()
+    assert CompileCache(folder).read("key") is not None
+    return file
+
+
+def test_a_file_that_others_may_have_written_is_not_read_and_said_once(tmp_path, capsys):
+    written(tmp_path / "cache").chmod(0o666)
+    cache = CompileCache(tmp_path / "cache")
+    assert cache.read("key") is None
+    assert cache.read("key") is None
+    error = capsys.readouterr().err
+    assert error.count("others may write to (mode 0666)") == 1
+    cache.write("key", Serialised(b"program", (0,)))  # which takes its place
+    assert cache.read("key") is not None
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_what_is_no_file_is_not_read(tmp_path, kind):
+    file = written(tmp_path / "cache")
+    moved = file.rename(tmp_path / "elsewhere")
+    {"link": lambda: file.symlink_to(moved), "fifo": lambda: os.mkfifo(file), "folder": file.mkdir}[kind]()
+    assert CompileCache(tmp_path / "cache").read("key") is None
+
+
+def test_a_folder_that_is_exchanged_is_not_read(tmp_path):
+    """Whoever may write to the folder above can give its name to another."""
+    file = written(tmp_path / "cache")
+    cache = CompileCache(tmp_path / "cache")
+    (tmp_path / "cache").rename(tmp_path / "before")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / file.name).write_bytes(b"something else")
+    assert cache.read("key") == Serialised(b"program", (0,))
 
 
 def test_a_folder_that_has_gone_costs_nothing(tmp_path):

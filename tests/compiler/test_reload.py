@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshpipe.compiler.reload import kept_arguments, load, serialise
+from meshpipe.compiler.cache import JAX_SUBFOLDER, open_cache
+from meshpipe.compiler.compiler import Compiler
+from meshpipe.compiler.reload import compile_noting_origin, kept_arguments, load, serialise
 from meshpipe.mesh import make_mesh, submeshes
 
 ROWS = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
@@ -60,6 +63,45 @@ def test_a_program_that_calls_python_stays_where_it_is():
         return x + 1
 
     assert serialise(jax.jit(shout).lower(1.0).compile(), mesh) is None
+
+
+@pytest.fixture
+def cache_of_jax(tmp_path):
+    """JAX's own cache of compiled programs in use, as by JAX_COMPILATION_CACHE_DIR."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path / "jax"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path / "jax"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_what_jax_loads_from_its_cache_is_told_from_what_it_compiles(cache_of_jax):
+    """Fails where JAX no longer says so; programs that it loads must not be copied."""
+    (mesh,) = submeshes(make_mesh(1))
+    assert compile_noting_origin(lower(mesh), None)[1]
+    assert not compile_noting_origin(lower(mesh), None)[1]
+
+
+def test_programs_are_copied_where_the_cache_of_jax_is_in_use(cache_of_jax):
+    """In the first run and in later ones, which find what the first left in a subfolder."""
+    meshes = submeshes(make_mesh(4))
+    for run in range(2):
+        compiler = Compiler(open_cache(None))
+        programs = [compiler.compile(lower(mesh), mesh) for mesh in meshes]
+        for mesh, program in zip(meshes, programs, strict=True):
+            total, _ = program(*arguments(mesh))
+            assert total.devices() == set(mesh.devices.flat)
+        # JAX compiled one program in the first run, and none in the second.
+        assert len(list(cache_of_jax.glob("*-cache"))) == 1, run
+        assert len(list((cache_of_jax / JAX_SUBFOLDER).iterdir())) == 1
 
 
 def test_bytes_that_are_no_program_give_none():
