@@ -23,7 +23,7 @@ def keep_freed_memory(mesh: Mesh) -> None:
 
     XLA takes memory for every result of every program. The C library gives large pieces back to the operating system
     as soon as they are free, which then has to find, clear and map the same pages over again for each microbatch.
-    Variables of the environment that set the same (see `man mallopt`) go before.
+    Environment variables that set the same (see `man mallopt`) take precedence.
     """
     if not on_cpu(mesh):
         return

@@ -50,7 +50,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes `pipeline`, `data` and `tensor` over the first `pipeline * data * tensor` devices.
 
-    Tensor is innermost and pipeline outermost, so the chattiest axis has the nearest neighbours. Every axis has
+    Tensor is innermost and pipeline outermost: the axis that communicates most has adjacent devices. Every axis has
     `AxisType.Auto`: layers stay free of sharding calls and XLA places the collectives. Without `devices`, those of
     `jax.devices()` are taken in order.
     Raises `ValueError` when a size is below 1, or there are fewer devices than the product.
