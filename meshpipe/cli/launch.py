@@ -40,7 +40,11 @@ def launch(arguments: list[str]) -> int:
             f"A run is started again from its newest checkpoint. Got --max-restarts {flags.max_restarts} without "
             "--checkpoint-dir. Add --checkpoint-dir DIR after train RECIPE."
         )
+    from meshpipe.processes.addresses import check_one_address
     from meshpipe.processes.launch import Launch, free_port
+
+    if "--allow-any-address" not in command:
+        check_one_address("address", flags.address)
 
     port = 0
 

@@ -5,16 +5,19 @@ import sys
 from meshpipe.cli.arguments import configure, origin
 from meshpipe.cli.devices import take_devices
 from meshpipe.processes.exit_codes import FAILED, INVALID
+from meshpipe.processes.tether import end_with_launcher
 
 
 def train(arguments: list[str]) -> int:
+    end_with_launcher()
     from meshpipe.processes.join import DistributedConfig
 
     recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
     from meshpipe.pipeline.peers import open_peers
+    from meshpipe.processes.addresses import own_address
     from meshpipe.processes.coordination import coordinator_address, process_count, process_index
     from meshpipe.processes.guard import Guard, leave
-    from meshpipe.processes.join import join, own_address
+    from meshpipe.processes.join import join
     from meshpipe.processes.stop import StopRequest
     from meshpipe.report.tables import make_console
     from meshpipe.run.run import run
@@ -23,6 +26,8 @@ def train(arguments: list[str]) -> int:
         join(distributed)
     except ConnectionError as error:
         print(f"meshpipe: {error}", file=sys.stderr)
+        if process_count() > 1:
+            leave(FAILED)
         return FAILED
     several = process_count() > 1
     console = make_console(quiet=process_index() > 0)

@@ -3,12 +3,18 @@
 The public API of JAX has no key-value store, so this module uses a private name, `jax._src.distributed`, whose client
 Orbax uses too. It is imported once `jax.distributed` was started, so a run of one process does not need it; the test of
 this module fails when it moves.
+
+Whoever reaches the coordinator's port can read, write and delete keys there. So a key's name is derived from the secret
+of the run, and its value signed; nothing else is believed.
 """
 
+import itertools
 import time
 from typing import Any
 
 import jax
+
+from meshpipe.processes.secret import Secret, current, use
 
 POLL_SECONDS = 0.02
 
@@ -28,19 +34,39 @@ def coordinator_address() -> str | None:
     return _service().coordinator_address if jax.distributed.is_initialized() else None
 
 
+def share_secret(secret: Secret, nonce: str, timeout: float) -> None:
+    """Uses a secret derived for this run alone from that of the user, who may give the same one to many runs.
+
+    Every process adds its own random `nonce`, so nobody can repeat to it what was signed in another run.
+    """
+    use(secret)
+    use(secret.derive(*tell_all(_NONCE, nonce, timeout)))
+
+
 def tell(key: str, text: str) -> None:
-    """Writes a key once for all processes. Raises `RuntimeError` when it is there already, or the service is gone."""
-    _client().key_value_set(key, text)
+    """Writes a key once for all processes.
+
+    Raises `RuntimeError` when it is there already, or the service is gone, and `IntrusionError` when somebody without
+    the run's secret has written it.
+    """
+    secret = current()
+    try:
+        _client().key_value_set(_name(key), secret.sign(key, process_index(), text))
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" in str(error):
+            ask_now(key)
+        raise
 
 
 def ask_now(key: str) -> str | None:
-    """What was told, or None."""
+    """What was told, or None. Raises `IntrusionError` when it was not told by a process of this run."""
     try:
-        return _client().key_value_try_get(key)
+        signed = _client().key_value_try_get(_name(key))
     except jax.errors.JaxRuntimeError as error:
         if "NOT_FOUND" in str(error):
             return None
         raise
+    return current().check(key, signed)
 
 
 def ask(key: str, timeout: float) -> str:
@@ -64,27 +90,49 @@ def tell_all(topic: str, text: str, timeout: float) -> list[str]:
 
 def delete(key: str) -> None:
     """Forgets a key, and those below it, once nobody will read them any more."""
-    _client().key_value_delete(key)
+    _client().key_value_delete(_name(key))
 
 
 def meet(name: str, timeout: float) -> None:
     """Waits until every process has come to the meeting of this name, which is used once."""
     if process_count() > 1:
-        _client().wait_at_barrier(name, round(timeout * 1000))
+        _client().wait_at_barrier(_name(name), round(timeout * 1000))
 
 
 def beat() -> None:
     """Gives a sign of life."""
-    _client().key_value_set(f"{_BEATS}/{process_index()}", str(time.time()), allow_overwrite=True)
+    key = f"{_BEATS}/{process_index()}"
+    signed = current().sign(key, process_index(), str(next(_beats)))
+    _client().key_value_set(f"{_name(_BEATS)}/{process_index()}", signed, allow_overwrite=True)
 
 
-def beats() -> dict[int, str]:
-    """The last sign of life of every process that has given one."""
-    found = _client().key_value_dir_get(_BEATS)
-    return {int(key.rpartition("/")[2]): text for key, text in found}
+def beats() -> dict[int, int]:
+    """How many signs of life every process has given, where it has given one.
+
+    Raises `IntrusionError` for one that no process of this run has given.
+    """
+    found = {}
+    for name, signed in _client().key_value_dir_get(_name(_BEATS)):
+        process = name.rpartition("/")[2]
+        count = int(current().check(f"{_BEATS}/{process}", signed))
+        found[int(process)] = count
+    return found
 
 
+_NONCE = "meshpipe/nonce"
 _BEATS = "meshpipe/alive"
+_beats = itertools.count(1)
+
+
+def _name(key: str) -> str:
+    """The name of a key in the store, where keys that begin alike stand in one folder.
+
+    Those of nonces are plain, so that a process with another secret is noticed.
+    """
+    if key.startswith(f"{_NONCE}/"):
+        return key
+    first, *rest = itertools.accumulate(key.split("/"), "{}/{}".format)
+    return "/".join([first, *map(current().name, rest)])
 
 
 def _client() -> Any:

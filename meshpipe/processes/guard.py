@@ -26,6 +26,8 @@ from meshpipe.processes.coordination import (
 )
 from meshpipe.processes.exit_codes import FAILED
 from meshpipe.processes.last_words import LastWords, saved_sentence
+from meshpipe.processes.printable import printable
+from meshpipe.processes.secret import IntrusionError
 
 ERROR = "meshpipe/error"
 POLL_SECONDS = 0.5
@@ -67,7 +69,8 @@ class Guard:
     ) -> None:
         cannot_be = isinstance(error, ValueError) and not is_lost_connection(error)
         if process_count() > 1 and isinstance(error, Exception) and not cannot_be:
-            traceback.print_exception(error)
+            if not isinstance(error, IntrusionError):
+                traceback.print_exception(error)
             self.fail(error)
         self._done.set()
         if self._last_words is not None:
@@ -95,7 +98,7 @@ class Guard:
             time.sleep(POLL_SECONDS)
 
     def _watch_others(self) -> None:
-        seen = dict.fromkeys(range(process_count()), ("", time.monotonic()))
+        seen = dict.fromkeys(range(process_count()), (0, time.monotonic()))
         while not self._done.wait(POLL_SECONDS):
             try:
                 beat()
@@ -105,6 +108,10 @@ class Guard:
                     if silent is not None:
                         message = f"process {silent} gives no sign of life: it was killed, or it hangs"
                         tell(ERROR, message)
+            except IntrusionError as error:
+                message = str(error)
+                with contextlib.suppress(Exception):
+                    tell(ERROR, message)
             except Exception as error:
                 message = f"process 0, which coordinates the run, is gone: {error}".splitlines()[0]
             self._answered = time.monotonic()
@@ -121,19 +128,19 @@ class Guard:
         if self._done.is_set():
             return
         self._done.set()
-        text = f"meshpipe: process {process_index()} stops because {message}\n{saved_sentence(self._folder)}"
+        text = f"meshpipe: process {process_index()} stops because {printable(message)}\n{saved_sentence(self._folder)}"
         print(text, file=sys.stderr, flush=True)
         if self._last_words is not None:
             self._last_words.withdraw()
         leave(FAILED)
 
 
-def _silent(seen: dict[int, tuple[str, float]]) -> int | None:
+def _silent(seen: dict[int, tuple[int, float]]) -> int | None:
     """A process whose last sign of life is too long ago; `seen` has what was seen of each, and when."""
     now = time.monotonic()
-    for process, sign in beats().items():
-        if seen[process][0] != sign:
-            seen[process] = sign, now
+    for process, count in beats().items():
+        if count > seen[process][0]:  # somebody may repeat an old one
+            seen[process] = count, now
     return next((process for process, (_, at) in sorted(seen.items()) if now - at > SILENCE_SECONDS), None)
 
 

@@ -1,6 +1,7 @@
 """How the processes of a run find each other."""
 
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -11,7 +12,10 @@ from typing import Literal
 import jax
 
 from meshpipe.errors import ArgumentError, check_number
+from meshpipe.processes.addresses import check_one_address, is_loopback
+from meshpipe.processes.coordination import coordinator_address, share_secret
 from meshpipe.processes.exit_codes import FAILED
+from meshpipe.processes.secret import VARIABLE, Secret, environment_secret, read_secret_file
 
 JOIN_SECONDS = 300.0
 """How long processes wait for each other to join; hosts may start at different times."""
@@ -37,6 +41,12 @@ class DistributedConfig:
     step_timeout: float = 0.0
     """Seconds without a finished step after which the run fails and says what each rank waits for; 0 waits for ever."""
 
+    secret_file: str | None = None
+    """File with the secret of the run, the same for all processes: 32 or more random characters that only this user can
+    read. Without it the environment variable MESHPIPE_SECRET counts, which `launch` sets."""
+    allow_any_address: bool = False
+    """Take a --coordinator of 0.0.0.0 or [::], at which process 0 listens to every network of its machine."""
+
     def __post_init__(self) -> None:
         check_number("step_timeout", self.step_timeout)
         given = [self.coordinator, self.process_id, self.process_count]
@@ -50,6 +60,8 @@ class DistributedConfig:
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ArgumentError(f"`coordinator` must be HOST:PORT, e.g. 10.0.0.5:4321. Got {self.coordinator!r}.")
+        if not self.allow_any_address:
+            check_one_address("coordinator", host)
         if not 0 <= self.process_id < self.process_count:
             raise ArgumentError(
                 "`process_id` must be at least 0 and below `process_count`. "
@@ -60,9 +72,15 @@ class DistributedConfig:
 def join(config: DistributedConfig) -> None:
     """Meets the other processes of the run; does nothing where there are none.
 
+    From then on, what they tell each other is signed with the run's secret. Where there is none, and the coordinator
+    can be reached from other machines, one line on standard error says so.
+
     Must be called before JAX is first used. When they do not come together in time, JAX can only abort, so this process
-    ends before it would, with a message. Raises `ConnectionError` when it is clear earlier that they cannot.
+    ends before it would, with a message. Raises `ConnectionError` when it is clear earlier that they cannot, and
+    `ValueError` for a file of the secret that cannot be used.
     """
+    from_environment = environment_secret()  # always taken out of it
+    secret = from_environment if config.secret_file is None else read_secret_file(config.secret_file)
     if config.coordinator is None and not _in_cluster(os.environ):
         return
     if config.process_count == 1:
@@ -91,8 +109,22 @@ def join(config: DistributedConfig) -> None:
             f"Process {config.process_id} could not join the {config.process_count} of the run at "
             f"{config.coordinator}: {error}"
         ) from error
+    else:
+        _warn_without(secret)
+        share_secret(secret, secrets.token_hex(16), JOIN_SECONDS)
     finally:
         timer.cancel()
+
+
+def _warn_without(secret: Secret) -> None:
+    host = (coordinator_address() or "").rpartition(":")[0].strip("[]")
+    if not secret and not is_loopback(host):
+        print(
+            f"meshpipe: this run has no secret: whoever reaches {host} can falsify it. Give all processes the same "
+            f"--secret-file FILE or {VARIABLE}, made by openssl rand -hex 32.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _check_can_listen(address: str) -> None:
@@ -127,12 +159,3 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
     """Whether this is one of several tasks of a job for which JAX finds the others."""
     sizes = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     return any(size not in ("", "1") for size in sizes) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-
-
-def own_address(coordinator: str | None) -> str:
-    """The address of this machine's interface that leads to the coordinator, by which other processes reach it."""
-    host, _, port = (coordinator or "127.0.0.1:1").rpartition(":")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # nothing is sent
-        probe.connect((host.strip("[]"), int(port)))
-        return str(probe.getsockname()[0])

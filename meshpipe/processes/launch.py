@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,14 +19,24 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from meshpipe.processes.printable import printable
+from meshpipe.processes.secret import VARIABLE
+from meshpipe.processes.tether import Tether
+
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 SECONDS_TO_END = 20.0
 """How long processes may take to end by themselves after one of them failed."""
 POLL_SECONDS = 0.05
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PASSED_ON = {
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+    signal.SIGQUIT: signal.SIGTERM,
+}
+"""What the processes get when the launcher is asked to end: always something that makes them save."""
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 """Has a folder for each, on Linux."""
-NOT_RESTARTED = (0, 2, 130, 143)
+NOT_RESTARTED = (0, 2, 129, 130, 131, 143)
 """Exit codes of runs that completed, that cannot be, and that were stopped."""
 
 Command = Callable[[int, int], Sequence[str]]
@@ -47,22 +58,27 @@ class Launch:
             raise ValueError(f"--processes must be at least 1. Got {self.num_processes}.")
         if self.max_restarts < 0:
             raise ValueError(f"--max-restarts must be at least 0. Got {self.max_restarts}.")
-        self._stop: int | None = None
+        self._stop: signal.Signals | None = None
         self._processes: list[subprocess.Popen[str]] = []
 
     def run(self) -> int:
-        """The exit code of the first process that failed, else 0. A signal to this process is passed on to all."""
+        """The exit code of the first process that failed, else 0.
+
+        SIGINT, SIGTERM, SIGHUP and SIGQUIT to this process make all of them stop; should it be killed, they stop too.
+        """
         count = _count_gpus(os.environ | dict(self.environment))
         if 0 < count < self.num_processes:
             _say(
                 f"{self.num_processes} processes share {count} GPU{'s' if count > 1 else ''}, which NCCL refuses: "
                 "the run needs --transfers sockets, and XLA_PYTHON_CLIENT_PREALLOCATE=false in its environment."
             )
-        before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
+        # A signal that is ignored, as SIGHUP is under nohup, stays so.
+        taken = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._pass_on) for number in taken}
         try:
             restart = 0
             while True:
-                code = self._run_once(restart)
+                code = self._exit_code(self._run_once(restart))
                 if code in NOT_RESTARTED or self._stop is not None or restart == self.max_restarts:
                     return code
                 restart += 1
@@ -71,13 +87,23 @@ class Launch:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _exit_code(self, code: int) -> int:
+        """That of the run: the code of a process, but of the signal that the launcher got, not the one it passed on."""
+        if self._stop is not None and code == 128 + PASSED_ON[self._stop]:
+            return 128 + self._stop
+        return code
+
     def _run_once(self, restart: int) -> int:
         self._processes = []
+        self._secret = secrets.token_hex(32)
+        self._tether = Tether()
         readers = []
         try:
             for number in range(self.num_processes):
                 process = self._start(number, restart)
                 self._processes.append(process)
+                if self._stop is not None:  # it came between two starts
+                    process.send_signal(PASSED_ON[self._stop])
                 for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                     assert source is not None
                     readers.append(threading.Thread(target=_prefix, args=(number, source, target), daemon=True))
@@ -88,6 +114,7 @@ class Launch:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
+            self._tether.close()
         for reader in readers:
             reader.join(timeout=5)
         for process in self._processes:
@@ -97,7 +124,8 @@ class Launch:
         return code
 
     def _start(self, number: int, restart: int) -> "subprocess.Popen[str]":
-        environment = os.environ | dict(self.environment) | {"PYTHONUNBUFFERED": "1"}
+        environment = os.environ | dict(self.environment) | self._tether.environment
+        environment |= {"PYTHONUNBUFFERED": "1", VARIABLE: self._secret}
         return subprocess.Popen(
             self.command(number, restart),
             env=environment | gpus_of(number, self.num_processes, environment),
@@ -108,6 +136,7 @@ class Launch:
             errors="replace",
             # A signal from the terminal goes to the launcher alone, which passes it on once.
             start_new_session=True,
+            pass_fds=(self._tether.reader,),
         )
 
     def _wait(self) -> int:
@@ -141,10 +170,10 @@ class Launch:
         return next(((number, 128 - code if code < 0 else code) for number, code in failed), None)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._stop = number
+        self._stop = signal.Signals(number)
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(PASSED_ON[self._stop])
 
 
 def gpus_of(number: int, num_processes: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -198,7 +227,7 @@ def _prefix(number: int, source: Iterable[str], target: Any) -> None:
     console = Console(file=target, highlight=False, soft_wrap=True)
     prefix = Text(f"[{number}] ", style=COLOURS[number % len(COLOURS)])
     for line in source:
-        console.print(prefix + Text(line.rstrip("\n")))
+        console.print(prefix + Text(printable(line.rstrip("\n"))))
 
 
 def _say(text: str) -> None:

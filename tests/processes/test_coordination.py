@@ -6,7 +6,7 @@ from types import ModuleType
 import jax
 import pytest
 
-from meshpipe.processes.coordination import _service, coordinator_address, process_count, process_index
+from meshpipe.processes.coordination import _name, _service, coordinator_address, process_count, process_index
 
 
 def test_one_process_needs_no_service() -> None:
@@ -33,3 +33,11 @@ def test_a_moved_name_is_told_with_the_version(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "jax._src.distributed", ModuleType("jax._src.distributed"))
     with pytest.raises(RuntimeError, match=rf"jax {jax.__version__} does not have it .* or run one process"):
         _service()
+
+
+def test_keys_of_a_folder_stand_in_one_folder_of_the_store() -> None:
+    """Deleting a key deletes those below it."""
+    folder, key = _name("meshpipe/checkpoint/0"), _name("meshpipe/checkpoint/0/part/1")
+    assert key.startswith(f"{folder}/")
+    assert not _name("meshpipe/checkpoint/01").startswith(folder)
+    assert "checkpoint" not in key

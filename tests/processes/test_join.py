@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from meshpipe.processes import join as join_module
-from meshpipe.processes.join import DistributedConfig, join, own_address
+from meshpipe.processes import stop as stop_module
+from meshpipe.processes.join import DistributedConfig, join
 from meshpipe.processes.launch import free_port
 from meshpipe.processes.stop import StopRequest, StopTogether
 
@@ -22,6 +23,8 @@ from meshpipe.processes.stop import StopRequest, StopTogether
         ({"coordinator": "a:70000", "process_id": 0, "process_count": 2}, "must be HOST:PORT"),
         ({"coordinator": "a:1", "process_id": 2, "process_count": 2}, "below `process_count`. Got 2 of 2"),
         ({"step_timeout": -1.0}, "`step_timeout` must be a number of at least 0"),
+        ({"coordinator": "0.0.0.0:1", "process_id": 0, "process_count": 2}, "one interface .* Got 0.0.0.0"),
+        ({"coordinator": "[::]:1", "process_id": 1, "process_count": 2}, "pass `allow_any_address`"),
     ],
 )
 def test_places_that_cannot_be(given: dict[str, object], message: str) -> None:
@@ -36,11 +39,6 @@ def test_process_0_says_when_it_cannot_listen() -> None:
         for address in (f"127.0.0.1:{other.getsockname()[1]}", "192.0.2.1:4321", "no-such-host.invalid:4321"):
             with pytest.raises(ConnectionError, match=rf"listen at --coordinator. Got {address}: "):
                 join(DistributedConfig(coordinator=address, process_id=0, process_count=2))
-
-
-def test_the_own_address_is_that_of_the_way_to_the_coordinator() -> None:
-    assert own_address("127.0.0.1:1234") == "127.0.0.1"
-    assert own_address(None) == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +75,7 @@ def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPa
         told[key] = text
 
     for name, replacement in {"process_count": lambda: 3, "tell": tell, "ask_now": told.get}.items():
-        monkeypatch.setattr(distributed, name, replacement)
+        monkeypatch.setattr(stop_module, name, replacement)
     requests = [StopRequest() for _ in range(3)]
     processes = [StopTogether(request) for request in requests]
     assert not any(process.after(step) for process, step in zip(processes, (4, 5, 6), strict=True))

@@ -1,0 +1,67 @@
+"""A run ends with its launcher, however that ends, and saves first."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from processes import ROOT, TIMEOUT, environment
+
+from meshpipe.checkpoint import list_checkpoints, verify_checkpoint
+
+RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
+SECONDS = 30
+"""For all to end after the launcher did: at most a step, its save, and Python's own end."""
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Those that run in a folder, except for children that only wait for the last words of others."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").readlink() == folder and "--process-id" in (entry / "cmdline").read_text().split("\0"):
+                found.append(int(entry.name))
+        except OSError:  # it has just ended, or is somebody else's
+            pass
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+        pytest.param(signal.SIGQUIT, 131, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_saves_and_ends_with_its_launcher(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """Nobody reads what it prints any more, as after the launcher's terminal was closed."""
+    command = [sys.executable, "-m", "meshpipe", "launch", "--processes", "2", "--", "train", RECIPE, "--eval-batches"]
+    command += ["0", "--steps", "1000000", "--checkpoint-dir", "run"]
+    reader, writer = os.pipe()
+    launcher = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=writer, stderr=writer)
+    os.close(writer)
+    timer = threading.Timer(TIMEOUT, launcher.kill)
+    timer.start()
+    lines = []
+    with open(reader, errors="replace") as output:
+        for line in output:
+            lines.append(line)
+            if "step 100/" in line:
+                break
+    assert len(processes_of(tmp_path)) == 2, "".join(lines)
+    launcher.send_signal(number)
+    assert launcher.wait(SECONDS) == code
+    timer.cancel()
+    deadline = time.monotonic() + SECONDS
+    while left := processes_of(tmp_path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    (step,) = list_checkpoints(tmp_path / "run")
+    assert step >= 100
+    assert not verify_checkpoint(tmp_path / "run", step)
