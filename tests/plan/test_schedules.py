@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshpipe.plan.plan import Op, Plan
-from meshpipe.plan.schedules import SCHEDULES, SEVERAL_STAGES, forward_only, forwards_of, make_plan, takes_stages
+from meshpipe.plan.schedules import SCHEDULES, STAGES_PER_RANK, forwards_of, inference, make_plan, takes_stages
 from meshpipe.plan.simulate import Costs, Timeline, simulate
 from meshpipe.plan.validate import validate
 
 GOLDEN = Path(__file__).parent / "golden"
-RANKS, MICROBATCHES, STAGES_PER_RANK = st.integers(1, 8), st.integers(1, 32), st.integers(1, 4)
+RANKS, MICROBATCHES, STAGES = st.integers(1, 8), st.integers(1, 32), st.integers(1, 4)
 TRAINING = [name for name in SCHEDULES if name != "inference"]
 V_SHAPED = ("zb-v", "dualpipe-v")
 LOOPED = ("gpipe", "interleaved-1f1b", "looped-bfs", "inference")
@@ -59,7 +59,7 @@ def check_promises(name: str, num_ranks: int, num_microbatches: int, stages_per_
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @sizes
-@given(num_ranks=RANKS, num_microbatches=MICROBATCHES, stages_per_rank=STAGES_PER_RANK)
+@given(num_ranks=RANKS, num_microbatches=MICROBATCHES, stages_per_rank=STAGES)
 def test_every_plan_keeps_its_promises(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> None:
     check_promises(name, num_ranks, num_microbatches, accepted_stages(name, stages_per_rank))
 
@@ -76,7 +76,7 @@ def test_every_plan_of_all_small_sizes_keeps_its_promises(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @sizes
-@given(num_ranks=RANKS, num_microbatches=st.integers(1, 12), stages_per_rank=STAGES_PER_RANK)
+@given(num_ranks=RANKS, num_microbatches=st.integers(1, 12), stages_per_rank=STAGES)
 def test_dependencies_hold_in_time(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> None:
     plan = make_plan(name, num_ranks, num_microbatches, accepted_stages(name, stages_per_rank))
     timeline = simulate(plan, Costs(transfer=0.5))
@@ -130,7 +130,7 @@ def check_bubble(name: str, num_ranks: int, num_microbatches: int, stages_per_ra
 
 @pytest.mark.parametrize("name", TRAINING)
 @sizes
-@given(num_ranks=RANKS, num_microbatches=MICROBATCHES, stages_per_rank=STAGES_PER_RANK)
+@given(num_ranks=RANKS, num_microbatches=MICROBATCHES, stages_per_rank=STAGES)
 def test_the_bubble_is_that_of_the_formula(
     name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int
 ) -> None:
@@ -142,7 +142,7 @@ def test_the_bubble_is_that_of_the_formula(
 @given(
     num_ranks=RANKS,
     more=st.integers(0, 8),
-    stages_per_rank=STAGES_PER_RANK,
+    stages_per_rank=STAGES,
     forward=st.floats(0.1, 10.0),
     backward=st.floats(0.1, 10.0),
 )
@@ -241,9 +241,9 @@ def test_without_a_number_of_stages_the_schedule_takes_its_fewest(name: str) -> 
 
 
 @sizes
-@given(num_ranks=RANKS, num_microbatches=MICROBATCHES, stages_per_rank=STAGES_PER_RANK)
+@given(num_ranks=RANKS, num_microbatches=MICROBATCHES, stages_per_rank=STAGES)
 def test_forward_only_holds_nothing(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> None:
-    plan = forward_only(num_ranks, num_microbatches, stages_per_rank)
+    plan = inference(num_ranks, num_microbatches, stages_per_rank)
     validate(plan)
     assert plan.forward_only
     assert len(plan.actions) == plan.num_stages * num_microbatches
@@ -260,7 +260,7 @@ def test_the_forwards_of_a_plan_are_a_plan_on_its_ranks(name: str) -> None:
     assert len(plan.actions) == plan.num_stages * 8
 
 
-ALL = "gpipe, 1f1b, eager-1f1b, interleaved-1f1b, looped-bfs, zb-h1, zb-h2, zb-v, dualpipe-v, inference"
+ALL = "gpipe, looped-bfs, inference, dualpipe-v, 1f1b, eager-1f1b, interleaved-1f1b, zb-h1, zb-h2, zb-v"
 ONE = "gpipe, 1f1b, eager-1f1b, zb-h1, zb-h2"
 KNOWN = f"The schedule must be one of {ALL}, a file of a plan that ends in .txt, or auto to train."
 
@@ -278,12 +278,12 @@ KNOWN = f"The schedule must be one of {ALL}, a file of a plan that ends in .txt,
         (
             ("1f1b", 2, 4, 2),
             "The schedule 1f1b takes one stage per rank. Got 2. Take one, or a schedule that takes several: "
-            "gpipe, interleaved-1f1b, looped-bfs, zb-v, dualpipe-v.",
+            "gpipe, looped-bfs, dualpipe-v, interleaved-1f1b, zb-v.",
         ),
         (
             ("zb-v", 2, 4, 3),
             "The schedule zb-v takes two stages per rank. Got 3. Take two, or a schedule that takes several: "
-            "gpipe, interleaved-1f1b, looped-bfs.",
+            "gpipe, looped-bfs, interleaved-1f1b.",
         ),
         (
             ("zb-v", 2, 4, 1),
@@ -302,4 +302,5 @@ def test_sizes_and_names_that_do_not_fit_are_errors(arguments: tuple, message: s
 
 
 def test_the_schedules_of_several_stages_are_named() -> None:
-    assert SEVERAL_STAGES == ("gpipe", "interleaved-1f1b", "looped-bfs", "zb-v", "dualpipe-v", "inference")
+    several = {name for name, (_, most) in STAGES_PER_RANK.items() if most != 1}
+    assert several == {"gpipe", "interleaved-1f1b", "looped-bfs", "zb-v", "dualpipe-v", "inference"}

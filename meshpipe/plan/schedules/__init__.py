@@ -12,31 +12,15 @@ from meshpipe.plan.schedules.file import load_plan as load_plan
 from meshpipe.plan.schedules.one_forward_one_backward import eager_one_f_one_b as eager_one_f_one_b
 from meshpipe.plan.schedules.one_forward_one_backward import interleaved_one_f_one_b as interleaved_one_f_one_b
 from meshpipe.plan.schedules.one_forward_one_backward import one_f_one_b as one_f_one_b
-from meshpipe.plan.schedules.sizes import SEVERAL_STAGES as SEVERAL_STAGES
-from meshpipe.plan.schedules.sizes import STAGES_PER_RANK as STAGES_PER_RANK
-from meshpipe.plan.schedules.sizes import Schedule as Schedule
-from meshpipe.plan.schedules.sizes import loop as loop
-from meshpipe.plan.schedules.sizes import takes_stages as takes_stages
-from meshpipe.plan.schedules.sizes import zigzag as zigzag
+from meshpipe.plan.schedules.order import loop as loop
+from meshpipe.plan.schedules.order import zigzag as zigzag
+from meshpipe.plan.schedules.registry import SCHEDULES as SCHEDULES
+from meshpipe.plan.schedules.registry import STAGES_PER_RANK as STAGES_PER_RANK
+from meshpipe.plan.schedules.registry import Schedule as Schedule
+from meshpipe.plan.schedules.registry import takes_stages as takes_stages
 from meshpipe.plan.schedules.zero_bubble import zb_h1 as zb_h1
 from meshpipe.plan.schedules.zero_bubble import zb_h2 as zb_h2
 from meshpipe.plan.schedules.zero_bubble import zb_v as zb_v
-
-SCHEDULES: dict[str, Schedule] = {
-    "gpipe": gpipe,
-    "1f1b": one_f_one_b,
-    "eager-1f1b": eager_one_f_one_b,
-    "interleaved-1f1b": interleaved_one_f_one_b,
-    "looped-bfs": looped_bfs,
-    "zb-h1": zb_h1,
-    "zb-h2": zb_h2,
-    "zb-v": zb_v,
-    "dualpipe-v": dualpipe_v,
-    "inference": inference,
-}
-"""The schedules by public name; all but `inference` train."""
-
-forward_only = inference
 
 
 def make_plan(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Plan:

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 from meshpipe.plan.plan import Op, Plan
-from meshpipe.plan.schedules.order import sweep
-from meshpipe.plan.schedules.sizes import check_sizes, loop
+from meshpipe.plan.schedules.order import loop, sweep
+from meshpipe.plan.schedules.registry import schedule
 
 
+@schedule("gpipe", stages_per_rank=(1, None))
 def gpipe(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
     """All forwards, then all backwards: the fewest changes of direction and the most memory.
 
@@ -18,10 +19,10 @@ def gpipe(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Pl
 
     Source: GPipe, arXiv 1811.06965, section 2.3; breadth first: arXiv 2211.05953, section 4.
     """
-    check_sizes("gpipe", num_ranks, num_microbatches, stages_per_rank)
     return _breadth_first("gpipe", num_ranks, num_microbatches, stages_per_rank)
 
 
+@schedule("looped-bfs", stages_per_rank=(2, None))
 def looped_bfs(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Plan:
     """The order of `gpipe` around a loop of at least two stages per rank: a bubble V times shorter.
 
@@ -31,16 +32,15 @@ def looped_bfs(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) 
 
     Source: Breadth-first pipeline parallelism, arXiv 2211.05953, section 4.
     """
-    check_sizes("looped-bfs", num_ranks, num_microbatches, stages_per_rank)
     return _breadth_first("looped-bfs", num_ranks, num_microbatches, stages_per_rank)
 
 
+@schedule("inference", stages_per_rank=(1, None))
 def inference(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
     """Forwards alone, with several stages per rank in the order of `gpipe`; holds no activations, and trains nothing.
 
     The bubble fraction is that of `gpipe`.
     """
-    check_sizes("inference", num_ranks, num_microbatches, stages_per_rank)
     return Plan(
         schedule="inference",
         num_microbatches=num_microbatches,

@@ -3,10 +3,11 @@
 from collections import deque
 
 from meshpipe.plan.plan import Plan
-from meshpipe.plan.schedules.order import Order
-from meshpipe.plan.schedules.sizes import check_sizes, zigzag
+from meshpipe.plan.schedules.order import Order, zigzag
+from meshpipe.plan.schedules.registry import schedule
 
 
+@schedule("dualpipe-v", stages_per_rank=(2, 2))
 def dualpipe_v(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Plan:
     """Pairs of a forward and a backward of different stages, so that one may compute while the other communicates.
 
@@ -18,7 +19,6 @@ def dualpipe_v(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) 
 
     Source: DualPipe, arXiv 2412.19437, section 3.2.1, and its README; a V: the 'cut-in-half' of sail-sg.
     """
-    check_sizes("dualpipe-v", num_ranks, num_microbatches, stages_per_rank)
     length = max(num_microbatches, 2 * num_ranks)
     return Plan(
         schedule="dualpipe-v",

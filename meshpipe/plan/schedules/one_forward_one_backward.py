@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from itertools import chain
 
 from meshpipe.plan.plan import Action, Op, Plan
-from meshpipe.plan.schedules.sizes import check_sizes, loop
+from meshpipe.plan.schedules.order import loop
+from meshpipe.plan.schedules.registry import schedule
 
 
+@schedule("1f1b", stages_per_rank=(1, 1))
 def one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
     """One forward, one backward in turn once the pipeline is full: the time of `gpipe` in the memory of its depth.
 
@@ -15,11 +17,11 @@ def one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1)
 
     Source: PipeDream-Flush, arXiv 2006.09503, section 3; Megatron, arXiv 2104.04473, section 2.2.
     """
-    check_sizes("1f1b", num_ranks, num_microbatches, stages_per_rank)
     warmups = [num_ranks - 1 - rank for rank in range(num_ranks)]
     return _alternate("1f1b", [range(num_microbatches)], 1, warmups)
 
 
+@schedule("eager-1f1b", stages_per_rank=(1, 1))
 def eager_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
     """`1f1b` with twice the forwards before the first backward, so that transfers pass while ranks compute.
 
@@ -30,11 +32,11 @@ def eager_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: in
 
     Source: arXiv 2211.05322, section 4; `OverlapFriendlyPipeDreamSchedule` of Alpa.
     """
-    check_sizes("eager-1f1b", num_ranks, num_microbatches, stages_per_rank)
     warmups = [2 * (num_ranks - 1 - rank) for rank in range(num_ranks)]
     return _alternate("eager-1f1b", [range(num_microbatches)], 1, warmups)
 
 
+@schedule("interleaved-1f1b", stages_per_rank=(2, None))
 def interleaved_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Plan:
     """`1f1b` around a loop of several stages per rank: a bubble V times shorter, for more activations and transfers.
 
@@ -46,7 +48,6 @@ def interleaved_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_ra
 
     Source: Megatron, arXiv 2104.04473, section 2.2.
     """
-    check_sizes("interleaved-1f1b", num_ranks, num_microbatches, stages_per_rank)
     groups = _share_out(num_microbatches, max(1, num_microbatches // num_ranks))
     first = (stages_per_rank - 1) * len(groups[0])
     warmups = [first + 2 * (num_ranks - 1 - rank) for rank in range(num_ranks)]

@@ -53,6 +53,17 @@ class Order:
         return tuple(action for action in self._actions if action.microbatch < num_microbatches)
 
 
+def loop(num_ranks: int, stages_per_rank: int) -> tuple[int, ...]:
+    """The ranks of stages dealt in turn: stage s on rank s mod R."""
+    return tuple(range(num_ranks)) * stages_per_rank
+
+
+def zigzag(num_ranks: int, stages_per_rank: int) -> tuple[int, ...]:
+    """The ranks of stages that go to the last rank, back to the first, and so on: with two per rank, a V."""
+    down = tuple(range(num_ranks))
+    return tuple(rank for turn in range(stages_per_rank) for rank in (down[::-1] if turn % 2 else down))
+
+
 def sweep(op: Op, stages: Iterable[int], num_microbatches: int) -> tuple[Action, ...]:
     """Every stage in turn, on all microbatches."""
     return tuple(Action(stage, op, microbatch) for stage in stages for microbatch in range(num_microbatches))

@@ -7,10 +7,11 @@ like that, `Timeline.makespan` is the time of a step alone.
 """
 
 from meshpipe.plan.plan import Plan
-from meshpipe.plan.schedules.order import Order
-from meshpipe.plan.schedules.sizes import check_sizes, zigzag
+from meshpipe.plan.schedules.order import Order, zigzag
+from meshpipe.plan.schedules.registry import schedule
 
 
+@schedule("zb-h1", stages_per_rank=(1, 1))
 def zb_h1(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
     """`1f1b` with a third of its bubble in its memory: weights wait as long as memory that rank 0 needs anyhow allows.
 
@@ -22,11 +23,11 @@ def zb_h1(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Pl
 
     Source: Zero Bubble, arXiv 2401.10241, section 2.1.
     """
-    check_sizes("zb-h1", num_ranks, num_microbatches, stages_per_rank)
     warmups = [num_ranks - rank for rank in range(num_ranks)]
     return _one_stage_per_rank("zb-h1", num_microbatches, warmups)
 
 
+@schedule("zb-h2", stages_per_rank=(1, 1))
 def zb_h2(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
     """No bubble between steps, in twice the memory: further forwards fill the time until the first backward arrives.
 
@@ -38,11 +39,11 @@ def zb_h2(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Pl
 
     Source: Zero Bubble, arXiv 2401.10241, section 2.2.
     """
-    check_sizes("zb-h2", num_ranks, num_microbatches, stages_per_rank)
     warmups = [2 * (num_ranks - rank) - 1 for rank in range(num_ranks)]
     return _one_stage_per_rank("zb-h2", num_microbatches, warmups)
 
 
+@schedule("zb-v", stages_per_rank=(2, 2))
 def zb_v(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Plan:
     """No bubble between steps, in the memory of `1f1b`: stages go to the last rank and back, in the shape of a V.
 
@@ -55,7 +56,6 @@ def zb_v(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Pla
     Source: arXiv 2405.15362 (V-ZB); first in Zero Bubble, arXiv 2401.10241 (ZB-V). Fewer microbatches than 2 R - 1 are
     those of a longer order, the rest left out.
     """
-    check_sizes("zb-v", num_ranks, num_microbatches, stages_per_rank)
     length = max(num_microbatches, 2 * num_ranks - 1)
     return Plan(
         schedule="zb-v",

@@ -1,6 +1,7 @@
-"""What every schedule has in common: its signature, the sizes that it takes, and where stages are placed."""
+"""Where a schedule gets its public name and the sizes that it takes: `@schedule(...)` above its function is all."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
 from typing import Protocol
 
 from meshpipe.plan.plan import Plan
@@ -12,22 +13,30 @@ class Schedule(Protocol):
     def __call__(self, num_ranks: int, num_microbatches: int, stages_per_rank: int = ..., /) -> Plan: ...
 
 
-STAGES_PER_RANK: Mapping[str, tuple[int, int | None]] = {
-    "gpipe": (1, None),
-    "1f1b": (1, 1),
-    "eager-1f1b": (1, 1),
-    "interleaved-1f1b": (2, None),
-    "looped-bfs": (2, None),
-    "zb-h1": (1, 1),
-    "zb-h2": (1, 1),
-    "zb-v": (2, 2),
-    "dualpipe-v": (2, 2),
-    "inference": (1, None),
-}
+SCHEDULES: dict[str, Schedule] = {}
+"""The schedules by public name; all but `inference` train."""
+
+STAGES_PER_RANK: dict[str, tuple[int, int | None]] = {}
 """The fewest and the most stages per rank that a schedule takes, by its name; None is any number."""
 
-SEVERAL_STAGES = tuple(name for name, (_, most) in STAGES_PER_RANK.items() if most != 1)
-"""Names of the schedules that take more than one stage per rank."""
+
+def schedule(name: str, *, stages_per_rank: tuple[int, int | None]) -> Callable[[Schedule], Schedule]:
+    """Registers the decorated function as the schedule `name`, for these numbers of stages per rank, and checks sizes.
+
+    `stages_per_rank` has the fewest, which is also the default, and the most; None is any number.
+    """
+    least, _ = stages_per_rank
+
+    def register(make: Schedule) -> Schedule:
+        @functools.wraps(make)
+        def checked(num_ranks: int, num_microbatches: int, stages_per_rank: int = least, /) -> Plan:
+            _check_sizes(name, num_ranks, num_microbatches, stages_per_rank)
+            return make(num_ranks, num_microbatches, stages_per_rank)
+
+        SCHEDULES[name], STAGES_PER_RANK[name] = checked, stages_per_rank
+        return checked
+
+    return register
 
 
 def takes_stages(name: str, stages_per_rank: int) -> bool:
@@ -35,8 +44,7 @@ def takes_stages(name: str, stages_per_rank: int) -> bool:
     return least <= stages_per_rank and (most is None or stages_per_rank <= most)
 
 
-def check_sizes(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> None:
-    """Raises `ValueError` when the schedule with this name cannot be made for these sizes."""
+def _check_sizes(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> None:
     sizes = {"ranks": num_ranks, "microbatches": num_microbatches, "stages per rank": stages_per_rank}
     for what, size in sizes.items():
         if size < 1:
@@ -44,21 +52,10 @@ def check_sizes(name: str, num_ranks: int, num_microbatches: int, stages_per_ran
     if takes_stages(name, stages_per_rank):
         return
     least, most = STAGES_PER_RANK[name]
-    number = {1: "one", 2: "two"}[least]
+    number = {1: "one", 2: "two"}.get(least, str(least))
     others = [other for other in STAGES_PER_RANK if other != "inference" and takes_stages(other, stages_per_rank)]
     raise ValueError(
         f"The schedule {name} takes {'' if most else 'at least '}{number} stage{'s' if least > 1 else ''} per rank. "
         f"Got {stages_per_rank}. Take {number}{'' if most else ' or more'}, or a schedule that takes "
         f"{'one' if stages_per_rank == 1 else 'several'}: {', '.join(others)}."
     )
-
-
-def loop(num_ranks: int, stages_per_rank: int) -> tuple[int, ...]:
-    """The ranks of stages dealt in turn: stage s on rank s mod R."""
-    return tuple(range(num_ranks)) * stages_per_rank
-
-
-def zigzag(num_ranks: int, stages_per_rank: int) -> tuple[int, ...]:
-    """The ranks of stages that go to the last rank, back to the first, and so on: with two per rank, a V."""
-    down = tuple(range(num_ranks))
-    return tuple(rank for turn in range(stages_per_rank) for rank in (down[::-1] if turn % 2 else down))
