@@ -29,15 +29,34 @@ def choose(name: str, commands: dict[str, Command], program: str) -> Command:
     raise ValueError(f"The command must be one of {', '.join(commands)}. {got}{suggestion}")
 
 
+class ParserExit(Exception):
+    """The parser has said all there is to say: help, or what is wrong with the flags."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def parse(flags: Any, arguments: list[str], program: str, description: str | None) -> Any:
+    """An instance of `flags`, a dataclass, from arguments. Raises `ParserExit` after `--help` or a wrong flag.
+
+    The parser's own `SystemExit` could not be told from one of a user's code.
+    """
+    try:
+        return tyro.cli(flags, args=arguments, prog=program, description=description)
+    except SystemExit as end:
+        raise ParserExit(end.code if isinstance(end.code, int) else COMPLETED) from None
+
+
 def configure(command: str, arguments: list[str], description: str, extra: Any = None) -> tuple[str, "Config", Any]:
     """The recipe's name, its configuration with the flags applied, and the command's own flags in place of `extra`.
 
-    Raises `ValueError` for an unknown recipe, and `SystemExit` after `--help` or a wrong flag.
+    Raises `ValueError` for an unknown recipe, and `ParserExit` after `--help` or a wrong flag.
     """
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: meshpipe {command} RECIPE [flags]\n\n{description}")
         print("`meshpipe recipes` lists the recipes of this folder; a recipe followed by --help shows its flags.")
-        raise SystemExit(COMPLETED)
+        raise ParserExit(COMPLETED)
     if not arguments or arguments[0].startswith("-"):
         got = f"Got {arguments[0]!r} in its place." if arguments else "Got none."
         raise ValueError(
@@ -51,13 +70,15 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
     if extra is not None:
         fields.append(("extra", Annotated[type(extra), _WITHOUT_PREFIX], extra))
     flags = make_dataclass("Flags", [(name, kind, field(default=default)) for name, kind, default in fields])
-    chosen: Any = tyro.cli(
-        flags,
-        args=arguments[1:],
-        prog=f"meshpipe {command} {arguments[0]}",
-        description=f"{description} {recipe.summary}".strip(),
-    )
+    description = f"{description} {recipe.summary}".strip()
+    chosen = parse(flags, arguments[1:], f"meshpipe {command} {arguments[0]}", description)
     return recipe.name, chosen.config, getattr(chosen, "extra", None)
+
+
+def call_of_exit(end: SystemExit) -> str:
+    """The arguments of a `sys.exit`, and where it was called."""
+    frames = traceback.extract_tb(end.__traceback__)
+    return f"({'' if end.code is None else repr(end.code)}) in {frames[-1].filename}, line {frames[-1].lineno}"
 
 
 def origin(error: ValueError) -> str:

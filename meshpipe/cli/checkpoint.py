@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from meshpipe.cli.arguments import Command, choose
+from meshpipe.cli.arguments import Command, choose, parse
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
 USAGE = """usage: meshpipe checkpoint list DIR
@@ -32,7 +32,7 @@ class _FolderAndStep:
 
 
 def checkpoint_list(arguments: list[str]) -> int:
-    flags = tyro.cli(_Folder, args=arguments, prog="meshpipe checkpoint list", description="Lists whole checkpoints.")
+    flags = parse(_Folder, arguments, "meshpipe checkpoint list", "Lists whole checkpoints.")
     from meshpipe.checkpoint import CheckpointError, CheckpointInfo, describe_checkpoint, list_checkpoints
     from meshpipe.report.checkpoints import checkpoint_table
     from meshpipe.report.tables import make_console
@@ -52,7 +52,7 @@ def checkpoint_list(arguments: list[str]) -> int:
 
 def checkpoint_show(arguments: list[str]) -> int:
     description = "Shows everything that is written down about one checkpoint."
-    flags = tyro.cli(_FolderAndStep, args=arguments, prog="meshpipe checkpoint show", description=description)
+    flags = parse(_FolderAndStep, arguments, "meshpipe checkpoint show", description)
     from meshpipe.checkpoint import describe_checkpoint, list_checkpoints
     from meshpipe.report.checkpoints import print_checkpoint
     from meshpipe.report.tables import make_console
@@ -64,7 +64,7 @@ def checkpoint_show(arguments: list[str]) -> int:
 
 def checkpoint_verify(arguments: list[str]) -> int:
     description = "Compares every byte of the checkpoints with the checksums written when they were saved."
-    flags = tyro.cli(_FolderAndStep, args=arguments, prog="meshpipe checkpoint verify", description=description)
+    flags = parse(_FolderAndStep, arguments, "meshpipe checkpoint verify", description)
     from meshpipe.checkpoint import list_checkpoints, verify_checkpoint
 
     steps = list_checkpoints(flags.directory) if flags.step is None else [flags.step]

@@ -3,8 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-import tyro
-
+from meshpipe.cli.arguments import parse
 from meshpipe.cli.devices import DEVICES
 
 
@@ -31,7 +30,7 @@ def launch(arguments: list[str]) -> int:
             "-- must stand before the command of the processes. Got train without it. "
             "Write meshpipe launch --processes N -- train RECIPE."
         )
-    flags = tyro.cli(_LaunchFlags, args=own, prog="meshpipe launch", description=launch.__doc__)
+    flags = parse(_LaunchFlags, own, "meshpipe launch", launch.__doc__)
     if not command or command[0] != "train":
         got = f"Got {command[0]!r}." if command else "Got nothing after it."
         raise ValueError(f"The command after -- must be train: meshpipe launch --processes N -- train RECIPE. {got}")

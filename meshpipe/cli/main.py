@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from meshpipe.cli.arguments import Command, choose, origin
+from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, origin
 from meshpipe.cli.checkpoint import checkpoint
 from meshpipe.cli.launch import launch
 from meshpipe.cli.output import lasting_output
@@ -15,7 +15,7 @@ from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
 from meshpipe.cli.verify import verify
 from meshpipe.errors import errors_name_flags
-from meshpipe.processes.exit_codes import COMPLETED, INTERRUPTED, INVALID
+from meshpipe.processes.exit_codes import COMPLETED, FAILED, INTERRUPTED, INVALID
 
 USAGE = """usage: meshpipe COMMAND ...
 
@@ -63,8 +63,11 @@ def _run(command: str, rest: list[str]) -> int:
     try:
         with errors_name_flags():
             return choose(command, COMMANDS, "meshpipe")(rest)
-    except SystemExit as end:  # from tyro, after --help or a wrong flag
-        return end.code if isinstance(end.code, int) else COMPLETED
+    except ParserExit as end:
+        return end.code
+    except SystemExit as end:  # of the user's code
+        print(f"meshpipe: {command} was ended by sys.exit{call_of_exit(end)}.", file=sys.stderr)
+        return end.code if isinstance(end.code, int) and end.code else FAILED
     except ValueError as error:
         print(f"meshpipe: {error}{origin(error)}", file=sys.stderr)
         return INVALID

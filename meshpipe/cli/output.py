@@ -4,17 +4,18 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class _Lasting:
     """A stream whose failures end nothing: once it cannot be written, it is closed off, and what follows is dropped.
 
     A reader that has gone (`| head`), a full disk, a terminal that was closed. `say` tells about it.
+    `stream` is whatever stands in the place of `sys.stdout`.
     """
 
-    def __init__(self, stream: TextIO, say: Any) -> None:
+    def __init__(self, stream: Any, say: Callable[[Exception], None]) -> None:
         self._stream, self._say = stream, say
         self._is_gone = False
 

@@ -3,8 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-import tyro
-
+from meshpipe.cli.arguments import parse
 from meshpipe.processes.exit_codes import COMPLETED, INVALID
 
 
@@ -15,7 +14,7 @@ class _Nothing:
 
 def recipes(arguments: list[str]) -> int:
     """Lists the recipes of the current folder; one that fails is told on standard error, with exit code 2."""
-    tyro.cli(_Nothing, args=arguments, prog="meshpipe recipes", description="Lists what the folder recipes/ offers.")
+    parse(_Nothing, arguments, "meshpipe recipes", "Lists what the folder recipes/ offers.")
     from meshpipe.report.tables import make_console, make_table
     from meshpipe.run.recipe import RecipeError, discover
 

@@ -68,7 +68,7 @@ class Guard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         cannot_be = isinstance(error, ValueError) and not is_lost_connection(error)
-        if process_count() > 1 and isinstance(error, Exception) and not cannot_be:
+        if process_count() > 1 and isinstance(error, Exception | SystemExit) and not cannot_be:
             if not isinstance(error, IntrusionError):
                 traceback.print_exception(error)
             self.fail(error)
@@ -76,7 +76,7 @@ class Guard:
         if self._last_words is not None:
             self._last_words.withdraw()
 
-    def fail(self, why: Exception | str) -> NoReturn:
+    def fail(self, why: BaseException | str) -> NoReturn:
         """Tells the others that this process fails and why, and ends it.
 
         An error of a connection to another process, which is therefore gone, waits until it is known which process,
@@ -85,7 +85,7 @@ class Guard:
         if process_count() == 1:
             leave(FAILED)
         message = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
-        if isinstance(why, Exception) and is_lost_connection(why):
+        if isinstance(why, BaseException) and is_lost_connection(why):
             time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
         if not self._done.is_set():
             try:

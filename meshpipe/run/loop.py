@@ -106,17 +106,17 @@ class Loop:
         self._clock = time.perf_counter()
         self._saved_step = trainer.step_number if trainer.step_number else None
         self._evaluated_step: int | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         """What made it fail."""
         self._progress = ProgressLine(outputs.console, config.steps, trainer.step_number)
 
     def run(self) -> int:
         started = time.perf_counter()
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             self._out.metrics.write("start", self._start_values())
             status = self._train()
-        except Exception as exception:
+        except (Exception, SystemExit) as exception:  # sys.exit in the user's code does not complete a run
             status, error = "failed", exception
         finally:
             self._progress.close()
@@ -333,7 +333,7 @@ class Loop:
         rest = "" if saved >= self._config.steps else "; --resume goes on from it"
         return f"Step {saved} is saved in {self._config.checkpoint.checkpoint_dir}{rest}."
 
-    def _explain(self, error: Exception, saved: int | None) -> None:
+    def _explain(self, error: BaseException, saved: int | None) -> None:
         """Tells a failure on standard error, last what happened, where, and what was saved."""
         if not isinstance(error, NonFiniteError):
             traceback.print_exception(error)

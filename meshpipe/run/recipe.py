@@ -44,8 +44,10 @@ class Recipe:
         try:
             with errors_name_flags(False):  # a recipe is Python, and has arguments
                 config = function()
-        except Exception as error:
-            raise RecipeError(f"The recipe {self.name} fails{_where(error, self.file)}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit too: no recipe ends a command, and silently least of all
+            raise RecipeError(f"The recipe {self.name} fails{_where(error, self.file)}: {_tell(error)}") from error
         if not isinstance(config, Config):
             raise RecipeError(
                 f"A recipe returns a meshpipe.Config. Got {type(config).__name__} from {self.name}. "
@@ -163,14 +165,22 @@ def _run_file(file: Path) -> ModuleType:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise RecipeError(
-            f"The recipe file {file} fails{_where(error, file)}: {type(error).__name__}: {error}"
-        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        what = _tell(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        raise RecipeError(f"The recipe file {file} fails{_where(error, file)}: {what}") from error
     return module
 
 
-def _where(error: Exception, file: Path) -> str:
+def _tell(error: BaseException) -> str:
+    """What an error says; its type where that is all there is to say."""
+    if isinstance(error, SystemExit):
+        return f"it calls sys.exit: {error}" if isinstance(error.code, str) else f"it calls sys.exit({error.code})"
+    return str(error) or type(error).__name__
+
+
+def _where(error: BaseException, file: Path) -> str:
     """The last line of the recipe's own file that an error passed through."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
