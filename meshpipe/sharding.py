@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -113,6 +114,11 @@ def place(values: Any, shardings: Any) -> Any:
 def _place_parts(value: Any, sharding: NamedSharding) -> jax.Array:
     whole = np.asarray(value)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index], dtype=whole.dtype)
+
+
+def widened(array: Any) -> np.ndarray:
+    """The array in float64, or complex128: NumPy knows neither bfloat16 nor what is finite in it."""
+    return np.asarray(array, np.complex128 if jnp.issubdtype(array.dtype, np.complexfloating) else np.float64)
 
 
 def local_value(array: jax.Array) -> np.ndarray:

@@ -20,6 +20,7 @@ from meshpipe.compiler.compiler import Compiler
 from meshpipe.host import no_garbage_collection
 from meshpipe.layers.initialise import initialise
 from meshpipe.layers.layer import LayerLike, Leaves
+from meshpipe.layers.microbatches import OwnBatch
 from meshpipe.layers.paths import by_path
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.layers.staged_model import StagedModel, StageInfo
@@ -36,6 +37,8 @@ from meshpipe.processes.group import Group
 from meshpipe.sharding import ShardingRules, local_value
 from meshpipe.stage.target import Target
 
+STEPS_AHEAD = 32
+"""Steps that may be dispatched before the first of them is done."""
 LAST_STAGE_SECONDS = 3600.0
 """How long to wait for what the last stage found out."""
 
@@ -71,7 +74,6 @@ class StepResult:
     """False when the loss or the norm is not finite, and the update was therefore left out."""
     finite: dict[int, jax.Array]
     """For each local stage, whether its parameters are finite after the update."""
-    batch: Batch
     measured: MeasuredStep | None = None
     """When each action ran, where that was asked for."""
 
@@ -156,7 +158,7 @@ class Trainer:
         self.model = model
         self.seed = seed
         self.step_number = 0
-        self._unchecked: deque[tuple[int, jax.Array, Batch]] = deque()
+        self._unchecked: deque[tuple[int, jax.Array, OwnBatch]] = deque()
         self.group = Group(device.process_index for device in model.mesh.devices.flat)
         """The processes that have a part in it."""
         name = self.group.name
@@ -206,12 +208,13 @@ class Trainer:
         return self.model.notes
 
     def step(self, batch: Batch, *, measure: bool = False, observe: Observer | None = None) -> StepResult:
-        """One update on a global batch of numpy arrays; returns as soon as the work is dispatched.
+        """One update on a global batch; returns as soon as the batch is copied and the work is dispatched.
 
         With `measure` it waits for the steps before and for its own gradients, and the result has the times of all its
         actions. `observe` is called after each action is dispatched, unless it is measured. Raises `ValueError` when
-        the batch's fields or shapes are not those of the example.
+        the batch's fields, shapes or dtypes are not those of the example.
         """
+        batch = self.model.microbatches.read(batch)
         gradients, after, totals, measured = self._accumulate(batch, measure=measure, observe=observe)
         gradients = self.tied.sum_gradients(gradients)
         self._params, self._opt_states, self._state, found = self.optimizer.update(
@@ -226,7 +229,6 @@ class Trainer:
             found.applied,
             found.good,
             self.optimizer.finite,
-            batch,
             measured,
         )
         self._remember(result.step, result.good, batch)
@@ -309,8 +311,13 @@ class Trainer:
             origin = first_non_finite(self.model, self.params, self.state, self.seed, step - 1, batch)
         raise NonFiniteError(f"Step {step} is not finite: {origin}", step, left_out=True)
 
-    def _remember(self, step: int, good: jax.Array, batch: Batch) -> None:
-        """Keeps steps until they are known to be good, without waiting, so that the first bad one can be run again."""
+    def _remember(self, step: int, good: jax.Array, batch: OwnBatch) -> None:
+        """Keeps steps until they are known to be good, so that the first bad one can be run again.
+
+        It does not wait, unless `STEPS_AHEAD` steps are not done: each keeps a batch in memory.
+        """
+        if len(self._unchecked) >= STEPS_AHEAD:
+            jax.block_until_ready(self._unchecked[0][1])
         while self._oldest_is_known() and local_value(self._unchecked[0][1]):
             self._unchecked.popleft()
         if not self._oldest_is_known():  # else it is bad, and none after it counts
@@ -352,14 +359,19 @@ class Trainer:
             for i, (stage, shapes) in enumerate(zip(self.model.parameters, self.optimizer.state_shapes, strict=True))
         ]
 
-    def load_state_tree(self, trees: Sequence[StateTree], step: int) -> None:
-        """Continues from restored trees as they were after update `step`."""
+    def load_state_tree(self, trees: Sequence[StateTree], step: int, *, donate: bool = False) -> None:
+        """Continues from restored trees as they were after update `step`.
+
+        The arrays are copied, unless they are donated: then they belong to the trainer, whose next step deletes them.
+        """
         for i in self.model.local:
             tree, stage, shapes = trees[i], self.model.parameters[i], self.optimizer.state_shapes[i]
-            self._params[i] = tuple(tree["params"][path] for path in stage.params)
-            self._state[i] = tuple(tree["state"][path] for path in stage.state)
-            leaves = [tree["optimizer"][path] for path in self._optimizer_paths[i]]
-            self._opt_states[i] = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+            wanted = dict(zip(self._optimizer_paths[i], jax.tree.leaves(shapes), strict=True))
+            take = _as_they_are if donate else _copies
+            self._params[i] = take(tree["params"], stage.params)
+            self._state[i] = take(tree["state"], stage.state)
+            self._opt_states[i] = jax.tree.unflatten(jax.tree.structure(shapes), take(tree["optimizer"], wanted))
+        jax.block_until_ready((self._params, self._state, self._opt_states))
         self.step_number = step
         self._unchecked.clear()
         self.optimizer.reset()
@@ -375,3 +387,11 @@ class Trainer:
         if measure:
             return measure_step(self.model.executor, self._params, self._state, inputs)
         return *self.model.executor.run(self._params, self._state, inputs, observe), None
+
+
+def _as_they_are(leaves: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[jax.Array, ...]:
+    return tuple(leaves[path] for path in wanted)
+
+
+def _copies(leaves: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[jax.Array, ...]:
+    return tuple(jnp.copy(jax.device_put(leaves[path], shape.sharding)) for path, shape in wanted.items())

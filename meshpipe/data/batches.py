@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 
+from meshpipe.data.arrays import read_field
 from meshpipe.errors import ArgumentError, check_whole
 
 Batch = dict[str, np.ndarray]
@@ -18,8 +19,8 @@ Batch = dict[str, np.ndarray]
 class Source(Protocol):
     """A random-access data set: the example of an index is the same in every process and run.
 
-    Every example is a dict of arrays or scalars whose shapes and dtypes do not depend on the index. `repr` names the
-    data and does not change from run to run: a resumed run compares it with the one that was saved.
+    Every example is a dict of arrays, lists or numbers whose shapes and dtypes do not depend on the index. `repr` names
+    the data and does not change from run to run: a resumed run compares it with the one that was saved.
     """
 
     def __len__(self) -> int: ...
@@ -76,12 +77,12 @@ class BatchIterator(Iterator[Batch]):
 
     def _read(self, position: int, index: int) -> Mapping[str, Any]:
         if self._rows is None or position % self._batch_size in self._rows:
-            return self._source[index]
+            return _arrays(self._source[index])
         return self._blank
 
     @cached_property
     def _blank(self) -> Mapping[str, Any]:
-        return {name: np.zeros_like(value) for name, value in self._source[0].items()}
+        return {name: np.zeros_like(value) for name, value in _arrays(self._source[0]).items()}
 
     def __next__(self) -> Batch:
         batch = self._returned.pop() if self._returned else next(self._iterator)
@@ -136,4 +137,9 @@ def example_batch(source: Source, batch_size: int) -> Batch:
     """
     if not len(source):
         raise ValueError(f"A data set must have at least one example. Got none in {source!r}.")
-    return {name: np.stack([np.asarray(value)] * batch_size) for name, value in source[0].items()}
+    return {name: np.stack([value] * batch_size) for name, value in _arrays(source[0]).items()}
+
+
+def _arrays(example: Mapping[str, Any]) -> Batch:
+    """Every field as one array: a list is a row of a batch, and not one field for each of its elements."""
+    return {name: read_field(name, value) for name, value in example.items()}

@@ -7,12 +7,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from meshpipe.data.arrays import field_shape, own_field
 from meshpipe.mesh import DATA
 from meshpipe.sharding import place
 from meshpipe.stage.traced import TracedStage
 
 _PLACED = ("seed", "paths")
 """Inputs of a stage that stay the same in every step."""
+
+
+class OwnBatch(dict[str, np.ndarray]):
+    """The fields of a batch in arrays that nobody else writes to, with the shapes and dtypes of the example."""
 
 
 class Microbatches:
@@ -34,6 +39,16 @@ class Microbatches:
             for name, s in self.shapes.items()
         }
 
+    def read(self, batch: Mapping[str, Any]) -> OwnBatch:
+        """The batch as a step may keep it: whatever its caller does with it afterwards.
+
+        Raises `ValueError` when fields, shapes or dtypes differ from those of the example, or numbers do not fit.
+        """
+        if isinstance(batch, OwnBatch):
+            return batch
+        self._check(batch)
+        return OwnBatch({name: own_field(name, value, self.shapes[name].dtype) for name, value in batch.items()})
+
     def place(
         self,
         traced: Mapping[int, TracedStage],
@@ -44,10 +59,9 @@ class Microbatches:
     ) -> dict[int, Any]:
         """What every traced stage reads of a batch, on its submesh, after what was placed before: `seed` and `paths`.
 
-        Raises `ValueError` when fields or shapes differ from those of the example.
+        Raises `ValueError` as `read` does.
         """
-        self._check(batch)
-        fields: dict[str, Any] = {name: self._split(np.asarray(value)) for name, value in batch.items()}
+        fields: dict[str, Any] = {name: self._split(value) for name, value in self.read(batch).items()}
         fields["step"] = np.uint32(step)
         wanted = {s: [fields[name] for name in stage.input_names if name not in _PLACED] for s, stage in traced.items()}
         shardings = {
@@ -82,7 +96,7 @@ class Microbatches:
         return value.reshape(self.count, -1, *value.shape[1:])
 
     def _check(self, batch: Mapping[str, Any]) -> None:
-        found = {name: np.shape(value) for name, value in batch.items()}
+        found = {name: field_shape(name, value).shape for name, value in batch.items()}
         expected = {name: shape.shape for name, shape in self.shapes.items()}
         if found != expected:
             raise ValueError(
@@ -98,7 +112,8 @@ def _batch_shapes(
         raise ValueError(
             f"`input` must name a field of the batch. Got {input!r}; the batch has {', '.join(batch) or 'no fields'}."
         )
-    sizes = {name: (np.shape(value) or (0,))[0] for name, value in batch.items()}
+    shapes = {name: field_shape(name, value) for name, value in batch.items()}
+    sizes = {name: (shape.shape or (0,))[0] for name, shape in shapes.items()}
     if len(set(sizes.values())) > 1 or 0 in sizes.values():
         raise ValueError(f"Every batch field must have the same leading dim, the batch size. Got {sizes}.")
     parts = num_microbatches * mesh.shape.get(DATA, 1)
@@ -107,6 +122,4 @@ def _batch_shapes(
             f"The batch size must be a multiple of num_microbatches * data. Got {sizes[input]} with "
             f"{num_microbatches} * {mesh.shape.get(DATA, 1)} = {parts}. Choose a multiple of {parts}."
         )
-    return {
-        name: jax.ShapeDtypeStruct(np.shape(v), jax.dtypes.canonicalize_dtype(v.dtype)) for name, v in batch.items()
-    }
+    return shapes

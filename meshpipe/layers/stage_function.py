@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from meshpipe.layers.layer import Layer, Randomness
@@ -84,4 +85,7 @@ def _loss(loss: Loss, value: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, 
             "A loss must return two scalars: the sum of the losses over the microbatch, and their weight (how many "
             f"there are). Got {jax.tree.map(np.shape, result)}. Write e.g. `return losses.sum(), losses.size`."
         )
+    if any(jnp.iscomplexobj(v) for v in result):
+        dtypes = [jnp.result_type(v).name for v in result]
+        raise ValueError(f"A loss and its weight must be real. Got {dtypes}. Write e.g. jnp.abs(error) ** 2.")
     return result[0], result[1]

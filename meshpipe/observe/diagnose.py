@@ -9,7 +9,7 @@ import numpy as np
 
 from meshpipe.layers.layer import Leaves, Randomness
 from meshpipe.layers.staged_model import StagedModel
-from meshpipe.sharding import replicated
+from meshpipe.sharding import replicated, widened
 
 
 def first_non_finite(
@@ -98,5 +98,4 @@ def _loss(model: StagedModel, value: Any, fields: Any) -> tuple[tuple[jax.Array,
 
 
 def _all_finite(leaves: Iterable[Any]) -> bool:
-    floating = [v for v in leaves if jnp.issubdtype(v.dtype, jnp.inexact)]
-    return all(bool(np.isfinite(np.asarray(v, np.float64)).all()) for v in floating)
+    return all(bool(np.isfinite(widened(v)).all()) for v in leaves if jnp.issubdtype(v.dtype, jnp.inexact))

@@ -239,7 +239,7 @@ class Optimizer:
         counted = [path not in stage.borrowed for path in stage.params]
 
         def sum_of_squares(gradients: Arrays, below: Arrays) -> jax.Array:
-            squares = (jnp.sum(jnp.square(g.astype(jnp.float32))) for g, c in zip(gradients, counted, strict=True) if c)
+            squares = (_square(g) for g, c in zip(gradients, counted, strict=True) if c)
             return sum(below, start=sum(squares, start=jnp.zeros((), jnp.float32)))
 
         return sum_of_squares
@@ -254,7 +254,7 @@ class Optimizer:
         # 0 where nothing counts, and NaN where there was one.
         loss, norm = (jnp.where(counts, value / divisor, value * 0) for value in (total, jnp.sqrt(square)))
         clip = self._clip_norm
-        factor = jnp.ones(()) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
+        factor = jnp.ones((), jnp.float32) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
         good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
         return factor / divisor, good & counts, loss, norm, good
 
@@ -287,6 +287,12 @@ def parent(stage: int, num_stages: int) -> int:
     is deep. A parent comes after its children.
     """
     return num_stages - 1 - (num_stages - 2 - stage) // 2
+
+
+def _square(gradient: jax.Array) -> jax.Array:
+    """The sum of the squares of its elements, of complex ones of their absolute values."""
+    parts = (gradient.real, gradient.imag) if jnp.iscomplexobj(gradient) else (gradient,)
+    return sum((jnp.sum(jnp.square(part.astype(jnp.float32))) for part in parts), start=jnp.zeros((), jnp.float32))
 
 
 def _accumulators(stage: StageParameters) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -11,6 +11,7 @@ import optax
 
 from meshpipe.layers.layer import Layer, Leaves, Randomness, path_hash
 from meshpipe.layers.stage_function import Loss
+from meshpipe.sharding import widened
 
 Batch = Mapping[str, Any]
 
@@ -61,8 +62,11 @@ class PlainTrainer:
         if not weight:  # there is no mean to follow
             self.state, self.step_number = before, self.step_number + 1
             return 0.0, 0.0, {path: np.zeros(leaf.shape, np.float32) for path, leaf in self.params.items()}
-        mean = {path: np.asarray(g, np.float32) / np.float32(weight) for path, g in (gradients or {}).items()}
-        norm = float(np.sqrt(sum(np.sum(np.square(g.astype(np.float64))) for g in mean.values())))
+        mean = {
+            path: np.asarray(g, jnp.promote_types(g.dtype, jnp.float32)) / np.float32(weight)
+            for path, g in (gradients or {}).items()
+        }
+        norm = float(np.sqrt(sum(np.sum(np.square(np.abs(widened(g)))) for g in mean.values())))
         if self._clip_norm is not None and norm > self._clip_norm:
             mean = {path: g * np.float32(self._clip_norm / norm) for path, g in mean.items()}
         self.params, self.opt_state = self._update(self.params, self.opt_state, jax.device_put(mean, self._device))

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from meshpipe.config import Config
 from meshpipe.data import batches
+from meshpipe.data.arrays import copy_batch
 from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.stage_function import Loss
 from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.reference.plain import PlainTrainer
-from meshpipe.sharding import PRESETS, ShardingRules
+from meshpipe.sharding import PRESETS, ShardingRules, widened
 from meshpipe.trainer import Trainer
 
 SMALL = 1e-2
@@ -131,7 +132,7 @@ def verify(
     otherwise, matrices are multiplied in full precision, which accelerators by themselves do not do for float32. Raises
     `ValueError` as `Trainer` does, and without batches.
     """
-    rows = list(batches)
+    rows = [copy_batch(batch) for batch in batches]  # a loader may use its arrays again for the next batch
     if not rows:
         raise ValueError("Verification needs at least one batch. Got none.")
     config = pipeline or PipelineConfig()
@@ -217,7 +218,7 @@ class Comparison:
         """Compares every leaf of `expected`; elements that are not `certain` are left out."""
         largest = max((_largest(leaf) for leaf in expected.values()), default=0.0)
         for path, leaf in expected.items():
-            a, b = np.asarray(found[path], np.float64), np.asarray(leaf, np.float64)
+            a, b = widened(found[path]), widened(leaf)
             difference = np.abs(a - b) if certain is None else np.where(certain[path], np.abs(a - b), 0.0)
             allowed = self.tolerance * max(_largest(b), SMALL * largest)
             self.differences.append(Difference(update, quantity, path, float(np.max(difference, initial=0.0)), allowed))
@@ -258,7 +259,7 @@ def _tolerance(trainer: Trainer) -> float:
 
 
 def _largest(leaf: Any) -> float:
-    return float(np.max(np.abs(np.asarray(leaf, np.float64)), initial=0.0))
+    return float(np.max(np.abs(widened(leaf)), initial=0.0))
 
 
 def _ratio(difference: Difference) -> float:

@@ -97,7 +97,7 @@ def _check_costs(config: Config) -> None:
 
 def _restore(trainer: Trainer, checkpointer: Checkpointer, config: Config, step: int, console: Console) -> None:
     """Puts the state of a saved step into the trainer; with `--resume-from`, sets later steps aside."""
-    trainer.load_state_tree(checkpointer.restore(step, trainer.abstract_state_tree()), step)
+    trainer.load_state_tree(checkpointer.restore(step, trainer.abstract_state_tree()), step, donate=True)
     console.print(f"Resumed after step {step} of {config.checkpoint.checkpoint_dir}.")
     if config.checkpoint.resume_from is not None and process_index() == 0:
         for later in checkpointer.supersede(step):

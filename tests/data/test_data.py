@@ -229,3 +229,25 @@ def test_only_the_wanted_rows_are_read_and_the_position_is_that_of_all() -> None
     assert not any(value.any() for value in next(part).values())
     part.read_only(range(4))
     np.testing.assert_array_equal(next(part)["number"], expected[4]["number"])
+
+
+class Lists:
+    """Examples as tokenisers and JSON give them."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        return {"tokens": [10 * index + k for k in range(4)], "pair": (index, -index), "label": index}
+
+
+def test_lists_in_examples_are_rows_of_a_batch() -> None:
+    source, size = Lists(), 4  # as many rows as elements, so that no shape tells what was mixed up
+    batch, example = next(batches(source, size, shuffle=False)), example_batch(source, size)
+    assert batch["tokens"].tolist() == [[10 * i + k for k in range(4)] for i in range(4)]
+    assert batch["pair"].tolist() == [[i, -i] for i in range(4)]
+    assert batch["label"].tolist() == [0, 1, 2, 3]
+    assert {n: (v.shape, v.dtype) for n, v in batch.items()} == {n: (v.shape, v.dtype) for n, v in example.items()}
+    part = batches(source, size, shuffle=False)
+    part.read_only([1])
+    assert next(part)["tokens"].tolist() == [[0] * 4, [10, 11, 12, 13], [0] * 4, [0] * 4]
