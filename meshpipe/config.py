@@ -8,6 +8,7 @@ import tyro
 from meshpipe.checkpoint import CheckpointConfig
 from meshpipe.data import DataConfig, example_batch
 from meshpipe.errors import ArgumentError, check_seed, check_whole
+from meshpipe.files import expand_fields
 from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig
 from meshpipe.models.model import ModelConfig
@@ -64,6 +65,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        expand_fields(self, "compile_cache", "metrics", "trace")
         least = {
             "steps": 0,
             "batch_size": 1,

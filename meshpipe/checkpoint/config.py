@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.files import expand_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "checkpoint_keep"):
             check_whole(name, getattr(self, name), 0)
+        expand_fields(self, "checkpoint_dir")
         if self.resume_from is not None:
             check_whole("resume_from", self.resume_from, 0)
         if self.checkpoint_dir is None:
@@ -41,8 +43,6 @@ class CheckpointConfig:
             }
             for name in (name for name, is_asked in asked.items() if is_asked):
                 raise ArgumentError(f"`{name}` needs a folder of checkpoints. Got none: add `checkpoint_dir` DIR.")
-        elif not self.checkpoint_dir.strip():
-            raise ArgumentError("`checkpoint_dir` must name a folder. Got an empty name.")
         if self.resume_from is not None and (self.resume or self.auto_resume):
             other = "resume" if self.resume else "auto_resume"
             raise ArgumentError(

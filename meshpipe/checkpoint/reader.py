@@ -28,7 +28,7 @@ class CheckpointReader:
             raise CheckpointError(
                 f"Checkpoints are written to folders. Got {str(directory)!r}. Mount the storage, and give its path."
             )
-        self.directory = Path(directory).absolute()
+        self.directory = Path(directory).expanduser().absolute()
 
     def steps(self) -> list[int]:
         """Steps that were saved as a whole, oldest first; none where there is no folder."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from meshpipe.cli.arguments import Command, choose, parse
+from meshpipe.files import expand_fields
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
 USAGE = """usage: meshpipe checkpoint list DIR
@@ -22,6 +23,9 @@ class _Folder:
     directory: tyro.conf.Positional[Path]
     """Folder of a run's checkpoints."""
 
+    def __post_init__(self) -> None:
+        expand_fields(self, "directory")
+
 
 @dataclass(frozen=True)
 class _FolderAndStep:
@@ -29,6 +33,9 @@ class _FolderAndStep:
     """Folder of a run's checkpoints."""
     step: int | None = None
     """One step; without it, the newest to show, and all to verify."""
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "directory")
 
 
 def checkpoint_list(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshpipe.cli.arguments import configure
+from meshpipe.files import check_file, expand_fields
 from meshpipe.processes.exit_codes import COMPLETED
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ class _PlanFlags:
     save_costs: Path | None = None
     """JSON file for what `--profile` measures, which `--costs` reads."""
 
+    def __post_init__(self) -> None:
+        expand_fields(self, "plot", "save_schedule", "save_costs")
+
     def check(self, config: "Config") -> None:
         """Raises `ValueError` when the flags do not fit together, or a file cannot be written."""
         if self.profile and config.pipeline.costs is not None:
@@ -41,12 +45,9 @@ class _PlanFlags:
                 "--save-schedule must name a file that ends in .txt, as --schedule does. "
                 f"Got {str(self.save_schedule)!r}."
             )
-        for flag, file in (("--save-costs", self.save_costs), ("--save-schedule", self.save_schedule)):
-            if file is not None and (not file.parent.is_dir() or file.is_dir()):
-                raise ValueError(
-                    f"{flag} must name a file in a folder that exists. Got {str(file)!r}. "
-                    "Make the folder, or name another file."
-                )
+        for name in ("save_costs", "save_schedule"):
+            if getattr(self, name) is not None:
+                check_file(name, getattr(self, name))
 
 
 def plan(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Batches from a data set: shuffled, prefetched, and resumable at any example."""
 
 import abc
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ from meshpipe.data.arrays import read_field
 from meshpipe.errors import ArgumentError, check_whole
 
 Batch = dict[str, np.ndarray]
+ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]{4,}")
+"""Of an object in memory, in the `repr` that Python gives to what has none of its own."""
 
 
 @runtime_checkable
@@ -95,8 +98,18 @@ class BatchIterator(Iterator[Batch]):
         self._examples -= self._batch_size
 
     def get_state(self) -> dict[str, Any]:
-        """The position as values that JSON can hold."""
-        return {"examples": self._examples, "source": repr(self._source), **self._order}
+        """The position as values that JSON can hold.
+
+        Raises `ArgumentError` when the `repr` of the source is another in every run, so that none could be resumed.
+        """
+        source = repr(self._source)
+        if ADDRESS.search(source):
+            raise ArgumentError(
+                "A data source must have a repr that names its data and is the same in every run, since a resumed run "
+                f"is compared by it. Got {source[:200]}. Give {type(self._source).__name__} a __repr__ with what its "
+                "data depends on, or save no checkpoints."
+            )
+        return {"examples": self._examples, "source": source, **self._order}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues with the example after the last one that the saved iterator handed out.

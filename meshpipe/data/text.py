@@ -11,6 +11,7 @@ import numpy as np
 from meshpipe.data.batches import DataConfig
 from meshpipe.data.text_files import MAX_BYTES_PER_FILE, PACKAGES, Text, folder_files, package_files, read, split
 from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.files import expand_fields
 
 Example = dict[str, np.ndarray]
 
@@ -149,6 +150,7 @@ class TextFilesConfig(DataConfig):
 
     def __post_init__(self) -> None:
         _check_sequence_length(self.sequence_length)
+        expand_fields(self, "path", section="data")
 
     def train_source(self) -> PackedWindows:
         return self._source(held_out=False)

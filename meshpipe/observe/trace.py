@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshpipe.files import check_file
 from meshpipe.observe.clock import MeasuredStep
 from meshpipe.plan.plan import Action
 
@@ -22,11 +23,7 @@ def check_trace(path: str | None) -> None:
     file = Path(path)
     if file.suffix != ".json":
         raise ValueError(f"--trace must name a file that ends in .json. Got {path!r}.")
-    if file.is_dir() or not file.parent.is_dir():
-        raise ValueError(
-            f"--trace must name a file in a folder that exists. Got {path!r}, and "
-            f"{'it is a folder' if file.is_dir() else f'there is no {file.parent}'}."
-        )
+    check_file("trace", file)
 
 
 def write_trace(file: str | Path, steps: Mapping[int, MeasuredStep]) -> None:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.files import expand_fields
 
 CHECKPOINT_POLICIES = (
     "everything_saveable",
@@ -52,6 +53,7 @@ class PipelineConfig:
                 check_whole(name, getattr(self, name))
         for name in ("schedule", "remat", "partition", "memory_limit", "costs"):
             self._check_text(name)
+        expand_fields(self, "costs", *(["schedule"] if self.schedule.endswith(".txt") else []))
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
         self._check_remat()

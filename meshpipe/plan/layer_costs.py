@@ -1,12 +1,14 @@
 """What each layer of a model costs: times and bytes that were measured or given, as plain data with a JSON form."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from meshpipe.errors import ArgumentError
+from meshpipe.files import read_text
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Costs
 
@@ -118,10 +120,10 @@ class ModelCosts:
     def load(cls, file: str) -> "ModelCosts":
         """Raises `ValueError` naming the file when it cannot be read or is not what `save` writes."""
         try:
-            values = json.loads(Path(file).read_text())
+            values = json.loads(read_text(file))
         except OSError as error:
             raise ArgumentError(f"`costs` must name a readable file. Got {file!r}: {error.strerror}. {AGAIN}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArgumentError(
                 f"`costs` must name a JSON file of layer costs. Got {file!r}: {error}. {AGAIN}"
             ) from None
@@ -134,7 +136,7 @@ class ModelCosts:
                 file,
             )
             costs.of_stages([range(len(costs.layers))])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise ArgumentError(
                 f"`costs` must name a JSON file of layer costs. Got {file!r}: {what}. {AGAIN}"
@@ -151,7 +153,11 @@ def _checked(kind: type[Any], values: Mapping[str, Any]) -> Any:
     for field in fields(kind):
         value = values[field.name]
         allowed = {str: str, int: int, float: int | float}[field.type]  # type: ignore[index]
-        if not isinstance(value, allowed) or isinstance(value, bool) or (not isinstance(value, str) and value < 0):
+        if (
+            not isinstance(value, allowed)
+            or isinstance(value, bool)
+            or (not isinstance(value, str) and not 0 <= value < math.inf)
+        ):
             raise ValueError(f"{field.name} is {value!r}")
         made[field.name] = field.type(value)  # type: ignore[operator]
     return kind(**made)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meshpipe.files import check_file
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Timeline
 
@@ -42,10 +43,7 @@ def check_picture(file: Path, flag: str = "--plot") -> None:
         raise ValueError(
             f"{flag} must name a file whose suffix is one of {', '.join(sorted(formats))}. Got {str(file)!r}."
         )
-    if not file.parent.is_dir():
-        raise ValueError(
-            f"{flag} must name a file in a folder that exists. Got {str(file)!r}, and there is no {file.parent}."
-        )
+    check_file(flag.removeprefix("--"), file)
 
 
 def has_matplotlib() -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from meshpipe.files import check_file
 from meshpipe.run.warning import Warnings
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -43,20 +44,9 @@ class MetricsFile:
         if path is None:
             return
         path = Path(path)
-        if path.is_dir():
-            raise ValueError(f"--metrics must name a file. Got the folder {str(path)!r}. Name a file in it.")
-        if not path.parent.is_dir():
-            raise ValueError(
-                f"--metrics must name a file in a folder that exists. Got {str(path)!r}, and there is no folder "
-                f"{path.parent}. Make it, or name another file."
-            )
+        check_file("metrics", path)
         if path.exists() and not path.is_file():
             return  # a pipe or /dev/stdout, which cannot hold an earlier run
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(
-                f"--metrics must name a file that can be written. Got {str(path)!r}, which cannot. Name another file, "
-                "or change its permissions."
-            )
         if not append and path.exists() and path.stat().st_size:
             raise ValueError(
                 f"--metrics must name a new file, so that two runs do not mix. Got {str(path)!r}, which is not empty. "

@@ -79,7 +79,7 @@ def find(name: str) -> Recipe:
     file_name, colon, function = name.rpartition(":")
     if not colon or not file_name or not function:
         raise RecipeError(f"A recipe is FILE.py:FUNCTION, or FILE:FUNCTION. Got {name!r}.{_suggest(name)}")
-    file = Path(file_name) if file_name.endswith(".py") else _short_name(file_name)
+    file = Path(file_name).expanduser() if file_name.endswith(".py") else _short_name(file_name)
     if not file.is_file():
         raise RecipeError(f"There is no file {file}, which the recipe {name!r} names.{_suggest(name)}")
     summaries = _functions(file)

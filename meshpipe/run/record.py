@@ -1,18 +1,20 @@
 """What is written down about a run, in metrics and checkpoints, and whether a saved run can be gone on with."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from meshpipe.checkpoint import Checkpointer, verify_checkpoint
 from meshpipe.config import Config
+from meshpipe.data.batches import ADDRESS
+from meshpipe.errors import ArgumentError
+from meshpipe.files import check_folder
 from meshpipe.processes.coordination import process_count, process_index, tell_all
 
 MAY_CHANGE: Mapping[str, frozenset[str]] = {
@@ -39,7 +41,31 @@ def config_values(config: Any) -> Any:
         return {str(name): config_values(value) for name, value in config.items()}
     if isinstance(config, list | tuple):
         return [config_values(value) for value in config]
-    return config if config is None or isinstance(config, bool | int | float | str) else str(config)
+    return config if config is None or isinstance(config, bool | int | float | str) else _describe(config)
+
+
+def _describe(value: Any) -> str:
+    """A value in words that are the same in every run; a function is its name, not its address."""
+    if isinstance(value, functools.partial):
+        keywords = {name: config_values(part) for name, part in value.keywords.items()}
+        return f"{_describe(value.func)}{(*map(config_values, value.args),)}{keywords or ''}"
+    if callable(value) and not isinstance(value, type) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)
+
+
+def check_can_be_saved(config: Config) -> None:
+    """Raises `ArgumentError` when the config would be written down with what is another in every run, so that no
+    checkpoint of it could be gone on with.
+    """
+    values = config_values(config)
+    for part in MAY_CHANGE:
+        for name, value in values[part].items():
+            if ADDRESS.search(text := json.dumps(value)):
+                raise ArgumentError(
+                    f"A config must have the same text in every run, since a resumed run is compared by it. Got {text} "
+                    f"for {name} of the {part}. Give its class a __repr__, or leave `checkpoint_dir` out."
+                )
 
 
 def layout_values(
@@ -115,7 +141,7 @@ def saved_run(config: Config) -> dict[str, Any] | None:
     folder = options.checkpoint_dir
     if folder is None:
         return None
-    _check_folder(Path(folder))
+    check_folder("checkpoint_dir", folder)
     checkpointer = Checkpointer(folder)
     steps = checkpointer.steps()
     _check_shared(folder, steps)
@@ -201,16 +227,3 @@ def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) ->
                     f"A resumed run must keep its {part}. Got {name} {now.get(name)!r}, and {folder} was saved with "
                     f"{before.get(name)!r}. Restore it, or start a new run in another --checkpoint-dir."
                 )
-
-
-def _check_folder(folder: Path) -> None:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(
-            f"--checkpoint-dir must name a folder. Got {str(folder)!r}, and {nearest} is a file. Name another folder."
-        )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--checkpoint-dir must name a folder that can be written. Got {str(folder)!r}, and {nearest} cannot. "
-            "Name another folder, or change its permissions."
-        )

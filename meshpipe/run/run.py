@@ -17,7 +17,7 @@ from meshpipe.report.plan import layout_lines
 from meshpipe.run.agreement import agree
 from meshpipe.run.loop import Loop, Outputs
 from meshpipe.run.metrics import MetricsFile
-from meshpipe.run.record import saved_run
+from meshpipe.run.record import check_can_be_saved, saved_run
 from meshpipe.run.setup import make_trainer
 from meshpipe.trainer import Trainer
 
@@ -47,6 +47,9 @@ def run(
         )
         return COMPLETED
     train_batches = batches(config.data.train_source(), config.batch_size, config.seed)
+    if options.checkpoint_dir is not None:
+        check_can_be_saved(config)
+        train_batches.get_state()
     if saved is not None:
         train_batches.set_state(saved["data"])
     held_out = config.data.eval_source() if config.eval_batches else None

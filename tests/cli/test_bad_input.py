@@ -12,12 +12,32 @@ from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_recipes.py'}:pipeline"
 LANGUAGE = f"{Path(__file__).parents[2] / 'recipes' / 'language_model.py'}:debug"
+UNNAMED = """
+import tyro
+from tests.tiny_recipes import *
+
+class Unnamed:
+    def __init__(self, source): self.source = source
+    def __len__(self): return len(self.source)
+    def __getitem__(self, index): return self.source[index]
+
+@dataclass(frozen=True, kw_only=True)
+class UnnamedData(PointsConfig):
+    def train_source(self): return Unnamed(super().train_source())
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectModel(DenseConfig):
+    extra: tyro.conf.Suppress[Any] = object()
+
+def data() -> Config: return replace(pipeline(), data=UnnamedData())
+def model() -> Config: return replace(pipeline(), model=ObjectModel())
+"""
 BROKEN = "def number():\n    return 3\n\ndef fails():\n    raise ValueError('no such layout')\n"
 
 READ_COSTS = "--partition measured --costs costs.json"
 COSTS = ModelCosts((LayerCosts("Dense", 1.0, 2.0, 1.0, 1.0, 0.0, 288, 256),) * 4, Setting(4, 1, 1, "none"), "cpu", 1.0)
 
-CALLS = {
+CALLS: dict[str, tuple[str | list[str], str]] = {
     # Commands and recipes.
     "no command": ("", "The command must be one of recipes, train, verify, plan, launch, checkpoint. Got none."),
     "unknown command": ("trian TINY", "Did you mean train?"),
@@ -91,6 +111,41 @@ CALLS = {
     "metrics in a missing folder": ("train TINY --metrics missing/m.jsonl", "Make it, or name another file."),
     "compiled programs into a file": ("train TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
     "verify with programs in a file": ("verify TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
+    **{
+        f"{flag} of a name that is too long": (f"{command} TINY {flag} LONG{suffix}", "File name too long")
+        for command, flag, suffix in (
+            ("train", "--checkpoint-dir", ""),
+            ("train", "--metrics", ".jsonl"),
+            ("train", "--trace", ".json"),
+            ("train", "--compile-cache", ""),
+            ("plan", "--plot", ".png"),
+            ("plan", "--save-schedule", ".txt"),
+            ("plan", "--profile --save-costs", ".json"),
+        )
+    },
+    **{
+        f"{flag} without a name": (["train", "TINY", *more.split(), flag, ""], f"{flag} must name a file or folder.")
+        for flag, more in (
+            ("--checkpoint-dir", ""),
+            ("--metrics", ""),
+            ("--trace", ""),
+            ("--compile-cache", ""),
+            ("--costs", "--schedule auto"),
+        )
+    },
+    "text without a name": (["train", "LANGUAGE", "--data.path", ""], "--data.path must name a file or folder."),
+    "home of nobody": ("train TINY --metrics ~nobody-of-that-name/m.jsonl", "there is no ~nobody-of-that-name"),
+    "trace where nothing can be made": ("train TINY --trace /proc/t.json", "--trace must name a file that can be"),
+    "plot where nothing can be made": ("plan TINY --plot /proc/t.png", "--plot must name a file that can be written"),
+    "checkpoints where nothing can be made": (
+        "train TINY --checkpoint-dir /proc/t/u",
+        "that can be written. Got '/proc",
+    ),
+    "costs of deep nesting": ("plan TINY --schedule auto --costs deep.json", "must name a JSON file of layer costs"),
+    "costs that are not finite": ("plan TINY --schedule auto --costs infinite.json", "forward is inf"),
+    "costs without end": ("plan TINY --schedule auto --costs /dev/zero", "bytes"),
+    "data without a name": ("train unnamed.py:data --checkpoint-dir new", "Give Unnamed a __repr__"),
+    "model with an object without a name": ("train unnamed.py:model --checkpoint-dir new", "for extra of the model"),
     "metrics into a folder": ("train TINY --metrics folder", "Name a file in it."),
     "metrics over another run": ("train TINY --metrics old.jsonl", "Name another file, remove it"),
     "picture without a format": ("plan TINY --plot picture", "--plot must name a file whose suffix is one of"),
@@ -155,6 +210,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "folder").mkdir()
     (tmp_path / "old.jsonl").write_text('{"event": "end"}\n')
     COSTS.save(tmp_path / "costs.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "infinite.json").write_text(
+        (tmp_path / "costs.json").read_text().replace('"forward": 1.0', '"forward": 1e999')
+    )
+    (tmp_path / "unnamed.py").write_text(UNNAMED)
     (tmp_path / "broken.py").write_text(BROKEN)
     (tmp_path / "notes.txt.py").write_text("dear diary\n")
     return tmp_path
@@ -172,10 +232,18 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def refuse(arguments: str, phrase: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def split(arguments: str | list[str]) -> list[str]:
+    names = {"TINY": TINY, "LANGUAGE": LANGUAGE, "COSTS": READ_COSTS, "LONG": 300 * "n"}
+    words = arguments.split() if isinstance(arguments, str) else arguments
+    for name, meaning in names.items():
+        words = [word.replace(name, meaning) for word in words]
+    return [part for word in words for part in (word.split() or [word])]
+
+
+def refuse(arguments: str | list[str], phrase: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs a command that must end with code 2, the phrase on standard error, and no change of the folder."""
     before = contents(folder)
-    code = main(arguments.replace("TINY", TINY).replace("LANGUAGE", LANGUAGE).replace("COSTS", READ_COSTS).split())
+    code = main(split(arguments))
     error = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().err)
     assert code == 2, error
     assert phrase in error
@@ -184,7 +252,7 @@ def refuse(arguments: str, phrase: str, folder: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("arguments", "phrase"), CALLS.values(), ids=CALLS)
-def test_wrong_calls(arguments: str, phrase: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_calls(arguments: str | list[str], phrase: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refuse(arguments, phrase, folder, capsys)
 
 

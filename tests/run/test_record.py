@@ -1,15 +1,17 @@
 """What is written down about a run can be read back, and decides whether it can be gone on with."""
 
+import functools
 import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_recipes
 
 from meshpipe.config import Config
 from meshpipe.mesh import MeshConfig
-from meshpipe.optimizer.config import OptimizerConfig
+from meshpipe.optimizer.config import OptimizerConfig, matrices
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.run.record import check_continues, checkpoint_metadata, config_values, layout_values, versions
 
@@ -81,3 +83,12 @@ def test_another_run_is_not_gone_on_with(changes: dict[str, Any], phrase: str) -
     with pytest.raises(ValueError, match="A resumed run must keep its") as error:
         check_continues(replace(tiny_recipes.pipeline(), **changes), saved(tiny_recipes.pipeline()), "runs/a")
     assert phrase in str(error.value)
+
+
+def test_functions_are_written_down_by_name_and_not_by_address() -> None:
+    found = config_values({"act": matrices, "clip": functools.partial(np.clip, a_min=0), "dtype": np.float32})
+    assert found == {
+        "act": "meshpipe.optimizer.config.matrices",
+        "clip": "numpy.clip(){'a_min': 0}",
+        "dtype": str(np.float32),
+    }

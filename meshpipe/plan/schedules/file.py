@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from meshpipe.files import read_text
 from meshpipe.plan.plan import Plan, PlanError
 from meshpipe.plan.validate import validate
 
@@ -13,7 +14,7 @@ def load_plan(path: str | Path, num_ranks: int, num_microbatches: int, stages_pe
     drawn, or was made for other sizes.
     """
     try:
-        text = Path(path).read_text()
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ValueError(f"The schedule must name a readable file of a plan. Got {str(path)!r}: {reason}.") from None

@@ -1,0 +1,107 @@
+"""Names of files and folders that a caller gives: `~` is the home folder, and whether something can be written there is
+known before any work is done.
+"""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from meshpipe.errors import ArgumentError
+
+
+def expand(name: str, path: str, *, section: str = "") -> str:
+    """The path with `~` as the home folder, which no shell does in `--flag=~/x`.
+
+    Raises `ArgumentError`, naming the argument `name`, for an empty path and an unknown user.
+    """
+    if not path.strip():
+        raise ArgumentError(f"`{name}` must name a file or folder. Got an empty name. Leave it out for none.", section)
+    if "\0" in path:
+        raise ArgumentError(f"`{name}` must name a file or folder. Got {path!r}, which no name can be.", section)
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise ArgumentError(f"`{name}` names the home folder of a user. Got {path!r}, and there is no {user}.", section)
+    return expanded
+
+
+def expand_fields(config: Any, *names: str, section: str = "") -> None:
+    """Expands these fields of a frozen dataclass, from its `__post_init__`; those of None stay."""
+    for name in names:
+        path = getattr(config, name)
+        if path is not None:
+            object.__setattr__(config, name, type(path)(expand(name, str(path), section=section)))
+
+
+def check_file(name: str, path: str | Path) -> None:
+    """Raises `ArgumentError`, naming the argument `name`, when the file cannot be written; leaves no trace."""
+    path = Path(path)
+    problem = None
+    try:
+        # Neither made nor cut short; a named pipe without a reader is no problem yet.
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        problem = error
+    if problem is None or problem.errno == errno.ENXIO:
+        return
+    if problem.errno == errno.EISDIR:
+        raise ArgumentError(f"`{name}` must name a file. Got the folder {str(path)!r}. Name a file in it.")
+    if problem.errno == errno.ENOENT:
+        if not path.parent.is_dir():
+            raise ArgumentError(
+                f"`{name}` must name a file in a folder that exists. Got {str(path)!r}, and there is no folder "
+                f"{path.parent}. Make it, or name another file."
+            )
+        problem = _why_nothing_can_be_made(path.parent)
+    if problem is not None:
+        raise ArgumentError(
+            f"`{name}` must name a file that can be written. Got {_shorten(path)}: {problem.strerror}. Name another "
+            "file, or change its permissions."
+        )
+
+
+def check_folder(name: str, path: str | Path) -> None:
+    """Raises `ArgumentError`, naming the argument `name`, when files cannot be written to the folder, which may be
+    missing and is not made here.
+    """
+    path = Path(path).absolute()
+    try:
+        nearest = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+        problem = None if nearest.is_dir() or not nearest.exists() else OSError(errno.ENOTDIR, f"{nearest} is a file")
+        problem = problem or _why_nothing_can_be_made(nearest)
+        for part in path.relative_to(nearest).parts:  # what would be made
+            if len(os.fsencode(part)) > os.pathconf(nearest, "PC_NAME_MAX"):
+                problem = OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    except OSError as error:  # a name that is too long, a circle of links
+        problem = error
+    if problem is not None:
+        raise ArgumentError(
+            f"`{name}` must name a folder that can be written. Got {_shorten(path)}: {problem.strerror}. "
+            "Name another folder."
+        )
+
+
+def read_text(path: str | Path, limit: int = 1 << 26) -> str:
+    """A file of text that people write or keep. Raises `OSError` for one of more than `limit` bytes (`/dev/zero`) and
+    `UnicodeDecodeError`, a `ValueError`, for what is no text.
+    """
+    with open(Path(path).expanduser(), "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes")
+    return content.decode()
+
+
+def _why_nothing_can_be_made(folder: Path) -> OSError | None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
+
+
+def _shorten(path: Path) -> str:
+    text = repr(str(path))
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-50:]} ({len(text) - 2} characters)"

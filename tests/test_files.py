@@ -1,0 +1,109 @@
+"""Names of files and folders that a caller gives."""
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshpipe import PipelineConfig
+from meshpipe.checkpoint import CheckpointConfig, Checkpointer
+from meshpipe.cli import main
+from meshpipe.compiler.cache import CompileCache
+from meshpipe.config import Config
+from meshpipe.data import TextFilesConfig
+from meshpipe.errors import ArgumentError
+from meshpipe.files import check_file, check_folder, expand
+from tests import tiny_recipes
+
+TINY = f"{Path(__file__).parent / 'tiny_recipes.py'}:pipeline"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder, and another current one in which nothing may be made."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_every_path_of_a_config_is_expanded(home: Path) -> None:
+    config = Config(
+        model=tiny_recipes.DenseConfig(),
+        data=tiny_recipes.PointsConfig(),
+        compile_cache="~/c",
+        metrics="~/m",
+        trace="~/t.json",
+        checkpoint=CheckpointConfig(checkpoint_dir="~/k"),
+        pipeline=PipelineConfig(schedule="~/s.txt", partition="measured", costs="~/l.json"),
+    )
+    found = [config.compile_cache, config.metrics, config.trace, config.checkpoint.checkpoint_dir]
+    found += [config.pipeline.schedule, config.pipeline.costs, TextFilesConfig(path="~/d").path]
+    assert found == [str(home / name) for name in ("c", "m", "t.json", "k", "s.txt", "l.json", "d")]
+    assert Checkpointer("~/k").directory == home / "k"
+    CompileCache("~/c")
+    assert (home / "c").is_dir()
+
+
+def test_every_text_of_a_config_that_names_a_path_is_one_of_those() -> None:
+    """A new field of a path has to be expanded as well."""
+    named = {
+        field.name
+        for config in (Config, CheckpointConfig, PipelineConfig)
+        for field in fields(config)
+        if field.type == (str | None) or field.type is str
+        if field.name.endswith(("_dir", "_cache", "_file", "_from")) or field.name in ("metrics", "trace", "costs")
+    }
+    assert named <= {"compile_cache", "metrics", "trace", "costs", "checkpoint_dir", "init_from"}
+
+
+def test_files_of_plan_and_folders_of_checkpoint_are_expanded(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", TINY, "--save-schedule", "~/mine.txt"]) == 0
+    assert main(["plan", TINY, "--schedule", "~/mine.txt"]) == 0
+    assert (home / "mine.txt").is_file()
+    assert main(["checkpoint", "list", "~/none"]) == 2
+    assert str(home / "none") in capsys.readouterr().err
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("path", ["", " ", "~nobody-of-that-name/x", "a\0b"])
+def test_what_names_nothing_is_refused(path: str) -> None:
+    with pytest.raises(ArgumentError, match="`trace` "):
+        expand("trace", path)
+
+
+def test_checks_leave_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("kept")
+    os.mkfifo(tmp_path / "pipe")
+    before = os.stat(tmp_path / "old")
+    for name in ("new", "old", "pipe"):
+        check_file("metrics", tmp_path / name)
+    check_folder("checkpoint_dir", tmp_path / "new" / "deeper")
+    assert sorted(os.listdir(tmp_path)) == ["old", "pipe"]
+    assert os.stat(tmp_path / "old").st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "message"),
+    [
+        (check_file, "folder", "must name a file. Got the folder"),
+        (check_file, "file/below", "there is no folder|Not a directory"),
+        (check_file, "missing/new", "there is no folder"),
+        (check_file, "n" * 300, "File name too long"),
+        (check_file, "circle", "Too many levels of symbolic links"),
+        (check_folder, "file/below", "is a file"),
+        (check_folder, "new/" + "n" * 300, "File name too long"),
+        (check_folder, "circle/new", "symbolic links"),
+        (check_folder, "dangling", "No such file"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(check: Any, name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(ArgumentError, match=message):
+        check("metrics", tmp_path / name)
