@@ -1,8 +1,10 @@
-"""What changes the process as a whole: memory that the C library keeps, and garbage collection put off."""
+"""The process as a whole: memory that the C library keeps, garbage collection put off, and versions of packages."""
 
 import ctypes
 import gc
+import importlib.metadata
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 
 from meshpipe.mesh import on_cpu
 
+PACKAGES = ("meshpipe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),  # bytes free at the end of a heap before it shrinks
     "MALLOC_TOP_PAD_": (-2, 64 * 2**20),  # bytes by which a heap grows or stays larger than needed: a whole heap
@@ -45,3 +48,15 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide the numbers of a run."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -14,16 +14,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from meshpipe.choose.chooser import Chooser
+from meshpipe.choose.chooser import Chooser, check_costs
 from meshpipe.compiler.cache import open_cache
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.host import no_garbage_collection
+from meshpipe.layers.description import describe_model, describe_programs
 from meshpipe.layers.initialise import initialise
 from meshpipe.layers.layer import LayerLike, Leaves
 from meshpipe.layers.microbatches import OwnBatch
 from meshpipe.layers.paths import by_path
 from meshpipe.layers.stage_function import Loss, Metrics
-from meshpipe.layers.staged_model import StagedModel, StageInfo
+from meshpipe.layers.staged_model import StageInfo
 from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
 from meshpipe.observe.clock import MeasuredStep, measure_step
@@ -33,6 +34,9 @@ from meshpipe.optimizer.tied import TiedLeaves
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Observer
 from meshpipe.plan.plan import Plan
+from meshpipe.plan.rendezvous import check_program
+from meshpipe.processes.agreement import agree, or_tell
+from meshpipe.processes.farewell import watch
 from meshpipe.processes.group import Group
 from meshpipe.sharding import ShardingRules, local_value
 from meshpipe.stage.target import Target
@@ -87,8 +91,11 @@ class Trainer:
     `compile_cache`, where programs are kept for later runs. `target` is what the programs are written for, in place of
     the platform of the mesh.
 
-    Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, or the folder cannot be
-    made.
+    Every process with devices of the mesh makes the trainer with the same arguments, and their trainers in the same
+    order; they compare what each would run before anything moves between them.
+
+    Raises `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, when another process would
+    run something else (in all of them, naming what differs), or when the folder cannot be made.
     """
 
     def __init__(
@@ -143,38 +150,53 @@ class Trainer:
     ) -> None:
         mesh = make_mesh() if mesh is None else mesh
         chooser = Chooser(task, optimizer, mesh=mesh, config=pipeline or PipelineConfig(), target=target)
-        self._set_up(chooser.choose(), optimizer, seed, clip_norm, compile_cache)
+        self._set_up(chooser, seed, clip_norm, compile_cache)
 
     @no_garbage_collection()
-    def _set_up(
-        self,
-        model: StagedModel,
-        optimizer: optax.GradientTransformation,
-        seed: int,
-        clip_norm: float | None,
-        compile_cache: str | None,
-    ) -> None:
-        started = time.perf_counter()
-        self.model = model
+    def _set_up(self, chooser: Chooser, seed: int, clip_norm: float | None, compile_cache: str | None) -> None:
         self.seed = seed
         self.step_number = 0
         self._unchecked: deque[tuple[int, jax.Array, OwnBatch]] = deque()
-        self.group = Group(device.process_index for device in model.mesh.devices.flat)
+        self.group = Group(device.process_index for device in chooser.mesh.devices.flat)
         """The processes that have a part in it."""
-        name = self.group.name
+        with or_tell(self.group, "model"):
+            if not self.group.is_alone:
+                check_costs(chooser.config)
+            self.model = chooser.choose()
+            check_program(self.model.program)
+        if not self.group.is_alone:
+            agree(self.group, "model", describe_model(self.model) | {"seed": str(seed), "clip norm": str(clip_norm)})
+        started = time.perf_counter()
+        with or_tell(self.group, "programs"):
+            made = self._compile(chooser.transformation, clip_norm, compile_cache)
+        if not self.group.is_alone:  # until here nothing has moved
+            agree(self.group, "programs", describe_programs(self.model) | self.optimizer.description())
+        watch(self.group)
+        self._place(made)
+        self.compile_seconds = time.perf_counter() - started
+
+    def _compile(
+        self, transformation: optax.GradientTransformation, clip_norm: float | None, compile_cache: str | None
+    ) -> list[tuple[Leaves, Leaves]]:
+        """Everything that a step runs, and parameters and state of the local layers, which are made meanwhile."""
+        model, name = self.model, self.group.name
         self.tied = TiedLeaves(model.tied, model.parameters, f"{name}/tied")
         compiler = Compiler(open_cache(compile_cache))
         made: list[tuple[Leaves, Leaves]] = []
 
         def make_optimizer() -> None:
-            self.optimizer = Optimizer(optimizer, model.parameters, clip_norm, name)
+            self.optimizer = Optimizer(transformation, model.parameters, clip_norm, name)
             self.optimizer.compile(compiler)
 
         def make_parameters() -> None:
-            made.extend(initialise(model.layers_on_submeshes, model.rules, seed, compiler))
+            made.extend(initialise(model.layers_on_submeshes, model.rules, self.seed, compiler))
 
         model.compile([make_optimizer, make_parameters], compiler, name)
-        self._seed_data = model.place_seed(seed)
+        return made
+
+    def _place(self, made: Sequence[tuple[Leaves, Leaves]]) -> None:
+        model = self.model
+        self._seed_data = model.place_seed(self.seed)
         params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
         state = {path: leaf for _, layer in made for path, leaf in layer.items()}
         stages = {s: model.parameters[s] for s in model.local}
@@ -185,7 +207,6 @@ class Trainer:
             tuple(by_path(shapes, stage.params))
             for stage, shapes in zip(model.parameters, self.optimizer.state_shapes, strict=True)
         ]
-        self.compile_seconds = time.perf_counter() - started
 
     @property
     def mesh(self) -> Mesh:
@@ -261,6 +282,7 @@ class Trainer:
         sums: list[np.ndarray] = []
         for batch in batches:
             inputs = self.model.evaluation_inputs(batch, self._seed_data)
+            self.group.calls += 1
             _, _, totals = executor.run(self._params, self._state, inputs)
             sums.append(np.asarray([local_value(value) for value in totals], np.float64))
         if not sums:
@@ -384,6 +406,7 @@ class Trainer:
         self, batch: Batch, *, measure: bool = False, observe: Observer | None = None
     ) -> tuple[dict[int, Any], dict[int, Any], Any, MeasuredStep | None]:
         inputs = self.model.inputs(batch, self._seed_data, self.step_number)
+        self.group.calls += 1
         if measure:
             return measure_step(self.model.executor, self._params, self._state, inputs)
         return *self.model.executor.run(self._params, self._state, inputs, observe), None

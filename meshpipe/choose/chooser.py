@@ -234,6 +234,16 @@ def named_choice(config: PipelineConfig, num_ranks: int, num_layers: int) -> Cho
     return Choice(plan, partition(num_layers, plan.num_stages, config.boundaries), None)
 
 
+def check_costs(config: PipelineConfig) -> None:
+    """Raises `ValueError` when several processes would each measure."""
+    if config.needs_costs and config.costs is None:
+        raise ValueError(
+            "Processes that each measured layers would choose different plans. Got schedule auto or partition "
+            "measured without costs. Write them once by `meshpipe plan RECIPE --profile --save-costs FILE.json`, and "
+            "pass --costs FILE.json (in Python: PipelineConfig(costs=...)) to all."
+        )
+
+
 def measuring_mesh(sizes: MeshConfig) -> Mesh:
     """A rank of JAX's default devices, or two where the mesh has as many and the devices suffice.
 

@@ -32,7 +32,7 @@ def train(arguments: list[str]) -> int:
     several = process_count() > 1
     console = make_console(quiet=process_index() > 0)
     try:
-        with Guard(config.checkpoint.checkpoint_dir) as guard, StopRequest() as stop:
+        with Guard(config.checkpoint.checkpoint_dir) as guard, StopRequest(end_early=guard.end_early) as stop:
             take_devices(config, console)
             if several:
                 open_peers(own_address(coordinator_address()), accelerators=distributed.transfers == "sockets")

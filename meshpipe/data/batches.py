@@ -59,6 +59,7 @@ class BatchIterator(Iterator[Batch]):
         self._epochs = epochs
         self._rows: frozenset[int] | None = None
         self._returned: list[Batch] = []
+        self._iterator: Any = None
         self._start(0)
 
     def read_only(self, rows: Iterable[int]) -> None:
@@ -76,7 +77,13 @@ class BatchIterator(Iterator[Batch]):
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         self._examples = examples
         self._returned.clear()
+        self.close()
         self._iterator = iter(dataset.to_iter_dataset(options))
+
+    def close(self) -> None:
+        """Ends the threads that read ahead; nothing can be read after it."""
+        if self._iterator is not None:
+            self._iterator.close()
 
     def _read(self, position: int, index: int) -> Mapping[str, Any]:
         if self._rows is None or position % self._batch_size in self._rows:

@@ -10,9 +10,11 @@ import numpy as np
 import optax
 
 from meshpipe.compiler.compiler import Compiler
+from meshpipe.compiler.digest import digest
 from meshpipe.optimizer.parameters import Shapes, StageParameters
-from meshpipe.optimizer.separable import kinds_of_updates
+from meshpipe.optimizer.separable import describe_updates, kinds_of_updates
 from meshpipe.pipeline.transfer import transfer_between
+from meshpipe.processes.agreement import HASH
 from meshpipe.sharding import abstract, is_local, place, replicated
 from meshpipe.stage.traced import replaced
 
@@ -89,6 +91,15 @@ class Optimizer:
                     f"{name}/scale {i}", mesh, scalars if jax.process_count() > 1 else scalars[:2]
                 )
         return up, down
+
+    def description(self) -> dict[str, str]:
+        """What has to be the same in every process, by name, in words or as a hash."""
+        found = describe_updates(self._transformation, [stage.owned for stage in self._stages], self._kinds)
+        for s, shapes in enumerate(self.state_shapes):
+            leaves, treedef = jax.tree.flatten(shapes)
+            kept = [str(treedef), [(str(leaf.dtype), leaf.shape, leaf.sharding.spec) for leaf in leaves]]
+            found[f"optimizer state of stage {s}"] = HASH + digest(kept)
+        return found
 
     def _state_shapes(self, stage: StageParameters) -> Any:
         """Optax's state of a stage, its parameter-like leaves placed like the parameters."""

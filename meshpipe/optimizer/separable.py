@@ -1,5 +1,6 @@
 """Whether an Optax transformation can update every stage by itself, and which stages it updates in the same way."""
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -9,9 +10,13 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
+from meshpipe.compiler.digest import digest, digest_of_text
+from meshpipe.processes.agreement import HASH
 from meshpipe.stage.jaxpr import MissingInputError, extract, inline, variables
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
+_NUMBER = re.compile(r"(?<![\w.])(-?\d+\.\d*(?:e[+-]?\d+)?)(?=:f)")
+"""A constant in a printed program."""
 
 
 def kinds_of_updates(transformation: optax.GradientTransformation, stages: Sequence[Shapes]) -> list[Hashable]:
@@ -31,6 +36,26 @@ def kinds_of_updates(transformation: optax.GradientTransformation, stages: Seque
     starts = _parts_of_stages(inline(start), (params,), state, places)
     updates = _parts_of_stages(inline(update), (params, state, params), shapes, places)
     return [None if None in parts else parts for parts in zip(starts, updates, strict=True)]
+
+
+def describe_updates(
+    transformation: optax.GradientTransformation, stages: Sequence[Shapes], kinds: Sequence[Hashable]
+) -> dict[str, str]:
+    """The traced update of all stages as a hash, and the numbers that stand in it, such as the learning rate.
+
+    `kinds` are those of `kinds_of_updates`.
+    """
+    text = repr(kinds)
+    if None in kinds:
+        params = {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
+        start, state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
+        update = jax.make_jaxpr(transformation.update)(params, state, params)
+        text = f"{start} {update} {digest([*start.consts, *update.consts])}"
+    numbers = {float(number) for number in _NUMBER.findall(text)}
+    return {
+        "update of the optimizer": HASH + digest_of_text(text),
+        "numbers in it": " ".join(f"{number:.6g}" for number in sorted(numbers)),
+    }
 
 
 def _parts_of_stages(

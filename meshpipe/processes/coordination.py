@@ -99,23 +99,23 @@ def meet(name: str, timeout: float) -> None:
         _client().wait_at_barrier(_name(name), round(timeout * 1000))
 
 
-def beat() -> None:
-    """Gives a sign of life."""
+def beat(text: str) -> None:
+    """Gives a sign of life, with a text for whoever reads it."""
     key = f"{_BEATS}/{process_index()}"
-    signed = current().sign(key, process_index(), str(next(_beats)))
+    signed = current().sign(key, process_index(), f"{next(_beats)} {text}")
     _client().key_value_set(f"{_name(_BEATS)}/{process_index()}", signed, allow_overwrite=True)
 
 
-def beats() -> dict[int, int]:
-    """How many signs of life every process has given, where it has given one.
+def beats() -> dict[int, tuple[int, str]]:
+    """How many signs of life every process has given, where it has given one, and the text of the last.
 
     Raises `IntrusionError` for one that no process of this run has given.
     """
     found = {}
     for name, signed in _client().key_value_dir_get(_name(_BEATS)):
         process = name.rpartition("/")[2]
-        count = int(current().check(f"{_BEATS}/{process}", signed))
-        found[int(process)] = count
+        count, _, text = current().check(f"{_BEATS}/{process}", signed).partition(" ")
+        found[int(process)] = int(count), text
     return found
 
 

@@ -17,16 +17,24 @@ class Group:
 
     Each of them makes its groups in the same order, so the name is the same in all. It begins the keys and the names of
     transfers of whatever the group works on, so that two trainers cannot take each other's values.
+    Raises `ValueError` when this process is none of them.
     """
 
     def __init__(self, processes: Iterable[int]) -> None:
         self.processes = sorted(set(processes))
+        if process_index() not in self.processes:
+            raise ValueError(
+                "A process can only work on a mesh that has a device of it. "
+                f"Got devices of processes {', '.join(map(str, self.processes))}, in process {process_index()}."
+            )
         members = ",".join(map(str, self.processes))
         if self.processes == list(range(process_count())):
             members = "all"
         elif len(members) > 16:
             members = hashlib.sha256(members.encode()).hexdigest()[:16]
         self.name = f"group/{members}/{next(_numbers[members])}"
+        self.calls = 0
+        """Steps and evaluations that this process has begun, each of which needs all."""
         self._rounds: dict[str, int] = defaultdict(int)
 
     @cached_property

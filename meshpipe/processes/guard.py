@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -24,16 +26,20 @@ from meshpipe.processes.coordination import (
     process_index,
     tell,
 )
-from meshpipe.processes.exit_codes import FAILED
-from meshpipe.processes.last_words import LastWords, saved_sentence
+from meshpipe.processes.exit_codes import FAILED, INVALID
+from meshpipe.processes.last_words import STOPPED_SECONDS, LastWords, saved_sentence, stopped_sentence
 from meshpipe.processes.printable import printable
+from meshpipe.processes.progress import Progress, Steps
 from meshpipe.processes.secret import IntrusionError
+from meshpipe.processes.tether import tell_guarded
 
 ERROR = "meshpipe/error"
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 8.0
 """After this long without a sign of life a process counts as dead."""
 COORDINATOR_SILENCE_SECONDS = 15.0
+BLAME_SECONDS = 60.0
+"""How long after this process did not run whatever is wrong with the others is put down to that."""
 CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
 """Parts of the errors that JAX raises for transfers and collectives whose other end is gone."""
 TRANSFERS = tuple(Path(__file__).parents[1] / "pipeline" / name for name in ("peers.py", "transfer.py"))
@@ -45,12 +51,16 @@ class Guard:
 
     Every process gives a sign of life now and then, and process 0, which coordinates the run, watches for them. Where a
     process cannot say why it ends, a child of it does. Each message ends with the newest checkpoint of `folder`.
-    An error that leaves the block ends all processes as well, except for a `ValueError` about what cannot be, which
-    every process finds by itself. With one process it does nothing. Enter it as soon as the process has joined.
+    An error that leaves the block ends all processes as well, with exit code 2 where it is a `ValueError` about an
+    invalid request. With one process it does nothing. Enter it as soon as the process has joined.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         self._folder = folder
+        self.progress: Progress | None = None
+        """How far this process is, where it runs steps; the others can read it."""
+        self._stopped_until, self._stopped_for = -math.inf, 0.0
+        """When this process was last found not to have run for a while, and for how long."""
         self._done = threading.Event()
         self._answered = time.monotonic()
         self._last_words: LastWords | None = None
@@ -62,16 +72,21 @@ class Guard:
             self._answered = time.monotonic()
             for work in (self._watch_others, self._watch_coordinator):
                 threading.Thread(target=work, name="guard", daemon=True).start()
+            tell_guarded(process_index())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        cannot_be = isinstance(error, ValueError) and not is_lost_connection(error)
-        if process_count() > 1 and isinstance(error, Exception | SystemExit) and not cannot_be:
-            if not isinstance(error, IntrusionError):
-                traceback.print_exception(error)
-            self.fail(error)
+        if process_count() > 1 and isinstance(error, Exception | SystemExit):
+            lost = is_lost_connection(error)
+            if isinstance(error, ValueError) and not lost:  # whoever found the same by itself says so itself
+                with contextlib.suppress(Exception):
+                    tell(ERROR, f"{INVALID} process {process_index()} on {socket.gethostname()} refused it: {error}")
+            else:
+                if not lost and not isinstance(error, IntrusionError):  # those are said in a sentence
+                    traceback.print_exception(error)
+                self.fail(error)
         self._done.set()
         if self._last_words is not None:
             self._last_words.withdraw()
@@ -88,60 +103,102 @@ class Guard:
         if isinstance(why, BaseException) and is_lost_connection(why):
             time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
         if not self._done.is_set():
+            told = f"{FAILED} {message}"
             try:
-                tell(ERROR, f"process {process_index()} on {socket.gethostname()} failed: {message}")
+                tell(ERROR, f"{FAILED} process {process_index()} on {socket.gethostname()} failed: {message}")
             except Exception:  # another process was first, or there is nobody left to tell
                 with contextlib.suppress(Exception):
-                    message = ask_now(ERROR) or message
-            self._stop_because(message)
+                    told = ask_now(ERROR) or told
+            self._stop_as_told(told)
         while True:  # until another thread, which was first, has ended this process
             time.sleep(POLL_SECONDS)
+
+    def give_up(self, message: str) -> NoReturn:
+        """Ends all processes, or this one if it is alone, with a message that it prints."""
+        if process_count() == 1:
+            print(f"meshpipe: {message}.\n{saved_sentence(self._folder)}", file=sys.stderr, flush=True)
+        self.fail(message)
+
+    def end_early(self, received: signal.Signals) -> NoReturn:
+        """Ends all processes because this one was asked to stop when there is nothing to save yet."""
+        status = 128 + received
+        if process_count() > 1:
+            with contextlib.suppress(Exception):
+                tell(ERROR, f"{status} process {process_index()} was asked to stop by {received.name}.")
+        self._done.set()
+        if self._last_words is not None:
+            self._last_words.withdraw()
+        leave(status)
+
+    def steps_of_all(self) -> dict[int, Steps]:
+        """How far each process that runs steps has come, by its last sign of life."""
+        return {process: Steps.parse(text) for process, (_, text) in beats().items() if text}
 
     def _watch_others(self) -> None:
         seen = dict.fromkeys(range(process_count()), (0, time.monotonic()))
         while not self._done.wait(POLL_SECONDS):
+            told = None
             try:
-                beat()
-                message = ask_now(ERROR)
-                if message is None and process_index() == 0:
-                    silent = _silent(seen)
+                beat("" if self.progress is None else str(self.progress.steps))
+                told = ask_now(ERROR)
+                if told is None and process_index() == 0:
+                    silent = _silent(seen, max(self._stopped_until, 0.0))
                     if silent is not None:
-                        message = f"process {silent} gives no sign of life: it was killed, or it hangs"
-                        tell(ERROR, message)
+                        told = f"{FAILED} process {silent} gives no sign of life: it was killed, or it hangs"
+                        tell(ERROR, told)
             except IntrusionError as error:
-                message = str(error)
+                told = f"{FAILED} {error}"
                 with contextlib.suppress(Exception):
-                    tell(ERROR, message)
+                    tell(ERROR, told)
             except Exception as error:
-                message = f"process 0, which coordinates the run, is gone: {error}".splitlines()[0]
+                told = f"{FAILED} process 0, which coordinates the run, is gone: {error}".splitlines()[0]
             self._answered = time.monotonic()
-            if message is not None:
-                self._stop_because(message)
+            if told is not None:
+                self._stop_as_told(told)
 
     def _watch_coordinator(self) -> None:
         """A process that is stopped, not killed, leaves questions to it without an answer."""
-        while not self._done.wait(POLL_SECONDS):
-            if time.monotonic() - self._answered > COORDINATOR_SILENCE_SECONDS:
-                self._stop_because("process 0, which coordinates the run, does not answer")
+        while True:
+            before = time.monotonic()
+            if self._done.wait(POLL_SECONDS):
+                return
+            now = time.monotonic()
+            if now - before > STOPPED_SECONDS:  # it cannot have heard anything meanwhile
+                self._stopped_until, self._stopped_for = now, now - before
+                self._answered = now
+            if self._last_words is not None:
+                self._last_words.beat()
+            if now - self._answered > COORDINATOR_SILENCE_SECONDS:
+                self._stop_because("process 0, which coordinates the run, does not answer", FAILED)
 
-    def _stop_because(self, message: str) -> None:
+    def _stop_as_told(self, told: str) -> None:
+        status, _, message = told.partition(" ")
+        self._stop_because(message, int(status))
+
+    def _stop_because(self, message: str, status: int) -> None:
         if self._done.is_set():
             return
         self._done.set()
-        text = f"meshpipe: process {process_index()} stops because {printable(message)}\n{saved_sentence(self._folder)}"
+        if status == FAILED and time.monotonic() - self._stopped_until < BLAME_SECONDS:
+            message = f"{stopped_sentence(self._stopped_for)} Now {message}"
+        end = saved_sentence(self._folder) if status == FAILED else ""
+        text = f"meshpipe: process {process_index()} stops because {printable(message)}\n{end}".rstrip()
         print(text, file=sys.stderr, flush=True)
         if self._last_words is not None:
             self._last_words.withdraw()
-        leave(FAILED)
+        leave(status)
 
 
-def _silent(seen: dict[int, tuple[int, float]]) -> int | None:
-    """A process whose last sign of life is too long ago; `seen` has what was seen of each, and when."""
+def _silent(seen: dict[int, tuple[int, float]], since: float) -> int | None:
+    """A process whose last sign of life is too long ago; `seen` has what was seen of each, and when.
+
+    Nothing was to be seen before `since`.
+    """
     now = time.monotonic()
-    for process, count in beats().items():
+    for process, (count, _) in beats().items():
         if count > seen[process][0]:  # somebody may repeat an old one
             seen[process] = count, now
-    return next((process for process, (_, at) in sorted(seen.items()) if now - at > SILENCE_SECONDS), None)
+    return next((process for process, (_, at) in sorted(seen.items()) if now - max(at, since) > SILENCE_SECONDS), None)
 
 
 def is_lost_connection(error: BaseException) -> bool:

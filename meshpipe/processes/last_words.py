@@ -6,17 +6,22 @@ which reads from a pipe that ends with its parent. This file is the child's prog
 MB.
 """
 
+import contextlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from types import TracebackType
 
 CHECKSUMS = "checksums.json"
 """The file that every whole checkpoint has."""
 SAID = b"."
+BEAT = b" "
+STOPPED_SECONDS = 5.0
+"""A process that did not run for so long was stopped."""
 PATIENCE_SECONDS = 5.0
 """How long a coordinator may take to answer before it counts as gone."""
 
@@ -43,6 +48,11 @@ class LastWords:
     ) -> None:
         self.withdraw()
 
+    def beat(self) -> None:
+        """To be called every now and then, so that the child knows whether this process runs."""
+        with contextlib.suppress(OSError, ValueError):  # the child has ended, or withdrawn
+            os.write(self._child.stdin.fileno(), BEAT)  # type: ignore[union-attr]
+
     def withdraw(self) -> None:
         """To be called when this process has said itself why it ends, or ends well."""
         assert self._child.stdin is not None
@@ -64,13 +74,26 @@ def saved_sentence(folder: str | None) -> str:
     return f"The last good checkpoint is step {max(whole)} of {folder}." if whole else "Nothing was saved."
 
 
+def stopped_sentence(seconds: float) -> str:
+    """Why a process did not notice what the others did."""
+    return f"it did not run for {seconds:.0f} s itself (stopped, e.g. by SIGSTOP, or without a processor)."
+
+
 def main(process: int, coordinator: str, folder: str | None) -> None:
     """Waits for the parent to end, and says how, if it has not."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if sys.stdin.buffer.read(1) == SAID:
+    last, stopped = time.monotonic(), 0.0
+    while (received := os.read(sys.stdin.fileno(), 4096)) and SAID not in received:
+        now = time.monotonic()
+        stopped, last = (now - last if now - last > STOPPED_SECONDS else stopped), now
+    if received:
         return
-    if process > 0 and not _listens(coordinator):
+    stopped = max(stopped, time.monotonic() - last)
+    gone = process > 0 and not _listens(coordinator)
+    if gone and stopped > STOPPED_SECONDS:
+        why = f"process {process} stops because {stopped_sentence(stopped)} The others have ended without it"
+    elif gone:
         why = f"process {process} stops because process 0, which coordinates the run, is gone"
     else:
         why = f"process {process} is gone: it was killed, or it crashed"

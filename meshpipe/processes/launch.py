@@ -26,6 +26,8 @@ from meshpipe.processes.tether import Tether
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 SECONDS_TO_END = 20.0
 """How long processes may take to end by themselves after one of them failed."""
+SECONDS_TO_JOIN = 3.0
+"""The same for those that had not joined the others, and would wait for the one that failed."""
 POLL_SECONDS = 0.05
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
@@ -136,21 +138,25 @@ class Launch:
             errors="replace",
             # A signal from the terminal goes to the launcher alone, which passes it on once.
             start_new_session=True,
-            pass_fds=(self._tether.reader,),
+            pass_fds=(self._tether.reader, self._tether.guarded_writer),
         )
 
     def _wait(self) -> int:
         """Waits for all; once one has failed, the others have a while to end before they are killed."""
         first_failure: tuple[int, int] | None = None
-        deadline = float("inf")
+        deadline = until_joined = float("inf")
         while running := [p for p in self._processes if p.poll() is None]:
             if first_failure is None:
                 first_failure = self._failure()
                 if first_failure is not None:
                     number, code = first_failure
                     deadline = time.monotonic() + self.seconds_to_end
+                    until_joined = time.monotonic() + SECONDS_TO_JOIN
                     if self._stop is None:
                         _say(f"Process {number} ended with exit code {code}; waiting for the others to end.")
+            if time.monotonic() > until_joined:
+                self._end_joining(running)
+                until_joined = float("inf")
             if time.monotonic() > deadline:
                 left = [number for number, p in enumerate(self._processes) if p in running]
                 _say(f"Ending process{'es' if len(left) > 1 else ''} {', '.join(map(str, left))} by SIGKILL.")
@@ -160,6 +166,15 @@ class Launch:
             time.sleep(POLL_SECONDS)
         first_failure = first_failure or self._failure()
         return 0 if first_failure is None else first_failure[1]
+
+    def _end_joining(self, running: Sequence["subprocess.Popen[str]"]) -> None:
+        """Ends those that still wait for all to come together, which cannot happen any more."""
+        guarded = self._tether.guarded()
+        waiting = [n for n, process in enumerate(self._processes) if process in running and n not in guarded]
+        if waiting:
+            _say(f"Ending process{'es' if len(waiting) > 1 else ''} {', '.join(map(str, waiting))}, not yet joined.")
+        for number in waiting:
+            self._processes[number].terminate()
 
     def _failure(self) -> tuple[int, int] | None:
         """A process that has failed, with its exit code as a shell would say it."""

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop after the step in progress."""
+"""SIGINT, SIGTERM and SIGHUP as a request to stop after the step in progress."""
 
 import contextlib
 import os
@@ -6,12 +6,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from meshpipe.processes.coordination import ask_now, process_count, tell
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a run to stop. SIGHUP comes when a terminal is closed."""
 STOP = "meshpipe/stop"
 
 
@@ -20,15 +22,24 @@ def _say(message: str) -> None:
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is only noted, and a SIGINT after it ends the process at once.
+    """While entered, the first of the signals is only noted, and a SIGINT after it ends the process at once.
+
+    Until the first step, when there is nothing to save, the first signal ends the process by `end_early`, where given.
+    A SIGHUP that the process was started to ignore, as by `nohup`, stays ignored.
 
     Signals are read by a thread of their own: Python runs handlers in the main thread alone, which may be inside a long
     compilation or waiting for a device. Enter it in the main thread.
     """
 
-    def __init__(self, say: Callable[[str], None] = _say) -> None:
+    def __init__(
+        self, say: Callable[[str], None] = _say, end_early: Callable[[signal.Signals], object] | None = None
+    ) -> None:
+        self.end_early = end_early
+        """To be taken away when steps begin."""
         self.signal: signal.Signals | None = None
         """The first one received; None until then."""
+        self.at = 0.0
+        """When, by the monotonic clock."""
         self._say = say
 
     def __bool__(self) -> bool:
@@ -36,7 +47,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """What a shell reports of a process that this signal ended: 130 or 143."""
+        """What a shell reports of a process that this signal ended: 130, 143 or 129."""
         assert self.signal is not None
         return 128 + self.signal
 
@@ -46,7 +57,8 @@ class StopRequest:
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = [(number, signal.signal(number, _do_nothing)) for number in STOPPING]
+        taken = [n for n in STOPPING if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+        self._old_handlers = [(number, signal.signal(number, _do_nothing)) for number in taken]
         return self
 
     def __exit__(
@@ -66,7 +78,11 @@ class StopRequest:
                     self._note(signal.Signals(number))
 
     def _note(self, received: signal.Signals) -> None:
+        if self.end_early is not None:
+            self._say(f"{received.name}: stopping; nothing was trained yet.")
+            self.end_early(received)
         if self.signal is None:
+            self.at = time.monotonic()
             self.signal = received
             self._say(f"{received.name}: stopping after the step in progress. Press Ctrl-C to end at once.")
         elif received is signal.SIGINT:
@@ -102,5 +118,7 @@ class StopTogether:
         if agreed is None:
             return False
         last, number = map(int, agreed.split())
+        if self._request.signal is None:
+            self._request.at = time.monotonic()
         self._request.signal = signal.Signals(number)
         return step >= last

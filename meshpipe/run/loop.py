@@ -5,7 +5,9 @@ import math
 import sys
 import time
 import traceback
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,9 +18,12 @@ from rich.console import Console
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
 from meshpipe.data import Batch, BatchIterator, Source, batches
+from meshpipe.host import versions
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.processes.coordination import process_count
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
+from meshpipe.processes.guard import is_lost_connection
+from meshpipe.processes.progress import Progress
 from meshpipe.processes.stop import StopRequest, StopTogether
 from meshpipe.report.tables import count_of
 from meshpipe.run.metrics import MetricsFile, ProgressLine, speed
@@ -27,7 +32,6 @@ from meshpipe.run.record import (
     config_values,
     device_names,
     layout_values,
-    versions,
 )
 from meshpipe.run.trace_file import TraceFile
 from meshpipe.run.warning import Warnings
@@ -38,6 +42,8 @@ STEPS_BEFORE_TRACE = 2
 """The first steps of a run are not like the others."""
 TELL_SECONDS = 60.0
 """How long processes wait for each other's times of a step."""
+EVALUATION_SECONDS = 600.0
+"""How long a stop waits for the next batch of an evaluation, of which the first one compiles."""
 RATES_AT_ONCE = 1024
 """Learning rates that are computed together."""
 
@@ -108,18 +114,21 @@ class Loop:
         self._evaluated_step: int | None = None
         self.error: BaseException | None = None
         """What made it fail."""
-        self._progress = ProgressLine(outputs.console, config.steps, trainer.step_number)
+        self.progress = Progress(trainer.step_number)
+        """For other threads and processes."""
+        self._line = ProgressLine(outputs.console, config.steps, trainer.step_number)
 
     def run(self) -> int:
         started = time.perf_counter()
         error: BaseException | None = None
         try:
+            self._stop.end_early = None  # from now on there is something to finish
             self._out.metrics.write("start", self._start_values())
             status = self._train()
         except (Exception, SystemExit) as exception:  # sys.exit in the user's code does not complete a run
             status, error = "failed", exception
         finally:
-            self._progress.close()
+            self._line.close()
             self._watch.shutdown()
         saved = self._newest_checkpoint()
         end = {"status": status, "step": self._good_step, "saved_step": saved, "seconds": time.perf_counter() - started}
@@ -140,7 +149,8 @@ class Loop:
         self._finish_step()
         self._save()
         if self._out.checkpointer is not None:
-            self._out.checkpointer.wait()
+            with self.progress.during("save"):
+                self._out.checkpointer.wait()
         if stopped:
             return "stopped"
         self._evaluate()
@@ -156,6 +166,7 @@ class Loop:
             self._watchdog.begin_step()
         observe = None if self._watchdog is None else self._watchdog.observe
         result = trainer.step(batch, measure=measure, observe=observe)
+        self.progress.handed_over(result.step)
         # A thread notes when it is complete, since this one will look only after handing over the next step.
         completion = self._watch.submit(_completion_time, result)
         if not self._finish_step():  # and therefore this one was left out as well
@@ -185,6 +196,7 @@ class Loop:
             self._skip(error)
         seconds, self._clock = completion.result() - self._clock, completion.result()
         self._good_step = result.step
+        self.progress.ended(result.step, seconds)
         if self._watchdog is not None:
             self._watchdog.end_step()
         self._values = {
@@ -216,7 +228,7 @@ class Loop:
                 "mean to follow. The metrics file marks such steps by left_out.",
             )
         self._out.metrics.write("step", self._values)
-        self._progress.step(self._values)
+        self._line.step(self._values)
         return good
 
     def _skip(self, error: NonFiniteError) -> None:
@@ -254,16 +266,23 @@ class Loop:
         started = time.perf_counter()
         config = self._config
         in_order = batches(self._held_out, config.batch_size, shuffle=False, epochs=1)
-        if process_count() > 1:
-            _ = self._trainer.model.evaluation
-            in_order.read_only(self._trainer.model.rows_read(evaluation=True))
-        values = self._trainer.evaluate(itertools.islice(in_order, config.eval_batches))
+        with self.progress.during("evaluation", EVALUATION_SECONDS), closing(in_order):
+            if process_count() > 1:
+                _ = self._trainer.model.evaluation
+                in_order.read_only(self._trainer.model.rows_read(evaluation=True))
+            values = self._trainer.evaluate(self._counted(itertools.islice(in_order, config.eval_batches)))
         self._evaluated_step = self._good_step
         self._clock = time.perf_counter()
         seconds = self._clock - started
         self._out.metrics.write("eval", {"step": self._good_step, **values, "eval_time_s": seconds})
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self._progress.say(f"step {self._good_step}  held out: {numbers}")
+        self._line.say(f"step {self._good_step}  held out: {numbers}")
+
+    def _counted(self, held_out: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; each that is asked for is progress."""
+        for batch in held_out:
+            self.progress.came_on()
+            yield batch
 
     def _save(self) -> None:
         """Hands the current step to the checkpointer, which writes it while training goes on."""
@@ -272,7 +291,8 @@ class Loop:
             return
         position = self._batches.get_state()
         metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position, self._left_out)
-        checkpointer.save(step, self._trainer.state_tree(), metadata, self._trainer.abstract_state_tree())
+        with self.progress.during("save"):
+            checkpointer.save(step, self._trainer.state_tree(), metadata, self._trainer.abstract_state_tree())
         self._saved_step = step
         self._clock = time.perf_counter()
 
@@ -335,13 +355,15 @@ class Loop:
 
     def _explain(self, error: BaseException, saved: int | None) -> None:
         """Tells a failure on standard error, last what happened, where, and what was saved."""
+        if not self._trainer.group.is_alone and is_lost_connection(error):
+            return  # which process is gone is found out, and said, by `Guard`
         if not isinstance(error, NonFiniteError):
             traceback.print_exception(error)
         where = "" if isinstance(error, NonFiniteError) else f" after step {self._good_step}"
         print(f"meshpipe: the run failed{where}: {error}\n{self._saved_sentence(saved)}", file=sys.stderr)
 
     def _say(self, text: str) -> None:
-        self._progress.say(text)
+        self._line.say(text)
 
 
 def _completion_time(result: StepResult) -> float:

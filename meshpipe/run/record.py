@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ from meshpipe.config import Config
 from meshpipe.data.batches import ADDRESS
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
+from meshpipe.host import versions
 from meshpipe.processes.coordination import process_count, process_index, tell_all
 
 MAY_CHANGE: Mapping[str, frozenset[str]] = {
@@ -25,7 +24,6 @@ MAY_CHANGE: Mapping[str, frozenset[str]] = {
 
 RESUME_SECONDS = 1800.0
 """How long processes wait for each other to read a checkpoint."""
-PACKAGES = ("meshpipe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def config_values(config: Any) -> Any:
@@ -94,18 +92,6 @@ def device_names(devices: Iterable[jax.Device]) -> list[str]:
         f"{d.platform}:{d.id}" if d.device_kind.lower() == d.platform else f"{d.platform}:{d.id} {d.device_kind}"
         for d in devices
     ]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and the packages that decide the numbers of a run."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def checkpoint_metadata(

@@ -1,6 +1,6 @@
 """A run of a recipe from its first check to its exit status."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from rich.console import Console
 
@@ -9,15 +9,18 @@ from meshpipe.config import Config
 from meshpipe.data import batches
 from meshpipe.observe.trace import check_trace
 from meshpipe.observe.watchdog import Watchdog
+from meshpipe.processes.agreement import agree
 from meshpipe.processes.coordination import meet, process_count, process_index
 from meshpipe.processes.exit_codes import COMPLETED
+from meshpipe.processes.group import Group
 from meshpipe.processes.guard import Guard
+from meshpipe.processes.progress import StopLimit
 from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
-from meshpipe.run.agreement import agree
 from meshpipe.run.loop import Loop, Outputs
 from meshpipe.run.metrics import MetricsFile
 from meshpipe.run.record import check_can_be_saved, saved_run
+from meshpipe.run.settings import describe_config, describe_source
 from meshpipe.run.setup import make_trainer
 from meshpipe.trainer import Trainer
 
@@ -28,7 +31,7 @@ END_SECONDS = 600.0
 def run(
     config: Config, recipe: str, console: Console, guard: Guard, stop: StopRequest, step_timeout: float = 0.0
 ) -> int:
-    """Trains as `config` says; returns the exit status 0, 1, 130 or 143.
+    """Trains as `config` says; returns the exit status 0, 1, 129, 130 or 143.
 
     Ends after the step in progress once `stop` is asked for. After `step_timeout` seconds without the end of a step
     `guard` ends the process with status 1; 0 waits for ever.
@@ -37,7 +40,9 @@ def run(
     """
     options, several = config.checkpoint, process_count() > 1
     metrics_file = config.metrics if process_index() == 0 else None
-    _check_costs(config)
+    group = Group(range(process_count()))
+    if several:
+        agree(group, "settings", describe_config(config))
     MetricsFile.check(metrics_file, append=options.may_continue)
     check_trace(config.trace)
     saved = saved_run(config)
@@ -46,7 +51,8 @@ def run(
             f"Nothing left to do: {options.checkpoint_dir} holds step {saved['step']}, and --steps is {config.steps}."
         )
         return COMPLETED
-    train_batches = batches(config.data.train_source(), config.batch_size, config.seed)
+    source = config.data.train_source()
+    train_batches = batches(source, config.batch_size, config.seed)
     if options.checkpoint_dir is not None:
         check_can_be_saved(config)
         train_batches.get_state()
@@ -54,11 +60,13 @@ def run(
         train_batches.set_state(saved["data"])
     held_out = config.data.eval_source() if config.eval_batches else None
     if held_out is not None:
-        batches(held_out, config.batch_size)
+        batches(held_out, config.batch_size).close()  # raises where there is too little
+    if several:
+        agree(group, "data", describe_source("training", source) | describe_source("held-out", held_out))
     with ExitStack() as files:
+        files.enter_context(closing(train_batches))
         trainer = make_trainer(config)
         if several:
-            agree(trainer)
             train_batches.read_only(trainer.model.rows_read())
         for line in layout_lines(recipe, trainer.model):
             console.print(line)
@@ -81,21 +89,14 @@ def run(
             watchdog if step_timeout else None,
             left_out=0 if saved is None else saved.get("left_out", 0),
         )
-        status = loop.run()
+        guard.progress = loop.progress
+        with StopLimit(loop.progress, stop, guard.give_up, guard.steps_of_all if several else dict):
+            status = loop.run()
         if several:
             if loop.error is not None:
                 guard.fail(loop.error)
             meet("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
         return status
-
-
-def _check_costs(config: Config) -> None:
-    if process_count() > 1 and config.pipeline.needs_costs and config.pipeline.costs is None:
-        raise ValueError(
-            "Processes that each measured layers would choose different plans. Got --schedule auto or --partition "
-            "measured without --costs. Write them once by `meshpipe plan RECIPE --profile --save-costs FILE.json`, and "
-            "pass --costs FILE.json to all."
-        )
 
 
 def _restore(trainer: Trainer, checkpointer: Checkpointer, config: Config, step: int, console: Console) -> None:

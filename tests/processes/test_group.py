@@ -1,20 +1,27 @@
 """Names of groups, and what one process tells itself."""
 
+import pytest
+
 from meshpipe.processes.group import Group
 
 
 def test_every_group_has_a_name_of_its_own() -> None:
-    names = [Group(processes).name for processes in ([0], [0, 0], [1, 2], [2, 1], range(1000))]
+    names = [Group(processes).name for processes in ([0], [0, 0], [0, 2], [2, 0], range(1000))]
     assert len(set(names)) == len(names)
     assert max(map(len, names)) < 40
 
 
 def test_groups_of_other_processes_do_not_count() -> None:
     """A process may have made trainers of its own before one that it shares."""
-    shared = Group([3, 4])
-    Group([3])
-    following = Group([3, 4])
+    shared = Group([0, 4])
+    Group([0])
+    following = Group([0, 4])
     assert int(following.name.rpartition("/")[2]) == int(shared.name.rpartition("/")[2]) + 1
+
+
+def test_a_process_works_on_meshes_that_it_is_part_of() -> None:
+    with pytest.raises(ValueError, match="Got devices of processes 1, 2, in process 0"):
+        Group([1, 2])
 
 
 def test_a_process_alone_needs_no_service() -> None:

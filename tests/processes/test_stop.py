@@ -16,7 +16,7 @@ def send(number: int, stop: StopRequest) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_is_noted_and_said(number: signal.Signals, status: int) -> None:
     said: list[str] = []
     before = signal.getsignal(number)
@@ -42,3 +42,22 @@ def test_handlers_are_put_back_after_an_error() -> None:
     with pytest.raises(KeyError), StopRequest():
         raise KeyError
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_hangup_that_nohup_has_taken_away_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(lambda message: None) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_before_the_first_step_a_signal_ends_at_once() -> None:
+    ended: list[signal.Signals] = []
+    with StopRequest(lambda message: None, end_early=ended.append) as stop:
+        send(signal.SIGTERM, stop)
+        assert ended == [signal.SIGTERM]

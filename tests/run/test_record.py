@@ -10,10 +10,11 @@ import pytest
 import tiny_recipes
 
 from meshpipe.config import Config
+from meshpipe.host import versions
 from meshpipe.mesh import MeshConfig
 from meshpipe.optimizer.config import OptimizerConfig, matrices
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.run.record import check_continues, checkpoint_metadata, config_values, layout_values, versions
+from meshpipe.run.record import check_continues, checkpoint_metadata, config_values, layout_values
 
 
 def saved(config: Config) -> dict[str, Any]:

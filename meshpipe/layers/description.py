@@ -1,0 +1,97 @@
+"""What has to be the same in every process that trains a model, by name, in words or as a hash."""
+
+import json
+import sys
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshpipe.compiler.digest import digest, digest_of_text
+from meshpipe.host import versions
+from meshpipe.layers.layer import Layer
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.mesh import describe
+from meshpipe.pipeline.peers import by_sockets
+from meshpipe.processes.agreement import HASH
+
+COMPARED_PACKAGES = ("meshpipe", "jax", "jaxlib", "flax", "optax")
+COMPARED_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+    "jax_numpy_dtype_promotion",
+    "jax_disable_jit",
+)
+"""Settings of JAX that change what a program computes."""
+
+
+def describe_model(model: StagedModel) -> dict[str, str]:
+    """What is known before anything is traced or compiled, of all stages, also of those that live elsewhere."""
+    plan, installed = model.plan, versions()
+    ranks = f"{plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}"
+    found = {f"version of {name}": installed[name] for name in COMPARED_PACKAGES}
+    found["version of python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
+    found |= {name: str(getattr(jax.config, name, None)) for name in COMPARED_SETTINGS}
+    found |= {
+        "mesh": describe(model.mesh),
+        "devices": HASH + digest([(device.process_index, device.id) for device in model.mesh.devices.flat]),
+        "way to move arrays": "sockets" if by_sockets() else "the backend's own",
+        "batch": ", ".join(f"{name} {_shape(shape)}" for name, shape in sorted(model.microbatches.shapes.items())),
+        "input": model.task.input,
+        "number of layers": str(len(model.layers)),
+        "plan": f"{plan.schedule} of {plan.num_stages} stages on {ranks}, {plan.num_microbatches} microbatches",
+        "cut into stages": ",".join(str(layers.start) for layers in model.cuts),
+        "rematerialisation": ",".join(model.remat or ()),
+        "sharding rules": HASH + digest(model.rules),
+        "tied parameters": json.dumps([list(group) for group in model.tied]),
+        "instructions": HASH + digest(model.program.to_text()),
+        "code of the loss": HASH + digest(model.task.loss),
+        "code of the metrics": HASH + digest(model.task.metrics),
+    }
+    for s, (cut, owned) in enumerate(zip(model.cuts, model.parameters, strict=True)):
+        shapes = [{path: _shape(leaf) for path, leaf in part.items()} for part in (owned.params, owned.state)]
+        found[f"parameters and state of stage {s}"] = HASH + digest(shapes)
+        found[f"code of the layers of stage {s}"] = HASH + digest([_code(model.layers[i]) for i in cut])
+    return found
+
+
+def describe_programs(model: StagedModel) -> dict[str, str]:
+    """What this process knows of the stages that it has traced; those that share a stage compare it."""
+    found: dict[str, str] = {}
+    texts: dict[int, str] = {}
+    for s, stage in model.traced.items():
+        for first, boundary in ((s - 1, stage.boundary_in), (s, stage.boundary_out)):
+            if boundary is not None:
+                shapes = boundary.on(model.stages[first + 1].submesh, stage.microbatch_size)
+                crosses = [repr(boundary.treedef), *map(_shape, shapes)]
+                found[f"values from stage {first} to {first + 1}"] = HASH + digest(crosses)
+        if len({device.process_index for device in stage.spec.mesh.devices.flat}) > 1:
+            trace = id(stage.closed)
+            if trace not in texts:
+                texts[trace] = digest_of_text(f"{stage.closed.jaxpr} {digest(list(stage.closed.consts))}")
+            found[f"program of stage {s}"] = HASH + texts[trace]
+    return found
+
+
+def _code(layer: Layer) -> list[Any]:
+    """Of a ready-made module its values count too, since every process holds them all."""
+    if layer.values is not None:
+        values = {path: _checksum(value) for path, value in layer.values.items()}
+        return [layer.graphdef, layer.fields, values]
+    return [layer.graphdef, layer.fields, layer.make]
+
+
+def _checksum(value: Any) -> Any:
+    if not getattr(value, "is_fully_addressable", True):
+        return str(value.dtype), value.shape
+    array = np.ascontiguousarray(value)
+    return str(array.dtype), array.shape, zlib.crc32(array.reshape(-1).view(np.uint8).data)
+
+
+def _shape(leaf: jax.ShapeDtypeStruct) -> str:
+    spec = getattr(leaf.sharding, "spec", None)
+    return f"{leaf.dtype}{list(leaf.shape)}" + ("" if spec is None else f" {tuple(spec)}")

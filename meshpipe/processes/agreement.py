@@ -1,0 +1,96 @@
+"""Whether the processes of a group would do the same, told before they do it."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+from meshpipe.processes.coordination import ask, delete, process_index, tell
+from meshpipe.processes.group import Group
+
+AGREE_SECONDS = 3600.0
+"""How long processes wait for each other, one of which may still compile."""
+PATIENCE_SECONDS = 10.0
+"""After which it is said who is waited for."""
+HASH = "#"
+"""Begins a value that people cannot read."""
+
+
+def agree(group: Group, topic: str, description: Mapping[str, str]) -> None:
+    """Compares what the processes have to say under a topic, which is used once in a group.
+
+    The first process compares, so that the messages grow with the number of processes and no faster. Raises
+    `ValueError`, in every process, naming what differs where, or which process failed inside `or_tell`.
+    """
+    if group.is_alone:
+        return
+    first = group.processes[0]
+    tell(_own(group, topic), json.dumps({"is": dict(description)}))
+    if process_index() == first:
+        texts = [_hear(_own(group, topic, process), process) for process in group.processes]
+        told = dict(zip(group.processes, map(json.loads, texts), strict=True))
+        failed = [
+            f"process {process} failed: {found['failed']}" for process, found in told.items() if "failed" in found
+        ]
+        verdict = failed[:1] or differences({process: found["is"] for process, found in told.items() if "is" in found})
+        tell(_verdict(group, topic), json.dumps(verdict))
+    found = json.loads(_hear(_verdict(group, topic), first))
+    delete(_own(group, topic))
+    if found:
+        raise ValueError(
+            f"All processes must run the same step. Got: {'; '.join(found)}. "
+            "Start all with the same command, code and packages."
+        )
+
+
+@contextlib.contextmanager
+def or_tell(group: Group, topic: str) -> Iterator[None]:
+    """Around the work before `agree`: an error in it is told to the others, which would wait for this process."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not group.is_alone:
+            problem = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(Exception):  # nobody is left to tell
+                if process_index() == group.processes[0]:
+                    tell(_verdict(group, topic), json.dumps([f"process {process_index()} failed: {problem}"]))
+                else:
+                    tell(_own(group, topic), json.dumps({"failed": problem}))
+        raise
+
+
+def differences(descriptions: Mapping[int, Mapping[str, str]] | Sequence[Mapping[str, str]]) -> list[str]:
+    """A sentence for each process that differs from a process before it, in what both have described."""
+    first: dict[str, tuple[int, str]] = {}
+    sentences = []
+    by_process = descriptions if isinstance(descriptions, Mapping) else dict(enumerate(descriptions))
+    for process, description in by_process.items():
+        parts = []
+        for name, value in description.items():
+            other, expected = first.setdefault(name, (process, value))
+            if value != expected:
+                parts.append(name if value.startswith(HASH) else f"{name} ({value}, not {expected})")
+                if other:
+                    parts[-1] += f" than process {other}"
+        if parts:
+            sentences.append(f"process {process} has another {', '.join(parts)}")
+    return sentences
+
+
+def _hear(key: str, process: int) -> str:
+    try:
+        return ask(key, PATIENCE_SECONDS)
+    except TimeoutError:
+        print(f"meshpipe: process {process_index()} waits for process {process}.", file=sys.stderr, flush=True)
+    try:
+        return ask(key, AGREE_SECONDS)
+    except TimeoutError as error:
+        raise TimeoutError(f"Process {process} has not come to the same place for {AGREE_SECONDS:.0f} s.") from error
+
+
+def _own(group: Group, topic: str, process: int | None = None) -> str:
+    return f"meshpipe/{group.name}/{topic}/{process_index() if process is None else process}"
+
+
+def _verdict(group: Group, topic: str) -> str:
+    return f"meshpipe/{group.name}/{topic}"

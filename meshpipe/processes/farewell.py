@@ -1,0 +1,96 @@
+"""Programs of users that run no `Guard`: a process that ends tells the others, which would wait for it for ever."""
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+
+from meshpipe.processes.coordination import ask_now, process_count, process_index, tell
+from meshpipe.processes.exit_codes import FAILED
+from meshpipe.processes.group import Group
+
+POLL_SECONDS = 1.0
+END_SECONDS = 300.0
+"""How long a process that has ended waits for the others."""
+_ENDED = "meshpipe/ended"
+_UNEVEN = "meshpipe/uneven"
+_groups: list[Group] = []
+
+
+def watch(group: Group) -> None:
+    """Ends this process, with a message, when one of the group has ended after fewer steps and evaluations than this
+    one has begun, which can then never be done.
+
+    `jax.distributed` has every process wait at its end for all others, so without this both would wait in silence.
+    """
+    if group.is_alone:
+        return
+    if not _groups:
+        atexit.register(_end)  # comes before what JAX has registered
+        threading.Thread(target=_watch, name="farewell", daemon=True).start()
+    _groups.append(group)
+
+
+def _watch() -> None:
+    ended: dict[int, dict[str, int]] = {}
+    with contextlib.suppress(Exception):  # the coordinator is gone, and JAX ends this process
+        while True:
+            time.sleep(POLL_SECONDS)
+            while (text := ask_now(f"{_ENDED}/{len(ended)}")) is not None:
+                process, calls = json.loads(text)
+                ended[process] = calls
+            for process, calls in ended.items():
+                for group in _groups:
+                    if calls.get(group.name, group.calls) < group.calls:
+                        _leave(process, calls[group.name], group.calls)
+
+
+def _leave(process: int, done: int, begun: int) -> None:
+    text = (
+        f"process {process} has ended after {done} steps and evaluations of a trainer, of which process "
+        f"{process_index()} has begun {begun}"
+    )
+    with contextlib.suppress(Exception):  # another process was first
+        tell(_UNEVEN, text)
+    _stop(text)
+
+
+def _end() -> None:
+    """Tells the others that this process ends, and waits for them as JAX would, but not for those that cannot end."""
+    calls = {group.name: group.calls for group in _groups}
+    with contextlib.suppress(Exception):
+        number = 0
+        while not _tells(f"{_ENDED}/{number}", json.dumps([process_index(), calls])):
+            number += 1
+        partners = {process for group in _groups for process in group.processes} - {process_index()}
+        ended, deadline = 0, time.monotonic() + END_SECONDS
+        while partners and time.monotonic() < deadline:
+            text = ask_now(f"{_ENDED}/{ended}")
+            if text is not None:
+                ended += 1
+                partners.discard(json.loads(text)[0])
+            elif (uneven := ask_now(_UNEVEN)) is not None:
+                _stop(uneven)
+            else:
+                time.sleep(POLL_SECONDS / 4)
+
+
+def _tells(key: str, text: str) -> bool:
+    if ask_now(key) is not None:
+        return False
+    try:
+        tell(key, text)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _stop(text: str) -> None:
+    print(f"meshpipe: process {process_index()} stops because {text}.", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if process_count() > 1 and process_index() == 0:
+        time.sleep(2 * POLL_SECONDS)  # the others read from it
+    os._exit(FAILED)

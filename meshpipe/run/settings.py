@@ -1,0 +1,75 @@
+"""Whether all processes of a command were given the same run, told before anything is compiled."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from meshpipe.compiler.digest import ADDRESS, digest
+from meshpipe.config import Config
+from meshpipe.data import Source
+from meshpipe.processes.agreement import HASH
+from meshpipe.run.record import config_values
+
+FILES = {"metrics", "trace", "compile_cache", "checkpoint_dir", "costs"}
+"""Fields that name files and folders: what counts is whether there is one, since machines may have their own paths."""
+WITH_PREFIX = {"mesh", "model", "data"}
+"""Parts of a config whose name begins that of their flags."""
+
+
+def describe_config(config: Config) -> dict[str, str]:
+    """Every setting of a run, by its flag; those that only say where something lies on a machine are left out."""
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(config):
+        part = getattr(config, field.name)
+        if not dataclasses.is_dataclass(part):
+            found[_flag(field.name)] = _text(field.name, part)
+            continue
+        prefix = f"{field.name}." if field.name in WITH_PREFIX else ""
+        for name, value in _flat(part):
+            found[_flag(prefix + name)] = _text(name, value)
+    found["kind of model"] = type(config.model).__qualname__
+    found["kind of data"] = type(config.data).__qualname__
+    # Only process 0 writes it.
+    del found["--metrics"]
+    return found
+
+
+def describe_source(name: str, source: Source | None) -> dict[str, str]:
+    """What tells the data from other data: how it names itself, its length and some of its examples."""
+    if source is None:
+        return {}
+    length = len(source)
+    places = sorted({0, length // 2, length - 1}) if length else []
+    examples = [{field: np.asarray(value) for field, value in source[place].items()} for place in places]
+    return {
+        f"{name} data": ADDRESS.sub("", repr(source)),
+        f"length of the {name} data": str(length),
+        f"examples of the {name} data": HASH + digest(examples),
+    }
+
+
+def _flat(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found += _flat(value, f"{prefix}{field.name}.")
+        else:
+            found.append((prefix + field.name, value))
+    return found
+
+
+def _text(name: str, value: Any) -> str:
+    if name in FILES or (isinstance(value, str) and os.sep in value):
+        return "none" if value is None else "a path"
+    plain = config_values(value)
+    if isinstance(value, bool | int | float | str | None | tuple | list | Mapping):
+        return str(plain)
+    return HASH + digest(value)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

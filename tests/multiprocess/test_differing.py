@@ -1,0 +1,55 @@
+"""Processes that were given different runs say so before anything moves, in the library and on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import ROOT, run_processes
+
+SCRIPT = str(Path(__file__).parent / "differing_trainers.py")
+RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
+EXPECTED = {
+    "learning rate": ["another update of the optimizer, numbers in it (-0.2, not -0.1)"],
+    "schedule of rates": ["another update of the optimizer"],
+    "clipping": ["another clip norm (1.0, not None)"],
+    "seed": ["another seed (1, not 0)"],
+    "microbatches": [
+        "another plan (1f1b of 2 stages on 2 ranks, 4 microbatches, not 1f1b of 2 stages on 2 ranks, 2 mi"
+    ],
+    "schedule": ["another plan (gpipe of 2 stages on 2 ranks, 2 microbatches, not 1f1b of"],
+    "loss": ["another code of the loss"],
+    "number of layers": ["another number of layers (3, not 2)"],
+    "layers": ["another parameters and state of stage 1, code of the layers of stage 1"],
+    "ready-made weights": ["another code of the layers of stage 0, code of the layers of stage 1"],
+    "tied": ['another tied parameters ([["layers/0/kernel", "layers/1/kernel"]], not [])'],
+    "failure": ["no such vocabulary"],
+}
+
+
+def test_trainers_that_differ_are_refused_in_every_process(tmp_path: Path) -> None:
+    ended = run_processes(2, [SCRIPT], tmp_path)
+    assert ended.codes == [0, 0], ended
+    for log in ended.logs:
+        (heard,) = (json.loads(line[7:]) for line in log.splitlines() if line.startswith("RESULT "))
+        for name, parts in EXPECTED.items():
+            assert all(part in heard[name] for part in parts), (name, heard[name])
+    assert "process 1 failed: OSError: no such vocabulary" in ended.logs[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--steps 4", "process 1 has another --steps (4, not 6)"),
+        ("--learning-rate 0.5 --clip-norm 0.1", "--clip-norm (0.1, not None)"),
+        pytest.param("--eval-every 2", "another --eval-every (2, not 0)", marks=pytest.mark.slow),
+        pytest.param("--checkpoint-dir run", "another --checkpoint-dir (a path, not none)", marks=pytest.mark.slow),
+        pytest.param("--data.size 99", "another --data.size (99, not", marks=pytest.mark.slow),
+    ],
+)
+def test_commands_that_differ_end_with_code_2(flags: str, sentence: str, tmp_path: Path) -> None:
+    ended = run_processes(2, ["-m", "meshpipe", "train", RECIPE], tmp_path, [[], flags.split()])
+    assert ended.codes == [2, 2], ended
+    for log in ended.logs:
+        assert sentence in log, ended
+        assert "Traceback" not in log, ended
+        assert "Compiled" not in log, ended

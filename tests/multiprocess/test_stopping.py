@@ -1,0 +1,124 @@
+"""Runs that are asked to stop, also where a step cannot come, and runs that one process alone cannot do."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from processes import ROOT, TIMEOUT, environment, run_processes
+from test_faults import process_id
+
+from meshpipe.checkpoint import list_checkpoints
+from meshpipe.processes.launch import free_port
+
+HERE = Path(__file__).parent
+TINY = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
+UNEVEN = HERE / "uneven_recipes.py"
+
+
+def start(folder: Path, number: int, command: Sequence[str]) -> "subprocess.Popen[str]":
+    with open(folder / f"{number}.log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, *command], cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT, text=True
+        )
+
+
+def start_two(folder: Path, command: Sequence[str]) -> "list[subprocess.Popen[str]]":
+    place = ["--coordinator", f"127.0.0.1:{free_port()}", "--process-count", "2", "--process-id"]
+    return [start(folder, number, [*command, *place, str(number)]) for number in range(2)]
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in sorted(folder.glob("*.log")))
+
+
+def wait_for(folder: Path, text: str, of: int = 0) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while text not in (folder / f"{of}.log").read_text():
+        assert time.monotonic() < deadline, logs(folder)
+        time.sleep(0.05)
+
+
+def codes(folder: Path, processes: "list[subprocess.Popen[str]]", seconds: float = TIMEOUT) -> list[int]:
+    deadline = time.monotonic() + seconds
+    try:
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(logs(folder)) from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_hangup_saves_and_gives_129(tmp_path: Path) -> None:
+    flags = ["--steps", "1000000", "--eval-batches", "0", "--checkpoint-dir", "run"]
+    process = start(tmp_path, 0, ["-m", "meshpipe", "train", TINY, *flags])
+    wait_for(tmp_path, "  loss ")
+    process.send_signal(signal.SIGHUP)
+    assert codes(tmp_path, [process]) == [129]
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+    assert "SIGHUP: stopping after the step in progress" in logs(tmp_path)
+
+
+def test_a_stop_does_not_wait_for_ever_for_a_process_that_hangs(tmp_path: Path) -> None:
+    processes = start_two(tmp_path, [str(HERE / "impatient.py"), "train", f"{UNEVEN}:hangs"])
+    wait_for(tmp_path, "Compiled in")
+    time.sleep(2)
+    processes[0].send_signal(signal.SIGTERM)
+    assert codes(tmp_path, processes, 60) == [1, 1], logs(tmp_path)
+    assert "SIGTERM asked to stop, and step " in logs(tmp_path)
+    assert "; waiting for process 1, at step " in logs(tmp_path)
+    assert "Traceback" not in logs(tmp_path)
+
+
+def test_what_one_process_alone_refuses_ends_all_with_code_2(tmp_path: Path) -> None:
+    ended = run_processes(2, ["-m", "meshpipe", "train", f"{UNEVEN}:refuses"], tmp_path)
+    assert ended.codes == [2, 2], ended
+    for log in ended.logs:
+        assert "no such file on this machine: held_out.txt" in log, ended
+        assert "Traceback" not in log, ended
+
+
+@pytest.mark.slow
+def test_a_kill_before_all_have_joined_ends_a_launch_within_seconds(tmp_path: Path) -> None:
+    run = start(tmp_path, 0, ["-m", "meshpipe", "launch", "--processes", "2", "--", "train", TINY])
+    time.sleep(2)  # while they import
+    os.kill(process_id(run.pid, 1), signal.SIGKILL)
+    started = time.monotonic()
+    assert codes(tmp_path, [run]) == [137], logs(tmp_path)
+    assert time.monotonic() - started < 10
+    assert "Ending process 0, not yet joined." in logs(tmp_path)
+
+
+@pytest.mark.slow
+def test_before_the_first_step_a_stop_is_immediate_for_all(tmp_path: Path) -> None:
+    processes = start_two(tmp_path, ["-m", "meshpipe", "train", TINY, "--model.depth", "64", "--steps", "1000000"])
+    wait_for(tmp_path, "No accelerator")
+    processes[1].send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert codes(tmp_path, processes) == [143, 143], logs(tmp_path)
+    assert time.monotonic() - started < 10
+    assert "SIGTERM: stopping; nothing was trained yet." in (tmp_path / "1.log").read_text()
+    assert "process 0 stops because process 1 was asked to stop by SIGTERM." in (tmp_path / "0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_was_stopped_says_so_when_it_wakes(stopped: int, tmp_path: Path) -> None:
+    other = 1 - stopped
+    processes = start_two(tmp_path, ["-m", "meshpipe", "train", TINY, "--steps", "1000000", "--eval-batches", "0"])
+    wait_for(tmp_path, "  loss ")
+    processes[stopped].send_signal(signal.SIGSTOP)
+    assert processes[other].wait(60) != 0
+    processes[stopped].send_signal(signal.SIGCONT)
+    assert processes[stopped].wait(60) != 0
+    time.sleep(1)  # for the child that has the last words
+    log = (tmp_path / f"{stopped}.log").read_text()
+    assert f"process {stopped} stops because it did not run for " in log, logs(tmp_path)
+    assert f"process {stopped} stops because process {other}" not in log, logs(tmp_path)
+    assert "Traceback" not in log, logs(tmp_path)

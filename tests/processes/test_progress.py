@@ -1,0 +1,60 @@
+"""A stop that waits for a step that does not come is given up after a while, and says who is waited for."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from meshpipe.processes import progress
+from meshpipe.processes.progress import Progress, Steps, StopLimit
+from meshpipe.processes.stop import StopRequest
+
+
+def ended_with(at: Progress, others: dict[int, Steps], seconds: float) -> list[str]:
+    said: list[str] = []
+    with StopRequest(lambda message: None) as stop, StopLimit(at, stop, said.append, lambda: others):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)
+    return said
+
+
+@pytest.fixture
+def stuck() -> Progress:
+    found = Progress(3)
+    found.patience = 0.2
+    return found
+
+
+def test_the_step_that_does_not_come_is_named(stuck: Progress) -> None:
+    (said,) = ended_with(stuck, {}, 1.0)
+    assert said.startswith("SIGTERM asked to stop, and step 4 has not come on for ")
+
+
+def test_processes_that_are_behind_are_named(stuck: Progress) -> None:
+    (said,) = ended_with(stuck, {0: Steps(5, 4), 1: Steps(4, 4), 2: Steps(4, 4)}, 1.0)
+    assert said.endswith("; waiting for processes 1, 2, at step 4")
+    (said,) = ended_with(stuck, {0: Steps(5, 4), 1: Steps(5, 4)}, 1.0)
+    assert said.endswith("all processes have handed over step 5 and ended step 4")
+
+
+def test_a_save_has_the_time_that_it_takes(stuck: Progress) -> None:
+    with stuck.during("save"):
+        assert ended_with(stuck, {}, 1.0) == []
+    assert stuck.doing == "step"
+
+
+def test_without_a_signal_nothing_is_given_up(stuck: Progress) -> None:
+    said: list[str] = []
+    with StopRequest(lambda message: None) as stop, StopLimit(stuck, stop, said.append):
+        time.sleep(1.0)
+    assert said == []
+
+
+def test_long_steps_have_longer() -> None:
+    at = Progress()
+    assert at.patience == progress.FIRST_STEP_SECONDS
+    at.ended(1, 100.0)
+    at.ended(2, 1.0)
+    assert at.patience == 300.0
+    assert Steps.parse(str(at.steps)) == at.steps == Steps(0, 2)
