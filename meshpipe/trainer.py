@@ -192,6 +192,7 @@ class Trainer:
             made.extend(initialise(model.layers_on_submeshes, model.rules, self.seed, compiler))
 
         model.compile([make_optimizer, make_parameters], compiler, name)
+        model.release()
         return made
 
     def _place(self, made: Sequence[tuple[Leaves, Leaves]]) -> None:
@@ -224,7 +225,8 @@ class Trainer:
     def notes(self) -> tuple[str, ...]:
         """What the model does because of how its layers are written, in sentences that the command line prints too.
 
-        They tell which batch fields reached optional keywords, and which modules stay in evaluation mode.
+        They tell which parameters are tied because layers share a variable, which batch fields reach optional
+        keywords, and which modules stay in evaluation mode.
         """
         return self.model.notes
 
@@ -393,6 +395,8 @@ class Trainer:
             self._params[i] = take(tree["params"], stage.params)
             self._state[i] = take(tree["state"], stage.state)
             self._opt_states[i] = jax.tree.unflatten(jax.tree.structure(shapes), take(tree["optimizer"], wanted))
+        # What was saved before two leaves were tied may have come apart.
+        self._params = self.tied.share_values(self._params)
         jax.block_until_ready((self._params, self._state, self._opt_states))
         self.step_number = step
         self._unchecked.clear()

@@ -16,6 +16,8 @@ from meshpipe.compiler.fingerprint import fingerprint
 from meshpipe.layers.fields import WithFields, fields_of, optional_fields, parameters_of
 from meshpipe.layers.modes import fixed, mode_keywords, set_mode, told
 from meshpipe.layers.paths import check_distinct, join
+from meshpipe.layers.shared import Groups, Variables, shared_groups, variables_of
+from meshpipe.layers.writes import attributes_of, check_attributes, check_variables, check_written, written
 
 Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
@@ -36,6 +38,21 @@ class Randomness:
     microbatch: jax.Array
     path_hashes: Mapping[str, jax.Array] = field(default_factory=dict)
     """By path of a stream, where the hash is to be an input of a program; else it is a constant in it."""
+
+
+class Origin:
+    """Where a layer's first values come from: a constructor, or a module that was given ready-made, with its values."""
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], values: Leaves | None):
+        self._found: tuple[Callable[[nnx.Rngs], nnx.Module], Leaves | None] | None = make, values
+
+    def get(self) -> tuple[Callable[[nnx.Rngs], nnx.Module], Leaves | None]:
+        assert self._found is not None, "the layer's first values were let go of"
+        return self._found
+
+    def release(self) -> None:
+        """Lets go of the module, whose arrays are whole on the device where the user made them."""
+        self._found = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +78,18 @@ class Layer:
     """Attributes that keep parts of the layer in evaluation mode, e.g. `layers/3/norm.use_running_average`."""
     streams: tuple[str, ...]
     """Paths of its random streams."""
-    make: Callable[[nnx.Rngs], nnx.Module]
-    values: Leaves | None
-    """The values of a module that was given ready-made; None where the constructor makes them."""
+    origin: Origin
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Leaves that are one variable in several layers, each with the paths of all."""
+
+    @property
+    def make(self) -> Callable[[nnx.Rngs], nnx.Module]:
+        return self.origin.get()[0]
+
+    @property
+    def values(self) -> Leaves | None:
+        """The values of a module that was given ready-made; None where the constructor makes them."""
+        return self.origin.get()[1]
 
     @property
     def class_name(self) -> str:
@@ -80,7 +106,8 @@ class Layer:
         variables = nnx.to_flat_state(self.structure)
         metadata = [v.get_metadata() if isinstance(v, nnx.Variable) else None for _, v in variables]
         arrays = [(key, type(v), _value(v).shape, _value(v).dtype) for key, v in variables]
-        return fingerprint((self.graphdef, metadata, dict(self.fields), self.modes)), tuple(arrays)
+        shared = sorted(path.removeprefix(self.path) for path in self.shared)
+        return fingerprint((self.graphdef, metadata, dict(self.fields), self.modes, shared)), tuple(arrays)
 
     def initialise(self, seed: jax.Array, path_hash: jax.Array) -> tuple[Leaves, Leaves]:
         """Parameters and state from the seed's key and `path_hash` only.
@@ -102,21 +129,47 @@ class Layer:
         *,
         train: bool,
     ) -> tuple[Any, Leaves]:
-        """The output of the layer and its state afterwards."""
+        """The output of the layer and its state afterwards.
+
+        Raises `ValueError` when the call changes what would be lost: parameters, attributes, new variables.
+        """
+
+        def run(module: nnx.Module) -> tuple[Any, dict[str, Any]]:
+            set_mode(module, train)
+            keywords = {keyword: batch[field] for keyword, field in self.fields.items()}
+            output = module(activation, **keywords, **told(module, self.modes, train))
+            return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module))}
+
+        def again(values: list[Any], paths: Sequence[str]) -> list[Any]:
+            _, after = run(self._module({**before, **dict(zip(paths, values, strict=True))}, randomness))
+            return [_value(after[path]) for path in paths]
+
+        before: dict[str, Any] = {**{p: params[p] for p in self.params}, **{p: state[p] for p in self.state}}
+        module = self._module(before, randomness)
+        attributes = attributes_of(self.path, module)
+        output, after = run(module)
+        name = f"{self.path} ({self.class_name})"
+        check_variables(name, before, self._random_leaves, after)
+        check_attributes(name, attributes, attributes_of(self.path, module))
+        shared_state = {path: group for path, group in self.shared.items() if path in self.state}
+        kept = {path: value for path, value in before.items() if path in self.params or path in shared_state}
+        check_written(name, written(kept, after, again), shared_state)
+        return output, {path: _value(after[path]) for path in self.state}
+
+    @property
+    def _random_leaves(self) -> frozenset[str]:
+        flat = nnx.to_flat_state(self.structure)
+        return frozenset(join(self.path, key) for key, variable in flat if isinstance(variable, nnx.RngState))
+
+    def _module(self, values: Mapping[str, jax.Array], randomness: Randomness) -> nnx.Module:
+        """The module with these values, and random streams as they begin in a microbatch."""
         variables = []
         for key, variable in nnx.to_flat_state(self.structure):
             path = join(self.path, key)
-            if isinstance(variable, nnx.RngState):
-                value = _random_state(path, variable, randomness)
-            else:
-                value = params[path] if path in params else state[path]
+            random = isinstance(variable, nnx.RngState)
+            value = _random_state(path, variable, randomness) if random else values[path]
             variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
-        module = nnx.merge(self.graphdef, nnx.from_flat_state(variables))
-        set_mode(module, train)
-        keywords = {keyword: batch[field] for keyword, field in self.fields.items()}
-        output = module(activation, **keywords, **told(module, self.modes, train))
-        after = _leaves(self.path, nnx.state(module))
-        return output, {path: after[path] for path in self.state}
+        return nnx.merge(self.graphdef, nnx.from_flat_state(variables))
 
 
 def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) -> tuple[Layer, ...]:
@@ -129,16 +182,30 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) ->
         raise ValueError("A model needs at least one layer. Got an empty list.")
     fields = tuple(batch_fields)
     made: dict[int, Layer] = {}
-    """By constructor, which is called once however often it stands in the list: it makes the same each time."""
+    """By constructor, which is called once however often it stands in the list: it makes the same each time, unless it
+    uses variables that were there before."""
     result = []
+    variables: list[Variables] = []
     for index, layer in enumerate(layers):
         path = f"layers/{index}"
-        if id(layer) in made and not isinstance(layer, nnx.Module):
+        if id(layer) in made:
             result.append(_at(path, made[id(layer)]))
-        else:
-            result.append(_abstract(path, layer, fields))
-            made[id(layer)] = result[-1]
-    return tuple(result)
+            continue
+        abstract, held = _abstract(path, layer, fields)
+        result.append(abstract)
+        variables.append(held)
+        if not held:
+            made[id(layer)] = abstract
+    groups = {leaf: group for group in shared_groups(variables) for leaf in group}
+    return tuple(
+        replace(layer, shared={p: groups[p] for p in (*layer.params, *layer.state) if p in groups}) if groups else layer
+        for layer in result
+    )
+
+
+def shared_parameters(layers: Sequence[Layer]) -> Groups:
+    """The groups of parameters that are one variable, which its first path owns."""
+    return tuple(dict.fromkeys(layer.shared[path] for layer in layers for path in layer.params if path in layer.shared))
 
 
 def _at(path: str, layer: Layer) -> Layer:
@@ -158,7 +225,8 @@ def _at(path: str, layer: Layer) -> Layer:
     )
 
 
-def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Layer:
+def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> tuple[Layer, Variables]:
+    """A layer, and those of its variables that were there before it was made."""
     asked = layer.fields if isinstance(layer, WithFields) else None
     make, ready = _constructor(path, layer.layer if isinstance(layer, WithFields) else layer)
     built: list[tuple[nnx.Module, nnx.GraphDef]] = []
@@ -186,11 +254,16 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Lay
         if isinstance(variable, nnx.RngState):
             streams += [leaf] if isinstance(variable, nnx.RngKey) else []
             continue
+        if not hasattr(value, "shape"):
+            raise ValueError(
+                f"Every variable of a layer must hold one array. {leaf} ({type(variable).__name__}) holds a "
+                f"{type(value).__name__}. Drop what the module has sown: nnx.pop(module, nnx.Intermediate)."
+            )
         trainable = isinstance(variable, nnx.Param) and jnp.issubdtype(value.dtype, jnp.inexact)
         (params if trainable else state)[leaf] = jax.ShapeDtypeStruct(value.shape, value.dtype)
         if isinstance(variable, nnx.Variable) and (names := variable.get_metadata().get("out_sharding")):
             axes[leaf] = tuple(names)
-    return Layer(
+    abstract = Layer(
         path=path,
         graphdef=graphdef,
         structure=structure,
@@ -202,9 +275,10 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> Lay
         modes=mode_keywords(module, [p for p in parameters_of(type(module)) if p.name not in fields]),
         fixed=tuple(f"{join(path, key)}.{name}" for key, name in fixed(module)),
         streams=tuple(streams),
-        make=make,
-        values=_leaves(path, nnx.state(ready)) if ready is not None else None,
+        origin=Origin(make, _leaves(path, nnx.state(ready)) if ready is not None else None),
     )
+    variables = variables_of(path, module)
+    return abstract, {leaf: v for leaf, v in variables.items() if not isinstance(v.get_value(), jax.core.Tracer)}
 
 
 def _constructor(

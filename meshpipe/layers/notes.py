@@ -6,9 +6,17 @@ from typing import Any
 from meshpipe.layers.layer import Layer
 
 
-def notes_on(layers: Sequence[Layer]) -> tuple[str, ...]:
-    """A sentence for each kind of thing that a reader of the layer list may not expect."""
-    return (*_fields(layers), *_fixed(layers))
+def notes_on(layers: Sequence[Layer], tied: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
+    """A sentence for each kind of thing that a reader of the layer list may not expect.
+
+    `tied` has the groups of parameters that were found to be one variable.
+    """
+    return (*_tied(tied), *_fields(layers), *_fixed(layers))
+
+
+def _tied(groups: Sequence[Sequence[str]]) -> Iterator[str]:
+    if groups:
+        yield f"One variable in several layers, trained as one parameter: {_some([' = '.join(g) for g in groups])}."
 
 
 def _fields(layers: Sequence[Layer]) -> Iterator[str]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshpipe.layers.layer import Layer, Randomness
+from meshpipe.layers.writes import WriteError
 from meshpipe.stage.traced import StageFunction
 
 Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
@@ -44,6 +45,8 @@ def stage_function(
         for layer in layers:
             try:
                 value, after = layer(params, state, value, batch, draws, train=train)
+            except WriteError:
+                raise
             except (TypeError, ValueError, KeyError) as error:
                 shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", value)
                 raise ValueError(

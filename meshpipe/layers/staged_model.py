@@ -13,9 +13,10 @@ from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.host import keep_freed_memory
 from meshpipe.layers.initialise import placed
-from meshpipe.layers.layer import Layer, abstract_layers, path_hash
+from meshpipe.layers.layer import Layer, abstract_layers, path_hash, shared_parameters
 from meshpipe.layers.microbatches import Microbatches
 from meshpipe.layers.notes import notes_on
+from meshpipe.layers.shared import merge_groups
 from meshpipe.layers.stage_function import stage_function, streams_of
 from meshpipe.layers.task import Task
 from meshpipe.mesh import DATA, submeshes
@@ -68,9 +69,11 @@ class StagedModel:
     def __init__(self, task: Task, *, mesh: Mesh, config: PipelineConfig, choice: Choice, target: Target | None = None):
         self.task, self.mesh, self.config = task, mesh, config
         self.target = target or Target.of(mesh)
-        self.rules, self.tied = task.rules, task.tied
+        self.rules = task.rules
         self.microbatches = Microbatches(task.batch, task.input, config.num_microbatches, mesh)
         self.layers = abstract_layers(task.layers, self.microbatches.shapes)
+        self.tied = merge_groups(task.tied, shared_parameters(self.layers))
+        """Groups of leaves that are one parameter: those that were named, and those that are one `nnx.Variable`."""
         ranks = submeshes(mesh)
         self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
         self.remat = config.remat_of_stages(self.plan.num_stages)
@@ -93,10 +96,17 @@ class StagedModel:
     def _splits_data(self) -> bool:
         return self.mesh.shape.get(DATA, 1) > 1
 
+    def release(self) -> None:
+        """Lets go of modules that were given ready-made, once their values have been copied, and of the example batch."""
+        self.task = replace(self.task, layers=(), batch=self.microbatches.shapes)
+        for layer in self.layers:
+            layer.origin.release()
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What the model does because of how its layers are written, a sentence each."""
-        return notes_on(self.layers)
+        named = {frozenset(group) for group in self.task.tied}
+        return notes_on(self.layers, [g for g in shared_parameters(self.layers) if frozenset(g) not in named])
 
     @property
     def stage_costs(self) -> Costs | None:

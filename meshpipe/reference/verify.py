@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from meshpipe.config import Config
 from meshpipe.data import batches
 from meshpipe.data.arrays import copy_batch
-from meshpipe.layers.layer import LayerLike
+from meshpipe.layers.layer import LayerLike, abstract_layers
 from meshpipe.layers.stage_function import Loss
 from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.config import PipelineConfig
@@ -152,14 +152,14 @@ def verify(
         compile_cache=compile_cache,
     )
     plain = PlainTrainer(
-        trainer.model.layers,
+        abstract_layers(layers, trainer.model.microbatches.shapes),
         loss,
         optimizer,
         input=input,
         seed=seed,
         num_microbatches=config.num_microbatches,
         clip_norm=clip_norm,
-        tied=tied,
+        tied=trainer.model.tied,
     )
     comparison = Comparison(_tolerance(trainer))
     comparison.leaves(0, "initial parameter", trainer.params, plain.params)

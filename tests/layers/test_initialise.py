@@ -1,17 +1,20 @@
 """Initial values depend on seed and path alone, whatever the layout, and are born where they live."""
 
 import functools
+import gc
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import meshpipe.compiler.compiler
+from meshpipe import PipelineConfig, Trainer
 from meshpipe.layers.initialise import initialise, placed
 from meshpipe.layers.layer import LayerLike, abstract_layers
 from meshpipe.mesh import make_mesh, submeshes
@@ -121,6 +124,40 @@ def test_the_values_of_a_ready_made_module_are_copied() -> None:
     for leaf in found.values():
         leaf.delete()  # as a step does that donates them
     np.testing.assert_array_equal(ready.scale[...], np.arange(8.0))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_ready_made_module_is_let_go_of_once_it_is_copied(kept: bool) -> None:
+    """Built on a device that is in no submesh, where nothing may be left of it but what the user still holds."""
+    elsewhere = jax.devices()[-1]
+
+    def bytes_elsewhere() -> int:
+        gc.collect()
+        return sum(leaf.nbytes for leaf in jax.live_arrays() if elsewhere in leaf.devices())
+
+    before = bytes_elsewhere()
+    with jax.default_device(elsewhere):
+        ready = nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0))
+        layers = [ready, lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs), lambda rngs: captured]
+        captured = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(1))
+    built = bytes_elsewhere()
+    batch = {"inputs": np.ones((2, WIDTH), np.float32)}
+    trainer = Trainer(
+        layers,
+        lambda output, batch: (output.sum(), output.size),
+        optax.sgd(0.1),
+        batch=batch,
+        mesh=make_mesh(2, devices=jax.devices()[:2]),
+        pipeline=PipelineConfig(num_microbatches=1),
+    )
+    np.testing.assert_array_equal(trainer.params["layers/0/scale"], ready.scale[...])
+    del layers, captured
+    if not kept:
+        del ready
+    assert before < built
+    assert bytes_elsewhere() == before if not kept else bytes_elsewhere() > before
+    trainer.check(trainer.step(batch))
+    assert np.isfinite(trainer.evaluate([batch])["loss"])
 
 
 def test_a_leaf_that_cannot_be_split_is_named() -> None:

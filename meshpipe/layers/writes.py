@@ -1,0 +1,147 @@
+"""What a call did to its module: what may change is taken over, and nothing else vanishes without a word."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import jax
+from flax import nnx
+
+from meshpipe.compiler.fingerprint import fingerprint
+from meshpipe.layers.modes import ATTRIBUTES
+from meshpipe.layers.paths import join
+from meshpipe.stage.forwarding import forwarded
+
+_PLAIN = (int, float, bool, str, type(None), FunctionType)
+"""What most attributes are, and holds nothing that could change."""
+
+
+_NONE = object()
+"""Stands for an attribute that is not there."""
+
+
+class WriteError(ValueError):
+    """A call changed what it may not change; the message names it."""
+
+
+def attributes_of(path: str, module: nnx.Module) -> dict[str, Any]:
+    """What a module and its parts hold beside variables, as it was: later changes inside lists and dicts show."""
+    found = {}
+    for where, node in _parts(path, module, set()):
+        for name, value in vars(node).items():
+            if name not in ATTRIBUTES and not name.startswith("_pytree__") and _is_static(value):
+                found[f"{where}.{name}"] = value if type(value) in _PLAIN else fingerprint(value)
+    return found
+
+
+def _parts(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, nnx.Pytree]]:
+    """A module and the modules in it, each once; quicker than `nnx.iter_graph`, which looks at every attribute."""
+    if type(value) in _PLAIN or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nnx.Pytree):
+        yield path, value
+        children: Iterable[tuple[Any, Any]] = vars(value).items()
+    elif isinstance(value, Mapping):
+        children = value.items()
+    elif isinstance(value, list | tuple):
+        children = enumerate(value)
+    else:
+        return
+    for key, child in children:
+        yield from _parts(join(path, (key,)), child, seen)
+
+
+def check_attributes(kind: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raises `WriteError` when a call assigned an attribute or changed one in place."""
+    changed = [name for name in {**before, **after} if not _same(before.get(name, _NONE), after.get(name, _NONE))]
+    if changed:
+        raise WriteError(
+            "A layer's __call__ is traced once and then runs compiled, so it cannot keep Python values. "
+            f"{kind} changed {_some(changed)}. Keep a number that changes in an nnx.Variable made by the constructor, "
+            "and other values in local names."
+        )
+
+
+def check_variables(kind: str, before: Mapping[str, Any], random: Collection[str], after: Mapping[str, Any]) -> None:
+    """Raises `WriteError` when a call made variables (values that it sows are such), dropped some, or gave one another
+    shape or dtype. `random` has the paths of random streams, which are not among those before.
+    """
+    if made := [path for path in after if path not in before and path not in random]:
+        sown = [path for path in made if isinstance(after[path], nnx.Intermediate)]
+        raise WriteError(
+            f"Every variable of a layer must be made by its constructor. {kind} made {_some(sown or made)} in "
+            "__call__, which nothing would read. "
+            + (
+                "Return what it sows, or call the part that sows through nnx.capture(part, nnx.Intermediate), which "
+                "returns the output and what was sown."
+                if sown
+                else "Make it in the constructor, or keep the value in a local name."
+            )
+        )
+    if dropped := [path for path in before if path not in after]:
+        raise WriteError(
+            f"A layer's variables must stay where they are. {kind} dropped {_some(dropped)} in __call__. "
+            "Set its value in place: variable[...] = value."
+        )
+    for path, value in before.items():
+        new = _value(after[path])
+        if getattr(new, "shape", None) != value.shape or new.dtype != value.dtype:
+            found = f"{new.dtype}{list(new.shape)}" if hasattr(new, "shape") else type(new).__name__
+            raise WriteError(
+                f"A variable must keep its shape and dtype. {kind} made {path} {found} in __call__; it was "
+                f"{value.dtype}{list(value.shape)}. Cast what is written to it."
+            )
+
+
+def written(
+    before: Mapping[str, Any], after: Mapping[str, Any], again: Callable[[list[Any], Sequence[str]], list[Any]]
+) -> list[str]:
+    """Which variables a call wrote to.
+
+    Transformations such as `nnx.jit` hand every variable back as a new value, whether it was written to or not; then
+    the call is traced once more, by `again(values before, their paths)`, to see what becomes of each.
+    """
+    replaced = [path for path, value in before.items() if _value(after[path]) is not value]
+    if not replaced:
+        return []
+    traced = jax.make_jaxpr(lambda values: again(values, replaced))([before[path] for path in replaced])
+    return [path for i, (path, source) in enumerate(zip(replaced, forwarded(traced.jaxpr), strict=True)) if source != i]
+
+
+def check_written(kind: str, paths: Sequence[str], shared: Mapping[str, Sequence[str]]) -> None:
+    """Raises `WriteError` for writes to parameters, and to state that several layers share."""
+    for path in paths:
+        if path in shared:
+            others = ", ".join(other for other in shared[path] if other != path)
+            raise WriteError(
+                f"State that a call writes to must belong to one layer. {kind} writes to {path}, the same variable as "
+                f"{others}; the layers may lie on different devices. Give each layer its own (nnx.clone, or a "
+                "constructor in the list), or do not write to it: of a norm, use_running_average=True."
+            )
+    if paths:
+        raise WriteError(
+            f"Parameters are changed by the optimizer alone. {kind} writes to {_some(paths)} in __call__, as "
+            "nnx.WeightNorm and nnx.SpectralNorm do; what that trains depends on the number of microbatches. Compute "
+            "the value in a local name and use that (jnp.dot(x, kernel / norm)), or keep it in an nnx.Variable of "
+            "another type than nnx.Param, which calls may change."
+        )
+
+
+def _is_static(value: Any) -> bool:
+    if type(value) in _PLAIN:
+        return True
+    parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, nnx.Pytree | nnx.Variable))
+    return not any(isinstance(part, nnx.Pytree | nnx.Variable | jax.Array) for part in parts)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def _value(variable: Any) -> Any:
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
+
+
+def _some(paths: Sequence[str], longest: int = 3) -> str:
+    return ", ".join(paths[:longest]) + (f" and {len(paths) - longest} more" if len(paths) > longest else "")
