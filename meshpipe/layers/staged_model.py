@@ -97,7 +97,7 @@ class StagedModel:
         return self.mesh.shape.get(DATA, 1) > 1
 
     def release(self) -> None:
-        """Lets go of modules that were given ready-made, once their values have been copied, and of the example batch."""
+        """Lets go of modules that were given ready-made, and of the example batch, once all is set up."""
         self.task = replace(self.task, layers=(), batch=self.microbatches.shapes)
         for layer in self.layers:
             layer.origin.release()
