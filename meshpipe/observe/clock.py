@@ -1,6 +1,7 @@
 """When each action and transfer of a real step ran."""
 
 import time
+from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,12 +9,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from meshpipe.observe.probe import smallest
 from meshpipe.pipeline.executor import Executor
 from meshpipe.plan.lower import Buffer, Compute, Transfer
 from meshpipe.plan.plan import Action, Plan
 from meshpipe.plan.simulate import Timeline
 
 Arrays = tuple[jax.Array, ...]
+MOST_WAITING = 8
+"""Results of one rank that are waited for at once: enough that its devices have work, and few to hold in memory."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,16 @@ class StepClock:
         self._plan = plan
         for arrays in added:
             if arrays:
-                jax.block_until_ready(_probe(_smallest(arrays)))
-        self._lanes: dict[Hashable, ThreadPoolExecutor] = {}
+                jax.block_until_ready(_copy(smallest(arrays)))
+        self._lanes: dict[Hashable, _Lane] = {}
         self._seen: list[tuple[Compute | Transfer, float, Future[float] | None]] = []
         self._begin = self._dispatch = time.perf_counter()
 
     def observe(self, instruction: Compute | Transfer, made: Arrays, added: Arrays) -> None:
         """To be called after each dispatch, in the order of the program."""
         # What an action adds to is handed over to the next one at once; a copy of the smallest is ready just after it.
-        array = _smallest(made) if made else _probe(_smallest(added)) if added else None
-        end = None if array is None else self._lane(instruction).submit(_ready_time, array)
+        array = smallest(made) if made else _copy(smallest(added)) if added else None
+        end = None if array is None else self._lane(instruction).submit(array)
         self._seen.append((instruction, self._dispatch, end))
         self._dispatch = time.perf_counter()
 
@@ -78,14 +82,14 @@ class StepClock:
             free_at[instruction.rank] = end
             ready.update(dict.fromkeys(instruction.writes, end))
         for lane in self._lanes.values():
-            lane.shutdown()
+            lane.close()
         return MeasuredStep(Timeline(self._plan, starts, ends), transfers, self._begin)
 
-    def _lane(self, instruction: Compute | Transfer) -> ThreadPoolExecutor:
+    def _lane(self, instruction: Compute | Transfer) -> "_Lane":
         """The thread that waits for what this rank computes, or receives from one side."""
         key: Hashable = instruction.rank if isinstance(instruction, Compute) else _side(instruction)
         if key not in self._lanes:
-            self._lanes[key] = ThreadPoolExecutor(1, "clock")
+            self._lanes[key] = _Lane()
         return self._lanes[key]
 
 
@@ -104,11 +108,25 @@ def _side(transfer: Transfer) -> tuple[int, int, str]:
     return transfer.source_rank, transfer.target_rank, transfer.target.kind
 
 
-def _smallest(arrays: Arrays) -> jax.Array:
-    return min(arrays, key=lambda array: array.nbytes)
+class _Lane:
+    """A thread that notes in turn when arrays are ready, and holds few of them."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "clock")
+        self._waiting: deque[Future[float]] = deque()
+
+    def submit(self, array: jax.Array) -> Future[float]:
+        """The time at which the array is ready; waits while `MOST_WAITING` others are not."""
+        while len(self._waiting) >= MOST_WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(_ready_time, array))
+        return self._waiting[-1]
+
+    def close(self) -> None:
+        self._thread.shutdown()
 
 
-_probe = jax.jit(jnp.copy)
+_copy = jax.jit(jnp.copy)
 
 
 def _ready_time(array: jax.Array) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from meshpipe.observe.probe import probe
 from meshpipe.plan.lower import Compute, Transfer
 from meshpipe.plan.plan import Plan
 
@@ -19,7 +20,7 @@ POLL_SECONDS = 0.25
 class Watchdog:
     """While entered, calls `fail` with a message when no step has ended for `timeout` seconds.
 
-    It observes the steps and keeps one small result of every action until the next step, to see which are not there.
+    It observes the steps and keeps a few bytes of every action until the next step, to see which are not there.
     The first step has no limit: compiling and connecting take their time. A timeout of 0 watches nothing.
     """
 
@@ -47,7 +48,7 @@ class Watchdog:
 
     def observe(self, instruction: Compute | Transfer, made: Arrays, added: Arrays) -> None:
         """To be called after each dispatch."""
-        self._seen.append((instruction, min(made, key=lambda array: array.nbytes) if made else None))
+        self._seen.append((instruction, probe(made)))
 
     def waiting(self) -> list[str]:
         """For each rank of this process the action that it waits in, and what has not arrived for it."""

@@ -1,7 +1,15 @@
 """A step that does not end is reported with what every rank waits for."""
 
 import threading
+from typing import Any
 
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import meshpipe
+from meshpipe.observe.clock import MOST_WAITING, StepClock
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.plan.lower import Transfer, lower
 from meshpipe.plan.schedules import make_plan
@@ -53,3 +61,43 @@ def test_silence_fails_the_run_and_steps_keep_it_alive() -> None:
         observed(watchdog, 3)
         assert failed.wait(10)
     assert messages[0].startswith("no step has ended for 0.3 s: rank 0 waits in 0B0")
+
+
+ROWS = WIDTH = 64
+
+
+def test_watching_holds_no_activations() -> None:
+    """Nor does timing, but for a few of each rank."""
+    count = 24
+    batch = {"inputs": np.ones((ROWS * count, WIDTH), np.float32)}
+    trainer = meshpipe.Trainer(
+        [lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs)] * 4,
+        lambda output, fields: ((output**2).sum(), output.size),
+        optax.sgd(1e-3),
+        batch=batch,
+        mesh=meshpipe.make_mesh(pipeline=2),
+        pipeline=meshpipe.PipelineConfig(num_microbatches=count),
+    )
+
+    def held(observe: Any) -> int:
+        trainer.check(trainer.step(batch, observe=observe))
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    activation = ROWS * WIDTH * 4
+    alone = held(None)
+    watchdog = Watchdog(trainer.plan, 60.0, print)
+    assert held(watchdog.observe) - alone < activation
+    assert len(watchdog._seen) > 4 * count
+    assert watchdog.waiting() == [f"rank {rank} has done what it was given" for rank in (0, 1)]
+
+    clock = StepClock(trainer.plan, trainer.model.executor.accumulators())
+    waiting = 0
+
+    def observe(*arguments: Any) -> None:
+        nonlocal waiting
+        clock.observe(*arguments)
+        waiting = max(waiting, *(lane._thread._work_queue.qsize() for lane in clock._lanes.values()))
+
+    trainer.step(batch, observe=observe)
+    assert set(clock.finish().timeline.ends) == trainer.plan.actions
+    assert waiting <= MOST_WAITING
