@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,10 @@ class StepResult:
     """Mean loss over the whole batch, whose gradient made the update."""
     grad_norm: jax.Array
     """Global norm of the gradient before clipping."""
-    applied: jax.Array
-    """False when the update was left out: it was not finite, or the weight of the whole batch is 0."""
     good: jax.Array
     """False when the loss or the norm is not finite, and the update was therefore left out."""
+    applied: jax.Array
+    """False when the update was left out: it was not finite, or the weight of the whole batch is 0."""
     finite: dict[int, jax.Array]
     """For each local stage, whether its parameters are finite after the update."""
     measured: MeasuredStep | None = None
@@ -131,10 +131,11 @@ class Trainer:
         clip_norm: float | None = None,
         compile_cache: str | None = None,
         target: Target | None = None,
+        check: Callable[[StagedModel], None] | None = None,
     ) -> "Trainer":
-        """A trainer of a task, whose parts are otherwise the first arguments. Raises as the constructor does."""
+        """As the constructor, with a task for the first arguments; `check` sees the model before it is compiled."""
         trainer = cls.__new__(cls)
-        trainer._begin(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target)
+        trainer._begin(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target, check)
         return trainer
 
     def _begin(
@@ -147,13 +148,21 @@ class Trainer:
         clip_norm: float | None,
         compile_cache: str | None,
         target: Target | None,
+        check: Callable[[StagedModel], None] | None = None,
     ) -> None:
         mesh = make_mesh() if mesh is None else mesh
         chooser = Chooser(task, optimizer, mesh=mesh, config=pipeline or PipelineConfig(), target=target)
-        self._set_up(chooser, seed, clip_norm, compile_cache)
+        self._set_up(chooser, seed, clip_norm, compile_cache, check)
 
     @no_garbage_collection()
-    def _set_up(self, chooser: Chooser, seed: int, clip_norm: float | None, compile_cache: str | None) -> None:
+    def _set_up(
+        self,
+        chooser: Chooser,
+        seed: int,
+        clip_norm: float | None,
+        compile_cache: str | None,
+        check: Callable[[StagedModel], None] | None,
+    ) -> None:
         self.seed = seed
         self.step_number = 0
         self._unchecked: deque[tuple[int, jax.Array, OwnBatch]] = deque()
@@ -163,6 +172,8 @@ class Trainer:
             if not self.group.is_alone:
                 check_costs(chooser.config)
             self.model = chooser.choose()
+            if check is not None:
+                check(self.model)
             check_program(self.model.program)
         if not self.group.is_alone:
             agree(self.group, "model", describe_model(self.model) | {"seed": str(seed), "clip norm": str(clip_norm)})
@@ -245,15 +256,7 @@ class Trainer:
         )
         self._params = self.tied.share_values(self._params)
         self.step_number += 1
-        result = StepResult(
-            self.step_number,
-            found.loss,
-            found.norm,
-            found.applied,
-            found.good,
-            self.optimizer.finite,
-            measured,
-        )
+        result = StepResult(self.step_number, *found, self.optimizer.finite, measured)
         self._remember(result.step, result.good, batch)
         return result
 
@@ -376,15 +379,17 @@ class Trainer:
             for i, stage in enumerate(self.model.parameters)
         ]
 
-    def abstract_state_tree(self) -> list[StateTree]:
-        """The shapes and shardings of `state_tree`, to restore into."""
+    def abstract_state_tree(self, *, optimizer: bool = True) -> list[StateTree]:
+        """The shapes and shardings of `state_tree`, to restore into; without `optimizer`, of the weights alone."""
         return [
-            {"params": dict(stage.params), "state": dict(stage.state), "optimizer": self._named(i, shapes)}
-            for i, (stage, shapes) in enumerate(zip(self.model.parameters, self.optimizer.state_shapes, strict=True))
+            {"params": dict(stage.params), "state": dict(stage.state)}
+            | ({"optimizer": self._named(i, self.optimizer.state_shapes[i])} if optimizer else {})
+            for i, stage in enumerate(self.model.parameters)
         ]
 
     def load_state_tree(self, trees: Sequence[StateTree], step: int, *, donate: bool = False) -> None:
-        """Continues from restored trees as they were after update `step`.
+        """Continues from restored trees as they were after update `step`; with trees of weights alone, the optimizer
+        begins anew.
 
         The arrays are copied, unless they are donated: then they belong to the trainer, whose next step deletes them.
         """
@@ -394,9 +399,12 @@ class Trainer:
             take = _as_they_are if donate else _copies
             self._params[i] = take(tree["params"], stage.params)
             self._state[i] = take(tree["state"], stage.state)
-            self._opt_states[i] = jax.tree.unflatten(jax.tree.structure(shapes), take(tree["optimizer"], wanted))
+            if "optimizer" in tree:
+                self._opt_states[i] = jax.tree.unflatten(jax.tree.structure(shapes), take(tree["optimizer"], wanted))
         # What was saved before two leaves were tied may have come apart.
         self._params = self.tied.share_values(self._params)
+        if not any("optimizer" in trees[i] for i in self.model.local):
+            self._opt_states = self.optimizer.init(self._params)
         jax.block_until_ready((self._params, self._state, self._opt_states))
         self.step_number = step
         self._unchecked.clear()

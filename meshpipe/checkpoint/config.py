@@ -1,6 +1,7 @@
 """The flags of checkpoints."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields
@@ -23,6 +24,15 @@ class CheckpointConfig:
     auto_resume: bool = False
     """Go on from the newest checkpoint of the folder if there is one, else start from the beginning."""
 
+    init_from: str | None = None
+    """Folder with a checkpoint of another run, to begin this one from; it is only read. Where a resumed run finds a
+    checkpoint of its own, that is taken."""
+    init_step: int | None = None
+    """The step to take from --init-from; None takes the newest."""
+    init_what: Literal["weights", "all"] = "weights"
+    """What to take from --init-from: `weights`, parameters and batch statistics, for a new run from step 0; or `all`,
+    with optimizer, step and position in the data, to go on with that run in another --checkpoint-dir."""
+
     @property
     def may_continue(self) -> bool:
         """Whether the run may be the continuation of another, to whose files it appends."""
@@ -31,7 +41,12 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "checkpoint_keep"):
             check_whole(name, getattr(self, name), 0)
-        expand_fields(self, "checkpoint_dir")
+        expand_fields(self, "checkpoint_dir", "init_from")
+        if self.init_step is not None:
+            check_whole("init_step", self.init_step, 0)
+        if self.init_from is None and (self.init_step is not None or self.init_what != "weights"):
+            name = "init_what" if self.init_step is None else "init_step"
+            raise ArgumentError(f"`{name}` is for `init_from`. Got it alone. Add `init_from` DIR, or leave it out.")
         if self.resume_from is not None:
             check_whole("resume_from", self.resume_from, 0)
         if self.checkpoint_dir is None:

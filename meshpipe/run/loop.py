@@ -33,6 +33,7 @@ from meshpipe.run.record import (
     device_names,
     layout_values,
 )
+from meshpipe.run.start import Start
 from meshpipe.run.trace_file import TraceFile
 from meshpipe.run.warning import Warnings
 from meshpipe.sharding import local_value
@@ -83,7 +84,7 @@ class Loop:
         outputs: Outputs,
         stop: StopRequest,
         watchdog: Watchdog | None = None,
-        left_out: int = 0,
+        start: Start | None = None,
     ) -> None:
         self._watchdog = watchdog
         self._config = config
@@ -93,6 +94,8 @@ class Loop:
         self._out = outputs
         self._stop = stop
         self._rates: tuple[int, np.ndarray] = (0, np.zeros(0))
+        self._start = start
+        left_out = 0 if start is None else start.left_out
         self._learning_rate(trainer.step_number - left_out)
         self._on_its_way: _OnItsWay | None = None
         self._watch = ThreadPoolExecutor(1, "watch")
@@ -110,7 +113,7 @@ class Loop:
         self._first_step = trainer.step_number + 1
         self._trace = None if config.trace is None else TraceFile(config.trace, self._warnings)
         self._clock = time.perf_counter()
-        self._saved_step = trainer.step_number if trainer.step_number else None
+        self._saved_step = start.step if start is not None and start.is_own else None
         self._evaluated_step: int | None = None
         self.error: BaseException | None = None
         """What made it fail."""
@@ -326,7 +329,17 @@ class Loop:
             "versions": versions(),
             "step": self._good_step,
             "recipe": self._out.recipe,
+            **self._origin,
         }
+
+    @property
+    def _origin(self) -> dict[str, Any]:
+        """Where a run that began from a checkpoint of another has it from."""
+        start = self._start
+        if start is None or start.is_own:
+            return {}
+        what = "weights" if start.weights_only else "all"
+        return {"init_from": {"folder": start.folder, "step": start.step, "what": what}}
 
     def _newest_checkpoint(self) -> int | None:
         if self._out.checkpointer is None:

@@ -19,10 +19,10 @@ from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
 from meshpipe.run.loop import Loop, Outputs
 from meshpipe.run.metrics import MetricsFile
-from meshpipe.run.record import check_can_be_saved, saved_run
+from meshpipe.run.record import check_can_be_saved
 from meshpipe.run.settings import describe_config, describe_source
 from meshpipe.run.setup import make_trainer
-from meshpipe.trainer import Trainer
+from meshpipe.run.start import find_start
 
 END_SECONDS = 600.0
 """How long processes wait for each other to come to the end."""
@@ -45,19 +45,17 @@ def run(
         agree(group, "settings", describe_config(config))
     MetricsFile.check(metrics_file, append=options.may_continue)
     check_trace(config.trace)
-    saved = saved_run(config)
-    if saved is not None and saved["step"] >= config.steps:
-        console.print(
-            f"Nothing left to do: {options.checkpoint_dir} holds step {saved['step']}, and --steps is {config.steps}."
-        )
+    start = find_start(config)
+    if start is not None and start.is_own and start.step >= config.steps:
+        console.print(f"Nothing left to do: {start.folder} holds step {start.step}, and --steps is {config.steps}.")
         return COMPLETED
     source = config.data.train_source()
     train_batches = batches(source, config.batch_size, config.seed)
     if options.checkpoint_dir is not None:
         check_can_be_saved(config)
         train_batches.get_state()
-    if saved is not None:
-        train_batches.set_state(saved["data"])
+    if start is not None and not start.weights_only:
+        train_batches.set_state(start.metadata["data"])
     held_out = config.data.eval_source() if config.eval_batches else None
     if held_out is not None:
         batches(held_out, config.batch_size).close()  # raises where there is too little
@@ -65,7 +63,7 @@ def run(
         agree(group, "data", describe_source("training", source) | describe_source("held-out", held_out))
     with ExitStack() as files:
         files.enter_context(closing(train_batches))
-        trainer = make_trainer(config)
+        trainer = make_trainer(config, None if start is None else start.check)
         if several:
             train_batches.read_only(trainer.model.rows_read())
         for line in layout_lines(recipe, trainer.model):
@@ -74,8 +72,11 @@ def run(
         checkpointer = None
         if options.checkpoint_dir is not None:
             checkpointer = files.enter_context(Checkpointer(options.checkpoint_dir, keep=options.checkpoint_keep))
-            if saved is not None:
-                _restore(trainer, checkpointer, config, saved["step"], console)
+        if start is not None:
+            console.print(start.load(trainer))
+            if checkpointer is not None and options.resume_from is not None and process_index() == 0:
+                for later in checkpointer.supersede(start.step):
+                    console.print(f"Step {later} is now {later}.superseded.")
         metrics = files.enter_context(MetricsFile(metrics_file, append=options.may_continue))
         outputs = Outputs(recipe, metrics, checkpointer, console)
         watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, guard.fail))
@@ -87,7 +88,7 @@ def run(
             outputs,
             stop,
             watchdog if step_timeout else None,
-            left_out=0 if saved is None else saved.get("left_out", 0),
+            start,
         )
         guard.progress = loop.progress
         with StopLimit(loop.progress, stop, guard.give_up, guard.steps_of_all if several else dict):
@@ -97,12 +98,3 @@ def run(
                 guard.fail(loop.error)
             meet("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
         return status
-
-
-def _restore(trainer: Trainer, checkpointer: Checkpointer, config: Config, step: int, console: Console) -> None:
-    """Puts the state of a saved step into the trainer; with `--resume-from`, sets later steps aside."""
-    trainer.load_state_tree(checkpointer.restore(step, trainer.abstract_state_tree()), step, donate=True)
-    console.print(f"Resumed after step {step} of {config.checkpoint.checkpoint_dir}.")
-    if config.checkpoint.resume_from is not None and process_index() == 0:
-        for later in checkpointer.supersede(step):
-            console.print(f"Step {later} is now {later}.superseded.")

@@ -1,14 +1,20 @@
 """A recipe's config made into what runs it."""
 
+from collections.abc import Callable
+
 from jax.sharding import Mesh
 
 from meshpipe.choose.chooser import Chooser
 from meshpipe.config import Config
+from meshpipe.layers.staged_model import StagedModel
 from meshpipe.trainer import Trainer
 
 
-def make_trainer(config: Config) -> Trainer:
-    """The trainer of a recipe, compiled. Raises `ValueError` when the parts of the config do not fit together."""
+def make_trainer(config: Config, check: Callable[[StagedModel], None] | None = None) -> Trainer:
+    """The trainer of a recipe, compiled, after `check` has seen its model.
+
+    Raises `ValueError` when the parts of the config do not fit together.
+    """
     return Trainer.of(
         config.task(),
         config.optimizer.build(config.steps),
@@ -17,6 +23,7 @@ def make_trainer(config: Config) -> Trainer:
         seed=config.seed,
         clip_norm=config.optimizer.clip_norm,
         compile_cache=config.compile_cache,
+        check=check,
     )
 
 

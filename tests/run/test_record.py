@@ -14,7 +14,8 @@ from meshpipe.host import versions
 from meshpipe.mesh import MeshConfig
 from meshpipe.optimizer.config import OptimizerConfig, matrices
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.run.record import check_continues, checkpoint_metadata, config_values, layout_values
+from meshpipe.run.record import checkpoint_metadata, config_values, layout_values
+from meshpipe.run.start import check_continues
 
 
 def saved(config: Config) -> dict[str, Any]:

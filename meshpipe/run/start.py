@@ -1,0 +1,185 @@
+"""Where a run starts: from nothing, from its own newest checkpoint, or from one of another run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meshpipe.checkpoint import Checkpointer, CheckpointError, verify_checkpoint
+from meshpipe.checkpoint.index import check_leaf
+from meshpipe.config import Config
+from meshpipe.errors import ArgumentError
+from meshpipe.files import check_folder
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.processes.coordination import process_count, process_index, tell_all
+from meshpipe.run.record import MAY_CHANGE, config_values
+from meshpipe.trainer import Trainer
+
+WAIT_SECONDS = 1800.0
+"""How long processes wait for each other to read a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A whole checkpoint that a run starts from."""
+
+    folder: str
+    step: int
+    metadata: Mapping[str, Any]
+    """What was written down about it."""
+    is_own: bool
+    """Whether it is of the run's own folder, so that it need not be saved again."""
+    weights_only: bool = False
+    """Whether the run begins at step 0, with the parameters and other state alone."""
+
+    @property
+    def left_out(self) -> int:
+        return 0 if self.weights_only else int(self.metadata.get("left_out", 0))
+
+    def check(self, model: StagedModel) -> None:
+        """Raises `CheckpointError` when the weights are those of another model; nothing is read but their shapes."""
+        leaves = Checkpointer(self.folder).leaves(self.step)
+        found = {f"params/{path}": leaf for stage in model.parameters for path, leaf in stage.params.items()}
+        found |= {f"state/{path}": leaf for stage in model.parameters for path, leaf in stage.state.items()}
+        for key, leaf in found.items():
+            check_leaf(self.step, key, leaf, leaves)
+        more = [key for key in leaves if key.startswith(("params/", "state/")) and key not in found]
+        if more:
+            raise CheckpointError(
+                f"All weights of a checkpoint must have a place in the model. {more[0]} of step {self.step} in "
+                f"{self.folder} has none. Configure the model as it was when it was saved."
+            )
+
+    def load(self, trainer: Trainer) -> str:
+        """Puts what was saved into the trainer; returns a sentence about it."""
+        shapes = trainer.abstract_state_tree(optimizer=not self.weights_only)
+        trees = Checkpointer(self.folder).restore(self.step, shapes)
+        trainer.load_state_tree(trees, 0 if self.weights_only else self.step, donate=True)
+        if self.is_own:
+            return f"Resumed after step {self.step} of {self.folder}."
+        if self.weights_only:
+            return f"Began with the weights of step {self.step} of {self.folder}."
+        return f"Continued after step {self.step} of {self.folder}."
+
+
+def find_start(config: Config) -> Start | None:
+    """The checkpoint that the config asks to start from, read and found whole; None for a run from nothing.
+
+    Raises `ValueError` when there is none but has to be, when it is of another run, and when a new run would mix with
+    it. Of a run of several processes, all raise the same.
+    """
+    own = _own_start(config)
+    if own is not None or config.checkpoint.init_from is None:
+        return own
+    options, folder = config.checkpoint, config.checkpoint.init_from
+    steps = Checkpointer(folder).steps()
+    _check_shared("init_from", folder, steps)
+    if not steps:
+        raise ArgumentError(f"`init_from` must name a folder with a whole checkpoint. Got {folder!r}, which has none.")
+    step = steps[-1] if options.init_step is None else options.init_step
+    metadata = _read(folder, step, steps, "init_step")
+    if options.init_what == "all":
+        check_continues(config, metadata, folder)
+        if step >= config.steps:
+            raise ArgumentError(
+                f"`steps` must be above the step that a run continues from. Got {config.steps}, and {step}."
+            )
+    return Start(folder, step, metadata, is_own=False, weights_only=options.init_what == "weights")
+
+
+def _own_start(config: Config) -> Start | None:
+    options = config.checkpoint
+    folder = options.checkpoint_dir
+    if folder is None:
+        return None
+    check_folder("checkpoint_dir", folder)
+    steps = Checkpointer(folder).steps()
+    _check_shared("checkpoint_dir", folder, steps)
+    if steps and not options.may_continue:
+        raise ArgumentError(
+            "A new run needs a `checkpoint_dir` without checkpoints, so that two runs do not mix. "
+            f"Got {folder!r}, which holds steps up to {steps[-1]}. Pass `resume` to go on, or name another folder."
+        )
+    if not steps and (options.auto_resume or not options.may_continue):
+        return None
+    name = "resume" if options.resume_from is None else "resume_from"
+    if not steps:
+        raise ArgumentError(
+            f"`{name}` needs a whole checkpoint in `checkpoint_dir`. Got {folder!r}, which has none. "
+            f"Name the folder of the run to go on with, or leave `{name}` out to start a new one; "
+            "`init_from` begins from a checkpoint of another folder."
+        )
+    step = steps[-1] if options.resume_from is None else options.resume_from
+    metadata = _read(folder, step, steps, "resume_from")
+    check_continues(config, metadata, folder)
+    return Start(folder, step, metadata, is_own=True)
+
+
+def _read(folder: str, step: int, steps: Sequence[int], argument: str) -> dict[str, Any]:
+    """What is written down about a step, after every byte of it was found good."""
+    if step not in steps:
+        raise ArgumentError(
+            f"`{argument}` must name a step that is saved in {folder}. Got {step}. "
+            f"Whole steps there: {', '.join(map(str, steps))}."
+        )
+    _check_whole(folder, step, steps, argument)
+    return Checkpointer(folder).metadata(step)
+
+
+def _check_shared(argument: str, folder: str, steps: Sequence[int]) -> None:
+    """Raises `ArgumentError` when processes see different checkpoints."""
+    if process_count() == 1:
+        return
+    seen = tell_all(f"meshpipe/{argument}/steps", json.dumps(steps), WAIT_SECONDS)
+    if len(set(seen)) > 1:
+        found = "; ".join(f"steps {text} in process {process}" for process, text in enumerate(seen))
+        raise ArgumentError(
+            f"All processes must see the same `{argument}`. Got {found}. "
+            "Name a folder of a file system that they share."
+        )
+
+
+def _check_whole(folder: str, step: int, steps: Sequence[int], argument: str) -> None:
+    """Reads every byte of a step, each process its share, since a damaged one should not be found only after a long
+    compilation.
+    """
+    problems = verify_checkpoint(folder, step, share=(process_index(), process_count()))
+    if process_count() > 1:
+        told = tell_all(f"meshpipe/{argument}/problems", json.dumps(problems), WAIT_SECONDS)
+        problems = sorted({problem for text in told for problem in json.loads(text)})
+    if not problems:
+        return
+    good = next((other for other in reversed(steps) if other != step and not verify_checkpoint(folder, other)), None)
+    way_out = (
+        "No other step there is good." if good is None else f"Pass `{argument}` {good}, the newest step that is good."
+    )
+    raise ArgumentError(
+        f"To go on, a run needs a whole checkpoint. Got step {step} in {folder}, which is damaged: "
+        f"{'; '.join(problems[:3])}. {way_out}"
+    )
+
+
+def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) -> None:
+    """Raises `ValueError` when what is asked is another run than the saved one, so that it could not go on with it.
+
+    Layout, schedule, partition, microbatches, number of steps, learning rate and how often to save may change. Model,
+    kind of optimizer, seed and batch size may not. Whether the data fits, its own saved position says.
+    """
+    saved = metadata.get("config", {})
+    asked = json.loads(json.dumps(config_values(config)))
+    for name in ("seed", "batch_size"):
+        if saved.get(name) != asked[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"A resumed run must keep its {flag}, so that its next batch is the one that would have come. "
+                f"Got {asked[name]}, and {folder} was saved with {saved.get(name)}. "
+                f"Pass {flag} {saved.get(name)}, or start a new run in another --checkpoint-dir."
+            )
+    for part, may_change in MAY_CHANGE.items():
+        before, now = saved.get(part) or {}, asked[part]
+        for name in sorted((before.keys() | now.keys()) - may_change):
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"A resumed run must keep its {part}. Got {name} {now.get(name)!r}, and {folder} was saved with "
+                    f"{before.get(name)!r}. Restore it, or start a new run in another --checkpoint-dir."
+                )
