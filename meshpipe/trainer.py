@@ -24,7 +24,7 @@ from meshpipe.layers.layer import LayerLike, Leaves
 from meshpipe.layers.microbatches import OwnBatch
 from meshpipe.layers.paths import by_path
 from meshpipe.layers.stage_function import Loss, Metrics
-from meshpipe.layers.staged_model import StageInfo
+from meshpipe.layers.staged_model import StagedModel, StageInfo
 from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
 from meshpipe.observe.clock import MeasuredStep, measure_step

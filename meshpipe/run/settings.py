@@ -13,7 +13,7 @@ from meshpipe.data import Source
 from meshpipe.processes.agreement import HASH
 from meshpipe.run.record import config_values
 
-FILES = {"metrics", "trace", "compile_cache", "checkpoint_dir", "costs"}
+FILES = {"metrics", "trace", "compile_cache", "checkpoint_dir", "init_from", "costs"}
 """Fields that name files and folders: what counts is whether there is one, since machines may have their own paths."""
 WITH_PREFIX = {"mesh", "model", "data"}
 """Parts of a config whose name begins that of their flags."""
