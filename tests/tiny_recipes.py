@@ -42,6 +42,22 @@ class DenseConfig(ModelConfig):
         return losses.sum(), jnp.float32(losses.size)
 
 
+class LongName(nnx.Module):
+    """A layer whose leaf has a path that no file can have as its name."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
+        setattr(self, "inner" * 50, nnx.Linear(width, width, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return getattr(self, "inner" * 50)(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongNameConfig(DenseConfig):
+    def layers(self) -> list[LayerConstructor]:
+        return [lambda rngs: LongName(self.width, rngs=rngs)] * self.depth
+
+
 @dataclass(frozen=True)
 class Points:
     """Points whose class is their largest coordinate; one of them can be poisoned."""
@@ -88,3 +104,8 @@ def single() -> Config:
 def pipeline() -> Config:
     """Two ranks."""
     return replace(single(), mesh=MeshConfig(pipeline=2), pipeline=PipelineConfig(num_microbatches=4))
+
+
+def long_names() -> Config:
+    """One device, and paths too long to be saved."""
+    return replace(single(), model=LongNameConfig(depth=1))

@@ -4,26 +4,26 @@ import atexit
 import itertools
 import json
 import re
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import orbax.checkpoint as ocp
+from meshpipe.checkpoint.documents import dump_json, is_count
+from meshpipe.checkpoint.files import flush_folder, remove
+from meshpipe.checkpoint.index import CheckpointError, Index, Tree, index_leaves
+from meshpipe.checkpoint.lock import WriterLock
+from meshpipe.checkpoint.preparation import check_space, index_shapes, make_writable
+from meshpipe.checkpoint.reader import CheckpointReader
+from meshpipe.checkpoint.schema import FORMAT
+from meshpipe.checkpoint.shards import Content, HeldShard, all_files, document_files, hold_shards, own_files
+from meshpipe.checkpoint.together import SaveTogether, check_together
+from meshpipe.processes.coordination import process_index
 
-from meshpipe.checkpoint.checksums import flush_folder, write_checksums
-from meshpipe.checkpoint.index import CheckpointError, Tree, index_leaves
-from meshpipe.checkpoint.items import open_orbax, quiet_orbax, start_save
-from meshpipe.checkpoint.reader import FORMAT, CheckpointReader
-from meshpipe.checkpoint.shards import all_files, document_files, own_files
-from meshpipe.checkpoint.together import SaveTogether
-from meshpipe.processes.coordination import process_count, process_index
-
-_LEFTOVER = re.compile(r"[0-9]+\.(partial.*|deleted)")
+_LEFTOVER = re.compile(r"([0-9]{1,16})\.(?:partial.*|deleted)")
 WAIT_SECONDS = 1800.0
 """How long processes wait for each other in a save."""
 
@@ -44,12 +44,15 @@ class Checkpointer(CheckpointReader):
         checkpointer = Checkpointer("runs/mine")
         [tree] = checkpointer.restore(checkpointer.latest(), [{"params": params_or_their_shapes}])
 
-    Nothing is written, not even the folder, before the first `save`; nothing is removed before it either. One
-    checkpointer at a time may write to a folder; others may read. `keep` is the number of newest steps to keep, 0 for
-    all. The last save is complete only after `wait` or `close`, or at the end of the `with` block.
+    Nothing is written, not even the folder, before the first `prepare` or `save`; nothing is removed before it either.
+    From then on until `close`, no other process may write to the folder; all may read. `keep` is the number of newest
+    steps to keep, 0 for all. The last save is complete only after `wait` or `close`, or at the end of the `with` block.
 
-    Of a run of several processes, each has a checkpointer of the same folder, on a file system that they share, and
-    calls `save` for the same steps; each writes its own shards, and the step is there when all are. After
+    A save needs the host's memory for one copy of the shards that this process writes, until they are written; on CPU
+    devices the arrays themselves are kept for so long.
+
+    In a run of several processes, each has a checkpointer of the same folder, on a file system that they share, and
+    calls `prepare` and `save` for the same steps; each writes its own shards, and the step is there when all are. After
     `wait_seconds` without a word from another process, its part counts as failed.
     Raises `CheckpointError` when the folder is none of this machine's file systems.
     """
@@ -59,8 +62,7 @@ class Checkpointer(CheckpointReader):
         if keep < 0:
             raise CheckpointError(f"keep must be at least 0. Got {keep}.")
         self._keep, self._wait_seconds = keep, wait_seconds
-        self._orbax: ocp.AsyncCheckpointer | None = None
-        self._items: tuple[str, ...] = ()
+        self._lock: WriterLock | None = None
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
 
@@ -71,6 +73,37 @@ class Checkpointer(CheckpointReader):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def prepare(self, shapes: Sequence[Tree], metadata: Mapping[str, Any] | None = None) -> None:
+        """Finds out before a run begins what would make its first save fail: makes the folder, takes it for this run,
+        and checks paths of leaves, metadata, and room on the disk.
+
+        `shapes` are what `save` will be given, as `jax.ShapeDtypeStruct`s with their shardings. Every process of a run
+        calls it. Raises `CheckpointError`, in all of them alike; its subclass `FolderInUseError` when another run
+        writes to the folder.
+        """
+
+        def check() -> None:
+            _dump_metadata(metadata or {})
+            index = index_shapes(shapes, self.directory)
+            if process_index() == 0:
+                make_writable(self.directory)
+                try:
+                    self._acquire()
+                except OSError as error:
+                    raise CheckpointError(
+                        "Checkpoints need a folder that can be written. "
+                        f"Got {self.directory}: {error.strerror or error}. Name another, or change its permissions."
+                    ) from error
+                check_space(index, self.directory)
+
+        try:
+            problems = check_together(check, self._wait_seconds)
+            if problems:
+                raise CheckpointError("; ".join(problems))
+        except CheckpointError:
+            self._release()
+            raise
 
     def save(
         self,
@@ -88,57 +121,28 @@ class Checkpointer(CheckpointReader):
         written.
         """
         self.wait()
-        leaves, items = index_leaves(trees, shapes)
-        document = {"format": FORMAT, "step": step, "user": dict(metadata), "leaves": leaves, "stages": len(trees)}
-        try:
-            json.dumps(document)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"The metadata of a checkpoint must be what JSON can hold. {error}.") from error
-        if process_count() == 1:
-            self._save_alone(step, items, document)
-        else:
-            self._save_together(step, items, document)
-        atexit.unregister(self._warn_at_exit)
-        atexit.register(self._warn_at_exit)
-
-    def _save_alone(self, step: int, items: Mapping[str, Any], document: Mapping[str, Any]) -> None:
-        self._check_newer(step)
-        partial = self.directory / f"{step}.partial"
-        with ExitStack() as quiet:
-            quiet.enter_context(quiet_orbax())
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                orbax = self._open(tuple(items))
-                start_save(orbax, partial, items, document)
-            except OSError as error:
-                raise self._write_error(step, error) from error
-            self._writing = step, self._background.submit(self._commit, orbax, partial, quiet.pop_all())
-
-    def _save_together(self, step: int, items: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+        index, items = index_leaves(trees, shapes)
+        user = _dump_metadata(metadata)
         partial = self.directory / f"{step}.partial"
         together = SaveTogether(partial, self._wait_seconds)
-
-        def prepare() -> None:
-            self._check_newer(step)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._clear()
-
         try:
-            together.begin(prepare)
+            together.begin(lambda: self._begin(step))
         except OSError as error:
             raise self._write_error(step, error) from error
-        files = own_files(items)
-        if process_index() == 0:
-            files |= document_files(document)
-        leaves = all_files(document["leaves"])
-        writing = self._background.submit(together.finish, files, leaves, lambda: self._publish(partial))
+        shards = hold_shards(items)
+        head = {"format": FORMAT, "step": step, "stages": len(trees)}
+        writing = self._background.submit(self._write, together, shards, index, head, user, partial)
         self._writing = step, writing
+        atexit.unregister(self._finish_at_exit)
+        atexit.register(self._finish_at_exit)
 
     def supersede(self, step: int) -> list[int]:
-        """Renames the steps that are newer than this one to `STEP.superseded`, so that its run can be gone on with; the
+        """Renames the steps that are newer than this one to `STEP.superseded`, so that its run can be continued; the
         steps that were renamed. In a run of several processes, process 0 does so.
         """
         newer = [other for other in self.steps() if other > step]
+        if newer:
+            self._acquire()
         for other in reversed(newer):  # what is left after a failure is what was there before a step
             names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
             free = (path for name in names if not (path := self.directory / f"{other}.superseded{name}").exists())
@@ -153,24 +157,41 @@ class Checkpointer(CheckpointReader):
         try:
             writing.result()
         except Exception as error:
-            self._writing = None
             raise self._write_error(step, error) from error
-        self._writing = None
+        finally:
+            self._writing = None
+            if self._lock is not None:
+                self._lock.end(step)
 
     def close(self) -> None:
-        """Waits for the last save and lets go of the background threads."""
+        """Waits for the last save, lets go of the background thread, and leaves the folder to other runs."""
         try:
             self.wait()
         finally:
-            atexit.unregister(self._warn_at_exit)
+            atexit.unregister(self._finish_at_exit)
             self._background.shutdown()
-            if self._orbax is not None:
-                self._orbax.close()
-                self._orbax = None
+            self._release()
 
-    def _check_newer(self, step: int) -> None:
+    def _acquire(self) -> WriterLock:
+        """Takes the folder for this process; what a dead run, or a save that failed, left half-written there goes."""
+        if self._lock is not None and not self._lock.is_held():
+            self._release()
+        if self._lock is None:
+            self._lock = WriterLock.acquire(self.directory)
+        for leftover in self.directory.iterdir():
+            found = _LEFTOVER.fullmatch(leftover.name)
+            if found and not self._lock.is_writing(int(found[1])):
+                remove(leftover)
+        return self._lock
+
+    def _release(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    def _begin(self, step: int) -> None:
         """Refuses to save a step that is there, is older than one that is, or whose name is taken."""
-        if step < 0:
+        if not is_count(step):
             raise CheckpointError(f"A step must be at least 0. Got {step}.")
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"Checkpoints are saved in a folder. Got {self.directory}, a file. Name another.")
@@ -183,51 +204,64 @@ class Checkpointer(CheckpointReader):
         path = self.directory / str(step)
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise CheckpointError(f"{path} is in the way of a checkpoint and is none. Move it, or name another folder.")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._acquire().begin(step):
+            raise CheckpointError(f"Another Checkpointer of this program is writing step {step} to {self.directory}.")
 
-    def _commit(self, orbax: ocp.AsyncCheckpointer, partial: Path, quiet: ExitStack) -> None:
-        with quiet:
-            orbax.wait_until_finished()
-        write_checksums(partial)
-        self._publish(partial)
+    def _write(
+        self,
+        together: SaveTogether,
+        shards: list[HeldShard],
+        index: Index,
+        head: Mapping[str, Any],
+        user: bytes,
+        partial: Path,
+    ) -> None:
+        def own() -> dict[str, Content]:
+            files = own_files(shards, index)
+            if process_index() == 0:
+                document = dump_json({**head, "user": json.loads(user), "leaves": index})
+                files |= document_files(document, index)
+            return files
+
+        together.finish(own, lambda: all_files(index), lambda: self._publish(partial))
 
     def _publish(self, partial: Path) -> None:
         """Gives a written step its final name, then removes the steps beyond `keep`."""
+        if self._lock is None or not self._lock.is_held():
+            raise OSError(f"another run has taken {self.directory} meanwhile")
         partial.rename(partial.with_suffix(""))
         flush_folder(self.directory)
         for step in self.steps()[: -self._keep] if self._keep else ():
             # Renamed first, so that no step is listed while it is half deleted.
-            shutil.rmtree((self.directory / str(step)).rename(self.directory / f"{step}.deleted"))
+            deleted = self.directory / f"{step}.deleted"
+            remove(deleted)
+            remove((self.directory / str(step)).rename(deleted))
 
     def _write_error(self, step: int, error: Exception) -> CheckpointWriteError:
         """Clears away what there is of a failed save, which may also be what fills the disk, and says what is left."""
         steps = self.steps()
         if step in steps:
             return CheckpointWriteError(f"Step {step} is saved in {self.directory}, but older ones remain: {error}.")
-        if process_index() == 0:
-            for leftover in self.directory.glob(f"{step}.partial*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        if process_index() == 0 and self._lock is not None and self._lock.is_held():
+            with suppress(OSError):  # the first error is what counts
+                remove(self.directory / f"{step}.partial")
         rest = f"The newest step there is {steps[-1]}." if steps else "No other step is there."
         return CheckpointWriteError(f"Step {step} could not be written to {self.directory}: {error}. {rest}")
 
-    def _warn_at_exit(self) -> None:
+    def _finish_at_exit(self) -> None:
         """Python lets threads start no others once the program ends, so a save that nobody waits for can be lost."""
         try:
             self.wait()
         except CheckpointWriteError as error:
             print(f"meshpipe: {error} Call close() on a Checkpointer before the program ends.", file=sys.stderr)
+        finally:
+            self._release()
 
-    def _open(self, items: tuple[str, ...]) -> ocp.AsyncCheckpointer:
-        """Orbax for these items; the first time, clears away what a killed run has left."""
-        if self._orbax is not None and items == self._items:
-            return self._orbax
-        if self._orbax is None:
-            self._clear()
-        else:
-            self._orbax.close()
-        self._orbax, self._items = open_orbax(items), items
-        return self._orbax
 
-    def _clear(self) -> None:
-        for leftover in self.directory.iterdir():
-            if _LEFTOVER.fullmatch(leftover.name):
-                shutil.rmtree(leftover)
+def _dump_metadata(metadata: Mapping[str, Any]) -> bytes:
+    """The metadata as they are now. Raises `CheckpointError` for what JSON cannot hold."""
+    try:
+        return dump_json(dict(metadata))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"The metadata of a checkpoint must be what JSON can hold. {error}.") from error

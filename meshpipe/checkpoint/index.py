@@ -1,15 +1,21 @@
 """Which leaves a checkpoint holds, and whether they are those that are asked for."""
 
-import re
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from meshpipe.checkpoint.items import directory_name
+from meshpipe.checkpoint.chunks import LARGEST_CHUNK, chunk_shape
+from meshpipe.checkpoint.names import LONGEST_NAME, name_problem
 
 Tree = Mapping[str, Mapping[str, Any]]
 """What one stage saves: sections such as `params`, each a flat dict of arrays by leaf path."""
+Index = dict[str, dict[str, Any]]
+"""For each leaf, `section/path`: its item, shape, dtype, and `chunks`, the shape of the part in each of its files."""
+Items = dict[str, dict[str, jax.Array]]
+"""For each item, `stage_0` and so on, its arrays by leaf."""
 
 
 class CheckpointError(ValueError):
@@ -17,62 +23,64 @@ class CheckpointError(ValueError):
 
 
 def index_leaves(
-    trees: Sequence[Tree], shapes: Sequence[Tree] | None = None
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, jax.Array]]]:
+    trees: Sequence[Tree] | None, shapes: Sequence[Tree] | None = None, longest_name: int = LONGEST_NAME
+) -> tuple[Index, Items]:
     """Where each leaf is to be found, and the arrays of each item; a leaf that several stages own is saved by the
     first.
 
-    `shapes` has all leaves where some are only in other processes, and therefore not in `trees`.
+    `shapes` has all leaves where some are only in other processes, and therefore not in `trees`. Without trees there
+    are no arrays yet. Raises `CheckpointError` for what cannot be saved.
     """
-    index: dict[str, dict[str, Any]] = {}
-    items: dict[str, dict[str, jax.Array]] = {}
-    for stage, tree in enumerate(trees if shapes is None else shapes):
+    index: Index = {}
+    items: Items = {}
+    every = trees if shapes is None else shapes
+    assert every is not None
+    for stage, tree in enumerate(every):
         item = f"stage_{stage}"
         for section, leaves in tree.items():
             for path, shape in leaves.items():
                 key = f"{section}/{path}"
-                leaf = shape if shapes is None else trees[stage].get(section, {}).get(path)
-                if leaf is not None or shape.sharding.addressable_devices:
-                    _check_array(key, leaf)
-                chunks = list(shape.sharding.shard_shape(tuple(shape.shape)))
-                entry = {"item": item, "shape": list(shape.shape), "dtype": str(shape.dtype), "chunks": chunks}
-                first = index.setdefault(key, entry)
-                if first is entry and leaf is not None and leaf.size:
-                    items.setdefault(item, {})[key] = leaf
-                elif (first["shape"], first["dtype"]) != (entry["shape"], entry["dtype"]):
+                leaf = None
+                if trees is not None:
+                    leaf = shape if shapes is None else trees[stage].get(section, {}).get(path)
+                    if leaf is not None or shape.sharding.addressable_devices:
+                        _check_array(key, leaf)
+                first = index.get(key)
+                if first is None:
+                    index[key] = _entry(key, item, shape, longest_name)
+                    if leaf is not None and leaf.size:
+                        items.setdefault(item, {})[key] = leaf
+                elif (first["shape"], first["dtype"]) != (list(shape.shape), str(shape.dtype)):
                     raise CheckpointError(
                         f"A leaf that several stages own must be the same in each. {key} is "
                         f"{first['dtype']}{first['shape']} in {first['item']}, and "
-                        f"{entry['dtype']}{entry['shape']} in {item}. Give them paths of their own."
+                        f"{shape.dtype}{list(shape.shape)} in {item}. Give them paths of their own."
                     )
     return index, items
 
 
-def is_index(leaves: Any) -> bool:
-    """Whether this, which is data from a file, is what `index_leaves` makes; versions before had no chunks."""
-    return isinstance(leaves, dict) and all(
-        re.fullmatch("stage_[0-9]+", leaf["item"])
-        and all(isinstance(size, int) and size >= 0 for size in leaf["shape"])
-        and ("chunks" not in leaf or _are_chunks(leaf["chunks"], leaf["shape"]))
-        for leaf in leaves.values()
-    )
+def index_bytes(index: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bytes of all leaves."""
+    return sum(math.prod(leaf["shape"]) * jax.numpy.dtype(leaf["dtype"]).itemsize for leaf in index.values())
 
 
-def _are_chunks(chunks: Sequence[Any], shape: Sequence[int]) -> bool:
-    return len(chunks) == len(shape) and all(
-        isinstance(chunk, int) and min(1, size) <= chunk <= size for chunk, size in zip(chunks, shape, strict=True)
-    )
+def _entry(key: str, item: str, shape: Any, longest_name: int) -> dict[str, Any]:
+    problem = name_problem(key, longest_name)
+    if problem:
+        raise CheckpointError(f"A leaf's path {problem}. Got {key!r}. Rename the attributes that it is made of.")
+    if jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        raise CheckpointError(f"A leaf must be plain numbers. {key} is a typed key. Save jax.random.key_data of it.")
+    sharding = getattr(shape, "sharding", None)
+    shard = shape.shape if sharding is None else sharding.shard_shape(tuple(shape.shape))
+    chunks = chunk_shape(shape.shape, shard, np.dtype(shape.dtype).itemsize, LARGEST_CHUNK)
+    return {"item": item, "shape": list(shape.shape), "dtype": str(shape.dtype), "chunks": chunks}
 
 
 def _check_array(key: str, leaf: Any) -> None:
     if not isinstance(leaf, jax.Array):
         raise CheckpointError(f"A leaf must be a jax.Array. {key} is a {type(leaf).__name__}. Use jnp.asarray.")
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise CheckpointError(f"A leaf must be plain numbers. {key} is a typed key. Save jax.random.key_data of it.")
     if leaf.is_deleted():
         raise CheckpointError(f"{key} was donated or deleted. Save the arrays that the last step returned.")
-    if len(directory_name(key).encode()) > 255:
-        raise CheckpointError(f"A leaf's path must have at most 255 bytes, being the name of a folder. Got {key}.")
 
 
 def check_leaf(step: int, key: str, leaf: Any, leaves: Mapping[str, Any]) -> None:

@@ -1,20 +1,43 @@
 """What is in a folder of checkpoints: which steps are whole, what they hold, and their arrays."""
 
+import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from meshpipe.checkpoint.checksums import CHECKSUMS, differences
-from meshpipe.checkpoint.index import CheckpointError, Tree, check_leaf, is_index, with_sharding
-from meshpipe.checkpoint.items import META, directory_name, leaf_of, quiet_orbax, read_arrays, read_document
-from meshpipe.checkpoint.shards import files_to_read
+from meshpipe.checkpoint.arrays import read_leaves
+from meshpipe.checkpoint.checksums import Checksums, differences, file_problem, load_list, size_differences
+from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, parse_json
+from meshpipe.checkpoint.files import DamagedFileError
+from meshpipe.checkpoint.index import CheckpointError, Tree, check_leaf, with_sharding
+from meshpipe.checkpoint.names import CHECKSUMS, DOCUMENT, META, directory_name, leaf_of
+from meshpipe.checkpoint.schema import SchemaError, check_document
 
-FORMAT = 1
+
+class CheckpointGoneError(CheckpointError):
+    """A step was removed while it was read, as a run does with those beyond the number that it keeps."""
+
+
+class ProblemsError(Exception):
+    """What is wrong with files of a step, by name."""
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        super().__init__("; ".join(sentences(problems)))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """A step whose list of files and whose document are as they were written."""
+
+    folder: Path
+    files: Checksums
+    document: dict[str, Any]
 
 
 class CheckpointReader:
@@ -28,17 +51,22 @@ class CheckpointReader:
             raise CheckpointError(
                 f"Checkpoints are written to folders. Got {str(directory)!r}. Mount the storage, and give its path."
             )
+        if "\0" in str(directory):
+            raise CheckpointError(f"The name of a folder must have no NUL character. Got {str(directory)!r}.")
         self.directory = Path(directory).expanduser().absolute()
 
     def steps(self) -> list[int]:
         """Steps that were saved as a whole, oldest first; none where there is no folder."""
-        if not self.directory.is_dir():
+        try:
+            names = os.listdir(self.directory)
+        except (FileNotFoundError, NotADirectoryError):
             return []
         # Both files are there as soon as a step has its name. One alone shows that the other was lost since, which
         # `verify_checkpoint` tells and which must not pass for a step that never was.
-        marks = (CHECKSUMS, f"{META}/metadata")
-        folders = (path for path in self.directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name))
-        return sorted(int(path.name) for path in folders if any((path / mark).is_file() for mark in marks))
+        folders = (self.directory / name for name in names if re.fullmatch("0|[1-9][0-9]{0,15}", name))
+        return sorted(
+            int(path.name) for path in folders if any(os.path.lexists(path / mark) for mark in (CHECKSUMS, DOCUMENT))
+        )
 
     def latest(self) -> int | None:
         """The newest saved step, or None."""
@@ -57,29 +85,36 @@ class CheckpointReader:
         were saved from.
 
         Leaves of `abstract` are arrays or `jax.ShapeDtypeStruct`s; without a sharding they go to the first device.
-        Only files with shards that this process needs are read, after they were compared with their checksums. Leaves
-        without a device in this process are not returned. Raises `CheckpointError` when the step is not there or
-        damaged, or a leaf is missing or has another shape or dtype.
+        Only files with a part that this process needs are read, in parallel, and each is compared with its checksum
+        while it is read. Leaves without a device in this process are not returned. Raises `CheckpointError` when the
+        step is not there or damaged, or a leaf is missing or has another shape or dtype.
         """
-        leaves = self._document(step)["leaves"]
-        wanted: dict[tuple[int, str], dict[str, jax.ShapeDtypeStruct]] = {}
-        for stage, tree in enumerate(abstract):
-            for key, leaf in _flat(tree):
-                check_leaf(step, key, leaf, leaves)
-                shape = with_sharding(leaf)
-                if shape.sharding.addressable_devices:
-                    wanted.setdefault((stage, leaves[key]["item"]), {})[key] = shape
-        self._check_bytes(step, _needs(wanted, leaves))
-        found: list[dict[str, jax.Array]] = [{} for _ in abstract]
-        with quiet_orbax():
-            for (stage, item), shapes in wanted.items():
-                found[stage].update(read_arrays(self.directory / str(step) / item, shapes))
+        with self.reading(step) as folder:
+            saved = load_step(folder, step)
+            leaves = saved.document["leaves"]
+            wanted: dict[tuple[int, str], jax.ShapeDtypeStruct] = {}
+            for stage, tree in enumerate(abstract):
+                for key, leaf in _flat(tree):
+                    check_leaf(step, key, leaf, leaves)
+                    shape = with_sharding(leaf)
+                    if shape.sharding.addressable_devices:
+                        wanted[stage, key] = shape
+            folders = {f"{leaves[key]['item']}/{directory_name(key)}" for _, key in wanted}
+            problems = differences(folder, saved.files, lambda name: leaf_of(name) is None and name != DOCUMENT)
+            problems |= size_differences(folder, saved.files, lambda name: name.rpartition("/")[0] in folders)
+            arrays: dict[tuple[int, str], jax.Array] = {}
+            if not problems:
+                arrays, problems = read_leaves(folder, wanted, leaves, saved.files)
+            if problems:
+                raise ProblemsError(problems)
         return [
             {
-                section: {path: arrays[key] for path in part if (key := f"{section}/{path}") in arrays}
+                section: {
+                    path: arrays[stage, f"{section}/{path}"] for path in part if (stage, f"{section}/{path}") in arrays
+                }
                 for section, part in tree.items()
             }
-            for arrays, tree in zip(found, abstract, strict=True)
+            for stage, tree in enumerate(abstract)
         ]
 
     def folder(self, step: int) -> Path:
@@ -91,109 +126,120 @@ class CheckpointReader:
         raise CheckpointError(f"The step must be one that is saved in {self.directory}. Got {step}. {known}")
 
     def _document(self, step: int) -> dict[str, Any]:
-        """What is written down of a step. It is data from a file: nothing in it is trusted to be a name of a folder."""
+        with self.reading(step) as folder:
+            return load_step(folder, step).document
+
+    @contextmanager
+    def reading(self, step: int) -> Iterator[Path]:
+        """The folder of a step; what is wrong with it becomes a `CheckpointError` that names the newest good one."""
         folder = self.folder(step)
-        self._check_bytes(step, lambda name: name.startswith(f"{META}/"))
+        identity = _identity(folder, step)
         try:
-            document = read_document(folder)
-            version, saved_step, leaves = document["format"], document["step"], document["leaves"]
-            known = version == FORMAT and isinstance(document["user"], dict)
-            known = known and is_index(leaves)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            known = False
-        if not known:
-            raise CheckpointError(
-                f"Step {step} in {self.directory} is not written as this version of meshpipe writes checkpoints. "
-                "Read it with the version that saved it."
-            )
-        if saved_step != step:
-            raise CheckpointError(f"{folder} holds step {saved_step}. Name the folder {saved_step} again.")
-        return document
-
-    def _check_bytes(self, step: int, concerns: Callable[[str], bool]) -> None:
-        problems = _problems(self.folder(step), concerns)
-        if problems:
-            self.folder(step)  # it may have been removed by a run that keeps fewer
-            others = (other for other in reversed(self.steps()) if other != step)
-            good = next((other for other in others if not differences(self.directory / str(other))), None)
+            yield folder
+        except ProblemsError as error:
+            _check_there(folder, step, identity)
+            found = sentences(error.problems)
+            good = newest_good_step(self.directory, but=step)
             advice = "No other step there is good." if good is None else f"The newest good step is {good}."
-            raise CheckpointError(f"Step {step} in {self.directory} is damaged: {'; '.join(problems[:3])}. {advice}")
+            raise CheckpointError(
+                f"Step {step} in {self.directory} is damaged: {'; '.join(found[:3])}. {advice}"
+            ) from None
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """One saved step, for tables."""
+def load_step(folder: Path, step: int) -> SavedStep:
+    """Reads and checks what is written down of a step. It is data from a file: nothing in it is trusted.
 
-    step: int
-    bytes: int
-    """Of all of its files."""
-    saved_at: float
-    """Seconds since 1970."""
-    metadata: dict[str, Any]
-    """What the caller of `save` said of it."""
-    leaves: dict[str, dict[str, Any]]
-    """For each leaf, `section/path`, its item, shape and dtype."""
-
-
-def describe_checkpoint(directory: str | Path, step: int) -> CheckpointInfo:
-    """What is known of a saved step without reading its arrays. Raises `CheckpointError` when it is not there or
-    damaged.
+    Raises `ProblemsError` for damaged files, and `CheckpointError` where a document with the right checksum is not one
+    of this version.
     """
-    checkpointer = CheckpointReader(directory)
-    folder = checkpointer.folder(step)
-    metadata, leaves = checkpointer.metadata(step), checkpointer.leaves(step)  # and thereby that both are whole
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return CheckpointInfo(step, size, (folder / CHECKSUMS).stat().st_mtime, metadata, leaves)
-
-
-def list_checkpoints(directory: str | Path) -> list[int]:
-    """Saved steps of a folder, oldest first. Raises `CheckpointError` when there is no such folder or no step in it."""
-    steps = CheckpointReader(directory).steps()
-    if not steps:
+    try:
+        files = load_list(folder)
+    except FileNotFoundError:
+        raise ProblemsError({CHECKSUMS: "is missing"}) from None
+    except DamagedFileError as error:
+        raise ProblemsError({CHECKSUMS: str(error)}) from None
+    problems = differences(folder, files, lambda name: name.startswith(f"{META}/") and name != DOCUMENT)
+    size = files.get(DOCUMENT, (0, 0))[0]
+    text = bytearray(size if size <= LARGEST_DOCUMENT else 0)
+    if DOCUMENT not in files:
+        problems[DOCUMENT] = f"is not in {CHECKSUMS}"
+    elif size > LARGEST_DOCUMENT:
+        problems[DOCUMENT] = f"has {size} bytes, more than a document may have"
+    elif problem := file_problem(folder, DOCUMENT, files[DOCUMENT], memoryview(text)):
+        problems[DOCUMENT] = problem
+    if problems:
+        raise ProblemsError(problems)
+    try:
+        document = parse_json(bytes(text))
+        check_document(document, files)
+    except (DamagedFileError, SchemaError) as error:
         raise CheckpointError(
-            f"The folder must hold checkpoints. Got {str(directory)!r}, which "
-            f"{'has none' if Path(directory).is_dir() else 'is not a folder'}. Name the --checkpoint-dir of a run."
-        )
-    return steps
+            f"Step {step} in {folder.parent} is not written as this version of meshpipe writes checkpoints: "
+            f"{DOCUMENT}: {error}. Read it with the version that saved it."
+        ) from None
+    if document["step"] != step:
+        found = document["step"]
+        raise CheckpointError(f"{folder} holds step {found}. Name the folder {found} again.")
+    return SavedStep(folder, files, document)
 
 
-def verify_checkpoint(directory: str | Path, step: int, *, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with any byte of a step, one sentence for each file; empty when all is good.
+def newest_good_step(directory: Path, but: int) -> int | None:
+    """The newest step, other than one, of which every byte is good."""
+    for step in reversed(CheckpointReader(directory).steps()):
+        with suppress(CheckpointGoneError):
+            if step != but and not step_problems(directory / str(step), step):
+                return step
+    return None
 
-    With a `share` of `(i, n)` only the files of reader `i` of `n`, who together read all. Raises `CheckpointError` when
-    the step is not there.
+
+def step_problems(folder: Path, step: int, concerns: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """What is wrong with the files of a step, one sentence each. Raises `CheckpointGoneError` when it was removed
+    meanwhile.
     """
-    reader, readers = share
-    return _problems(
-        CheckpointReader(directory).folder(step), lambda name: zlib.crc32(name.encode()) % readers == reader
-    )
+    identity = _identity(folder, step)
+    try:
+        saved = load_step(folder, step)
+        found = sentences(differences(folder, saved.files, concerns))
+    except ProblemsError as error:
+        found = sentences(error.problems)
+    except CheckpointError as error:
+        found = [str(error)]
+    if found:
+        _check_there(folder, step, identity)
+    return found
 
 
-def _problems(folder: Path, concerns: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """What is wrong with the files of a step, one sentence each, with the leaf of each file."""
+def sentences(problems: Mapping[str, str]) -> list[str]:
+    """What is wrong with each file, with its leaf."""
     return [
-        f"{name} {problem}" + (f" (leaf {leaf})" if (leaf := leaf_of(name)) else "")
-        for name, problem in differences(folder, concerns).items()
+        f"{_printable(name)} {problem}" + (f" (leaf {_printable(leaf)})" if (leaf := leaf_of(name)) else "")
+        for name, problem in sorted(problems.items())
     ]
+
+
+def _identity(folder: Path, step: int) -> tuple[int, int]:
+    """What stays the same as long as a step is there: a step is renamed before anything of it is removed."""
+    try:
+        status = folder.stat()
+    except OSError:
+        raise CheckpointGoneError(
+            f"Step {step} was removed from {folder.parent} while it was read, as a run does with steps beyond those it "
+            "keeps. Take a newer one."
+        ) from None
+    return status.st_dev, status.st_ino
+
+
+def _check_there(folder: Path, step: int, before: tuple[int, int]) -> None:
+    """Raises `CheckpointGoneError` when a step is not what it was."""
+    if _identity(folder, step) != before:
+        raise CheckpointGoneError(f"Step {step} of {folder.parent} was replaced while it was read. Read it again.")
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _flat(tree: Tree) -> Iterator[tuple[str, Any]]:
     for section, part in tree.items():
         for path, leaf in part.items():
             yield f"{section}/{path}", leaf
-
-
-def _needs(
-    wanted: Mapping[tuple[int, str], Mapping[str, jax.ShapeDtypeStruct]], leaves: Mapping[str, Any]
-) -> Callable[[str], bool]:
-    """Whether a file, by its name, belongs to no leaf or has a part of a leaf that is wanted here."""
-    needed: dict[str, list[set[str] | None]] = {}
-    for (_, item), shapes in wanted.items():
-        for key, shape in shapes.items():
-            needed.setdefault(f"{item}/{directory_name(key)}", []).append(files_to_read(leaves[key], shape))
-
-    def is_needed(name: str) -> bool:
-        folder, _, file = name.rpartition("/")
-        return leaf_of(name) is None or any(names is None or file in names for names in needed.get(folder, ()))
-
-    return is_needed

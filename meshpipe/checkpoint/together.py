@@ -5,8 +5,11 @@ import json
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
-from meshpipe.checkpoint.checksums import check_sizes, write_files, write_list
-from meshpipe.processes.coordination import ask, delete, process_count, process_index, tell
+from meshpipe.checkpoint.checksums import Checksums, is_list, size_differences, write_list
+from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, load_json
+from meshpipe.checkpoint.files import DamagedFileError, for_each, remove, write_file
+from meshpipe.checkpoint.shards import Content
+from meshpipe.processes.coordination import ask, delete, process_count, process_index, tell, tell_all
 
 _numbers = itertools.count()
 _last_topic: dict[Path, str] = {}
@@ -16,7 +19,8 @@ _last_topic: dict[Path, str] = {}
 class SaveTogether:
     """What the processes tell each other about one save; every process makes one for each save, in the same order.
 
-    `seconds` is how long to wait for another process, beyond what the own part takes.
+    A run of one process has nobody to tell. `seconds` is how long to wait for another process, beyond what the own part
+    takes.
     """
 
     def __init__(self, partial: Path, seconds: float):
@@ -29,65 +33,92 @@ class SaveTogether:
             return
         try:
             prepare()
+            remove(self._partial)
             self._partial.mkdir()
         except Exception as error:
-            self._tell("begun", _problem(error))
+            self._tell("begun", problem_of(error))
             raise
         self._tell("begun", "")
 
-    def finish(self, own: Mapping[str, bytes | memoryview], leaves: Set[str], commit: Callable[[], None]) -> None:
+    def finish(
+        self,
+        own: Callable[[], Mapping[str, Content]],
+        all_names: Callable[[], Set[str]],
+        commit: Callable[[], None],
+    ) -> None:
         """Writes the files of this process, and returns when the step is there, with the files of all processes.
 
-        `leaves` are the names of all files that leaves must have; `commit` gives the folder its name, in process 0.
-        Raises `OSError` in every process when one has failed or keeps the others waiting, and says which.
+        `own` gives the files, `all_names` the names of all files that leaves must have; `commit` gives the folder its
+        name, in process 0. Raises `OSError` in every process when one has failed or keeps the others waiting, and says
+        which.
         """
         me = process_index()
         problem = self._hear("begun", of=0) if me else ""
         if problem:  # process 0 asks for no parts
             raise OSError(problem)
-        problem = self._attempt(lambda: self._write(own))
-        self._tell(f"part/{me}", problem)
+        written: dict[str, tuple[int, int]] = {}
+        problem = self._attempt(lambda: written.update(self._write(own())))
         if me:
+            self._tell(f"part/{me}", problem)
             whole = self._hear("whole", of=0, seconds=2 * self._seconds)
         else:
             # All are heard, so that none still writes when what there is gets cleared away.
-            told = [self._hear(f"part/{process}", of=process) for process in range(process_count())]
-            if (read := _last_topic.get(self._partial.parent)) is not None:
-                delete(read)
-            _last_topic[self._partial.parent] = self._topic
-            whole = "; ".join(filter(None, told)) or self._attempt(lambda: self._complete(leaves, commit))
+            told = [self._hear(f"part/{process}", of=process) for process in range(1, process_count())]
+            self._forget_the_last()
+            whole = "; ".join(filter(None, (problem, *told)))
+            whole = whole or self._attempt(lambda: self._complete(written, all_names(), commit))
             self._tell("whole", whole)
         if whole:
             raise OSError(whole)
 
-    def _write(self, own: Mapping[str, bytes | memoryview]) -> None:
-        checksums = write_files(self._partial, own)
-        write_files(self._partial, {self._part(process_index()): json.dumps(checksums).encode()})
+    def _write(self, own: Mapping[str, Content]) -> Checksums:
+        """Writes files through to the disk; the checksums of what was to be written. Process 0 finds those of
+        the others in files.
+        """
+        written = write_files(self._partial, own)
+        if process_index():
+            write_file(self._partial / _part(process_index()), json.dumps(written).encode())
+        return written
 
-    def _complete(self, leaves: Set[str], commit: Callable[[], None]) -> None:
-        files: dict[str, list[int]] = {}
-        for process in range(process_count()):
-            part = self._partial / self._part(process)
-            try:
-                files |= json.loads(part.read_text())
-            except FileNotFoundError as error:
-                raise OSError(
-                    f"what process {process} wrote is not in the {self._partial.parent} of process 0. "
-                    "Save into a folder of a file system that all processes share"
-                ) from error
-            part.unlink()
-        missing = sorted(leaves - files.keys())
+    def _complete(self, own: Checksums, all_names: Set[str], commit: Callable[[], None]) -> None:
+        files = dict(own)
+        for process in range(1, process_count()):
+            files |= self._read_part(process)
+        missing = sorted(all_names - files.keys())
         if missing:
             raise OSError(f"no process has written {missing[0]}, and {len(missing) - 1} other files")
-        check_sizes(self._partial, files)
+        wrong = size_differences(self._partial, files)
+        if wrong:
+            name = min(wrong)
+            raise OSError(f"{name} {wrong[name]}, and {len(wrong) - 1} other files are not as they were written")
         write_list(self._partial, files)
         commit()
 
-    def _part(self, process: int) -> str:
-        return f"part_{process}.json"
+    def _read_part(self, process: int) -> Checksums:
+        part = self._partial / _part(process)
+        try:
+            found = load_json(part, LARGEST_DOCUMENT)
+            if not is_list(found):
+                raise DamagedFileError("is no list of sizes and checksums")
+        except FileNotFoundError as error:
+            raise OSError(
+                f"what process {process} wrote is not in the {self._partial.parent} of process 0. "
+                "Save into a folder of a file system that all processes share"
+            ) from error
+        except DamagedFileError as error:
+            raise OSError(f"{part.name} {error}") from error
+        part.unlink()
+        return {name: (size, crc) for name, (size, crc) in found.items()}
+
+    def _forget_the_last(self) -> None:
+        if process_count() > 1:
+            if (read := _last_topic.get(self._partial.parent)) is not None:
+                delete(read)
+            _last_topic[self._partial.parent] = self._topic
 
     def _tell(self, what: str, problem: str) -> None:
-        tell(f"{self._topic}/{what}", problem)
+        if process_count() > 1:
+            tell(f"{self._topic}/{what}", problem)
 
     def _hear(self, what: str, *, of: int, seconds: float | None = None) -> str:
         seconds = self._seconds if seconds is None else seconds
@@ -100,9 +131,45 @@ class SaveTogether:
         try:
             action()
         except Exception as error:
-            return _problem(error)
+            return problem_of(error)
         return ""
 
 
-def _problem(error: Exception) -> str:
-    return f"process {process_index()}: {error or type(error).__name__}"
+def check_together(check: Callable[[], None], seconds: float) -> list[str]:
+    """Runs a check in every process of a run; the problems of all. Every process has to call it, in the same order.
+
+    A run of one process raises what the check raises.
+    """
+    if process_count() == 1:
+        check()
+        return []
+    try:
+        check()
+        problem = ""
+    except (OSError, ValueError) as error:
+        problem = str(error) or type(error).__name__
+    told = tell_all(f"meshpipe/checkpoint/{next(_numbers)}/check", problem, seconds)
+    return [text for text in dict.fromkeys(told) if text]
+
+
+def write_files(folder: Path, contents: Mapping[str, Content]) -> dict[str, tuple[int, int]]:
+    """Writes files into the folder and through to the disk, several at once; the checksums of what was to be
+    written.
+    """
+    for inner in {folder / Path(name).parent for name in contents}:
+        inner.mkdir(parents=True, exist_ok=True)
+    names = list(contents)
+    written = for_each(
+        lambda name: write_file(folder / name, contents[name].data, contents[name].padding), names, "checkpoint"
+    )
+    return dict(zip(names, written, strict=True))
+
+
+def problem_of(error: Exception) -> str:
+    """What went wrong in this process, for all."""
+    text = str(error) or type(error).__name__
+    return text if process_count() == 1 else f"process {process_index()}: {text}"
+
+
+def _part(process: int) -> str:
+    return f"part_{process}.json"

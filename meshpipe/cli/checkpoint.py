@@ -40,7 +40,13 @@ class _FolderAndStep:
 
 def checkpoint_list(arguments: list[str]) -> int:
     flags = parse(_Folder, arguments, "meshpipe checkpoint list", "Lists whole checkpoints.")
-    from meshpipe.checkpoint import CheckpointError, CheckpointInfo, describe_checkpoint, list_checkpoints
+    from meshpipe.checkpoint import (
+        CheckpointError,
+        CheckpointGoneError,
+        CheckpointInfo,
+        describe_checkpoint,
+        list_checkpoints,
+    )
     from meshpipe.report.checkpoints import checkpoint_table
     from meshpipe.report.tables import make_console
 
@@ -49,6 +55,8 @@ def checkpoint_list(arguments: list[str]) -> int:
     for step in list_checkpoints(flags.directory):
         try:
             whole.append(describe_checkpoint(flags.directory, step))
+        except CheckpointGoneError:  # a run that saves removes old steps
+            continue
         except CheckpointError as error:
             damaged.append(str(error))
     make_console().print(checkpoint_table(whole))
@@ -60,25 +68,39 @@ def checkpoint_list(arguments: list[str]) -> int:
 def checkpoint_show(arguments: list[str]) -> int:
     description = "Shows everything that is written down about one checkpoint."
     flags = parse(_FolderAndStep, arguments, "meshpipe checkpoint show", description)
-    from meshpipe.checkpoint import describe_checkpoint, list_checkpoints
+    from meshpipe.checkpoint import CheckpointGoneError, describe_checkpoint, list_checkpoints
     from meshpipe.report.checkpoints import print_checkpoint
     from meshpipe.report.tables import make_console
 
-    step = list_checkpoints(flags.directory)[-1] if flags.step is None else flags.step
-    print_checkpoint(make_console(), describe_checkpoint(flags.directory, step))
-    return COMPLETED
+    while True:
+        step = list_checkpoints(flags.directory)[-1] if flags.step is None else flags.step
+        try:
+            info = describe_checkpoint(flags.directory, step)
+        except CheckpointGoneError:
+            if flags.step is not None:
+                raise
+            continue  # a run that saves has a newer one by now
+        print_checkpoint(make_console(), info)
+        return COMPLETED
 
 
 def checkpoint_verify(arguments: list[str]) -> int:
     description = "Compares every byte of the checkpoints with the checksums written when they were saved."
     flags = parse(_FolderAndStep, arguments, "meshpipe checkpoint verify", description)
-    from meshpipe.checkpoint import list_checkpoints, verify_checkpoint
+    from meshpipe.checkpoint import CheckpointGoneError, list_checkpoints, verify_checkpoint
 
-    steps = list_checkpoints(flags.directory) if flags.step is None else [flags.step]
-    problems = {step: verify_checkpoint(flags.directory, step) for step in steps}
-    for step, found in problems.items():
+    damaged = False
+    for step in list_checkpoints(flags.directory) if flags.step is None else [flags.step]:
+        try:
+            found = verify_checkpoint(flags.directory, step)
+        except CheckpointGoneError:
+            if flags.step is not None:
+                raise
+            print(f"step {step}: removed meanwhile by the run that saves there")
+            continue
+        damaged = damaged or bool(found)
         print(f"step {step}: {'; '.join(found) if found else 'every byte is good'}")
-    return FAILED if any(problems.values()) else COMPLETED
+    return FAILED if damaged else COMPLETED
 
 
 COMMANDS: dict[str, Command] = {

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from meshpipe.checkpoint import CheckpointInfo
 from meshpipe.report.tables import format_bytes, make_table
@@ -18,33 +19,43 @@ def checkpoint_table(checkpoints: Sequence[CheckpointInfo]) -> Table:
     """A row a checkpoint: its step, size, time, and the layout it was saved from."""
     table = make_table("step", "bytes", "saved", "recipe", "layout", right=("step", "bytes"))
     for info in checkpoints:
-        recipe = str(info.metadata.get("recipe", ""))
-        table.add_row(str(info.step), format_bytes(info.bytes), _time(info), recipe, _layout(info))
+        recipe = _plain(info.metadata.get("recipe", ""))
+        table.add_row(str(info.step), format_bytes(info.bytes), _time(info), recipe, _plain(_layout(info)))
     return table
 
 
 def print_checkpoint(console: Console, info: CheckpointInfo) -> None:
     """What a checkpoint says of its run, and a row for each of its leaves."""
     console.print(f"step {info.step}, {format_bytes(info.bytes)}, saved {_time(info)}")
-    console.print(f"layout: {_layout(info)}")
+    console.print(_plain(f"layout: {_layout(info)}"))
     for name, value in info.metadata.items():
         if name not in ("step", "layout"):
-            console.print(f"{name}: {json.dumps(value)}", markup=False)
+            console.print(_plain(f"{name}: {json.dumps(value)}"))
     table = make_table("leaf", "saved by", "dtype", "shape", "bytes", right=("bytes",))
     for path, leaf in info.leaves.items():
         size = int(np.prod(leaf["shape"], dtype=np.int64)) * jnp.dtype(leaf["dtype"]).itemsize
         shape = " x ".join(map(str, leaf["shape"])) or "scalar"
-        table.add_row(path, leaf["item"], leaf["dtype"], shape, format_bytes(size))
+        table.add_row(_plain(path), leaf["item"], leaf["dtype"], shape, format_bytes(size))
     console.print()
     console.print(table)
 
 
 def _layout(info: CheckpointInfo) -> str:
     """`pipeline 2 x data 1 x tensor 1, 1f1b`, as far as the saver told."""
-    layout: dict[str, Any] = info.metadata.get("layout") or {}
+    layout = info.metadata.get("layout")
+    if not isinstance(layout, dict):
+        return ""
     sizes = " x ".join(f"{axis} {layout[axis]}" for axis in ("pipeline", "data", "tensor") if axis in layout)
-    return ", ".join(filter(None, (sizes, layout.get("schedule"))))
+    return ", ".join(str(part) for part in (sizes, layout.get("schedule")) if part)
 
 
 def _time(info: CheckpointInfo) -> str:
-    return datetime.fromtimestamp(info.saved_at).isoformat(" ", "seconds")
+    try:
+        return datetime.fromtimestamp(info.saved_at).isoformat(" ", "seconds")
+    except (OSError, OverflowError, ValueError):  # files can have times that calendars do not
+        return "?"
+
+
+def _plain(text: Any) -> Text:
+    """Text from a file, as it is: no markup, and nothing that moves a terminal's cursor."""
+    return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)))

@@ -31,7 +31,7 @@ from meshpipe.run.record import (
     checkpoint_metadata,
     config_values,
     device_names,
-    layout_values,
+    run_layout,
 )
 from meshpipe.run.start import Start
 from meshpipe.run.trace_file import TraceFile
@@ -318,8 +318,7 @@ class Loop:
 
     @property
     def _layout(self) -> dict[str, Any]:
-        model = self._trainer.model
-        return layout_values(self._config, model.cuts, model.plan.schedule, model.remat or ())
+        return run_layout(self._config, self._trainer.model)
 
     def _start_values(self) -> dict[str, Any]:
         return {

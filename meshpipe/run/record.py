@@ -3,15 +3,18 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from meshpipe.checkpoint.documents import is_count
 from meshpipe.config import Config
 from meshpipe.data.batches import ADDRESS
 from meshpipe.errors import ArgumentError
 from meshpipe.host import versions
+from meshpipe.layers.staged_model import StagedModel
 
 MAY_CHANGE: Mapping[str, frozenset[str]] = {
     "model": frozenset(),
@@ -33,6 +36,8 @@ def config_values(config: Any) -> Any:
         return {str(name): config_values(value) for name, value in config.items()}
     if isinstance(config, list | tuple):
         return [config_values(value) for value in config]
+    if isinstance(config, float) and not math.isfinite(config):
+        return str(config)  # JSON has no such numbers
     return config if config is None or isinstance(config, bool | int | float | str) else _describe(config)
 
 
@@ -80,6 +85,11 @@ def layout_values(
     return config_values(config.mesh) | config_values(config.pipeline) | chosen
 
 
+def run_layout(config: Config, model: StagedModel) -> dict[str, Any]:
+    """The layout of a run with this model."""
+    return layout_values(config, model.cuts, model.plan.schedule, model.remat or ())
+
+
 def device_names(devices: Iterable[jax.Device]) -> list[str]:
     """The devices as `platform:id`, with their kind where it says more than the platform."""
     return [
@@ -109,3 +119,26 @@ def checkpoint_metadata(
         "layout": dict(layout),
         "versions": versions(),
     }
+
+
+def check_metadata(metadata: Mapping[str, Any], step: int, folder: str) -> None:
+    """Raises `ValueError` unless the metadata of a step, which are data from a file, are what a run saves."""
+    problem = _metadata_problem(metadata, step)
+    if problem:
+        raise ValueError(
+            f"To be resumed, a step must have been saved by `meshpipe train`. Got step {step} in {folder}, of which "
+            f"{problem}. Name another step."
+        )
+
+
+def _metadata_problem(metadata: Mapping[str, Any], step: int) -> str | None:
+    if metadata.get("step") != step or not is_count(metadata["step"]):
+        return f"the metadata say that it is step {metadata.get('step')!r:.40}"
+    if not is_count(metadata.get("left_out", 0), step + 1):
+        return f"the number of updates left out is {metadata.get('left_out')!r:.40}"
+    data, config = metadata.get("data"), metadata.get("config")
+    if not isinstance(data, dict) or not is_count(data.get("examples")):
+        return f"the position in the data is {data.get('examples') if isinstance(data, dict) else data!r:.40}"
+    if not isinstance(config, dict) or not all(isinstance(config.get(part) or {}, dict) for part in MAY_CHANGE):
+        return "the config is no config of a run"
+    return None

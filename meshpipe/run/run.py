@@ -19,7 +19,7 @@ from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
 from meshpipe.run.loop import Loop, Outputs
 from meshpipe.run.metrics import MetricsFile
-from meshpipe.run.record import check_can_be_saved
+from meshpipe.run.record import check_can_be_saved, checkpoint_metadata, run_layout
 from meshpipe.run.settings import describe_config, describe_source
 from meshpipe.run.setup import make_trainer
 from meshpipe.run.start import find_start
@@ -72,6 +72,9 @@ def run(
         checkpointer = None
         if options.checkpoint_dir is not None:
             checkpointer = files.enter_context(Checkpointer(options.checkpoint_dir, keep=options.checkpoint_keep))
+            position, layout = train_batches.get_state(), run_layout(config, trainer.model)
+            metadata = checkpoint_metadata(config, recipe, layout, trainer.step_number, position)
+            checkpointer.prepare(trainer.abstract_state_tree(), metadata)
         if start is not None:
             console.print(start.load(trainer))
             if checkpointer is not None and options.resume_from is not None and process_index() == 0:

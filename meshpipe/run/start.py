@@ -3,16 +3,18 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from meshpipe.checkpoint import Checkpointer, CheckpointError, verify_checkpoint
 from meshpipe.checkpoint.index import check_leaf
+from meshpipe.checkpoint.lock import check_free
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.processes.coordination import process_count, process_index, tell_all
-from meshpipe.run.record import MAY_CHANGE, config_values
+from meshpipe.run.record import MAY_CHANGE, check_metadata, config_values
 from meshpipe.trainer import Trainer
 
 WAIT_SECONDS = 1800.0
@@ -79,6 +81,7 @@ def find_start(config: Config) -> Start | None:
     step = steps[-1] if options.init_step is None else options.init_step
     metadata = _read(folder, step, steps, "init_step")
     if options.init_what == "all":
+        check_metadata(metadata, step, folder)
         check_continues(config, metadata, folder)
         if step >= config.steps:
             raise ArgumentError(
@@ -93,6 +96,7 @@ def _own_start(config: Config) -> Start | None:
     if folder is None:
         return None
     check_folder("checkpoint_dir", folder)
+    check_free(Path(folder).expanduser())
     steps = Checkpointer(folder).steps()
     _check_shared("checkpoint_dir", folder, steps)
     if steps and not options.may_continue:
@@ -111,6 +115,7 @@ def _own_start(config: Config) -> Start | None:
         )
     step = steps[-1] if options.resume_from is None else options.resume_from
     metadata = _read(folder, step, steps, "resume_from")
+    check_metadata(metadata, step, folder)
     check_continues(config, metadata, folder)
     return Start(folder, step, metadata, is_own=True)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from saved_trees import assert_same, on, shapes, trees
@@ -24,7 +23,9 @@ from meshpipe.checkpoint import (
     Checkpointer,
     CheckpointError,
     CheckpointWriteError,
+    checksums,
     describe_checkpoint,
+    files,
     list_checkpoints,
     verify_checkpoint,
 )
@@ -62,18 +63,21 @@ def test_restore_onto_another_partition_and_mesh(saved):
     assert_same(Checkpointer(saved).restore(3, shapes(whole, mesh)), whole)
 
 
-def test_restoring_some_leaves_reads_only_their_stage(saved, monkeypatch):
+def test_restoring_some_leaves_reads_only_their_files_and_each_once(saved, monkeypatch):
     read = []
-    original = ocp.PyTreeCheckpointHandler.restore
+    original = files.read_checked
     monkeypatch.setattr(
-        ocp.PyTreeCheckpointHandler,
-        "restore",
-        lambda self, folder, args: read.append(folder.name) or original(self, folder, args=args),
+        checksums,
+        "read_checked",
+        lambda path, *rest: (read.append(path.relative_to(saved / "3").as_posix()), original(path, *rest))[1],
     )
     wanted = {"layers/1/kernel": shapes(trees())[1]["params"]["layers/1/kernel"]}
     found = Checkpointer(saved).restore(3, [{"params": wanted}])
     assert list(found[0]["params"]) == ["layers/1/kernel"]
-    assert read == ["stage_1"]
+    assert sorted(read) == [
+        *("meta/metadata", "stage_0/_METADATA", "stage_1/_METADATA"),
+        *(f"stage_1/params.layers.1.kernel/{name}" for name in (".zarray", "0.0", "1.0")),
+    ]
 
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
@@ -141,7 +145,7 @@ def test_a_save_that_fails_is_told_and_leaves_the_others_alone(tmp_path, surface
         wait(lambda: checkpointer._writing[1].done())
     with pytest.raises(CheckpointWriteError, match=r"Step 2 could not be written to .*The newest step there is 1\."):
         checkpointer.save(3, large, {}) if surfaces_in == "save" else getattr(checkpointer, surfaces_in)()
-    assert os.listdir(tmp_path) == ["1"]
+    assert sorted(os.listdir(tmp_path)) == ["1", "writer.lock"][: 1 if surfaces_in == "close" else 2]
     assert verify_checkpoint(tmp_path, 1) == []
     if surfaces_in != "close":
         checkpointer.save(2, large, {})

@@ -6,11 +6,10 @@ import shutil
 
 import jax.numpy as jnp
 import pytest
-from damage import KINDS, damage_each_file
+from damage import KINDS, damage_each_file, remake_checksums
 from saved_trees import shapes, trees
 
 from meshpipe.checkpoint import Checkpointer, CheckpointError, list_checkpoints, verify_checkpoint
-from meshpipe.checkpoint.checksums import write_checksums
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_a_document_that_is_not_ours_is_refused(saved, tmp_path, forge):
     document = json.loads(path.read_text())
     forge(document)
     path.write_text(json.dumps(document))
-    write_checksums(tmp_path / "3")
+    remake_checksums(tmp_path / "3")
     with pytest.raises(CheckpointError, match="Read it with the version that saved it"):
         Checkpointer(tmp_path).restore(3, shapes(trees()))
 

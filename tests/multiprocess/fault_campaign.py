@@ -183,7 +183,7 @@ class Run:
             time.sleep(POLL_SECONDS)
 
     def _of_processes(self, kill: Kill, started: Sequence[subprocess.Popen[bytes]]) -> Iterator[str]:
-        saved = f"The last good checkpoint is step {self.steps[-1]} of run." if self.steps else "Nothing was saved."
+        saved = f"The newest checkpoint is step {self.steps[-1]} of run." if self.steps else "Nothing was saved."
         for number, process in enumerate(started):
             if number == kill.victim:
                 continue

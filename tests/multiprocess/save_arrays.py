@@ -67,7 +67,14 @@ def arrays(offset: float) -> tuple[list, list]:
 def run(folder: Path) -> None:
     import numpy as np
 
-    from meshpipe.checkpoint import Checkpointer, CheckpointWriteError, checksums, together, verify_checkpoint
+    from meshpipe.checkpoint import (
+        Checkpointer,
+        CheckpointError,
+        CheckpointWriteError,
+        checksums,
+        together,
+        verify_checkpoint,
+    )
     from meshpipe.processes.coordination import meet, process_index
 
     me = process_index()
@@ -84,19 +91,24 @@ def run(folder: Path) -> None:
 
     checkpointer = Checkpointer(folder)
     trees, shapes = arrays(0)
+    try:  # what only one process finds is told to all
+        checkpointer.prepare(shapes, {"only here": {1, 2}} if me == 1 else {})
+    except CheckpointError as error:
+        found["unprepared"] = str(error)
+    checkpointer.prepare(shapes, {"seed": 7})
     checkpointer.save(1, trees, {"seed": 7}, shapes)
     checkpointer.wait()
     assert checkpointer.steps() == [1]
     assert verify_checkpoint(folder, 1) == []
 
     read: list[str] = []
-    compare = checksums._compare
-    checksums._compare = lambda path, saved: (
+    original = checksums.read_checked
+    checksums.read_checked = lambda path, *rest: (
         read.append(str(path.relative_to(folder.absolute() / "1"))),
-        compare(path, saved),
+        original(path, *rest),
     )[1]
     restored = checkpointer.restore(1, shapes)
-    checksums._compare = compare
+    checksums.read_checked = original
     found["read"] = sorted(name for name in read if name.startswith("stage_") and name[-1].isdigit())
     for tree, expected in zip(restored, trees, strict=True):
         assert tree["params"].keys() == expected["params"].keys()

@@ -91,7 +91,7 @@ def test_a_process_that_is_asked_to_stop_stops_all(tmp_path: Path) -> None:
 
 
 SAVED = ("--checkpoint-dir", "run", "--checkpoint-every", "10")
-GOOD = "The last good checkpoint is step "
+GOOD = "The newest checkpoint is step "
 
 
 @needs_proc
@@ -165,7 +165,7 @@ def test_a_full_disk_of_one_process_ends_all_and_leaves_the_checkpoints_before(t
     assert len(steps) == 3
     assert not any(verify_checkpoint(tmp_path / "run", step) for step in steps)
     for process in (0, 1):
-        assert f"[{process}] The last good checkpoint is step {steps[-1]} of run." in output
+        assert f"[{process}] The newest checkpoint is step {steps[-1]} of run." in output
     assert "could not be written" in output
     assert "process 1: [Errno 27] File too large" in output
     assert seconds < 30

@@ -1,10 +1,13 @@
 """A process that is killed leaves a sentence about itself and what was saved; one that says why it ends leaves none."""
 
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from meshpipe.checkpoint import Checkpointer
@@ -28,6 +31,12 @@ with module.LastWords(int(sys.argv[1]), sys.argv[2], "run") as words:
 """
 
 
+def save(folder: Path, *steps: int) -> None:
+    with Checkpointer(folder, keep=0) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, [{"params": {"x": jnp.ones(3)}}], {})
+
+
 def words(folder: Path, process: int, coordinator: str, how: str) -> str:
     """What is on standard error after the process is gone; its child holds that open until it has ended as well."""
     # The file is the child's program too, so that a shorter time has to stand in a file.
@@ -38,11 +47,10 @@ def words(folder: Path, process: int, coordinator: str, how: str) -> str:
 
 
 def test_a_killed_process_is_named_with_the_newest_checkpoint(tmp_path: Path) -> None:
-    for name in ("5", "10", "15.partial", "20.superseded", "25"):
+    for name in ("15.partial", "20.superseded", "25"):
         (tmp_path / "run" / name).mkdir(parents=True)
-        if name != "25":
-            (tmp_path / "run" / name / "checksums.json").touch()
-    saved = "The last good checkpoint is step 10 of run.\n"
+    save(tmp_path / "run", 5, 10)
+    saved = "The newest checkpoint is step 10 of run.\n"
     gone = f"127.0.0.1:{free_port()}"
     assert words(tmp_path, 0, gone, "killed") == f"meshpipe: process 0 is gone: it was killed, or it crashed.\n{saved}"
     stops = "meshpipe: process 1 stops because process 0, which coordinates the run, is gone.\n"
@@ -65,7 +73,37 @@ def test_nothing_is_left_to_say(how: str, tmp_path: Path) -> None:
 
 def test_the_newest_checkpoint_is_the_one_that_a_run_would_go_on_from(tmp_path: Path) -> None:
     assert saved_sentence(None) == saved_sentence(str(tmp_path / "none")) == "Nothing was saved."
-    with Checkpointer(tmp_path, keep=0) as checkpointer:
-        for step in (9, 10):
-            checkpointer.save(step, [{"params": {}}], {})
-    assert saved_sentence(str(tmp_path)) == f"The last good checkpoint is step {checkpointer.latest()} of {tmp_path}."
+    save(tmp_path, 9, 10)
+    assert (
+        saved_sentence(str(tmp_path))
+        == f"The newest checkpoint is step {Checkpointer(tmp_path).latest()} of {tmp_path}."
+    )
+
+
+def without_checksums(step: Path) -> Path:
+    (step / "checksums.json").unlink()
+    return step / "checksums.json"
+
+
+DAMAGE = {
+    "a file is missing": lambda step: (step / "stage_0" / "params.x" / "0").unlink(),
+    "a file is shorter": lambda step: (step / "stage_0" / "params.x" / "0").write_bytes(b"1"),
+    "infinity": lambda step: (step / "checksums.json").write_text('{"files": {"a": [Infinity, 1]}, "crc32": 1}'),
+    "another number": lambda step: replace(step / "checksums.json", '": [', '": [1'),
+    "nested": lambda step: (step / "checksums.json").write_text("[" * 100_000),
+    "no object": lambda step: (step / "checksums.json").write_text("[1, 2]"),
+    "a pipe": lambda step: os.mkfifo(without_checksums(step)),
+    "a link": lambda step: without_checksums(step).symlink_to("/dev/zero"),
+    "2 GB": lambda step: os.truncate(step / "checksums.json", 2 << 30),
+}
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_step_is_not_named(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    save(tmp_path, 9, 10)
+    damage(tmp_path / "10")
+    assert saved_sentence(str(tmp_path)) == f"The newest checkpoint is step 9 of {tmp_path}."

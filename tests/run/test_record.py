@@ -2,20 +2,24 @@
 
 import functools
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_recipes
 
+from meshpipe.checkpoint import CheckpointConfig
 from meshpipe.config import Config
 from meshpipe.host import versions
 from meshpipe.mesh import MeshConfig
 from meshpipe.optimizer.config import OptimizerConfig, matrices
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.run.record import checkpoint_metadata, config_values, layout_values
-from meshpipe.run.start import check_continues
+from meshpipe.run.record import check_metadata, checkpoint_metadata, config_values, layout_values
+from meshpipe.run.start import check_continues, find_start
 
 
 def saved(config: Config) -> dict[str, Any]:
@@ -94,3 +98,51 @@ def test_functions_are_written_down_by_name_and_not_by_address() -> None:
         "clip": "numpy.clip(){'a_min': 0}",
         "dtype": str(np.float32),
     }
+
+
+@pytest.mark.parametrize("step", [4, 10**9, 5.0, "5", None])
+def test_metadata_of_another_step_are_refused(step: Any) -> None:
+    with pytest.raises(ValueError, match=r"the metadata say that it is step .*Name another step"):
+        check_metadata(saved(tiny_recipes.pipeline()) | {"step": step}, 5, "runs/a")
+
+
+@pytest.mark.parametrize("position", [1.5, -1, True, 10**18, "80", None, [80]])
+def test_positions_in_the_data_that_cannot_be_are_refused(position: Any) -> None:
+    for data in ({"examples": position}, {}, position):
+        with pytest.raises(ValueError, match="the position in the data is"):
+            check_metadata(saved(tiny_recipes.pipeline()) | {"data": data}, 5, "runs/a")
+
+
+@pytest.mark.parametrize("config", [None, [], "config", {"model": 3}, {"optimizer": ["adam"]}])
+def test_a_config_that_is_none_is_refused(config: Any) -> None:
+    with pytest.raises(ValueError, match="the config is no config of a run"):
+        check_metadata(saved(tiny_recipes.pipeline()) | {"config": config}, 5, "runs/a")
+
+
+@pytest.mark.parametrize("left_out", [-1, 6, 0.5, 10**18])
+def test_more_updates_left_out_than_there_were_are_refused(left_out: Any) -> None:
+    with pytest.raises(ValueError, match="the number of updates left out is"):
+        check_metadata(saved(tiny_recipes.pipeline()) | {"left_out": left_out}, 5, "runs/a")
+
+
+def test_what_a_run_saves_is_accepted() -> None:
+    check_metadata(saved(tiny_recipes.pipeline()), 5, "runs/a")
+
+
+def test_numbers_that_json_does_not_have_are_written_out() -> None:
+    assert config_values({"limit": float("inf"), "x": float("nan")}) == {"limit": "inf", "x": "nan"}
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held'); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-u", "-c", hold, tmp_path / "writer.lock"], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        config = replace(tiny_recipes.pipeline(), checkpoint=CheckpointConfig(checkpoint_dir=str(tmp_path)))
+        with pytest.raises(ValueError, match="One run at a time may save to a folder"):
+            find_start(config)
+    finally:
+        process.kill()
+        process.communicate()
+    assert find_start(config) is None

@@ -1,0 +1,156 @@
+"""Reading leaves: the files that hold a part of what this process needs, in parallel, each checked while it is read.
+
+Where a file holds what a device needs, it is read to where the device's array will be; where the layout is another, it
+is read into memory of its own, at most `THREADS` files at a time, and cut from there.
+"""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meshpipe.checkpoint.checksums import Checksums, file_problem
+from meshpipe.checkpoint.chunks import Region, chunk_count, chunks_in, inside, overlap
+from meshpipe.checkpoint.documents import parse_json
+from meshpipe.checkpoint.files import DamagedFileError, for_each
+from meshpipe.checkpoint.names import ZARRAY, directory_name
+from meshpipe.checkpoint.schema import SchemaError, check_zarray
+
+_ALIGNMENT = 64
+"""Bytes to which memory must be aligned so that a CPU device takes it without a copy."""
+
+
+def read_leaves(
+    step: Path,
+    wanted: Mapping[tuple[int, str], jax.ShapeDtypeStruct],
+    index: Mapping[str, Mapping[str, Any]],
+    files: Checksums,
+) -> tuple[dict[tuple[int, str], jax.Array], dict[str, str]]:
+    """Some leaves of the step in this folder with their shardings, by stage and key, and what is wrong with their
+    files.
+
+    Shapes and dtypes must be the saved ones, and the index and the list of files must have been checked.
+    """
+    leaves = {at: _LeafRead(step, at[1], index[at[1]], shape, files) for at, shape in wanted.items()}
+    problems: dict[str, str] = {}
+    for found in for_each(_LeafRead.describe, list(leaves.values()), "checkpoint"):
+        problems |= found
+    if not problems:
+        reads = [(leaf, name, part) for leaf in leaves.values() for name, part in leaf.parts.items()]
+        for found in for_each(lambda read: read[0].read(*read[1:]), reads, "checkpoint"):
+            problems |= found
+    return ({} if problems else {at: leaf.array() for at, leaf in leaves.items()}), problems
+
+
+class _LeafRead:
+    """One leaf on its way from its files to the devices of this process."""
+
+    def __init__(
+        self, step: Path, key: str, saved: Mapping[str, Any], wanted: jax.ShapeDtypeStruct, files: Checksums
+    ) -> None:
+        self._step, self._saved, self._wanted, self._files = step, saved, wanted, files
+        self._folder = f"{saved['item']}/{directory_name(key)}"
+        self._lock = threading.Lock()
+        assert wanted.sharding is not None
+        indices = wanted.sharding.addressable_devices_indices_map(wanted.shape)
+        shape = wanted.shape
+        self._regions: dict[jax.Device, tuple[tuple[int, int], ...]] = {
+            device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+            for device, index in indices.items()
+        }
+        self._buffers: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        self._left = 0
+        self._on_devices: dict[jax.Device, jax.Array] = {}
+        self.parts: dict[str, Region] = {}
+        """The files to read, and the part of the leaf in each; known after `describe`."""
+
+    def describe(self) -> dict[str, str]:
+        """Reads how the leaf was cut into files, and plans which of them to read; what is wrong with that."""
+        if not self._wanted.size:
+            return {}
+        name = f"{self._folder}/{ZARRAY}"
+        text = bytearray(min(self._files[name][0], 1 << 16))
+        problem = (
+            "is larger than a description of an array"
+            if len(text) < self._files[name][0]
+            else file_problem(self._step, name, self._files[name], memoryview(text))
+        )
+        if problem:
+            return {name: problem}
+        try:
+            chunks = check_zarray(parse_json(bytes(text)), self._saved)
+        except DamagedFileError as error:
+            return {name: str(error)}
+        except SchemaError as error:
+            return {name: f"does not describe the leaf: {error}"}
+        if chunks != self._saved.get("chunks", chunks) or chunk_count(self._wanted.shape, chunks) > len(self._files):
+            return {name: "does not describe the leaf: its chunks are not those of the files"}
+        self._chunks = chunks
+        for bounds in set(self._regions.values()):
+            self.parts |= chunks_in(_region(bounds), self._wanted.shape, chunks)
+        self._left = len(self.parts)
+        size = int(np.prod(chunks, dtype=np.int64)) * self._wanted.dtype.itemsize
+        unknown = {part for part in self.parts if self._files.get(f"{self._folder}/{part}", (0, 0))[0] != size}
+        return {f"{self._folder}/{part}": "has not the size that its leaf asks for" for part in unknown}
+
+    def read(self, name: str, part: Region) -> dict[str, str]:
+        """Reads one file into the buffers that need a part of it; the last one hands all to the devices."""
+        with self._lock:
+            if not self._buffers:
+                for bounds in set(self._regions.values()):
+                    self._buffers[bounds] = _aligned([stop - start for start, stop in bounds], self._wanted.dtype)
+        file = f"{self._folder}/{name}"
+        into, copies = self._place(part)
+        problem = file_problem(self._step, file, self._files[file], into.reshape(-1).view(np.uint8).data)
+        if problem:
+            return {file: problem}
+        for target, source in copies:
+            target[...] = into[source]
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._hand_over()
+        return {}
+
+    def array(self) -> jax.Array:
+        """The leaf, once every file was read."""
+        assert self._wanted.sharding is not None
+        if not self._wanted.size:
+            return jax.device_put(np.zeros(self._wanted.shape, self._wanted.dtype), self._wanted.sharding)
+        arrays = [self._on_devices[device] for device in self._regions]
+        return jax.make_array_from_single_device_arrays(self._wanted.shape, self._wanted.sharding, arrays)
+
+    def _place(self, part: Region) -> tuple[np.ndarray, list[tuple[np.ndarray, Region]]]:
+        """Where to read a file to, and what to copy from there to where."""
+        copies: list[tuple[np.ndarray, Region]] = []
+        for bounds, buffer in self._buffers.items():
+            common = overlap(part, _region(bounds))
+            if common is not None:
+                # With an ellipsis a scalar is a view, too.
+                place: tuple[Any, ...] = (*inside(common, _region(bounds)), ...)
+                copies.append((buffer[place], inside(common, part)))
+        first = copies[0][0]
+        if len(copies) == 1 and first.shape == tuple(self._chunks) and first.flags.c_contiguous:
+            return first, []
+        return np.empty(self._chunks, self._wanted.dtype), copies
+
+    def _hand_over(self) -> None:
+        for device, bounds in self._regions.items():
+            self._on_devices[device] = jax.device_put(self._buffers[bounds], device)
+        self._buffers.clear()
+
+
+def _region(bounds: tuple[tuple[int, int], ...]) -> Region:
+    return tuple(slice(*pair) for pair in bounds)
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
+    """Memory that a CPU device can take as its own."""
+    size = int(np.prod(shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)

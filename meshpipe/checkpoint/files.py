@@ -1,0 +1,142 @@
+"""Files of a checkpoint: written through to the disk and read with a bound, their checksums taken on the way.
+
+Nothing that is read is trusted: links are not followed, and what is no regular file is refused before it is read, so
+that a pipe or a device neither blocks nor feeds the reader without end.
+"""
+
+import os
+import shutil
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+THREADS = 8
+"""Files that are written or read at once: disks serve several requests faster than one, and system calls and CRCs
+release the interpreter's lock.
+"""
+_PIECE = 1 << 20
+"""Bytes of a write, small enough that what the CRC has just read is still in the processor's cache."""
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class DamagedFileError(OSError):
+    """A file is not as it was written; the message says how, without its name."""
+
+
+def write_file(path: Path, content: bytes | memoryview, padding: int = 0) -> tuple[int, int]:
+    """Writes the content and then `padding` zeros, through to the disk; returns size and CRC-32 of what was to be
+    written.
+    """
+    data, size, crc = memoryview(content), 0, 0
+    with open(path, "xb", buffering=0) as file:
+        for part in (data, memoryview(bytes(padding))):
+            for start in range(0, len(part), _PIECE):
+                piece = part[start : start + _PIECE]
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
+                while piece:
+                    piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+    return size, crc
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises `DamagedFileError` where it is anything else, and
+    `FileNotFoundError`.
+    """
+    descriptor, status = _open_regular(path)
+    with open(descriptor, "rb") as file:
+        if status.st_size > limit:
+            raise DamagedFileError(f"has {status.st_size} bytes, more than the {limit} that such a file may have")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise DamagedFileError(f"grew beyond {limit} bytes while it was read")
+    return content
+
+
+def read_checked(path: Path, expected: tuple[int, int], into: memoryview | None = None) -> None:
+    """Reads a file into a buffer of its size, or into none, and compares size and CRC-32 with the expected ones on the
+    way. Raises `DamagedFileError` where they differ, and `FileNotFoundError`.
+    """
+    size, crc = expected
+    descriptor, status = _open_regular(path)
+    with open(descriptor, "rb", buffering=0) as file:
+        if status.st_size != size:
+            raise DamagedFileError(f"has {status.st_size} bytes instead of {size}")
+        assert into is None or len(into) == size
+        scratch = memoryview(bytearray(min(_PIECE, size))) if into is None else into
+        found = done = 0
+        while done < size:
+            start = 0 if into is None else done
+            piece = scratch[start : start + min(_PIECE, size - done)]
+            count = file.readinto(piece)
+            if not count:
+                raise DamagedFileError(f"ended after {done} bytes instead of {size}")
+            found, done = zlib.crc32(piece[:count], found), done + count
+    if found != crc:
+        raise DamagedFileError("has changed bytes")
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes whatever has this name: a folder with all that is in it, a file, or a link but not what it leads to."""
+    try:
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return
+
+
+def for_each(function: Callable[[_Item], _Result], items: Sequence[_Item], name: str = "files") -> list[_Result]:
+    """Calls the function for several items at a time; the results in order."""
+    if len(items) <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(THREADS, len(items)), name) as executor:
+        return list(executor.map(function, items))
+
+
+def below(folder: Path) -> Iterable[tuple[str, os.stat_result]]:
+    """Name and status of everything in a folder and the folders in it, these themselves left out; links are not
+    followed. What vanishes meanwhile is left out.
+    """
+    for at, _, _ in os.walk(folder):
+        with suppress(FileNotFoundError), os.scandir(at) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if not entry.is_dir(follow_symlinks=False):
+                        yield os.path.relpath(entry.path, folder), entry.stat(follow_symlinks=False)
+
+
+def _open_regular(path: Path) -> tuple[int, os.stat_result]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        what = "is not a regular file" if _is_special(path) else f"cannot be read: {error.strerror}"
+        raise DamagedFileError(what) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise DamagedFileError("is not a regular file")
+    return descriptor, status
+
+
+def _is_special(path: Path) -> bool:
+    with suppress(OSError):
+        return not stat.S_ISREG(path.lstat().st_mode)
+    return False

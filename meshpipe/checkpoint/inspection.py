@@ -1,0 +1,63 @@
+"""Looking at a folder of checkpoints without restoring anything."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meshpipe.checkpoint.files import below
+from meshpipe.checkpoint.index import CheckpointError
+from meshpipe.checkpoint.names import CHECKSUMS
+from meshpipe.checkpoint.reader import CheckpointReader, ProblemsError, load_step, step_problems
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """One saved step, for tables."""
+
+    step: int
+    bytes: int
+    """Of all of its files."""
+    saved_at: float
+    """Seconds since 1970."""
+    metadata: dict[str, Any]
+    """What the caller of `save` said of it."""
+    leaves: dict[str, dict[str, Any]]
+    """For each leaf, `section/path`, its item, shape and dtype."""
+
+
+def describe_checkpoint(directory: str | Path, step: int) -> CheckpointInfo:
+    """What is known of a saved step without reading its arrays. Raises `CheckpointError` when it is not there or
+    damaged, and its subclass `CheckpointGoneError` when it was removed meanwhile.
+    """
+    reader = CheckpointReader(directory)
+    with reader.reading(step) as folder:
+        document = load_step(folder, step).document
+        size = sum(status.st_size for _, status in below(folder))
+        try:
+            saved_at = (folder / CHECKSUMS).lstat().st_mtime
+        except FileNotFoundError:
+            raise ProblemsError({CHECKSUMS: "is missing"}) from None
+    return CheckpointInfo(step, size, saved_at, document["user"], document["leaves"])
+
+
+def list_checkpoints(directory: str | Path) -> list[int]:
+    """Saved steps of a folder, oldest first. Raises `CheckpointError` when there is no such folder or no step in it."""
+    steps = CheckpointReader(directory).steps()
+    if not steps:
+        raise CheckpointError(
+            f"The folder must hold checkpoints. Got {str(directory)!r}, which "
+            f"{'has none' if Path(directory).is_dir() else 'is not a folder'}. Name the --checkpoint-dir of a run."
+        )
+    return steps
+
+
+def verify_checkpoint(directory: str | Path, step: int, *, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with any byte of a step, one sentence for each file; empty when all is good.
+
+    With a `share` of `(i, n)` only the files of reader `i` of `n`, who together read all. Raises `CheckpointError` when
+    the step is not there, and its subclass `CheckpointGoneError` when it was removed meanwhile.
+    """
+    reader, readers = share
+    folder = CheckpointReader(directory).folder(step)
+    return step_problems(folder, step, lambda name: zlib.crc32(name.encode()) % readers == reader)

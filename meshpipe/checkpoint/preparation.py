@@ -1,0 +1,72 @@
+"""What could make a save fail, found before there is anything to save."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from meshpipe.checkpoint.index import CheckpointError, Index, Tree, index_bytes, index_leaves
+from meshpipe.checkpoint.names import LONGEST_NAME
+from meshpipe.checkpoint.shards import leaf_files
+
+_LONGEST_STEP = 16
+"""Digits of a step, with room."""
+
+
+def index_shapes(shapes: Sequence[Tree], directory: Path) -> Index:
+    """Where the leaves of these shapes would be saved. Raises `CheckpointError` for leaves that cannot be."""
+    nearest = nearest_folder(directory)
+    index, _ = index_leaves(None, shapes, _limit(nearest, "PC_NAME_MAX", LONGEST_NAME))
+    longest = max((len(f"{leaf['item']}/{key}".encode()) for key, leaf in index.items()), default=0)
+    path = len(str(directory).encode()) + _LONGEST_STEP + longest + 64
+    if path > (limit := _limit(nearest, "PC_PATH_MAX", 4096)):
+        raise CheckpointError(
+            f"The path of a file of a checkpoint must have at most {limit} bytes. Got up to {path} in {directory}. "
+            "Save into a folder with a shorter path."
+        )
+    return index
+
+
+def check_space(index: Index, directory: Path) -> None:
+    """Raises `CheckpointError` when the disk has no room for the bytes and files of one checkpoint."""
+    size, files = (
+        index_bytes(index),
+        sum(1 for leaf in index.values() if 0 not in leaf["shape"] for _ in leaf_files(leaf)),
+    )
+    nearest = nearest_folder(directory)
+    free = shutil.disk_usage(nearest).free
+    if size > free:
+        raise CheckpointError(
+            f"The disk must have room for one checkpoint at least, which takes {size / 1e6:,.1f} MB. {directory} has "
+            f"{free / 1e6:,.1f} MB left. Make room, or save into another folder."
+        )
+    status = os.statvfs(nearest)
+    if status.f_files and files > status.f_favail:
+        raise CheckpointError(
+            f"The disk must have room for the {files} files of one checkpoint. {directory} may have {status.f_favail} "
+            "more. Remove files, or save into another folder."
+        )
+
+
+def make_writable(directory: Path) -> None:
+    """Makes the folder if it is missing. Raises `CheckpointError` where nothing can be written."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"Checkpoints are saved in a folder. Got {directory}, a file. Name another.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"Checkpoints need a folder that can be made. Got {directory}: {error.strerror}. Name another folder."
+        ) from error
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
+
+
+def _limit(folder: Path, name: str, usual: int) -> int:
+    try:
+        return os.pathconf(folder, name)
+    except (OSError, ValueError):
+        return usual
