@@ -12,7 +12,8 @@ from jax.extend.core import Var
 
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import DATA, TENSOR
-from meshpipe.optimizer.optimizer import Optimizer
+from meshpipe.optimizer.separable import kinds_of_updates
+from meshpipe.optimizer.state import state_shapes
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.simulate import Costs, StageMemory, simulate
 from meshpipe.sharding import abstract
@@ -109,7 +110,8 @@ def held_always(
     model: StagedModel, transformation: optax.GradientTransformation, traced: Sequence[TracedStage]
 ) -> list[HeldAlways]:
     """What every stage holds for the whole step."""
-    optimizer = Optimizer(transformation, model.parameters).state_shapes
+    kinds_of_updates(transformation, [stage.owned for stage in model.parameters])  # refuses what no stage can do alone
+    optimizer = [state_shapes(transformation, stage) for stage in model.parameters]
     return [
         HeldAlways(
             parameters=_device_bytes(owned.params.values()) + _hoisted_bytes(stage),

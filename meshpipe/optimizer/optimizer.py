@@ -11,8 +11,9 @@ import optax
 
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.compiler.digest import digest
-from meshpipe.optimizer.parameters import Shapes, StageParameters
+from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.separable import describe_updates, kinds_of_updates
+from meshpipe.optimizer.state import state_shapes
 from meshpipe.pipeline.transfer import transfer_between
 from meshpipe.processes.agreement import HASH
 from meshpipe.sharding import abstract, is_local, place, replicated
@@ -58,7 +59,7 @@ class Optimizer:
         self._clip_norm = clip_norm
         self._last = replicated(stages[-1].mesh)
         self._everywhere = [replicated(stage.mesh) for stage in stages]
-        self.state_shapes = [self._state_shapes(stage) for stage in stages]
+        self.state_shapes = [state_shapes(transformation, stage) for stage in stages]
         self._inits: dict[int, Any] = {}
         self._norms: dict[int, Any] = {}
         self._updates: dict[int, Any] = {}
@@ -100,17 +101,6 @@ class Optimizer:
             kept = [str(treedef), [(str(leaf.dtype), leaf.shape, leaf.sharding.spec) for leaf in leaves]]
             found[f"optimizer state of stage {s}"] = HASH + digest(kept)
         return found
-
-    def _state_shapes(self, stage: StageParameters) -> Any:
-        """Optax's state of a stage, its parameter-like leaves placed like the parameters."""
-        owned, everywhere = stage.owned, replicated(stage.mesh)
-
-        def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            params = [owned[key.key] for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in owned]
-            like = [param.sharding for param in params if param.shape == leaf.shape]
-            return abstract(leaf.shape, leaf.dtype, like[0] if like else everywhere)
-
-        return jax.tree_util.tree_map_with_path(place, _initial(self._transformation, owned))
 
     def init(self, params: Mapping[int, Arrays]) -> dict[int, Any]:
         """Optax's state of every local stage, made on its submesh."""
@@ -308,15 +298,3 @@ def _square(gradient: jax.Array) -> jax.Array:
 
 def _accumulators(stage: StageParameters) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in stage.params.values())
-
-
-def _initial(transformation: optax.GradientTransformation, params: Shapes) -> Any:
-    try:
-        return jax.eval_shape(transformation.init, params)
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            "An optimizer sees the parameters of one stage at a time, a dict by leaf path. "
-            f"Got a transformation that cannot start from {', '.join(params) or 'a stage without parameters'}. Write "
-            "masks and labels as functions of the parameters, e.g. mask=lambda params: jax.tree.map(...). Optax says: "
-            f"{error}"
-        ) from error

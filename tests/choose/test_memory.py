@@ -1,5 +1,6 @@
 """The predicted memory of a rank is what its arrays take."""
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from benchmarks.live_bytes import measure_peaks
 from flax import nnx
 from staged import staged
 
-from meshpipe.choose.memory import RankMemory, predict_memory
+from meshpipe.choose.memory import RankMemory, predict_memory, stage_memory
+from meshpipe.choose.remat import choose_remat
 from meshpipe.config import Config
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.task import Task
@@ -140,7 +142,7 @@ def made(
         return (output**2).sum(), jnp.float32(output.size)
 
     mesh = make_mesh(2, data)
-    model = staged(Task([layer] * 4, loss, batch=batch, rules=rules), mesh, config)
+    model = staged(Task([layer] * 4, loss, batch=batch, rules=rules or ShardingRules()), mesh, config)
     return model, batch
 
 
@@ -193,3 +195,26 @@ def test_residuals_of_a_loop_are_those_of_each_turn() -> None:
     (first, _) = predict_memory(made(Looped)[0], optax.sgd(0.1))
     assert first.live_activations == 2
     assert first.activations >= 2 * 2 * 3 * 2 * (16 * 8 * 4)
+
+
+@pytest.mark.parametrize("layer", [Plain, Frozen])
+def test_predicting_allocates_and_moves_nothing(layer: type[nnx.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("a transfer was made ready")
+
+    for user in ("optimizer.optimizer", "optimizer.tied", "pipeline.executor"):
+        monkeypatch.setattr(f"meshpipe.{user}.transfer_between", fail)
+    gc.collect()
+    before = {id(array): array for array in jax.live_arrays()}
+    with jax.transfer_guard("disallow_explicit"):
+        model, _ = made(layer, schedule="1f1b")
+        predict_memory(model, optax.adamw(0.1))
+        stage_memory(model, optax.adamw(0.1))
+        choose_remat(model, optax.adamw(0.1), 10**9)
+    assert [array.shape for array in jax.live_arrays() if id(array) not in before] == []
+
+
+def test_an_optimizer_that_no_stage_can_run_alone_is_refused_in_predictions() -> None:
+    model, _ = made(Plain)
+    with pytest.raises(ValueError, match="must update each parameter from its own gradient"):
+        predict_memory(model, optax.clip_by_global_norm(1.0))
