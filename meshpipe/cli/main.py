@@ -32,7 +32,7 @@ USAGE = """usage: meshpipe COMMAND ...
 
 RECIPE is FILE.py:FUNCTION, or FILE:FUNCTION for a file of the folder recipes/.
 meshpipe COMMAND RECIPE --help shows the flags with their types, defaults and units.
-Exit codes: 0 completed, 1 failed, 2 invalid request, 130 and 143 stopped by SIGINT and SIGTERM."""
+Exit codes: 0 completed, 1 failed, 2 invalid request; 130, 143 and 129 stopped by SIGINT, SIGTERM and SIGHUP."""
 
 COMMANDS: dict[str, Command] = {
     "recipes": recipes,

@@ -190,6 +190,8 @@ class Run:
             code, end = process.poll(), self.log(number)[-2000:]
             if not code:
                 yield f"process {number} ended with {code}:\n{end}"
+            if "Traceback" in self.log(number):
+                yield f"process {number} prints a traceback beside what happened:\n{self.log(number)[-6000:]}"
             if f"process {number} stops because process {kill.victim}" not in end or saved not in end:
                 yield f"process {number} does not name process {kill.victim} and say {saved!r}:\n{end}"
 

@@ -1,5 +1,6 @@
 """Runs that are asked to stop, also where a step cannot come, and runs that one process alone cannot do."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -87,8 +88,11 @@ def test_what_one_process_alone_refuses_ends_all_with_code_2(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_kill_before_all_have_joined_ends_a_launch_within_seconds(tmp_path: Path) -> None:
     run = start(tmp_path, 0, ["-m", "meshpipe", "launch", "--processes", "2", "--", "train", TINY])
-    time.sleep(2)  # while they import
-    os.kill(process_id(run.pid, 1), signal.SIGKILL)
+    deadline, victim = time.monotonic() + TIMEOUT, 0
+    while not victim and time.monotonic() < deadline:
+        with contextlib.suppress(AssertionError):  # not started yet
+            victim = process_id(run.pid, 1)
+    os.kill(victim or run.pid, signal.SIGKILL)  # while it imports
     started = time.monotonic()
     assert codes(tmp_path, [run]) == [137], logs(tmp_path)
     assert time.monotonic() - started < 10
