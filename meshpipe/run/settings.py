@@ -25,11 +25,12 @@ def describe_config(config: Config) -> dict[str, str]:
     for field in dataclasses.fields(config):
         part = getattr(config, field.name)
         if not dataclasses.is_dataclass(part):
-            found[_flag(field.name)] = _text(field.name, part)
+            found[_flag(field.name)] = _text(part, field.name in FILES)
             continue
         prefix = f"{field.name}." if field.name in WITH_PREFIX else ""
         for name, value in _flat(part):
-            found[_flag(prefix + name)] = _text(name, value)
+            is_file = name in FILES or (_is_path(value) and (field.name == "data" or name == "schedule"))
+            found[_flag(prefix + name)] = _text(value, is_file)
     found["kind of model"] = type(config.model).__qualname__
     found["kind of data"] = type(config.data).__qualname__
     # Only process 0 writes it.
@@ -62,12 +63,15 @@ def _flat(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _text(name: str, value: Any) -> str:
-    if name in FILES or (isinstance(value, str) and os.sep in value):
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and os.sep in value
+
+
+def _text(value: Any, is_file: bool) -> str:
+    if is_file:
         return "none" if value is None else "a path"
-    plain = config_values(value)
     if isinstance(value, bool | int | float | str | None | tuple | list | Mapping):
-        return str(plain)
+        return str(config_values(value))
     return HASH + digest(value)
 
 

@@ -23,6 +23,7 @@ CONFIG = tiny_recipes.pipeline()
         ({"eval_batches": 0}, {"--eval-batches"}),
         ({"checkpoint": CheckpointConfig(checkpoint_dir="a")}, {"--checkpoint-dir"}),
         ({"trace": "trace.json"}, {"--trace"}),
+        ({"pipeline": replace(CONFIG.pipeline, partition="0,1")}, {"--partition"}),
         ({"metrics": "metrics.jsonl", "compile_cache": None}, set()),
     ],
 )
