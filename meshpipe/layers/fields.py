@@ -72,7 +72,7 @@ def optional_fields(module: nnx.Module, fields: Mapping[str, str]) -> tuple[str,
 
 def is_of_flax(kind: type) -> bool:
     """Whether a module's call is one that Flax wrote."""
-    return kind.__call__.__module__.split(".")[0] == "flax"
+    return getattr(kind.__call__, "__module__", "").split(".")[0] == "flax"
 
 
 def _check_asked(path: str, kind: type, batch_fields: Sequence[str], asked: Mapping[str, str]) -> None:

@@ -135,17 +135,16 @@ class Layer:
         """
 
         def run(module: nnx.Module) -> tuple[Any, dict[str, Any]]:
-            set_mode(module, train)
             keywords = {keyword: batch[field] for keyword, field in self.fields.items()}
             output = module(activation, **keywords, **told(module, self.modes, train))
             return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module))}
 
         def again(values: list[Any], paths: Sequence[str]) -> list[Any]:
-            _, after = run(self._module({**before, **dict(zip(paths, values, strict=True))}, randomness))
+            _, after = run(self._module({**before, **dict(zip(paths, values, strict=True))}, randomness, train))
             return [_value(after[path]) for path in paths]
 
         before: dict[str, Any] = {**{p: params[p] for p in self.params}, **{p: state[p] for p in self.state}}
-        module = self._module(before, randomness)
+        module = self._module(before, randomness, train)
         attributes = attributes_of(self.path, module)
         output, after = run(module)
         name = f"{self.path} ({self.class_name})"
@@ -161,15 +160,17 @@ class Layer:
         flat = nnx.to_flat_state(self.structure)
         return frozenset(join(self.path, key) for key, variable in flat if isinstance(variable, nnx.RngState))
 
-    def _module(self, values: Mapping[str, jax.Array], randomness: Randomness) -> nnx.Module:
-        """The module with these values, and random streams as they begin in a microbatch."""
+    def _module(self, values: Mapping[str, jax.Array], randomness: Randomness, train: bool) -> nnx.Module:
+        """The module with these values, in this mode, and random streams as they begin in a microbatch."""
         variables = []
         for key, variable in nnx.to_flat_state(self.structure):
             path = join(self.path, key)
             random = isinstance(variable, nnx.RngState)
             value = _random_state(path, variable, randomness) if random else values[path]
             variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
-        return nnx.merge(self.graphdef, nnx.from_flat_state(variables))
+        module = nnx.merge(self.graphdef, nnx.from_flat_state(variables))
+        set_mode(module, train)
+        return module
 
 
 def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) -> tuple[Layer, ...]:

@@ -23,20 +23,33 @@ _NONE = object()
 
 
 def set_mode(module: nnx.Module, train: bool) -> None:
-    """As `module.train()` or `module.eval()`, but what is True stays: a module fixed that in its constructor."""
+    """As `module.train()` or `module.eval()`, but what is True stays: a module fixed that in its constructor.
+
+    A module with a method of its own under that name has that called.
+    """
+    kept = [(node, name) for _, node, name in _fixed(module)]
+    method = "train" if train else "eval"
+    if getattr(type(module), method) is not getattr(nnx.Module, method):
+        getattr(type(module), method)(module)
     for _, node in nnx.iter_modules(module):
         for name in ATTRIBUTES:
             value = _attribute(node, name)
             if value is None or value is False:
                 setattr(node, name, not train)
+    for node, name in kept:
+        setattr(node, name, True)
 
 
 def fixed(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], str]]:
     """Where a module is in evaluation mode for good: the path to a part of it, and the attribute that is True there."""
+    return ((path, name) for path, _, name in _fixed(module))
+
+
+def _fixed(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module, str]]:
     for path, node in nnx.iter_modules(module):
         for name in ATTRIBUTES:
             if _attribute(node, name) is True:
-                yield path, name
+                yield path, node, name
 
 
 def mode_keywords(module: nnx.Module, parameters: Iterable[Parameter]) -> tuple[str, ...]:

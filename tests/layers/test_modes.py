@@ -124,6 +124,30 @@ def test_a_property_is_left_alone() -> None:
     assert call(layer_of(Computed), train=False)[0] is False
 
 
+class Named(nnx.Module):
+    """Has a mode of its own."""
+
+    def __init__(self) -> None:
+        self.mode, self.drop = "unset", nnx.Dropout(0.5, deterministic=True)
+        self.frozen = nnx.BatchNorm(WIDTH, use_running_average=True, rngs=nnx.Rngs(0))
+
+    def train(self, **attributes: Any) -> None:
+        super().train(**attributes)
+        self.mode = "train"
+
+    def eval(self, **attributes: Any) -> None:
+        super().eval(**attributes)
+        self.mode = "eval"
+
+    def __call__(self, x: jax.Array) -> Any:
+        return self.mode, self.drop.deterministic, self.frozen.use_running_average
+
+
+@pytest.mark.parametrize(("train", "mode"), [(True, "train"), (False, "eval")])
+def test_a_method_of_the_modules_own_is_called_and_undoes_nothing(train: bool, mode: str) -> None:
+    assert call(layer_of(Named), train=train)[0] == (mode, True, True)
+
+
 class Block(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.norm = nnx.BatchNorm(WIDTH, use_running_average=True, rngs=rngs)
