@@ -116,6 +116,11 @@ def _place_parts(value: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index], dtype=whole.dtype)
 
 
+def scalar_dtype() -> np.dtype:
+    """The dtype of the loss, its weight and the norm: float64 with `jax_enable_x64`, else float32."""
+    return np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
+
+
 def widened(array: Any) -> np.ndarray:
     """The array in float64, or complex128: NumPy knows neither bfloat16 nor what is finite in it."""
     return np.asarray(array, np.complex128 if jnp.issubdtype(array.dtype, np.complexfloating) else np.float64)

@@ -38,7 +38,7 @@ from meshpipe.plan.rendezvous import check_program
 from meshpipe.processes.agreement import agree, or_tell
 from meshpipe.processes.farewell import watch
 from meshpipe.processes.group import Group
-from meshpipe.sharding import ShardingRules, local_value
+from meshpipe.sharding import ShardingRules, local_value, scalar_dtype
 from meshpipe.stage.target import Target
 
 STEPS_AHEAD = 32
@@ -269,10 +269,10 @@ class Trainer:
         gradients, _, totals, _ = self._accumulate(batch)
         gradients = self.tied.sum_gradients(gradients)
         total, weight = self._from_last_stage([local_value(value) for value in totals[:2]])
-        divisor = np.float32(weight or 1)
+        divisor = scalar_dtype().type(weight or 1)
         stages = self.model.parameters
-        return jnp.float32(total) / divisor, {
-            path: leaf / divisor
+        return jnp.asarray(total / divisor, scalar_dtype()), {
+            path: (leaf / divisor).astype(leaf.dtype)
             for s, leaves in gradients.items()
             for path, leaf in zip(stages[s].params, leaves, strict=True)
             if path not in stages[s].borrowed

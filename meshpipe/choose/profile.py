@@ -18,7 +18,7 @@ from meshpipe.mesh import DATA, TENSOR
 from meshpipe.pipeline.transfer import transfer_to
 from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.plan.plan import Op
-from meshpipe.sharding import abstract, replicated
+from meshpipe.sharding import abstract, replicated, scalar_dtype
 from meshpipe.stage.operations import count_operations
 from meshpipe.stage.programs import StagePrograms, compile_stage
 from meshpipe.stage.traced import Arrays, Shapes, TracedStage
@@ -83,7 +83,7 @@ def _backward(stage: TracedStage) -> Any:
     kept = tuple(stage.x[i] for i in stage.kept_x), tuple(stage.state[i] for i in stage.kept_state)
     boundary = stage.boundary_out
     seeds = (
-        (jax.ShapeDtypeStruct((), np.float32),)
+        (jax.ShapeDtypeStruct((), scalar_dtype()),)
         if boundary is None
         else boundary.gradients_on(stage.spec.mesh, stage.microbatch_size)
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from meshpipe.layers.layer import Leaves, Randomness
 from meshpipe.layers.staged_model import StagedModel
-from meshpipe.sharding import replicated, widened
+from meshpipe.sharding import replicated, scalar_dtype, widened
 
 
 def first_non_finite(
@@ -91,7 +91,7 @@ def _replay(
 def _loss(model: StagedModel, value: Any, fields: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
     def loss(value: Any) -> tuple[jax.Array, jax.Array]:
         total, weight = model.task.loss(value, fields)
-        return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
+        return jnp.asarray(total, scalar_dtype()), jnp.asarray(weight, scalar_dtype())
 
     total, pullback, weight = jax.vjp(loss, value, has_aux=True)
     return (total, weight), pullback

@@ -16,7 +16,7 @@ from meshpipe.optimizer.separable import describe_updates, kinds_of_updates
 from meshpipe.optimizer.state import state_shapes
 from meshpipe.pipeline.transfer import transfer_between
 from meshpipe.processes.agreement import HASH
-from meshpipe.sharding import abstract, is_local, place, replicated
+from meshpipe.sharding import abstract, is_local, place, replicated, scalar_dtype
 from meshpipe.stage.traced import replaced
 
 Arrays = tuple[jax.Array, ...]
@@ -69,7 +69,7 @@ class Optimizer:
         }
         self._last_is_local = is_local(stages[-1].mesh)
         self._up, self._down = self._links(name)
-        self._nothing = {i: place(np.float32(0), self._everywhere[i]) for i in self._local}
+        self._nothing = {i: place(np.zeros((), scalar_dtype()), self._everywhere[i]) for i in self._local}
         self.reset()
         self.finite: dict[int, jax.Array] = {i: place(np.bool_(True), self._everywhere[i]) for i in self._local}
         """For each local stage, whether the last update left its parameters finite."""
@@ -81,11 +81,11 @@ class Optimizer:
         for i, stage in enumerate(self._stages[:-1]):
             above = parent(i, len(self._stages))
             if i in self._local or above in self._local:
-                scalar = abstract((), jnp.float32, self._everywhere[i])
+                scalar = abstract((), scalar_dtype(), self._everywhere[i])
                 # Loss, norm and what is good are read in every process.
                 flag = abstract((), jnp.bool_, self._everywhere[i])
                 scalars = (scalar, flag, scalar, scalar, flag)
-                square = abstract((), jnp.float32, self._everywhere[above])
+                square = abstract((), scalar_dtype(), self._everywhere[above])
                 mesh = self._stages[above].mesh
                 up[i] = transfer_between(f"{name}/norm {i}", stage.mesh, (square,))
                 down[i] = transfer_between(
@@ -156,7 +156,7 @@ class Optimizer:
                 return changed, jax.tree.leaves(new_state), *others
 
             gradients = _accumulators(stage)
-            scalar = abstract((), jnp.float32, self._everywhere[index])
+            scalar = abstract((), scalar_dtype(), self._everywhere[index])
             applied = abstract((), jnp.bool_, self._everywhere[index])
             params, state = tuple(stage.params.values()), tuple(stage.changing.values())
             shardings = jax.tree.map(lambda s: s.sharding, (params, opt_state, state, applied))
@@ -168,7 +168,7 @@ class Optimizer:
             self._inits[index] = self._compile_init(index, programs)
 
         def compile_summary() -> None:
-            scalar, good = abstract((), jnp.float32, self._last), abstract((), jnp.bool_, self._last)
+            scalar, good = abstract((), scalar_dtype(), self._last), abstract((), jnp.bool_, self._last)
             summary = jax.jit(self._summary, out_shardings=self._last)
             lowered = summary.lower(scalar, (scalar, scalar), good)
             self._summarise = programs.compile(lowered, self._stages[-1].mesh)
@@ -241,7 +241,7 @@ class Optimizer:
 
         def sum_of_squares(gradients: Arrays, below: Arrays) -> jax.Array:
             squares = (_square(g) for g, c in zip(gradients, counted, strict=True) if c)
-            return sum(below, start=sum(squares, start=jnp.zeros((), jnp.float32)))
+            return sum(below, start=sum(squares, start=jnp.zeros((), scalar_dtype())))
 
         return sum_of_squares
 
@@ -255,7 +255,7 @@ class Optimizer:
         # 0 where nothing counts, and NaN where there was one.
         loss, norm = (jnp.where(counts, value / divisor, value * 0) for value in (total, jnp.sqrt(square)))
         clip = self._clip_norm
-        factor = jnp.ones((), jnp.float32) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
+        factor = jnp.ones((), norm.dtype) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
         good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
         return factor / divisor, good & counts, loss, norm, good
 
@@ -293,7 +293,8 @@ def parent(stage: int, num_stages: int) -> int:
 def _square(gradient: jax.Array) -> jax.Array:
     """The sum of the squares of its elements, of complex ones of their absolute values."""
     parts = (gradient.real, gradient.imag) if jnp.iscomplexobj(gradient) else (gradient,)
-    return sum((jnp.sum(jnp.square(part.astype(jnp.float32))) for part in parts), start=jnp.zeros((), jnp.float32))
+    wide = scalar_dtype()
+    return sum((jnp.sum(jnp.square(part.astype(wide))) for part in parts), start=jnp.zeros((), wide))
 
 
 def _accumulators(stage: StageParameters) -> tuple[jax.ShapeDtypeStruct, ...]:

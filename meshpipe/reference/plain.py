@@ -11,7 +11,7 @@ import optax
 
 from meshpipe.layers.layer import Layer, Leaves, Randomness, path_hash
 from meshpipe.layers.stage_function import Loss
-from meshpipe.sharding import widened
+from meshpipe.sharding import scalar_dtype, widened
 
 Batch = Mapping[str, Any]
 
@@ -63,12 +63,12 @@ class PlainTrainer:
             self.state, self.step_number = before, self.step_number + 1
             return 0.0, 0.0, {path: np.zeros(leaf.shape, np.float32) for path, leaf in self.params.items()}
         mean = {
-            path: np.asarray(g, jnp.promote_types(g.dtype, jnp.float32)) / np.float32(weight)
+            path: np.asarray(g, jnp.promote_types(g.dtype, jnp.float32)) / float(weight)
             for path, g in (gradients or {}).items()
         }
         norm = float(np.sqrt(sum(np.sum(np.square(np.abs(widened(g)))) for g in mean.values())))
         if self._clip_norm is not None and norm > self._clip_norm:
-            mean = {path: g * np.float32(self._clip_norm / norm) for path, g in mean.items()}
+            mean = {path: g * float(self._clip_norm / norm) for path, g in mean.items()}
         self.params, self.opt_state = self._update(self.params, self.opt_state, jax.device_put(mean, self._device))
         self.step_number += 1
         return float(total / weight), norm, mean
@@ -89,7 +89,7 @@ class PlainTrainer:
                 value, after = layer(whole, state, value, batch, Randomness(*draws), train=True)
                 state = {**state, **after}
             loss, weight = self._loss(value, batch)
-            return jnp.asarray(loss, jnp.float32), (jnp.asarray(weight, jnp.float32), state)
+            return jnp.asarray(loss, scalar_dtype()), (jnp.asarray(weight, scalar_dtype()), state)
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.plan.plan import Op
-from meshpipe.sharding import abstract, replicated
+from meshpipe.sharding import abstract, replicated, scalar_dtype
 from meshpipe.stage.accumulate import Summands, Sums, compile_reduce, compile_zeros
 from meshpipe.stage.jaxpr import CHECKPOINT_PRIMITIVES, function_of
 from meshpipe.stage.split_backward import SplitBackward
@@ -166,7 +166,7 @@ def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) 
 
 def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, Arrays]:
     params, hoisted, inputs, microbatch, kept, residuals, output_gradients = arguments
-    seeds = (jnp.ones((), jnp.float32),) if stage.boundary_out is None else output_gradients
+    seeds = (jnp.ones((), scalar_dtype()),) if stage.boundary_out is None else output_gradients
     gradients, into_x = stage.pull_back(params, hoisted, inputs, microbatch, kept, residuals, seeds)
     return tuple(gradients), tuple(into_x)
 
@@ -308,7 +308,7 @@ def _gradients(params: Shapes) -> Shapes:
 def _totals(stage: TracedStage) -> Shapes:
     """The loss and its weight, and in evaluation further sums: of the last stage alone."""
     count = len(stage.output_vars) if stage.spec.is_last else 0
-    return (abstract((), jnp.float32, replicated(stage.spec.mesh)),) * count
+    return (abstract((), scalar_dtype(), replicated(stage.spec.mesh)),) * count
 
 
 def _compile_prepare(stage: TracedStage, compiler: Compiler) -> tuple[Callable[..., list[jax.Array]] | None, Shapes]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding
 
-from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated, without_data
+from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated, scalar_dtype, without_data
 from meshpipe.stage.jaxpr import (
     LAYOUT_PRIMITIVES,
     extract,
@@ -175,7 +175,7 @@ class TracedStage:
                 (seed, paths, step, microbatch),
             )
             if spec.is_last:
-                output = tuple(jnp.asarray(v, jnp.float32) for v in output)
+                output = tuple(jnp.asarray(v, scalar_dtype()) for v in output)
                 floating_out = [output[0]]
             else:
                 output = jax.tree.map(jnp.asarray, output)
