@@ -207,12 +207,17 @@ def is_lost_connection(error: BaseException) -> bool:
     JAX has no type of its own for it, so its words decide, but only where JAX itself raised the error: the same words
     in an error of the user's code, such as a data source that lost its server, mean something else.
     """
+    if error.__cause__ is not None and is_lost_connection(error.__cause__):
+        return True
     text = str(error)
     if "Traceback (most recent call last)" in text:  # of a Python function that a program calls back
         return False
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    if of_jax and text.startswith("UNAVAILABLE"):  # the coordinator does not answer
+        return True
     if not any(mark in text for mark in CONNECTION_MARKS):
         return False
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if of_jax:
         return True
     frames = traceback.extract_tb(error.__traceback__)
     origin = Path(frames[-1].filename) if frames else None

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -251,3 +252,21 @@ def test_lists_in_examples_are_rows_of_a_batch() -> None:
     part = batches(source, size, shuffle=False)
     part.read_only([1])
     assert next(part)["tokens"].tolist() == [[0] * 4, [10, 11, 12, 13], [0] * 4, [0] * 4]
+
+
+def test_threads_that_read_ahead_end_when_their_reader_is_closed() -> None:
+    def reading() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")}
+
+    before = reading()
+    iterator = batches(Numbers(64), 4)
+    next(iterator)
+    iterator.read_only([0])  # begins anew
+    next(iterator)
+    started = reading() - before
+    assert started
+    iterator.close()
+    iterator.close()  # nothing is left to do
+    for thread in started:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in started)

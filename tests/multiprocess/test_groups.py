@@ -17,6 +17,4 @@ def test_two_trainers_at_once_have_the_numbers_of_one_process(tmp_path: Path) ->
     assert len(together) == 2, ended[0]
     assert alone["held out"][0] != alone["held out"][1]
     for found in together:
-        keys = found.pop("keys")
-        assert found == alone
-        assert keys <= 2 * 2, "what was read stays with the coordinator"
+        assert found == alone, ended  # and no evaluation leaves a key with the coordinator

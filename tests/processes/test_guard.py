@@ -40,3 +40,13 @@ def test_an_error_that_a_program_calls_back_into_is_no_lost_connection() -> None
 def test_errors_of_jax_itself_are() -> None:
     assert is_lost_connection(jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"))
     assert not is_lost_connection(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+
+
+def test_what_was_raised_because_of_a_lost_connection_is_one() -> None:
+    """As where a save fails because process 0 is gone."""
+    lost = jax.errors.JaxRuntimeError("UNAVAILABLE: failed to ask")
+    error = OSError("Step 80 could not be saved")
+    error.__cause__ = lost
+    assert is_lost_connection(lost)
+    assert is_lost_connection(error)
+    assert not is_lost_connection(OSError("UNAVAILABLE: a disk"))
