@@ -28,6 +28,25 @@ class ArgumentError(ValueError):
         super().__init__(_with_flags(message, section) if _caller["writes flags"] else message)
 
 
+class Advice(str):
+    """A note on an error of the user's own code: where in the model it comes from, and what to do."""
+
+
+def advise(error: BaseException, text: str) -> None:
+    """Adds a note to an error, unless it has one from closer to its origin or is meshpipe's own, which says it all."""
+    if type(error).__module__.partition(".")[0] != "meshpipe" and not advice_on(error):
+        error.add_note(Advice(text))
+
+
+def advice_on(error: BaseException) -> list[str]:
+    return [note for note in getattr(error, "__notes__", ()) if isinstance(note, Advice)]
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """Whether the user has to change something of his: then the message says it, and no traceback is needed."""
+    return isinstance(error, ValueError) or bool(advice_on(error))
+
+
 @contextmanager
 def errors_name_flags(flags: bool = True) -> Iterator[None]:
     """Has errors name flags, or arguments, in the whole process."""

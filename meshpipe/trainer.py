@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from meshpipe.choose.chooser import Chooser, check_costs
 from meshpipe.compiler.cache import open_cache
 from meshpipe.compiler.compiler import Compiler
+from meshpipe.errors import check_clip_norm, check_seed
 from meshpipe.host import no_garbage_collection
 from meshpipe.layers.description import describe_model, describe_programs
 from meshpipe.layers.initialise import initialise
@@ -116,7 +117,8 @@ class Trainer:
         compile_cache: str | None = None,
         target: Target | None = None,
     ):
-        task = Task(layers, loss, batch=batch, input=input, metrics=metrics, tied=tied, rules=rules or ShardingRules())
+        rules = ShardingRules() if rules is None else rules
+        task = Task(layers, loss, batch=batch, input=input, metrics=metrics, tied=tied, rules=rules)
         self._begin(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target)
 
     @classmethod
@@ -150,8 +152,11 @@ class Trainer:
         target: Target | None,
         check: Callable[[StagedModel], None] | None = None,
     ) -> None:
+        check_seed(seed)
+        check_clip_norm(clip_norm)
         mesh = make_mesh() if mesh is None else mesh
-        chooser = Chooser(task, optimizer, mesh=mesh, config=pipeline or PipelineConfig(), target=target)
+        pipeline = PipelineConfig() if pipeline is None else pipeline
+        chooser = Chooser(task, optimizer, mesh=mesh, config=pipeline, target=target)
         self._set_up(chooser, seed, clip_norm, compile_cache, check)
 
     @no_garbage_collection()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from meshpipe.errors import advice_on
 from meshpipe.processes.exit_codes import COMPLETED
 
 # JAX and what builds on it takes seconds to import, so a command imports what it needs once it knows that it does.
@@ -81,7 +82,13 @@ def call_of_exit(end: SystemExit) -> str:
     return f"({'' if end.code is None else repr(end.code)}) in {frames[-1].filename}, line {frames[-1].lineno}"
 
 
-def origin(error: ValueError) -> str:
+def explanation(error: Exception) -> str:
+    """What an error says, where it comes from, and the notes on it."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return "\n".join((f"{kind}{error}{_origin(error)}", *advice_on(error)))
+
+
+def _origin(error: Exception) -> str:
     """The user's line that a library complains of: such a message knows neither meshpipe nor the layer."""
     paths = sysconfig.get_paths()
     libraries = ("<", paths["stdlib"], paths["purelib"], paths["platlib"])

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, origin
+from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, explanation
 from meshpipe.cli.checkpoint import checkpoint
 from meshpipe.cli.launch import launch
 from meshpipe.cli.output import lasting_output
@@ -14,7 +14,7 @@ from meshpipe.cli.plan import plan
 from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
 from meshpipe.cli.verify import verify
-from meshpipe.errors import errors_name_flags
+from meshpipe.errors import errors_name_flags, is_for_the_user
 from meshpipe.processes.exit_codes import COMPLETED, FAILED, INTERRUPTED, INVALID
 
 USAGE = """usage: meshpipe COMMAND ...
@@ -68,11 +68,13 @@ def _run(command: str, rest: list[str]) -> int:
     except SystemExit as end:  # of the user's code
         print(f"meshpipe: {command} was ended by sys.exit{call_of_exit(end)}.", file=sys.stderr)
         return end.code if isinstance(end.code, int) and end.code else FAILED
-    except ValueError as error:
-        print(f"meshpipe: {error}{origin(error)}", file=sys.stderr)
-        return INVALID
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        if not is_for_the_user(error):
+            raise
+        print(f"meshpipe: {explanation(error)}", file=sys.stderr)
+        return INVALID
 
 
 def _quiet_libraries() -> None:

@@ -2,8 +2,9 @@
 
 import sys
 
-from meshpipe.cli.arguments import configure, origin
+from meshpipe.cli.arguments import configure, explanation
 from meshpipe.cli.devices import take_devices
+from meshpipe.errors import is_for_the_user
 from meshpipe.processes.exit_codes import FAILED, INVALID
 from meshpipe.processes.tether import end_with_launcher
 
@@ -37,10 +38,10 @@ def train(arguments: list[str]) -> int:
             if several:
                 open_peers(own_address(coordinator_address()), accelerators=distributed.transfers == "sockets")
             status = run(config, recipe, console, guard, stop, distributed.step_timeout)
-    except ValueError as error:
-        if not several:
+    except Exception as error:
+        if not several or not is_for_the_user(error):
             raise
-        print(f"meshpipe: {error}{origin(error)}", file=sys.stderr)
+        print(f"meshpipe: {explanation(error)}", file=sys.stderr)
         status = INVALID
     if several:
         leave(status)

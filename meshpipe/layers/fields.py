@@ -9,6 +9,9 @@ from flax import nnx
 
 from meshpipe.layers.modes import KEYWORDS
 
+RNGS = "rngs"
+"""The keyword of a call that draws random numbers from a stream that it is given."""
+
 
 @dataclass(frozen=True)
 class WithFields:
@@ -52,13 +55,13 @@ def fields_of(
     else:
         found = {p.name: p.name for p in parameters if p.name in batch_fields}
     for p in parameters:
-        if p.default is p.empty and p.name not in found and p.name not in KEYWORDS:
+        if p.default is p.empty and p.name not in found and p.name not in KEYWORDS and p.name != RNGS:
             fields = ", ".join(batch_fields)
             way_out = "Add the field or give it a default."
             if p.name in batch_fields:
                 way_out = f"Ask for the field: meshpipe.with_fields(layer, {p.name}={p.name!r})."
             raise ValueError(
-                "After its input, a layer's __call__ may only require batch fields and `train`. "
+                "After its input, a layer's __call__ may only require batch fields, `train` and `rngs`. "
                 f"{path} ({kind.__name__}) requires {p.name!r}; the batch has {fields}. {way_out}"
             )
     return found
@@ -68,6 +71,14 @@ def optional_fields(module: nnx.Module, fields: Mapping[str, str]) -> tuple[str,
     """Of the fields that a call is given because of their names, those without which it would do something else."""
     optional = {p.name for p in parameters_of(type(module)) if p.default is not p.empty}
     return tuple(name for name in fields if name in optional)
+
+
+def is_given_rngs(module: nnx.Module, fields: Mapping[str, str], *, has_streams: bool) -> bool:
+    """Whether a call is given a random stream: where it asks for `rngs`, unless that may be left out and the module has
+    streams of its own.
+    """
+    asking = [p for p in parameters_of(type(module)) if p.name == RNGS and RNGS not in fields]
+    return any(p.default is p.empty or not has_streams for p in asking)
 
 
 def is_of_flax(kind: type) -> bool:

@@ -1,7 +1,5 @@
 """Layers as users write them, NNX modules, seen as pure functions of flat dictionaries keyed by leaf path."""
 
-import functools
-import inspect
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.compiler.fingerprint import fingerprint
-from meshpipe.layers.fields import WithFields, fields_of, optional_fields, parameters_of
+from meshpipe.layers.constructors import constructor_of, module_of
+from meshpipe.layers.fields import RNGS, WithFields, fields_of, is_given_rngs, optional_fields, parameters_of
 from meshpipe.layers.modes import fixed, mode_keywords, set_mode, told
 from meshpipe.layers.paths import check_distinct, join
 from meshpipe.layers.shared import Groups, Variables, shared_groups, variables_of
@@ -21,9 +20,9 @@ from meshpipe.layers.writes import attributes_of, check_attributes, check_variab
 
 Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
-LayerLike: TypeAlias = nnx.Module | Callable[..., nnx.Module] | WithFields
-"""A module, or a constructor that takes an `nnx.Rngs` or nothing, perhaps with the batch fields that it asks for; with
-constructors no process ever holds the whole model."""
+LayerLike: TypeAlias = nnx.Module | Callable[..., Any] | WithFields
+"""A module, a constructor that takes an `nnx.Rngs` or nothing, or a function of the activation such as `nnx.relu`,
+perhaps with the batch fields that it asks for; with constructors no process ever holds the whole model."""
 
 _INITIALISE, _RUN = 0, 1
 
@@ -78,6 +77,8 @@ class Layer:
     """Attributes that keep parts of the layer in evaluation mode, e.g. `layers/3/norm.use_running_average`."""
     streams: tuple[str, ...]
     """Paths of its random streams."""
+    draws: bool
+    """Whether its call is given `rngs`, a stream of its own."""
     origin: Origin
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Leaves that are one variable in several layers, each with the paths of all."""
@@ -107,7 +108,7 @@ class Layer:
         metadata = [v.get_metadata() if isinstance(v, nnx.Variable) else None for _, v in variables]
         arrays = [(key, type(v), _value(v).shape, _value(v).dtype) for key, v in variables]
         shared = sorted(path.removeprefix(self.path) for path in self.shared)
-        return fingerprint((self.graphdef, metadata, dict(self.fields), self.modes, shared)), tuple(arrays)
+        return fingerprint((self.graphdef, metadata, dict(self.fields), self.modes, self.draws, shared)), tuple(arrays)
 
     def initialise(self, seed: jax.Array, path_hash: jax.Array) -> tuple[Leaves, Leaves]:
         """Parameters and state from the seed's key and `path_hash` only.
@@ -136,6 +137,8 @@ class Layer:
 
         def run(module: nnx.Module) -> tuple[Any, dict[str, Any]]:
             keywords = {keyword: batch[field] for keyword, field in self.fields.items()}
+            if self.draws:
+                keywords[RNGS] = nnx.Rngs(_stream_key(_stream_of_call(self.path), randomness))
             output = module(activation, **keywords, **told(module, self.modes, train))
             return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module))}
 
@@ -176,8 +179,8 @@ class Layer:
 def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) -> tuple[Layer, ...]:
     """Every layer with its shapes, without allocating anything.
 
-    Raises `ValueError` when a layer is neither a module nor a constructor of one, or its call needs something that is
-    not a batch field.
+    Raises `ValueError` when a layer is neither a module, nor a constructor of one, nor a function of the activation, or
+    its call needs something that is not a batch field. Errors of constructors get a note that says which it is.
     """
     if not layers:
         raise ValueError("A model needs at least one layer. Got an empty list.")
@@ -229,11 +232,12 @@ def _at(path: str, layer: Layer) -> Layer:
 def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> tuple[Layer, Variables]:
     """A layer, and those of its variables that were there before it was made."""
     asked = layer.fields if isinstance(layer, WithFields) else None
-    make, ready = _constructor(path, layer.layer if isinstance(layer, WithFields) else layer)
+    given: Any = layer.layer if isinstance(layer, WithFields) else layer
+    make, ready = constructor_of(path, given)
     built: list[tuple[nnx.Module, nnx.GraphDef]] = []
 
     def build() -> nnx.State:
-        module = _checked(path, make(nnx.Rngs(0)))
+        module = module_of(path, given, make)
         graphdef, structure = nnx.split(module)
         _check_arrays(path, module, structure)
         built.append((module, graphdef))
@@ -264,6 +268,9 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> tup
         (params if trainable else state)[leaf] = jax.ShapeDtypeStruct(value.shape, value.dtype)
         if isinstance(variable, nnx.Variable) and (names := variable.get_metadata().get("out_sharding")):
             axes[leaf] = tuple(names)
+    draws = is_given_rngs(module, fields, has_streams=bool(streams))
+    if draws:
+        streams.append(_stream_of_call(path))
     abstract = Layer(
         path=path,
         graphdef=graphdef,
@@ -276,47 +283,11 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> tup
         modes=mode_keywords(module, [p for p in parameters_of(type(module)) if p.name not in fields]),
         fixed=tuple(f"{join(path, key)}.{name}" for key, name in fixed(module)),
         streams=tuple(streams),
+        draws=draws,
         origin=Origin(make, _leaves(path, nnx.state(ready)) if ready is not None else None),
     )
     variables = variables_of(path, module)
     return abstract, {leaf: v for leaf, v in variables.items() if not isinstance(v.get_value(), jax.core.Tracer)}
-
-
-def _constructor(
-    path: str, layer: nnx.Module | Callable[..., nnx.Module]
-) -> tuple[Callable[[nnx.Rngs], nnx.Module], nnx.Module | None]:
-    if isinstance(layer, nnx.Module):
-        return lambda rngs: layer, layer
-    if not callable(layer):
-        raise ValueError(
-            f"A layer must be an nnx.Module or a constructor that takes nnx.Rngs. {path} is a {type(layer).__name__}. "
-            "For a constructor write e.g. lambda rngs: nnx.Linear(8, 8, rngs=rngs)."
-        )
-    parameters = _parameters(layer)
-    if "rngs" in parameters:
-        return lambda rngs: layer(rngs=rngs), None
-    return (layer if parameters else lambda rngs: layer()), None
-
-
-def _parameters(constructor: Callable[..., Any]) -> list[str]:
-    """What a constructor still takes. Of a class, `__init__` tells; its metaclass takes anything."""
-    given = constructor if isinstance(constructor, functools.partial) else functools.partial(constructor)
-    function: Any = given.func
-    start = function.__init__
-    if isinstance(function, type):
-        if start is object.__init__:
-            return []
-        given = functools.partial(start, None, *given.args, **given.keywords)
-    return list(inspect.signature(given).parameters)
-
-
-def _checked(path: str, module: Any) -> nnx.Module:
-    if not isinstance(module, nnx.Module):
-        raise ValueError(
-            f"A layer's constructor must return an nnx.Module. That of {path} returned a {type(module).__name__}. "
-            "Wrap a plain function in an nnx.Module whose __call__ calls it."
-        )
-    return module
 
 
 def _check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
@@ -343,11 +314,21 @@ def _random_state(path: str, variable: nnx.Variable, randomness: Randomness) -> 
     abstract = variable.get_value()
     if not isinstance(variable, nnx.RngKey):
         return jnp.zeros(abstract.shape, abstract.dtype)
+    key = _stream_key(path, randomness)
+    return jax.random.split(key, abstract.shape) if abstract.shape else key
+
+
+def _stream_key(path: str, randomness: Randomness) -> jax.Array:
     key = jax.random.fold_in(jax.random.wrap_key_data(randomness.seed), _RUN)
     hashed = randomness.path_hashes.get(path, path_hash(path))
     for data in (hashed, randomness.step, randomness.microbatch):
         key = jax.random.fold_in(key, data)
-    return jax.random.split(key, abstract.shape) if abstract.shape else key
+    return key
+
+
+def _stream_of_call(path: str) -> str:
+    """Where the stream stands that a layer's call is given; no variable has such a path."""
+    return f"{path}()"
 
 
 def _leaves(path: str, state: nnx.State) -> Leaves:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
 from meshpipe.layers.layer import Layer, Randomness
-from meshpipe.layers.writes import WriteError
 from meshpipe.stage.traced import StageFunction
 
 Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
@@ -34,7 +34,7 @@ def stage_function(
 
     `input` is the field of the batch that the first stage reads, and None for the others; `loss` is None for all but
     the last, whose value is the sum of the losses, their weight, and the sums and weights of `metrics`, whose names
-    are put into `names`. Errors of layers and of the loss are raised again with the layer's path and the shapes.
+    are put into `names`. Errors of layers, loss and metrics get a note with the layer's path and the shapes.
     """
     streams = streams_of(layers)
 
@@ -43,24 +43,12 @@ def stage_function(
         seed, paths, step, microbatch = randomness
         draws = Randomness(seed, step, microbatch, {path: paths[i] for i, path in enumerate(streams)})
         for layer in layers:
-            try:
+            with call_of_layer(layer.path, layer.class_name, stage, value, train=train):
                 value, after = layer(params, state, value, batch, draws, train=train)
-            except WriteError:
-                raise
-            except (TypeError, ValueError, KeyError) as error:
-                shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", value)
-                raise ValueError(
-                    f"Each layer must take what the one before returns. {layer.path} (stage {stage}) cannot take "
-                    f"{shapes}: {error}"
-                ) from error
+            _check_output(layer, value)
             state = {**state, **after}
         if loss is not None:
-            extra = metrics(value, batch) if metrics is not None else {}
-            if taken := _RESERVED.intersection(extra):
-                raise ValueError(
-                    f"A metric must have a name of its own, none of {', '.join(sorted(_RESERVED))}. "
-                    f"Got {', '.join(sorted(taken))}."
-                )
+            extra = {} if metrics is None else _metrics(metrics, value, batch)
             if names is not None:
                 names[:] = list(extra)
             value = (*_loss(loss, value, batch), *(v for pair in extra.values() for v in pair))
@@ -75,20 +63,57 @@ def streams_of(layers: Sequence[Layer]) -> list[str]:
 
 
 def _loss(loss: Loss, value: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
-    try:
+    with call_of_loss("loss", value, batch):
         result = loss(value, batch)
-    except (TypeError, ValueError, KeyError) as error:
-        shapes = {name: f"{field.dtype}{list(field.shape)}" for name, field in batch.items()}
-        raise ValueError(
-            f"The loss must take the last layer's output and a microbatch, which has {shapes}. "
-            f"Got {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(result, tuple | list) or len(result) != 2 or any(np.shape(v) for v in result):
+    if not _is_sum_and_weight(result):
         raise ValueError(
             "A loss must return two scalars: the sum of the losses over the microbatch, and their weight (how many "
-            f"there are). Got {jax.tree.map(np.shape, result)}. Write e.g. `return losses.sum(), losses.size`."
+            f"there are). Got {spell(result)}. Write e.g. `return losses.sum(), losses.size`."
         )
     if any(jnp.iscomplexobj(v) for v in result):
         dtypes = [jnp.result_type(v).name for v in result]
         raise ValueError(f"A loss and its weight must be real. Got {dtypes}. Write e.g. jnp.abs(error) ** 2.")
     return result[0], result[1]
+
+
+def _metrics(metrics: Metrics, value: Any, batch: Mapping[str, jax.Array]) -> Mapping[str, tuple[Any, Any]]:
+    with call_of_loss("metrics", value, batch):
+        result = metrics(value, batch)
+    if not isinstance(result, Mapping) or not all(
+        isinstance(n, str) and _is_sum_and_weight(v) for n, v in result.items()
+    ):
+        raise ValueError(
+            "Metrics must return a dict with a pair of scalars by name: a sum over the microbatch, and its weight. "
+            f'Got {spell(result)}. Write e.g. `return {{"accuracy": (hits.sum(), hits.size)}}`.'
+        )
+    if taken := _RESERVED.intersection(result):
+        raise ValueError(
+            f"A metric must have a name of its own, none of {', '.join(sorted(_RESERVED))}. "
+            f"Got {', '.join(sorted(taken))}."
+        )
+    return result
+
+
+def _is_named_mean(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and _is_sum_and_weight(item[1])
+
+
+def _is_sum_and_weight(result: Any) -> bool:
+    return (
+        isinstance(result, tuple | list)
+        and len(result) == 2
+        and all(_is_array(v) and not np.shape(v) and not jnp.iscomplexobj(v) for v in result)
+    )
+
+
+def _check_output(layer: Layer, value: Any) -> None:
+    wrong = [leaf for leaf in jax.tree.leaves(value) if not _is_array(leaf)]
+    if wrong:
+        raise ValueError(
+            "A layer must return arrays, alone or in lists, tuples and dicts. "
+            f"{layer.path} ({layer.class_name}) returned a {type(wrong[0]).__name__}."
+        )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray | np.generic | int | float | complex)

@@ -17,6 +17,7 @@ from typing import NoReturn
 import jax
 import jaxlib
 
+from meshpipe.errors import is_for_the_user
 from meshpipe.processes.coordination import (
     ask_now,
     beat,
@@ -80,7 +81,7 @@ class Guard:
     ) -> None:
         if process_count() > 1 and isinstance(error, Exception | SystemExit):
             lost = is_lost_connection(error)
-            if isinstance(error, ValueError) and not lost:  # whoever found the same by itself says so itself
+            if is_for_the_user(error) and not lost:  # whoever found the same by itself says so itself
                 with contextlib.suppress(Exception):
                     tell(ERROR, f"{INVALID} process {process_index()} on {socket.gethostname()} refused it: {error}")
             else:

@@ -18,6 +18,7 @@ from rich.console import Console
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
 from meshpipe.data import Batch, BatchIterator, Source, batches
+from meshpipe.errors import advice_on
 from meshpipe.host import versions
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.processes.coordination import process_count
@@ -369,10 +370,12 @@ class Loop:
         """Tells a failure on standard error, last what happened, where, and what was saved."""
         if not self._trainer.group.is_alone and is_lost_connection(error):
             return  # which process is gone is found out, and said, by `Guard`
-        if not isinstance(error, NonFiniteError):
+        advice = advice_on(error)
+        if not advice and not isinstance(error, NonFiniteError):
             traceback.print_exception(error)
         where = "" if isinstance(error, NonFiniteError) else f" after step {self._good_step}"
-        print(f"meshpipe: the run failed{where}: {error}\n{self._saved_sentence(saved)}", file=sys.stderr)
+        text = "\n".join((str(error), *advice))
+        print(f"meshpipe: the run failed{where}: {text}\n{self._saved_sentence(saved)}", file=sys.stderr)
 
     def _say(self, text: str) -> None:
         self._line.say(text)

@@ -9,29 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from one_layer import FIELDS, X, call, draws, layer_of, values
 
-from meshpipe.layers.layer import Layer, LayerLike, Randomness, abstract_layers
-
-FIELDS = ("inputs", "mask", "targets")
-X = np.ones((2, 4), np.float32)
-
-
-def layer_of(layer: LayerLike, fields: tuple[str, ...] = FIELDS) -> Layer:
-    return abstract_layers([layer], fields)[0]
-
-
-def values(shapes: Any) -> dict[str, jax.Array]:
-    return {path: jnp.ones(shape.shape, shape.dtype) for path, shape in shapes.items()}
-
-
-def draws(seed: int = 0, step: int = 0, microbatch: int = 0) -> Randomness:
-    return Randomness(jax.random.key_data(jax.random.key(seed)), jnp.uint32(step), jnp.uint32(microbatch))
-
-
-def call(
-    layer: Layer, x: Any = X, *, train: bool = True, batch: Any = None, randomness: Randomness | None = None
-) -> Any:
-    return layer(values(layer.params), values(layer.state), x, batch or {}, randomness or draws(), train=train)
+from meshpipe.layers.layer import Layer, abstract_layers
 
 
 class Frozen(nnx.Variable[jax.Array]):
@@ -237,7 +217,7 @@ class Requires(nnx.Module):
     ("layers", "message"),
     [
         ([], "A model needs at least one layer. Got an empty list."),
-        ([lambda rngs: jnp.tanh], r"That of layers/0 returned a \w+. Wrap a plain function"),
+        ([lambda rngs: jnp.tanh], r"That of layers/0 returned a \w+. For a function of the activation, give"),
         ([Requires], r"layers/0 \(Requires\) requires 'positions'; the batch has inputs, mask, targets. Add the field"),
         ([RawArray], r"layers/0/table is a plain array; write nnx.Variable\(...\) around it"),
     ],

@@ -1,0 +1,100 @@
+"""The arguments of `Trainer` are what they should be, said in words where they are not."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from meshpipe.errors import ArgumentError
+from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.sharding import ShardingRules
+
+
+def check_layers(layers: Any) -> None:
+    """Raises `ValueError` for a whole model, or what is no sequence."""
+    if isinstance(layers, Sequence | nnx.List) and not isinstance(layers, str):
+        return
+    parts = "its parts, in the order in which they are called"
+    if isinstance(layers, nnx.Sequential):
+        parts = "list(model.layers)"
+    what = f"one {type(layers).__name__}" if not isinstance(layers, type) else f"the class {layers.__name__}"
+    raise ArgumentError(
+        "`layers` must be a list: between its entries the model is cut into stages. "
+        f"Got {what}. Pass {parts}, each a module, a constructor that takes rngs, or a function, e.g. "
+        "[Embedding, Block, Block, Head]."
+    )
+
+
+def check_functions(loss: Any, metrics: Any) -> None:
+    """Raises `ValueError` for a loss or metrics that cannot be called."""
+    if not callable(loss):
+        raise ArgumentError(f"`loss` must be a function of output and microbatch. Got a {type(loss).__name__}.")
+    if metrics is not None and not callable(metrics):
+        raise ArgumentError(f"`metrics` must be a function of output and microbatch. Got a {type(metrics).__name__}.")
+
+
+def check_batch(batch: Any, input: Any) -> None:
+    """Raises `ValueError` for a batch that is no dict of arrays with names, or names of its fields that are none."""
+    if not isinstance(batch, Mapping):
+        way_out = (
+            "Pass one of its batches: next(data)." if hasattr(batch, "__iter__") else "Pass {'inputs': array, ...}."
+        )
+        raise ArgumentError(
+            f"`batch` must be a dict of arrays, an example of what `step` is given. Got a {type(batch).__name__}. "
+            f"{way_out}"
+        )
+    if not isinstance(input, str):
+        raise ArgumentError(f"`input` must be the name of a field of the batch. Got {input!r}.")
+    for name, value in batch.items():
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"The fields of a batch must have names, as layers ask for them by name. Got {name!r}.")
+        if not _is_array(value):
+            raise ArgumentError(
+                f"The fields of a batch must be arrays of numbers. {name!r} is a {_kind(value)}. Pass "
+                "numpy arrays, and give every field of a nested batch a name of its own."
+            )
+
+
+def check_parameters(tied: Any, rules: Any) -> None:
+    """Raises `ValueError` for what are no sharding rules, or no groups of leaf paths."""
+    if not isinstance(rules, ShardingRules):
+        raise ArgumentError(f"`rules` must be meshpipe.ShardingRules. Got {rules!r}. Pass ShardingRules(rules=...).")
+    groups = tied if isinstance(tied, Sequence) and not isinstance(tied, str) else [tied]
+    for group in groups:
+        paths = group if isinstance(group, Sequence) and not isinstance(group, str) else ()
+        if len(paths) < 2 or not all(isinstance(path, str) for path in paths):
+            raise ArgumentError(
+                "`tied` must be a list of groups of leaf paths, each of at least two that are one parameter. "
+                f"Got {group!r} in it. Write e.g. tied=[('layers/0/embedding', 'layers/5/kernel')]."
+            )
+
+
+def check_layout(mesh: Any, pipeline: Any, optimizer: Any) -> None:
+    """Raises `ValueError` for a mesh, a config or an optimizer of the wrong kind."""
+    if not isinstance(mesh, Mesh):
+        raise ArgumentError(
+            f"`mesh` must be a jax.sharding.Mesh. Got {mesh!r}. Pass meshpipe.make_mesh(pipeline=..., data=...)."
+        )
+    if not isinstance(pipeline, PipelineConfig):
+        raise ArgumentError(
+            f"`pipeline` must be a meshpipe.PipelineConfig. Got {pipeline!r}. Pass "
+            "meshpipe.PipelineConfig(schedule=..., num_microbatches=...)."
+        )
+    if isinstance(optimizer, type) or not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        name = getattr(optimizer, "__name__", None)
+        got, way_out = (f"a {type(optimizer).__name__}", "Pass e.g. optax.adam(1e-3).")
+        if name is not None:
+            got, way_out = name, f"Call it: {name}(...)." if not isinstance(optimizer, type) else way_out
+        raise ArgumentError(f"`optimizer` must be an Optax transformation, with init and update. Got {got}. {way_out}")
+
+
+def _is_array(value: Any) -> bool:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return np.dtype(value.dtype).kind not in "OUSMm" if not hasattr(value, "aval") else True
+    return isinstance(value, list | tuple | int | float)
+
+
+def _kind(value: Any) -> str:
+    return f"array of {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
