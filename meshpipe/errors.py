@@ -104,4 +104,10 @@ def _is_real(value: object) -> bool:
 
 
 def _spell(value: object) -> str:
-    return f"{value}" if _is_real(value) else f"{value!r}, a {type(value).__name__}"
+    return f"{value}" if _is_real(value) else f"{value!r}, {kind_of(value)}"
+
+
+def kind_of(value: object) -> str:
+    """The name of its type with an article."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

@@ -1,9 +1,10 @@
 """From the logical axes of arrays to the mesh axes inside a stage."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshpipe.mesh import DATA, TENSOR
 
-TENSOR_RULES: Mapping[str, str | None] = MappingProxyType(
-    {"heads": TENSOR, "hidden": TENSOR, "vocab": TENSOR, "embed": None}
-)
+Rule: TypeAlias = str | tuple[str, ...] | None
+"""A mesh axis, or several that split one dim together, outermost first; None splits nothing."""
+
+TENSOR_RULES: Mapping[str, Rule] = MappingProxyType({"heads": TENSOR, "hidden": TENSOR, "vocab": TENSOR, "embed": None})
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): heads, hidden units and vocabulary are split."""
 
 
@@ -24,28 +26,63 @@ class ShardingRules:
 
     A parameter names its axes with `nnx.with_partitioning(init, ("embed", "heads", None))`. A logical axis without a
     rule may also be a mesh axis itself. A parameter without names is replicated inside its stage.
+
+    Raises `ValueError` for rules of another kind, and for `data` among several axes of one rule.
     """
 
-    rules: Mapping[str, str | None] = field(default_factory=lambda: TENSOR_RULES)
+    rules: Mapping[str, Rule] = field(default_factory=lambda: TENSOR_RULES)
     gathered: frozenset[str] = frozenset()
     """Logical axes that `data` splits between steps alone: a step gathers the parameters at its start, and splits the
     sums of their gradients at its end."""
 
-    def spec(self, axes: Sequence[str | None] | None, mesh: Mesh) -> PartitionSpec:
-        """Raises `ValueError` for a name that is neither in the rules nor a mesh axis."""
-        if not axes:
-            return PartitionSpec()
-        return PartitionSpec(*(self._mesh_axis(axis, mesh) for axis in axes))
+    def __post_init__(self) -> None:
+        if not isinstance(self.rules, Mapping):
+            raise ValueError(f"`rules` must be a dict of mesh axes by logical axis. Got {self.rules!r}.")
+        for logical, rule in self.rules.items():
+            parts = rule if isinstance(rule, tuple) else (rule,)
+            if not isinstance(logical, str) or not all(isinstance(part, str | None) for part in parts):
+                raise ValueError(
+                    "A rule gives a logical axis a mesh axis, a tuple of mesh axes, or None. "
+                    f"Got {logical!r} -> {rule!r}."
+                )
+            if len(parts) > 1 and (None in parts or DATA in parts):
+                raise ValueError(
+                    f"Several mesh axes of one rule must be axes other than {DATA!r}, over which gradients are summed. "
+                    f"Got {logical!r} -> {rule!r}. Give {DATA!r} a rule of its own."
+                )
 
-    def _mesh_axis(self, axis: str | None, mesh: Mesh) -> str | None:
-        if axis is None or axis in self.rules:
-            return self.rules[axis] if axis is not None else None
-        if axis in mesh.axis_names:
+    def check(self, names: Iterable[str | None], mesh: Mesh) -> None:
+        """Raises `ValueError` that lists every name which is neither in the rules nor a mesh axis, and every rule for
+        one of them whose axes the mesh does not have.
+        """
+        used = [name for name in dict.fromkeys(names) if name is not None]
+        foreign = [name for name in used if name not in self.rules and name not in mesh.axis_names]
+        if foreign:
+            added = ", ".join(f"{name!r}: None" for name in foreign)
+            raise ValueError(
+                "Every logical axis needs a rule or is a mesh axis. "
+                f"Got {', '.join(map(repr, foreign))}, with rules for {', '.join(self.rules)} and mesh axes "
+                f"{', '.join(mesh.axis_names)}. Add them: ShardingRules(rules={{..., {added}}})."
+            )
+        for name in used:
+            missing = [axis for axis in _axes(self._rule(name)) if axis not in mesh.axis_names]
+            if missing:
+                raise ValueError(
+                    "A rule must name axes of the mesh that are inside a stage. "
+                    f"Got {name!r} -> {self.rules[name]!r}, and a stage has {', '.join(mesh.axis_names) or 'none'}. "
+                    "Change the rule, or give the mesh that axis."
+                )
+
+    def spec(self, axes: Sequence[str | None] | None, mesh: Mesh) -> PartitionSpec:
+        """Raises `ValueError` as `check` does."""
+        self.check(axes or (), mesh)
+        return PartitionSpec(*(self._rule(axis) for axis in axes or ()))
+
+    def _rule(self, axis: str | None) -> Rule:
+        if axis is None or axis not in self.rules:
             return axis
-        raise ValueError(
-            f"Every logical axis needs a rule or is a mesh axis. Got {axis!r}, with rules for {', '.join(self.rules)} "
-            f"and mesh axes {', '.join(mesh.axis_names)}. Add it to ShardingRules(rules={{..., {axis!r}: None}})."
-        )
+        rule = self.rules[axis]
+        return rule[0] if isinstance(rule, tuple) and len(rule) == 1 else rule
 
     def sharding(self, path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh) -> NamedSharding:
         """Where the leaf lives on the submesh.
@@ -53,14 +90,24 @@ class ShardingRules:
         Raises `ValueError` when a split axis does not divide by its mesh axis.
         """
         spec = self.spec(axes, mesh)
-        for dim, (size, mesh_axis) in enumerate(zip(shape, spec, strict=False)):
-            parts = mesh.shape[mesh_axis] if mesh_axis is not None else 1
+        if len(spec) > len(shape):
+            raise ValueError(
+                f"A leaf must have as many dims as logical axes. {path} has the shape {tuple(shape)} and the axes "
+                f"{axes}. Name one axis for each dim."
+            )
+        for dim, (size, rule) in enumerate(zip(shape, spec, strict=False)):
+            parts = math.prod(mesh.shape[axis] for axis in _axes(rule))
             if size % parts:
+                mesh_axis = " * ".join(_axes(rule))
                 raise ValueError(
                     f"A split axis must divide by its mesh axis. {path} has {size} {axes[dim] if axes else ''} in dim "
                     f"{dim}, and the mesh axis {mesh_axis} has {parts} parts. Choose a divisor of {size}."
                 )
         return NamedSharding(mesh, spec)
+
+
+def _axes(rule: Rule) -> tuple[str, ...]:
+    return rule if isinstance(rule, tuple) else () if rule is None else (rule,)
 
 
 FULLY_SHARDED = ShardingRules({**TENSOR_RULES, "embed": DATA}, gathered=frozenset(["embed"]))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from meshpipe.choose.chooser import Chooser, check_costs
 from meshpipe.compiler.cache import open_cache
 from meshpipe.compiler.compiler import Compiler
-from meshpipe.errors import check_clip_norm, check_seed
+from meshpipe.errors import ArgumentError, check_clip_norm, check_seed
 from meshpipe.host import no_garbage_collection
 from meshpipe.layers.description import describe_model, describe_programs
 from meshpipe.layers.initialise import initialise
@@ -286,8 +286,10 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over all batches of the loss and the metrics, with layers in evaluation mode; nothing is updated.
 
-        What has a weight of 0 over all batches is NaN. Raises `ValueError` when there is no batch.
+        What has a weight of 0 over all batches is NaN. Raises `ValueError` when there is no batch, or `batches` is one.
         """
+        if isinstance(batches, Mapping):
+            raise ArgumentError("`evaluate` takes batches, one after the other. Got one. Write evaluate([batch]).")
         executor, names = self.model.evaluation
         sums: list[np.ndarray] = []
         for batch in batches:

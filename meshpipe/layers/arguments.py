@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from meshpipe.errors import ArgumentError
+from meshpipe.errors import ArgumentError, kind_of
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.sharding import ShardingRules
 
@@ -15,6 +14,8 @@ from meshpipe.sharding import ShardingRules
 def check_layers(layers: Any) -> None:
     """Raises `ValueError` for a whole model, or what is no sequence."""
     if isinstance(layers, Sequence | nnx.List) and not isinstance(layers, str):
+        if not layers:
+            raise ArgumentError("A model needs at least one layer. Got an empty list.")
         return
     parts = "its parts, in the order in which they are called"
     if isinstance(layers, nnx.Sequential):
@@ -30,9 +31,9 @@ def check_layers(layers: Any) -> None:
 def check_functions(loss: Any, metrics: Any) -> None:
     """Raises `ValueError` for a loss or metrics that cannot be called."""
     if not callable(loss):
-        raise ArgumentError(f"`loss` must be a function of output and microbatch. Got a {type(loss).__name__}.")
+        raise ArgumentError(f"`loss` must be a function of output and microbatch. Got {kind_of(loss)}.")
     if metrics is not None and not callable(metrics):
-        raise ArgumentError(f"`metrics` must be a function of output and microbatch. Got a {type(metrics).__name__}.")
+        raise ArgumentError(f"`metrics` must be a function of output and microbatch. Got {kind_of(metrics)}.")
 
 
 def check_batch(batch: Any, input: Any) -> None:
@@ -42,18 +43,17 @@ def check_batch(batch: Any, input: Any) -> None:
             "Pass one of its batches: next(data)." if hasattr(batch, "__iter__") else "Pass {'inputs': array, ...}."
         )
         raise ArgumentError(
-            f"`batch` must be a dict of arrays, an example of what `step` is given. Got a {type(batch).__name__}. "
-            f"{way_out}"
+            f"`batch` must be a dict of arrays, an example of what `step` is given. Got {kind_of(batch)}. {way_out}"
         )
     if not isinstance(input, str):
         raise ArgumentError(f"`input` must be the name of a field of the batch. Got {input!r}.")
     for name, value in batch.items():
         if not isinstance(name, str) or not name:
             raise ArgumentError(f"The fields of a batch must have names, as layers ask for them by name. Got {name!r}.")
-        if not _is_array(value):
+        if isinstance(value, Mapping):
             raise ArgumentError(
-                f"The fields of a batch must be arrays of numbers. {name!r} is a {_kind(value)}. Pass "
-                "numpy arrays, and give every field of a nested batch a name of its own."
+                f"A batch must be a flat dict of arrays. {name!r} is {kind_of(value)}. Give every field of it a name "
+                "of its own."
             )
 
 
@@ -84,17 +84,7 @@ def check_layout(mesh: Any, pipeline: Any, optimizer: Any) -> None:
         )
     if isinstance(optimizer, type) or not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         name = getattr(optimizer, "__name__", None)
-        got, way_out = (f"a {type(optimizer).__name__}", "Pass e.g. optax.adam(1e-3).")
+        got, way_out = (kind_of(optimizer), "Pass e.g. optax.adam(1e-3).")
         if name is not None:
             got, way_out = name, f"Call it: {name}(...)." if not isinstance(optimizer, type) else way_out
         raise ArgumentError(f"`optimizer` must be an Optax transformation, with init and update. Got {got}. {way_out}")
-
-
-def _is_array(value: Any) -> bool:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return np.dtype(value.dtype).kind not in "OUSMm" if not hasattr(value, "aval") else True
-    return isinstance(value, list | tuple | int | float)
-
-
-def _kind(value: Any) -> str:
-    return f"array of {value.dtype}" if hasattr(value, "dtype") else type(value).__name__

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from meshpipe.errors import advise
+from meshpipe.errors import advise, kind_of
 
 Make = Callable[[nnx.Rngs], nnx.Module]
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
@@ -63,13 +63,12 @@ def module_of(path: str, layer: Any, make: Make) -> nnx.Module:
         raise
     if not isinstance(module, nnx.Module):
         raise ValueError(
-            f"A layer's constructor must return an nnx.Module. That of {path} returned a {type(module).__name__}. "
+            f"A layer's constructor must return an nnx.Module. That of {path} returned {kind_of(module)}. "
             "For a function of the activation, give the function itself."
         )
     if not callable(module):
         raise ValueError(
-            f"A layer must have a __call__ that takes the activation. {path} is a {type(module).__name__}, which has "
-            "none."
+            f"A layer must have a __call__ that takes the activation. {path} is {kind_of(module)}, which has none."
         )
     return module
 
@@ -77,13 +76,13 @@ def module_of(path: str, layer: Any, make: Make) -> nnx.Module:
 def _check_kind(path: str, layer: Any) -> None:
     if any(base.__module__.startswith("flax.linen") for base in (type(layer).__mro__)):
         raise ValueError(
-            f"A layer must be an nnx.Module. {path} is a {type(layer).__name__} of flax.linen. Wrap it: "
+            f"A layer must be an nnx.Module. {path} is {kind_of(layer)} of flax.linen. Wrap it: "
             "flax.nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(example)."
         )
     if not callable(layer):
         raise ValueError(
             "A layer must be an nnx.Module, a constructor that takes nnx.Rngs, or a function of the activation. "
-            f"{path} is a {type(layer).__name__}. For a constructor write e.g. "
+            f"{path} is {kind_of(layer)}. For a constructor write e.g. "
             "lambda rngs: nnx.Linear(8, 8, rngs=rngs)."
         )
 

@@ -182,8 +182,6 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) ->
     Raises `ValueError` when a layer is neither a module, nor a constructor of one, nor a function of the activation, or
     its call needs something that is not a batch field. Errors of constructors get a note that says which it is.
     """
-    if not layers:
-        raise ValueError("A model needs at least one layer. Got an empty list.")
     fields = tuple(batch_fields)
     made: dict[int, Layer] = {}
     """By constructor, which is called once however often it stands in the list: it makes the same each time, unless it

@@ -8,11 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meshpipe.data.arrays import field_shape, own_field
+from meshpipe.errors import kind_of
 from meshpipe.mesh import DATA
 from meshpipe.sharding import place
-from meshpipe.stage.traced import TracedStage
+from meshpipe.stage.traced import Given, TracedStage
 
-_PLACED = ("seed", "paths")
+_PLACED = (Given.SEED, Given.PATHS)
 """Inputs of a stage that stay the same in every step."""
 
 
@@ -61,8 +62,8 @@ class Microbatches:
 
         Raises `ValueError` as `read` does.
         """
-        fields: dict[str, Any] = {name: self._split(value) for name, value in self.read(batch).items()}
-        fields["step"] = np.uint32(step)
+        fields: dict[Any, Any] = {name: self._split(value) for name, value in self.read(batch).items()}
+        fields[Given.STEP] = np.uint32(step)
         wanted = {s: [fields[name] for name in stage.input_names if name not in _PLACED] for s, stage in traced.items()}
         shardings = {
             s: [
@@ -73,7 +74,7 @@ class Microbatches:
             for s, stage in traced.items()
         }
         arrays = place(wanted, shardings)
-        placed = {s: {"seed": seed[s], "paths": paths.get(s)} for s in traced}
+        placed = {s: {Given.SEED: seed[s], Given.PATHS: paths.get(s)} for s in traced}
         return {
             s: tuple(v for name, v in placed[s].items() if name in stage.input_names) + tuple(arrays[s])
             for s, stage in traced.items()
@@ -96,6 +97,8 @@ class Microbatches:
         return value.reshape(self.count, -1, *value.shape[1:])
 
     def _check(self, batch: Mapping[str, Any]) -> None:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"A batch must be a dict of arrays. Got {kind_of(batch)}.")
         found = {name: field_shape(name, value).shape for name, value in batch.items()}
         expected = {name: shape.shape for name, shape in self.shapes.items()}
         if found != expected:
@@ -113,7 +116,13 @@ def _batch_shapes(
             f"`input` must name a field of the batch. Got {input!r}; the batch has {', '.join(batch) or 'no fields'}."
         )
     shapes = {name: field_shape(name, value) for name, value in batch.items()}
-    sizes = {name: (shape.shape or (0,))[0] for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        if not shape.shape:
+            raise ValueError(
+                f"Every batch field must have the batch size as its leading dim. {name!r} has none: repeat its value "
+                "for every example."
+            )
+    sizes = {name: shape.shape[0] for name, shape in shapes.items()}
     if len(set(sizes.values())) > 1 or 0 in sizes.values():
         raise ValueError(f"Every batch field must have the same leading dim, the batch size. Got {sizes}.")
     parts = num_microbatches * mesh.shape.get(DATA, 1)

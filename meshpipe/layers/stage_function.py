@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshpipe.errors import kind_of
 from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
 from meshpipe.layers.layer import Layer, Randomness
 from meshpipe.stage.traced import StageFunction
@@ -111,7 +112,7 @@ def _check_output(layer: Layer, value: Any) -> None:
     if wrong:
         raise ValueError(
             "A layer must return arrays, alone or in lists, tuples and dicts. "
-            f"{layer.path} ({layer.class_name}) returned a {type(wrong[0]).__name__}."
+            f"{layer.path} ({layer.class_name}) returned {kind_of(wrong[0])}."
         )
 
 

@@ -75,6 +75,7 @@ class StagedModel:
         self.tied = merge_groups(task.tied, shared_parameters(self.layers))
         """Groups of leaves that are one parameter: those that were named, and those that are one `nnx.Variable`."""
         ranks = submeshes(mesh)
+        self.rules.check((n for layer in self.layers for names in layer.axes.values() for n in names), ranks[0])
         self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
         self.remat = config.remat_of_stages(self.plan.num_stages)
         """The rematerialisation of every stage; None where it is yet to be chosen, as `choose_remat` does."""

@@ -12,7 +12,7 @@ import optax
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.compiler.digest import digest
 from meshpipe.optimizer.parameters import StageParameters
-from meshpipe.optimizer.separable import describe_updates, kinds_of_updates
+from meshpipe.optimizer.separable import call_of_optimizer, describe_updates, kinds_of_updates
 from meshpipe.optimizer.state import state_shapes
 from meshpipe.pipeline.transfer import transfer_between
 from meshpipe.processes.agreement import HASH
@@ -268,7 +268,8 @@ class Optimizer:
                 for path, gradient in zip(stage.params, gradients, strict=True)
                 if path in owned
             }
-            updates, new_state = self._transformation.update(scaled, opt_state, owned)
+            with call_of_optimizer():
+                updates, new_state = self._transformation.update(scaled, opt_state, owned)
             new = {**named, **optax.apply_updates(owned, updates)}
 
             def keep(changed: Any, unchanged: Any) -> Any:

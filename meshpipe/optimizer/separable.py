@@ -2,7 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
 from meshpipe.compiler.digest import digest, digest_of_text
+from meshpipe.errors import advise
 from meshpipe.processes.agreement import HASH
 from meshpipe.stage.jaxpr import MissingInputError, extract, inline, variables
 
@@ -29,8 +31,10 @@ def kinds_of_updates(transformation: optax.GradientTransformation, stages: Seque
     if len(stages) < 2:
         return [None] * len(stages)
     params = {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
-    start, state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
-    update, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
+    with start_of_optimizer(params):
+        start, state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
+    with call_of_optimizer():
+        update, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
     _check_separable(update, shapes, stages, params, state)
     places = [{path: number for number, path in enumerate(stage)} for stage in stages]
     starts = _parts_of_stages(inline(start), (params,), state, places)
@@ -56,6 +60,35 @@ def describe_updates(
         "update of the optimizer": HASH + digest_of_text(text),
         "numbers in it": " ".join(f"{number:.6g}" for number in sorted(numbers)),
     }
+
+
+@contextmanager
+def start_of_optimizer(params: Shapes) -> Iterator[None]:
+    """Raises `ValueError` when the transformation cannot make its state from these parameters."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            "An optimizer sees the parameters of one stage at a time, a dict by leaf path. "
+            f"Got a transformation that cannot start from {', '.join(params) or 'a stage without parameters'}. Write "
+            "masks and labels as functions of the parameters, e.g. mask=lambda params: jax.tree.map(...). Optax says: "
+            f"{error}"
+        ) from error
+
+
+@contextmanager
+def call_of_optimizer() -> Iterator[None]:
+    """Raises `ValueError` when the transformation asks for more than it is given; other errors of it get a note."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TypeError) and (more := re.search(r"missing \d+ required .*argument.?: (.*)", str(error))):
+            raise ValueError(
+                "An optimizer is given gradients, its state and the parameters. Got a transformation that needs more: "
+                f"its update also asks for {more[1]}. Choose one that does without."
+            ) from error
+        advise(error, "This comes from the optimizer's update, called with gradients, its state and the parameters.")
+        raise
 
 
 def _parts_of_stages(
@@ -130,7 +163,7 @@ def _check_separable(update: ClosedJaxpr, shapes: Any, stages: Sequence[Shapes],
         if len(found) > 1:
             raise ValueError(
                 "An optimizer must update each parameter from its own gradient, since no stage sees another's. Got a "
-                f"transformation in which {path[-1].key} depends on stages "
+                f"transformation in which {jax.tree_util.keystr(path)} depends on stages "
                 f"{', '.join(map(str, sorted(found)))}. For clipping by the global norm leave "
                 "optax.clip_by_global_norm out and pass clip_norm=..., which counts every stage."
             )

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from meshpipe.optimizer.parameters import Shapes, StageParameters
+from meshpipe.optimizer.parameters import StageParameters
+from meshpipe.optimizer.separable import start_of_optimizer
 from meshpipe.sharding import abstract, replicated
 
 
@@ -21,16 +22,6 @@ def state_shapes(transformation: optax.GradientTransformation, stage: StageParam
         like = [param.sharding for param in params if param.shape == leaf.shape]
         return abstract(leaf.shape, leaf.dtype, like[0] if like else everywhere)
 
-    return jax.tree_util.tree_map_with_path(place, _initial(transformation, owned))
-
-
-def _initial(transformation: optax.GradientTransformation, params: Shapes) -> Any:
-    try:
-        return jax.eval_shape(transformation.init, params)
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            "An optimizer sees the parameters of one stage at a time, a dict by leaf path. "
-            f"Got a transformation that cannot start from {', '.join(params) or 'a stage without parameters'}. Write "
-            "masks and labels as functions of the parameters, e.g. mask=lambda params: jax.tree.map(...). Optax says: "
-            f"{error}"
-        ) from error
+    with start_of_optimizer(owned):
+        shapes = jax.eval_shape(transformation.init, owned)
+    return jax.tree_util.tree_map_with_path(place, shapes)

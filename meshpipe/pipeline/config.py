@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.errors import ArgumentError, check_whole, kind_of
 from meshpipe.files import expand_fields
 
 CHECKPOINT_POLICIES = (
@@ -71,7 +71,7 @@ class PipelineConfig:
     def _check_text(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, str) and not (value is None and name in ("memory_limit", "costs")):
-            raise ArgumentError(f"`{name}` must be a text. Got {value!r}, a {type(value).__name__}.{_as_text(value)}")
+            raise ArgumentError(f"`{name}` must be a text. Got {value!r}, {kind_of(value)}.{_as_text(value)}")
 
     @property
     def needs_costs(self) -> bool:

@@ -1,6 +1,7 @@
 """One stage, traced once together with its derivative, and the parts that its programs are made of."""
 
 import copy
+import enum
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -43,6 +44,15 @@ class StageFunction(Protocol):
         batch: dict[str, jax.Array],
         randomness: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     ) -> tuple[Any, dict[str, jax.Array]]: ...
+
+
+class Given(enum.Enum):
+    """Inputs of a stage beside the fields of the batch, whose names are texts and so are none of these."""
+
+    SEED = "seed"
+    PATHS = "paths"
+    """Hashes of the paths of random streams."""
+    STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -212,9 +222,9 @@ class TracedStage:
         kept_inputs = [i for i, v in enumerate(input_vars) if v in used]
         self.input_vars = [input_vars[i] for i in kept_inputs]
         self.inputs: Shapes = tuple(inputs[i] for i in kept_inputs)
-        names = ("seed", "paths", "step", *self.fields)
+        names = (*Given, *self.fields)
         self.input_names = tuple(names[i] for i in kept_inputs)
-        """Which of `seed`, `paths`, `step` and the batch fields this stage reads, in the order of its inputs."""
+        """What this stage reads of what it is given and of the batch fields, in the order of its inputs."""
 
         # A microbatch is cut from the batch again for backward; what forward computes from it is kept like the rest.
         step_long = {*self.input_vars, self.microbatch_var}

@@ -98,7 +98,7 @@ class NoCall(nnx.Module):
         (linen.Dense(4), r"layers/0 is a Dense of flax.linen. Wrap it"),
         (NoCall, r"layers/0 is a NoCall, which has none"),
         (NoCall(), r"layers/0 is a NoCall, which has none"),
-        (lambda rngs: 3, r"That of layers/0 returned a int. For a function of the activation, give the function"),
+        (lambda rngs: 3, r"That of layers/0 returned an int. For a function of the activation, give the function"),
     ],
 )
 def test_what_makes_no_layer_is_refused(layer: Any, message: str) -> None:

@@ -18,7 +18,7 @@ from meshpipe.mesh import submeshes
 from meshpipe.sharding import abstract, replicated
 from meshpipe.stage.jaxpr import function_of
 from meshpipe.stage.target import CPU
-from meshpipe.stage.traced import Boundary, StageSpec, TracedStage
+from meshpipe.stage.traced import Boundary, Given, StageSpec, TracedStage
 
 ROWS, WIDTH, HIDDEN, MICROBATCHES = 3, 4, 10, 2
 (MESH,) = submeshes(make_mesh(1))
@@ -100,7 +100,7 @@ def test_layers_are_traced_once_with_their_derivative(stages: list[TracedStage])
 
 def test_a_stage_reads_what_its_layers_read(stages: list[TracedStage]) -> None:
     names = [stage.input_names for stage in stages]
-    assert names == [("inputs",), (), ("seed", "paths", "step", "scale"), ("target",)]
+    assert names == [("inputs",), (), (Given.SEED, Given.PATHS, Given.STEP, "scale"), ("target",)]
     for stage in stages:
         assert len(stage.inputs) == len(stage.input_names)
     assert stages[2].inputs[-1].shape == (MICROBATCHES, ROWS)
