@@ -83,7 +83,8 @@ def is_given_rngs(module: nnx.Module, fields: Mapping[str, str], *, has_streams:
 
 def is_of_flax(kind: type) -> bool:
     """Whether a module's call is one that Flax wrote."""
-    return getattr(kind.__call__, "__module__", "").split(".")[0] == "flax"
+    module = getattr(kind.__call__, "__module__", None) or ""  # code that exec made has none
+    return module.split(".")[0] == "flax"
 
 
 def _check_asked(path: str, kind: type, batch_fields: Sequence[str], asked: Mapping[str, str]) -> None:
