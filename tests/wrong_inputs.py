@@ -245,7 +245,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "pair for a batch": (lambda: train(batch=(1, 2)), r"`batch` must be a dict of arrays"),
     "nested batch": (
         lambda: train(batch={"inputs": ROWS}),
-        r"A batch must be a flat dict of arrays. 'inputs' is a dict",
+        r"must be a flat dict of arrays. 'inputs' is a dict",
     ),
     "texts in a batch": (lambda: train(batch=ROWS | {"t": np.array(["a"] * 8)}), r"Got 't' of dtype <U1"),
     "numbers for names": (
@@ -268,7 +268,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "integers": (
         lambda: trained().step(ROWS | {"y": ROWS["y"].astype(int)}),
-        r"Got 'y' of dtype int64, and float32 in",
+        r"Got 'y' of dtype int64, and float32",
     ),
     "fewer rows": (lambda: trained().step({k: v[:6] for k, v in ROWS.items()}), r"Drop or pad the last, smaller batch"),
     "a field less": (lambda: trained().step({"inputs": ROWS["inputs"]}), r"fields and shapes of the example batch"),

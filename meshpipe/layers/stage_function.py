@@ -63,7 +63,7 @@ def streams_of(layers: Sequence[Layer]) -> list[str]:
     return [path for layer in layers for path in layer.streams]
 
 
-def _loss(loss: Loss, value: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+def _loss(loss: Loss, value: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
     with call_of_loss("loss", value, batch):
         result = loss(value, batch)
     if not _is_sum_and_weight(result):
@@ -77,7 +77,7 @@ def _loss(loss: Loss, value: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, 
     return result[0], result[1]
 
 
-def _metrics(metrics: Metrics, value: Any, batch: Mapping[str, jax.Array]) -> Mapping[str, tuple[Any, Any]]:
+def _metrics(metrics: Metrics, value: Any, batch: Mapping[str, Any]) -> Mapping[str, tuple[Any, Any]]:
     with call_of_loss("metrics", value, batch):
         result = metrics(value, batch)
     if not isinstance(result, Mapping) or not all(

@@ -34,6 +34,31 @@ def model() -> Config: return replace(pipeline(), model=ObjectModel())
 """
 BROKEN = "def number():\n    return 3\n\ndef fails():\n    raise ValueError('no such layout')\n"
 
+FAILING = """
+from dataclasses import dataclass, replace
+from meshpipe import Config
+from tests import tiny_recipes
+
+def lookup(x):
+    return {"features": x}["labels"]
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(tiny_recipes.DenseConfig):
+    def layers(self):
+        return [*super().layers(), lookup]
+
+@dataclass(frozen=True, kw_only=True)
+class Unbuilt(tiny_recipes.DenseConfig):
+    def layers(self):
+        return [lambda rngs: 1 / 0] * 4
+
+def fails() -> Config:
+    return replace(tiny_recipes.pipeline(), model=Failing())
+
+def unbuilt() -> Config:
+    return replace(tiny_recipes.pipeline(), model=Unbuilt())
+"""
+
 READ_COSTS = "--partition measured --costs costs.json"
 COSTS = ModelCosts((LayerCosts("Dense", 1.0, 2.0, 1.0, 1.0, 0.0, 288, 256),) * 4, Setting(4, 1, 1, "none"), "cpu", 1.0)
 
@@ -50,6 +75,18 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "recipe that fails": ("train broken.py:fails", "fails on line 5: no such layout"),
     "recipe that is not Python": ("train notes.txt.py:f", "Correct the file."),
     "no recipes folder": ("recipes", "Change to a folder that has it"),
+    "layer that fails": (
+        "train failing.py:fails",
+        "KeyError: 'labels' This comes from layers/4 (lookup, stage 1), calle",
+    ),
+    "layer that fails in a plan": (
+        "plan failing.py:fails",
+        "KeyError: 'labels' This comes from layers/4 (lookup, stage",
+    ),
+    "layer that cannot be made": (
+        "verify failing.py:unbuilt",
+        "ZeroDivisionError: division by zero This comes from the constructor of layers/0 (<lambda>).",
+    ),
     # Flags.
     "unknown flag": ("train TINY --stepz 3", "Perhaps you meant: --steps"),
     "flag without a value": ("train TINY --steps", "Missing value for argument '--steps'"),
@@ -164,6 +201,12 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "checkpoints into a file": ("train TINY --checkpoint-dir old.jsonl", "Name another folder."),
     "checkpoints below a file": ("train TINY --checkpoint-dir old.jsonl/deep", "Name another folder."),
     "learning rate that is no number": ("train TINY --learning-rate nan", "--learning-rate must be a number"),
+    "decay rate of 1": ("train TINY --beta1 1", "--beta1 must be a number of at least 0 and below 1. Got 1.0."),
+    "decay rate above 1": ("train TINY --beta2 2", "--beta2 must be a number of at least 0 and below 1. Got 2.0."),
+    "time-out that is no number": ("train TINY --step-timeout nan", "--step-timeout must be a number of at least 0"),
+    "seed that JAX would cut": ("train TINY --seed 4294967296", "below 4294967296. Got 4294967296."),
+    "huge mesh": ("train TINY --mesh.pipeline 100000000", "at most 4096 virtual CPU devices. Got 100,000,000."),
+    "huge mesh to plan": ("plan TINY --mesh.pipeline 100000000", "at most 4096 virtual CPU devices. Got 100,000,000."),
     "clipping at no number": ("train TINY --clip-norm nan", "--clip-norm must be above 0"),
     "negative number of checkpoints": ("train TINY --checkpoint-dir new --checkpoint-keep -1", "must be at least 0"),
     "no update to verify": ("verify TINY --updates 0", "--updates must be at least 1. Got 0."),
@@ -216,6 +259,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (tmp_path / "unnamed.py").write_text(UNNAMED)
     (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "failing.py").write_text(FAILING)
     (tmp_path / "notes.txt.py").write_text("dear diary\n")
     return tmp_path
 
