@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from meshpipe.choose.memory import ONE_UNIT_EACH, stage_memory
 from meshpipe.choose.profile import operations_of_layers, profile_layers, setting_of
 from meshpipe.choose.remat import settle_remat
-from meshpipe.layers.arguments import check_layout
+from meshpipe.layers.arguments import check_layout, check_task
 from meshpipe.layers.staged_model import Choice, StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig, make_mesh, submeshes
@@ -57,6 +57,7 @@ class Chooser:
     """Where layers are measured, in place of the mesh: on its first rank, and transfers to its second if it has one."""
 
     def __post_init__(self) -> None:
+        check_task(self.task)
         check_layout(self.mesh, self.config, self.transformation)
 
     def choose(self, costs: ModelCosts | None = None) -> StagedModel:

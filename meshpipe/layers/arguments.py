@@ -7,12 +7,20 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meshpipe.errors import ArgumentError, kind_of
+from meshpipe.layers.task import Task
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.sharding import ShardingRules
 
 
-def check_layers(layers: Any) -> None:
-    """Raises `ValueError` for a whole model, or what is no sequence."""
+def check_task(task: Task) -> None:
+    """Raises `ValueError` for parts of a task that are of another kind."""
+    _check_layers(task.layers)
+    _check_functions(task.loss, task.metrics)
+    _check_batch(task.batch, task.input)
+    _check_parameters(task.tied, task.rules)
+
+
+def _check_layers(layers: Any) -> None:
     if isinstance(layers, Sequence | nnx.List) and not isinstance(layers, str):
         if not layers:
             raise ArgumentError("A model needs at least one layer. Got an empty list.")
@@ -28,16 +36,14 @@ def check_layers(layers: Any) -> None:
     )
 
 
-def check_functions(loss: Any, metrics: Any) -> None:
-    """Raises `ValueError` for a loss or metrics that cannot be called."""
+def _check_functions(loss: Any, metrics: Any) -> None:
     if not callable(loss):
         raise ArgumentError(f"`loss` must be a function of output and microbatch. Got {kind_of(loss)}.")
     if metrics is not None and not callable(metrics):
         raise ArgumentError(f"`metrics` must be a function of output and microbatch. Got {kind_of(metrics)}.")
 
 
-def check_batch(batch: Any, input: Any) -> None:
-    """Raises `ValueError` for a batch that is no dict of arrays with names, or names of its fields that are none."""
+def _check_batch(batch: Any, input: Any) -> None:
     if not isinstance(batch, Mapping):
         way_out = (
             "Pass one of its batches: next(data)." if hasattr(batch, "__iter__") else "Pass {'inputs': array, ...}."
@@ -57,8 +63,7 @@ def check_batch(batch: Any, input: Any) -> None:
             )
 
 
-def check_parameters(tied: Any, rules: Any) -> None:
-    """Raises `ValueError` for what are no sharding rules, or no groups of leaf paths."""
+def _check_parameters(tied: Any, rules: Any) -> None:
     if not isinstance(rules, ShardingRules):
         raise ArgumentError(f"`rules` must be meshpipe.ShardingRules. Got {rules!r}. Pass ShardingRules(rules=...).")
     groups = tied if isinstance(tied, Sequence) and not isinstance(tied, str) else [tied]

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-from meshpipe.layers.arguments import check_batch, check_functions, check_layers, check_parameters
 from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.sharding import ShardingRules
@@ -12,10 +11,7 @@ from meshpipe.sharding import ShardingRules
 
 @dataclass(frozen=True)
 class Task:
-    """A model and its loss, as `Trainer` and `verify` take them and a recipe's `Config.task` makes them.
-
-    Raises `ValueError` for parts of another kind.
-    """
+    """A model and its loss, as `Trainer` and `verify` take them and a recipe's `Config.task` makes them."""
 
     layers: Sequence[LayerLike]
     """NNX modules or their constructors, in the order in which they are called."""
@@ -32,9 +28,3 @@ class Task:
     """Groups of leaf paths that are one parameter; the first path of a group owns it."""
     rules: ShardingRules = field(default_factory=ShardingRules)
     """Which mesh axis each logical axis of a parameter is split over."""
-
-    def __post_init__(self) -> None:
-        check_layers(self.layers)
-        check_functions(self.loss, self.metrics)
-        check_batch(self.batch, self.input)
-        check_parameters(self.tied, self.rules)
