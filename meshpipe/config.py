@@ -1,12 +1,13 @@
 """The complete description of one training run, as a recipe returns it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from meshpipe.checkpoint import CheckpointConfig
-from meshpipe.data import DataConfig, example_batch
+from meshpipe.data import DataConfig, check_source, example_batch
 from meshpipe.errors import ArgumentError, check_seed, check_whole
 from meshpipe.files import expand_fields
 from meshpipe.layers.task import Task
@@ -15,6 +16,17 @@ from meshpipe.models.model import ModelConfig
 from meshpipe.optimizer.config import OptimizerConfig
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.sharding import PRESETS
+
+COUNT_LIMIT = 2**31
+"""Steps and examples are below it: Optax counts updates in 32 bits."""
+PARTS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "mesh": MeshConfig,
+    "pipeline": PipelineConfig,
+    "optimizer": OptimizerConfig,
+    "checkpoint": CheckpointConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +76,10 @@ class Config:
     """Batches per evaluation; 0 turns evaluation off."""
 
     def __post_init__(self) -> None:
+        for name, kind in PARTS.items():
+            if not isinstance(getattr(self, name), kind):
+                got = type(getattr(self, name)).__name__
+                raise ArgumentError(f"{name} of a Config must be a {kind.__name__}. Got a {got}.")
         check_seed(self.seed)
         expand_fields(self, "compile_cache", "metrics", "trace")
         least = {
@@ -75,7 +91,7 @@ class Config:
             "eval_batches": 0,
         }
         for name, low in least.items():
-            check_whole(name, getattr(self, name), low)
+            check_whole(name, getattr(self, name), low, COUNT_LIMIT)
         microbatches = self.pipeline.num_microbatches
         if self.batch_size % (microbatches * self.mesh.data):
             raise ArgumentError(
@@ -85,16 +101,24 @@ class Config:
             )
 
     def task(self) -> Task:
-        """What the run trains. Raises `ValueError` when the data cannot be read."""
+        """What the run trains. Raises `ValueError` when the data cannot be read, or the model has no list of layers."""
         return Task(
-            self.model.layers(),
+            _as_list("layers", self.model.layers()),
             self.model.loss,
-            batch=example_batch(self.data.train_source(), self.batch_size),
+            batch=example_batch(check_source(self.data.train_source()), self.batch_size),
             input=self.model.input,
             metrics=self.model.metrics,
-            tied=self.model.tied(),
+            tied=_as_list("tied", self.model.tied()),
             rules=PRESETS[self.sharding],
         )
+
+
+def _as_list(name: str, value: Any) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ArgumentError(
+            f"{name}() of a model must return a list. Got {value!r:.80}, a {type(value).__name__}. Return [...]."
+        )
+    return value
 
 
 def _nearest_batch_sizes(batch_size: int, unit: int) -> str:

@@ -71,6 +71,8 @@ def check_whole(name: str, value: object, least: int = 1, below: int | None = No
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentError(f"`{name}` must be a whole number of {rule}. Got {_spell(value)}.", section)
     number = operator.index(value)
+    if number < least and least <= 1:
+        raise ArgumentError(f"`{name}` must be at least {least}. Got {value}.", section)
     if number < least or (below is not None and number >= below):
         raise ArgumentError(f"`{name}` must be {rule}. Got {value}.", section)
 

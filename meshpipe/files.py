@@ -10,6 +10,9 @@ from typing import Any
 
 from meshpipe.errors import ArgumentError
 
+NAME_MAX = 255
+"""Bytes in a name, on the file systems of all systems that JAX runs on."""
+
 
 def expand(name: str, path: str, *, section: str = "") -> str:
     """The path with `~` as the home folder, which no shell does in `--flag=~/x`.
@@ -20,6 +23,8 @@ def expand(name: str, path: str, *, section: str = "") -> str:
         raise ArgumentError(f"`{name}` must name a file or folder. Got an empty name. Leave it out for none.", section)
     if "\0" in path:
         raise ArgumentError(f"`{name}` must name a file or folder. Got {path!r}, which no name can be.", section)
+    if max(len(os.fsencode(part)) for part in path.split("/")) > NAME_MAX:
+        raise ArgumentError(f"`{name}` must name a file or folder. Got {_shorten(path)}: File name too long.", section)
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
@@ -102,6 +107,6 @@ def _why_nothing_can_be_made(folder: Path) -> OSError | None:
         return error
 
 
-def _shorten(path: Path) -> str:
+def _shorten(path: str | Path) -> str:
     text = repr(str(path))
     return text if len(text) <= 120 else f"{text[:60]}...{text[-50:]} ({len(text) - 2} characters)"

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 from meshpipe.cli.arguments import parse
 from meshpipe.cli.devices import DEVICES
+from meshpipe.errors import check_whole
+
+PROCESS_LIMIT = 1025
+"""More processes than any one machine runs at a time."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,12 @@ class _LaunchFlags:
     """How often a run that failed is started again, from its newest checkpoint if there is one by then."""
     address: str = "127.0.0.1"
     """Address of this machine that the processes listen at."""
+
+    def __post_init__(self) -> None:
+        check_whole("processes", self.processes, below=PROCESS_LIMIT)
+        check_whole("max_restarts", self.max_restarts, 0)
+        if self.devices_per_process is not None:
+            check_whole("devices_per_process", self.devices_per_process)
 
 
 def launch(arguments: list[str]) -> int:
@@ -34,6 +44,8 @@ def launch(arguments: list[str]) -> int:
     if not command or command[0] != "train":
         got = f"Got {command[0]!r}." if command else "Got nothing after it."
         raise ValueError(f"The command after -- must be train: meshpipe launch --processes N -- train RECIPE. {got}")
+    if command[1:2] == [] or command[1].startswith("-"):
+        raise ValueError("A recipe comes after train: meshpipe launch --processes N -- train RECIPE. Got none.")
     if flags.max_restarts and not any(argument.startswith("--checkpoint-dir") for argument in command):
         raise ValueError(
             f"A run is started again from its newest checkpoint. Got --max-restarts {flags.max_restarts} without "

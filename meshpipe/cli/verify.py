@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from meshpipe.cli.arguments import configure
 from meshpipe.cli.devices import take_devices
+from meshpipe.errors import check_whole
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
 
@@ -14,8 +15,7 @@ class _VerifyFlags:
     """Updates to compare, each on a batch of its own."""
 
     def __post_init__(self) -> None:
-        if self.updates < 1:
-            raise ValueError(f"--updates must be at least 1. Got {self.updates}.")
+        check_whole("updates", self.updates, below=100_001)
 
 
 def verify(arguments: list[str]) -> int:

@@ -121,6 +121,9 @@ class LanguageModelConfig(ModelConfig):
             return ()
         return (("layers/0/embedding", f"layers/{self.num_blocks + 1}/tokens/embedding"),)
 
+    def limits(self) -> dict[str, int]:
+        return {"inputs": self.vocab_size, "targets": self.vocab_size}
+
     def loss(self, output: Float[Array, "batch seq vocab"], batch: Mapping[str, jax.Array]) -> SumAndWeight:
         losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), batch["targets"])
         return (losses * batch["weights"]).sum(), batch["weights"].sum()

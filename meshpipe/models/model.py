@@ -37,6 +37,12 @@ class ModelConfig(abc.ABC):
         inputs = batch[self.input]
         return inputs.size if inputs.ndim == 2 and np.issubdtype(inputs.dtype, np.integer) else None
 
+    def limits(self) -> Mapping[str, int]:
+        """Batch fields of whole numbers, such as tokens and labels, with the number that each of their values must be
+        below; a run looks at some examples before it starts.
+        """
+        return {}
+
     def tied(self) -> tuple[tuple[str, ...], ...]:
         """Groups of leaf paths that are one parameter; the first path of a group owns it."""
         return ()

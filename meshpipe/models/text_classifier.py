@@ -71,6 +71,9 @@ class TextClassifierConfig(ModelConfig):
         blocks = [partial(EncoderBlock, self) for _ in range(self.num_blocks)]
         return [partial(ConvolutionEmbedding, self), *blocks, partial(PoolingHead, self)]
 
+    def limits(self) -> dict[str, int]:
+        return {"inputs": self.vocab_size, "labels": self.num_classes}
+
     def loss(self, output: Float[Array, "batch classes"], batch: Mapping[str, jax.Array]) -> SumAndWeight:
         losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), batch["labels"])
         return losses.sum(), jnp.float32(losses.size)

@@ -34,7 +34,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
-        check_whole("warmup_steps", self.warmup_steps, 0)
+        check_whole("warmup_steps", self.warmup_steps, 0, 2**31 - 1)
         for name in ("learning_rate", "weight_decay"):
             check_number(name, getattr(self, name))
         for name in ("beta1", "beta2", "momentum"):  # from 1 on, a mean is no mean any more

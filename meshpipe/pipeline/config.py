@@ -17,6 +17,8 @@ CHECKPOINT_POLICIES = (
 """The members of `jax.checkpoint_policies` that need no arguments."""
 REMAT_POLICIES = ("none", "full", *CHECKPOINT_POLICIES)
 
+SIZE_LIMIT = 2**16 + 1
+"""Microbatches, and stages of a rank, are below it: a plan has an action for each of them in each stage."""
 PARTITIONS = ("even", "cost", "measured")
 """Ways to cut layers into stages that have a name."""
 
@@ -50,7 +52,7 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         for name in ("stages_per_rank", "num_microbatches"):
             if getattr(self, name) is not None or name == "num_microbatches":
-                check_whole(name, getattr(self, name))
+                check_whole(name, getattr(self, name), below=SIZE_LIMIT)
         for name in ("schedule", "remat", "partition", "memory_limit", "costs"):
             self._check_text(name)
         expand_fields(self, "costs", *(["schedule"] if self.schedule.endswith(".txt") else []))

@@ -19,6 +19,8 @@ from meshpipe.run.warning import Warnings
 
 SECONDS_BETWEEN_LINES = 30.0
 """Longest silence of a run whose output is not a terminal, as far as its steps allow."""
+LONGEST_TIME = 10**9
+"""Seconds that a run is said to take at most."""
 LONGEST_LINE = 1 << 20
 """Bytes; no line of a metrics file comes near it."""
 
@@ -136,7 +138,7 @@ class ProgressLine:
         # The first step of a run is not like the others, so it is soon forgotten.
         before = seconds if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = before + 0.3 * (seconds - before)
-        left = timedelta(seconds=round(self._seconds_per_step * (self._steps - step)))
+        left = timedelta(seconds=min(LONGEST_TIME, round(self._seconds_per_step * (self._steps - step))))
         text = f"loss {values['loss']:.4f}  {seconds:.3g} s/step  {speed(values)}  {left} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)

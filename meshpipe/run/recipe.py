@@ -80,7 +80,11 @@ def find(name: str) -> Recipe:
     if not colon or not file_name or not function:
         raise RecipeError(f"A recipe is FILE.py:FUNCTION, or FILE:FUNCTION. Got {name!r}.{_suggest(name)}")
     file = Path(file_name).expanduser() if file_name.endswith(".py") else _short_name(file_name)
-    if not file.is_file():
+    try:
+        exists = file.is_file()
+    except OSError:  # a name that is too long
+        exists = False
+    if not exists:
         raise RecipeError(f"There is no file {file}, which the recipe {name!r} names.{_suggest(name)}")
     summaries = _functions(file)
     if function not in summaries:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
-from meshpipe.data import batches
+from meshpipe.data import batches, check_limits, check_source
 from meshpipe.observe.trace import check_trace
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.processes.agreement import agree
@@ -49,14 +49,15 @@ def run(
     if start is not None and start.is_own and start.step >= config.steps:
         console.print(f"Nothing left to do: {start.folder} holds step {start.step}, and --steps is {config.steps}.")
         return COMPLETED
-    source = config.data.train_source()
+    source = check_source(config.data.train_source())
+    check_limits(source, config.model.limits())
     train_batches = batches(source, config.batch_size, config.seed)
     if options.checkpoint_dir is not None:
         check_can_be_saved(config)
         train_batches.get_state()
     if start is not None and not start.weights_only:
         train_batches.set_state(start.metadata["data"])
-    held_out = config.data.eval_source() if config.eval_batches else None
+    held_out = check_source(config.data.eval_source()) if config.eval_batches else None
     if held_out is not None:
         batches(held_out, config.batch_size).close()  # raises where there is too little
     if several:

@@ -12,6 +12,36 @@ from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_recipes.py'}:pipeline"
 LANGUAGE = f"{Path(__file__).parents[2] / 'recipes' / 'language_model.py'}:debug"
+WRONG = """
+from tests.tiny_recipes import *
+
+class Numbers(Points):
+    def __getitem__(self, index): return 3
+
+class NoNames(Points):
+    def __getitem__(self, index): return {3: np.zeros(8)}
+
+class Endless(Points):
+    def __len__(self): return 10**30
+
+@dataclass(frozen=True, kw_only=True)
+class WrongData(PointsConfig):
+    kind: int = 0
+    def train_source(self):
+        return [lambda *a: 3, Numbers, NoNames, Endless][self.kind](512, 8)
+
+@dataclass(frozen=True, kw_only=True)
+class WrongLayers(DenseConfig):
+    def layers(self): return 3
+
+@dataclass(frozen=True, kw_only=True)
+class WrongTied(DenseConfig):
+    def tied(self): return 3
+
+def layers() -> Config: return replace(pipeline(), model=WrongLayers())
+def tied() -> Config: return replace(pipeline(), model=WrongTied())
+def source() -> Config: return replace(pipeline(), data=WrongData())
+"""
 UNNAMED = """
 import tyro
 from tests.tiny_recipes import *
@@ -32,6 +62,7 @@ class ObjectModel(DenseConfig):
 def data() -> Config: return replace(pipeline(), data=UnnamedData())
 def model() -> Config: return replace(pipeline(), model=ObjectModel())
 """
+CLASSES = f"{Path(__file__).parents[2] / 'recipes' / 'text_classifier.py'}:pipeline_data"
 BROKEN = "def number():\n    return 3\n\ndef fails():\n    raise ValueError('no such layout')\n"
 
 FAILING = """
@@ -92,7 +123,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "flag without a value": ("train TINY --steps", "Missing value for argument '--steps'"),
     "flag that is no number": ("train TINY --steps many", "--steps INT"),
     "negative steps": ("train TINY --steps -1", "--steps must be at least 0. Got -1."),
-    "negative seed": ("train TINY --seed -1", "--seed must be at least 0 and below 4294967296. Got -1."),
+    "negative seed": ("train TINY --seed -1", "--seed must be at least 0. Got -1."),
     "negative evaluation interval": ("train TINY --eval-every -5", "--eval-every must be at least 0. Got -5."),
     "negative learning rate": ("train TINY --learning-rate -1", "must be a number of at least 0"),
     "flag of another command": ("train TINY --plot a.png", "Unrecognized options: --plot"),
@@ -183,6 +214,39 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "costs without end": ("plan TINY --schedule auto --costs /dev/zero", "bytes"),
     "data without a name": ("train unnamed.py:data --checkpoint-dir new", "Give Unnamed a __repr__"),
     "model with an object without a name": ("train unnamed.py:model --checkpoint-dir new", "for extra of the model"),
+    # Recipes of the wrong types.
+    "layers that are a number": ("plan wrong.py:layers", "layers() of a model must return a list. Got 3, a int."),
+    "tied that is a number": ("plan wrong.py:tied", "tied() of a model must return a list. Got 3, a int."),
+    "data that is a number": (
+        "train wrong.py:source --data.kind 0",
+        "A data source must have __len__ and __getitem__.",
+    ),
+    "examples that are numbers": ("train wrong.py:source --data.kind 1", "An example must be a dict of arrays by the"),
+    "fields without names": ("train wrong.py:source --data.kind 2", "An example must be a dict of arrays by the names"),
+    "data of endless length": ("train wrong.py:source --data.kind 3", "A data source must have a length. len() of"),
+    # Sizes that nothing can have.
+    "mesh of very many devices": ("plan TINY --mesh.pipeline 100000000", "at most 4096 virtual CPU devices"),
+    "very wide layers": ("train TINY --model.width 1000000000000", "cannot take"),
+    "very many microbatches": (
+        "plan TINY --num-microbatches 1000000000 --batch-size 1000000000",
+        "--num-microbatches must be at least 1 and below 65537",
+    ),
+    "very many steps": ("train TINY --steps 100000000000000000000", "--steps must be at least 0 and below 2147483648"),
+    "very long warm-up": ("train TINY --warmup-steps 10000000000", "--warmup-steps must be at least 0 and below"),
+    "very many updates to verify": ("verify TINY --updates 1000000000", "--updates must be at least 1 and below"),
+    "very many processes": ("launch --processes 100000000 -- train TINY", "--processes must be at least 1 and below"),
+    "no device per process": (
+        "launch --processes 2 --devices-per-process 0 -- train TINY",
+        "--devices-per-process must be at least 1. Got 0.",
+    ),
+    "launch of no recipe": ("launch --processes 2 -- train --steps 3", "A recipe comes after train"),
+    "fewer tokens than the data has": (
+        "train LANGUAGE --model.vocab-size 100",
+        "Every value of inputs must be below 100",
+    ),
+    "fewer classes than the data has": ("train CLASSES --model.num-classes 3", "Every value of labels must be below 3"),
+    "checkpoint folder of a long name": ("checkpoint show LONG", "File name too long"),
+    "recipe of a long name": ("train LONG.py:f", "There is no file"),
     "metrics into a folder": ("train TINY --metrics folder", "Name a file in it."),
     "metrics over another run": ("train TINY --metrics old.jsonl", "Name another file, remove it"),
     "picture without a format": ("plan TINY --plot picture", "--plot must name a file whose suffix is one of"),
@@ -257,6 +321,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "infinite.json").write_text(
         (tmp_path / "costs.json").read_text().replace('"forward": 1.0', '"forward": 1e999')
     )
+    (tmp_path / "wrong.py").write_text(WRONG)
     (tmp_path / "unnamed.py").write_text(UNNAMED)
     (tmp_path / "broken.py").write_text(BROKEN)
     (tmp_path / "failing.py").write_text(FAILING)
@@ -277,7 +342,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def split(arguments: str | list[str]) -> list[str]:
-    names = {"TINY": TINY, "LANGUAGE": LANGUAGE, "COSTS": READ_COSTS, "LONG": 300 * "n"}
+    names = {"TINY": TINY, "LANGUAGE": LANGUAGE, "CLASSES": CLASSES, "COSTS": READ_COSTS, "LONG": 300 * "n"}
     words = arguments.split() if isinstance(arguments, str) else arguments
     for name, meaning in names.items():
         words = [word.replace(name, meaning) for word in words]

@@ -1,0 +1,48 @@
+"""Whether what a recipe gives as data can be trained on, told before anything is compiled."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from meshpipe.errors import ArgumentError
+
+SAMPLES = 64
+"""Examples that are looked at, spread over the data."""
+
+
+def check_source(source: Any) -> Any:
+    """The source, if it has a length and its first example is a dict of fields. Raises `ArgumentError` otherwise."""
+    kind = type(source).__name__
+    if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+        raise ArgumentError(
+            f"A data source must have __len__ and __getitem__. Got {source!r:.80}, a {kind}. A list of dicts is one."
+        )
+    try:
+        length = len(source)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ArgumentError(f"A data source must have a length. len() of {kind} says: {error}.") from error
+    example = source[0] if length else {}
+    if not isinstance(example, Mapping) or not all(isinstance(name, str) for name in example):
+        raise ArgumentError(
+            "An example must be a dict of arrays by the names of their fields. "
+            f"Got {example!r:.80}, a {type(example).__name__}, from {kind}."
+        )
+    return source
+
+
+def check_limits(source: Any, limits: Mapping[str, int]) -> None:
+    """Raises `ArgumentError` when one of some examples has a value of a field that is not below its limit, such as a
+    label beyond the classes of a model.
+    """
+    if not limits:
+        return
+    length = len(source)
+    for index in sorted({place * length // SAMPLES for place in range(min(SAMPLES, length))}):
+        example = source[index]
+        for name, limit in limits.items():
+            if name in example and (largest := int(np.max(example[name], initial=0))) >= limit:
+                raise ArgumentError(
+                    f"Every value of {name} must be below {limit}, which the model is made for. Got {largest} in "
+                    f"example {index}. Give the model more classes or a larger vocabulary, or other data."
+                )
