@@ -76,7 +76,7 @@ class _Sockets:
         here = jax.process_index()
         self._shapes = shapes
         self._count = 0
-        self._number = peers().number_of(name) << 32
+        self._name = name
         self._stays = [(a, b) for a, b in pairs if a.process_index == b.process_index == here]
         sends: dict[int, list[jax.Device]] = defaultdict(list)
         receives: dict[int, list[jax.Device]] = defaultdict(list)
@@ -89,16 +89,16 @@ class _Sockets:
         self._is_target = any(b.process_index == here for _, b in pairs)
         # Where one process hands over all to one other, arrays move whole.
         self._whole = len({a.process_index for a, _ in pairs}) == len({b.process_index for _, b in pairs}) == 1
-        for process in receives:
+        for process in sends:
             peers().connect(process)
 
     def move(self, arrays: Arrays | None) -> Arrays | None:
-        self._count = (self._count + 1) % (1 << 20)
+        self._count += 1
         if self._whole:
             return self._move_whole(arrays)
         parts = [] if arrays is None else [{s.device: s.data for s in array.addressable_shards} for array in arrays]
         for process, devices in self._sends.items():
-            peers().send(self._number_for(process), [part[device] for part in parts for device in devices])
+            peers().send(process, self._number_for(process), [part[device] for part in parts for device in devices])
         if not self._is_target:
             return None
         arrived: list[dict[jax.Device, jax.Array]] = [{} for _ in self._shapes]
@@ -120,14 +120,14 @@ class _Sockets:
     def _move_whole(self, arrays: Arrays | None) -> Arrays | None:
         for process in self._sends:
             assert arrays is not None
-            peers().send(self._number_for(process), arrays)
+            peers().send(process, self._number_for(process), arrays)
         for process in self._receives:
             return tuple(peers().receive(process, self._number_for(jax.process_index()), self._shapes))
         return None
 
     def _number_for(self, receiver: int) -> int:
         """One that the sender uses once: by name, receiver and how often this was called."""
-        return self._number + (receiver << 20) + self._count
+        return peers().number_of(self._name, receiver, self._count)
 
     @staticmethod
     def _part_on(shape: jax.ShapeDtypeStruct, device: jax.Device) -> jax.ShapeDtypeStruct:

@@ -111,11 +111,13 @@ def beats() -> dict[int, tuple[int, str]]:
 
     Raises `IntrusionError` for one that no process of this run has given.
     """
+    folder = _name(_BEATS)
+    signed = dict(_client().key_value_dir_get(folder))
     found = {}
-    for name, signed in _client().key_value_dir_get(_name(_BEATS)):
-        process = name.rpartition("/")[2]
-        count, _, text = current().check(f"{_BEATS}/{process}", signed).partition(" ")
-        found[int(process)] = int(count), text
+    for process in range(process_count()):
+        if (value := signed.get(f"{folder}/{process}")) is not None:
+            count, _, text = current().check(f"{_BEATS}/{process}", value).partition(" ")
+            found[process] = int(count), text
     return found
 
 

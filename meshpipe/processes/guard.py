@@ -100,7 +100,7 @@ class Guard:
         """
         if process_count() == 1:
             leave(FAILED)
-        message = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
+        message = str(why) if isinstance(why, str | IntrusionError) else f"{type(why).__name__}: {why}"
         if isinstance(why, BaseException) and is_lost_connection(why):
             time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
         if not self._done.is_set():
