@@ -13,6 +13,7 @@ import yaml
 
 from meshpipe.cli.arguments import configure
 from meshpipe.processes.join import DistributedConfig
+from meshpipe.processes.secret import VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "docs" / "clusters" / "slurm.sbatch"
@@ -70,6 +71,7 @@ def test_the_slurm_script(monkeypatch: pytest.MonkeyPatch) -> None:
     options = check_sbatch(text)
     config, distributed = parsed(line_with(text, "srun "), monkeypatch)
     assert distributed.coordinator is None, "Slurm says it"
+    assert f"export {VARIABLE}=$(" in text[: text.index("srun ")]
     assert int(options["nodes"]) * int(options["ntasks-per-node"]) == config.mesh.num_devices
     assert config.checkpoint.auto_resume
     assert config.checkpoint.checkpoint_dir == "checkpoints/text_classifier"
@@ -113,7 +115,15 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 """The fields of each kind's `spec` that are used, of v1 and batch/v1, all of which have to be there."""
-CONTAINER = {"name": str, "image": str, "command": list, "args": list, "resources": dict, "volumeMounts": list}
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "command": list,
+    "args": list,
+    "env": list,
+    "resources": dict,
+    "volumeMounts": list,
+}
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 
 
@@ -166,6 +176,11 @@ def test_the_kubernetes_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.coordinator is not None
     assert distributed.coordinator.rpartition(":")[0] == first
     assert f"getent hosts {first};" in script
+    (secret,) = container["env"]
+    assert secret["name"] == VARIABLE
+    reference = secret["valueFrom"]["secretKeyRef"]
+    created = f"kubectl create secret generic {reference['name']} --from-literal={reference['key']}="
+    assert created in KUBERNETES.read_text()
     (mount,) = container["volumeMounts"]
     assert Path(mount["mountPath"]) in Path(str(config.checkpoint.checkpoint_dir)).parents
     assert config.checkpoint.auto_resume
