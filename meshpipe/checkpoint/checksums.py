@@ -5,6 +5,7 @@ the speed of a disk; it protects against accidents, not against forgery.
 """
 
 import json
+import os
 import stat
 import zlib
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, is_count, load_json
-from meshpipe.checkpoint.files import DamagedFileError, below, flush_folder, for_each, read_checked, write_file
+from meshpipe.checkpoint.files import DamagedFileError, flush_folder, for_each, read_checked, write_file
 from meshpipe.checkpoint.names import CHECKSUMS
 
 Checksums = Mapping[str, tuple[int, int]]
@@ -51,14 +52,15 @@ def is_list(files: Any) -> bool:
 
 
 def size_differences(
-    folder: Path, files: Checksums, concerns: Callable[[str], bool] = lambda name: True
+    found: Mapping[str, os.stat_result], files: Checksums, concerns: Callable[[str], bool] = lambda name: True
 ) -> dict[str, str]:
     """What is wrong with the files for whose name `concerns` is true, e.g. `{"a/b": "is missing"}`, without opening
-    them.
+    them; `found` is what is `below` the folder.
     """
-    found = {name: status for name, status in below(folder) if name != CHECKSUMS and concerns(name)}
     problems = {name: "is missing" for name in files if name not in found and concerns(name)}
     for name, status in found.items():
+        if name == CHECKSUMS or not concerns(name):
+            continue
         if name not in files:
             problems[name] = "is not part of the checkpoint"
         elif not stat.S_ISREG(status.st_mode):
@@ -68,12 +70,17 @@ def size_differences(
     return problems
 
 
-def differences(folder: Path, files: Checksums, concerns: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
+def differences(
+    folder: Path,
+    found: Mapping[str, os.stat_result],
+    files: Checksums,
+    concerns: Callable[[str], bool] = lambda name: True,
+) -> dict[str, str]:
     """What is wrong with the files for whose name `concerns` is true; empty when every byte of them is good.
 
-    Names in the list are compared with what is in the folder, so that they cannot lead out of it.
+    Names in the list are compared with what was `found` below the folder, so that they cannot lead out of it.
     """
-    problems = size_differences(folder, files, concerns)
+    problems = size_differences(found, files, concerns)
     names = [name for name in files if concerns(name) and name not in problems]
     contents = for_each(lambda name: file_problem(folder, name, files[name]), names, "checksums")
     problems |= {name: problem for name, problem in zip(names, contents, strict=True) if problem}

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +18,10 @@ THREADS = 8
 """Files that are written or read at once: disks serve several requests faster than one, and system calls and CRCs
 release the interpreter's lock.
 """
-_PIECE = 1 << 20
-"""Bytes of a write, small enough that what the CRC has just read is still in the processor's cache."""
+_PIECE = 4 << 20
+"""Bytes of a read or write. Each takes the interpreter's lock twice, so they are few; what the CRC has read is still in
+the processor's cache when it is written.
+"""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -109,16 +111,22 @@ def for_each(function: Callable[[_Item], _Result], items: Sequence[_Item], name:
         return list(executor.map(function, items))
 
 
-def below(folder: Path) -> Iterable[tuple[str, os.stat_result]]:
+def below(folder: Path) -> dict[str, os.stat_result]:
     """Name and status of everything in a folder and the folders in it, these themselves left out; links are not
     followed. What vanishes meanwhile is left out.
     """
-    for at, _, _ in os.walk(folder):
-        with suppress(FileNotFoundError), os.scandir(at) as entries:
+    found: dict[str, os.stat_result] = {}
+    folders = [""]
+    while folders:
+        at = folders.pop()
+        with suppress(FileNotFoundError), os.scandir(folder / at) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    if not entry.is_dir(follow_symlinks=False):
-                        yield os.path.relpath(entry.path, folder), entry.stat(follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{at}{entry.name}/")
+                    else:
+                        found[at + entry.name] = entry.stat(follow_symlinks=False)
+    return found
 
 
 def _open_regular(path: Path) -> tuple[int, os.stat_result]:

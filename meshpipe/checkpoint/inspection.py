@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshpipe.checkpoint.files import below
 from meshpipe.checkpoint.index import CheckpointError
 from meshpipe.checkpoint.names import CHECKSUMS
 from meshpipe.checkpoint.reader import CheckpointReader, ProblemsError, load_step, step_problems
@@ -32,13 +31,13 @@ def describe_checkpoint(directory: str | Path, step: int) -> CheckpointInfo:
     """
     reader = CheckpointReader(directory)
     with reader.reading(step) as folder:
-        document = load_step(folder, step).document
-        size = sum(status.st_size for _, status in below(folder))
+        saved = load_step(folder, step)
+        size = sum(status.st_size for status in saved.found.values())
         try:
             saved_at = (folder / CHECKSUMS).lstat().st_mtime
         except FileNotFoundError:
             raise ProblemsError({CHECKSUMS: "is missing"}) from None
-    return CheckpointInfo(step, size, saved_at, document["user"], document["leaves"])
+    return CheckpointInfo(step, size, saved_at, saved.document["user"], saved.document["leaves"])
 
 
 def list_checkpoints(directory: str | Path) -> list[int]:

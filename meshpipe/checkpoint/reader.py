@@ -13,7 +13,7 @@ import jax
 from meshpipe.checkpoint.arrays import read_leaves
 from meshpipe.checkpoint.checksums import Checksums, differences, file_problem, load_list, size_differences
 from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, parse_json
-from meshpipe.checkpoint.files import DamagedFileError
+from meshpipe.checkpoint.files import DamagedFileError, below
 from meshpipe.checkpoint.index import CheckpointError, Tree, check_leaf, with_sharding
 from meshpipe.checkpoint.names import CHECKSUMS, DOCUMENT, META, directory_name, leaf_of
 from meshpipe.checkpoint.schema import SchemaError, check_document
@@ -37,6 +37,8 @@ class SavedStep:
 
     folder: Path
     files: Checksums
+    found: Mapping[str, os.stat_result]
+    """What is in the folder."""
     document: dict[str, Any]
 
 
@@ -100,8 +102,10 @@ class CheckpointReader:
                     if shape.sharding.addressable_devices:
                         wanted[stage, key] = shape
             folders = {f"{leaves[key]['item']}/{directory_name(key)}" for _, key in wanted}
-            problems = differences(folder, saved.files, lambda name: leaf_of(name) is None and name != DOCUMENT)
-            problems |= size_differences(folder, saved.files, lambda name: name.rpartition("/")[0] in folders)
+            problems = differences(
+                folder, saved.found, saved.files, lambda name: leaf_of(name) is None and name != DOCUMENT
+            )
+            problems |= size_differences(saved.found, saved.files, lambda name: name.rpartition("/")[0] in folders)
             arrays: dict[tuple[int, str], jax.Array] = {}
             if not problems:
                 arrays, problems = read_leaves(folder, wanted, leaves, saved.files)
@@ -158,7 +162,8 @@ def load_step(folder: Path, step: int) -> SavedStep:
         raise ProblemsError({CHECKSUMS: "is missing"}) from None
     except DamagedFileError as error:
         raise ProblemsError({CHECKSUMS: str(error)}) from None
-    problems = differences(folder, files, lambda name: name.startswith(f"{META}/") and name != DOCUMENT)
+    found = below(folder)
+    problems = differences(folder, found, files, lambda name: name.startswith(f"{META}/") and name != DOCUMENT)
     size = files.get(DOCUMENT, (0, 0))[0]
     text = bytearray(size if size <= LARGEST_DOCUMENT else 0)
     if DOCUMENT not in files:
@@ -177,10 +182,9 @@ def load_step(folder: Path, step: int) -> SavedStep:
             f"Step {step} in {folder.parent} is not written as this version of meshpipe writes checkpoints: "
             f"{DOCUMENT}: {error}. Read it with the version that saved it."
         ) from None
-    if document["step"] != step:
-        found = document["step"]
-        raise CheckpointError(f"{folder} holds step {found}. Name the folder {found} again.")
-    return SavedStep(folder, files, document)
+    if (held := document["step"]) != step:
+        raise CheckpointError(f"{folder} holds step {held}. Name the folder {held} again.")
+    return SavedStep(folder, files, found, document)
 
 
 def newest_good_step(directory: Path, but: int) -> int | None:
@@ -199,7 +203,7 @@ def step_problems(folder: Path, step: int, concerns: Callable[[str], bool] = lam
     identity = _identity(folder, step)
     try:
         saved = load_step(folder, step)
-        found = sentences(differences(folder, saved.files, concerns))
+        found = sentences(differences(folder, saved.found, saved.files, concerns))
     except ProblemsError as error:
         found = sentences(error.problems)
     except CheckpointError as error:

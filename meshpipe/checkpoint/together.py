@@ -7,7 +7,7 @@ from pathlib import Path
 
 from meshpipe.checkpoint.checksums import Checksums, is_list, size_differences, write_list
 from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, load_json
-from meshpipe.checkpoint.files import DamagedFileError, for_each, remove, write_file
+from meshpipe.checkpoint.files import DamagedFileError, below, for_each, remove, write_file
 from meshpipe.checkpoint.shards import Content
 from meshpipe.processes.coordination import ask, delete, process_count, process_index, tell, tell_all
 
@@ -87,7 +87,7 @@ class SaveTogether:
         missing = sorted(all_names - files.keys())
         if missing:
             raise OSError(f"no process has written {missing[0]}, and {len(missing) - 1} other files")
-        wrong = size_differences(self._partial, files)
+        wrong = size_differences(below(self._partial), files)
         if wrong:
             name = min(wrong)
             raise OSError(f"{name} {wrong[name]}, and {len(wrong) - 1} other files are not as they were written")

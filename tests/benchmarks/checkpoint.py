@@ -1,13 +1,20 @@
 """Saving and restoring against writing and reading one file of as many bytes, and how long a save holds up the loop.
 
-Two stages of 2 x 2 virtual CPU devices hold the arrays of a transformer with Adam. Saves, restores, and raw files take
-turns. Everything is written through to the disk, and dropped from the page cache before it is read. Times are those of
-one disk and machine: compare ratios. The first save of a process, which makes Orbax ready, is not counted.
+    python tests/benchmarks/checkpoint.py [--megabytes 384] [--processes 1] [--folder DIR] [--rounds 5] [--json FILE]
+
+Stages on eight virtual CPU devices hold the arrays of a transformer with Adam, sharded over the tensor axis. Saves,
+restores, and raw files take turns; medians are shown. Both sides reach the disk: a raw write ends with an fsync of its
+file, a save with those of all its files and folders. Both sides are dropped from the page cache before they are read.
+Raw files are written and read in turn by one thread, in pieces of 4 MiB, and read into one buffer; a restore ends when
+all arrays are on their devices. With `--processes N` each process writes and reads a raw file of its own share at the
+same time as the others, and an action ends when it has ended in all. The first round is not counted.
+Times are those of one disk and machine, and of what else it does: compare ratios.
 """
 
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,10 +26,13 @@ from benchmark import median, print_results
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-CHUNK = 1 << 22
+CHUNK = 4 << 20
+DEVICES = 8
+ACTIONS = ("raw write", "save", "held up", "raw read", "restore", "restore half")
 
 
-def trees(megabytes: int) -> list[dict[str, dict[str, Any]]]:
+def make_trees(megabytes: int, processes: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The arrays of the stages of this process, and the shapes of all stages."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
@@ -30,42 +40,41 @@ def trees(megabytes: int) -> list[dict[str, dict[str, Any]]]:
     import meshpipe
     from meshpipe.mesh import submeshes
 
-    width = 1024
-    layers = max(1, megabytes * (1 << 20) // (2 * 3 * 4 * width * width))
+    width, stages = 1024, max(2, processes)
+    layers = max(1, megabytes * (1 << 20) // (stages * 3 * 4 * width * width))
     random = np.random.default_rng(0)
+    meshes = submeshes(meshpipe.make_mesh(stages, DEVICES // stages // 2, 2))
 
-    def array(mesh: jax.sharding.Mesh) -> jax.Array:
-        values = random.normal(size=(width, width)).astype(np.float32)
-        return jax.device_put(values, NamedSharding(mesh, PartitionSpec(None, "tensor")))
+    def tree(stage: int, make: Callable[[NamedSharding], Any]) -> dict[str, Any]:
+        place = NamedSharding(meshes[stage], PartitionSpec(None, "tensor"))
+        names = [f"layers/{stage * layers + i}/kernel" for i in range(layers)]
+        return {section: {name: make(place) for name in names} for section in ("params", "mu", "nu")}
 
-    return [
-        {
-            section: {f"layers/{stage * layers + i}/kernel": array(mesh) for i in range(layers)}
-            for section in ("params", "mu", "nu")
-        }
-        for stage, mesh in enumerate(submeshes(meshpipe.make_mesh(2, 2, 2)))
-    ]
+    def array(place: NamedSharding) -> Any:
+        return jax.device_put(random.normal(size=(width, width)).astype(np.float32), place)
+
+    def shape(place: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct((width, width), np.float32, sharding=place)
+
+    local = [bool(set(mesh.devices.flat) & set(jax.local_devices())) for mesh in meshes]
+    trees = [tree(i, array) if local[i] else {"params": {}, "mu": {}, "nu": {}} for i in range(stages)]
+    return trees, [tree(i, shape) for i in range(stages)]
 
 
-def forget(folder: Path) -> None:
+def forget(path: Path) -> None:
     """Drops files from the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def seconds(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def raw_write(path: Path, arrays: list[Any]) -> None:
     with open(path, "wb", buffering=0) as file:
         for array in arrays:
-            file.write(memoryview(array).cast("B"))
-        file.flush()
+            whole = memoryview(array).cast("B")
+            for start in range(0, len(whole), CHUNK):
+                file.write(whole[start : start + CHUNK])
         os.fsync(file.fileno())
 
 
@@ -76,67 +85,126 @@ def raw_read(path: Path) -> None:
             pass
 
 
-def measure(folder: Path, megabytes: int, rounds: int) -> tuple[int, dict[str, list[float]]]:
-    """The bytes of the arrays, and the seconds of every kind of action in every round."""
-    import meshpipe
-
-    meshpipe.use_cpu_devices(8)
+def measure(
+    folder: Path, options: argparse.Namespace, number: int, meet: Callable[[], None]
+) -> tuple[int, dict[str, list[float]]]:
+    """The bytes of the arrays of this process, and the seconds of every action in every round, until it has ended in
+    all processes, between each of which `meet` waits for all.
+    """
     import jax
     import numpy as np
 
     from meshpipe.checkpoint import Checkpointer
 
-    arrays = trees(megabytes)
-    values = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
-    found: dict[str, list[float]] = {
-        name: [] for name in ("raw write", "save", "held up", "raw read", "restore", "restore half")
-    }
+    arrays, shapes = make_trees(options.megabytes, options.processes)
+    values = [np.asarray(shard.data) for a in jax.tree.leaves(arrays) for shard in a.addressable_shards[:2]]
+    raw = folder / f"raw_{number}"
+    found: dict[str, list[float]] = {name: [] for name in ACTIONS}
+
+    def seconds(action: Callable[[], Any]) -> float:
+        meet()
+        start = time.perf_counter()
+        jax.block_until_ready(action())
+        meet()
+        return time.perf_counter() - start
+
     with Checkpointer(folder / "run", keep=1) as checkpointer:
-        for step in range(rounds + 1):
-            raw = seconds(lambda: raw_write(folder / "raw", values))
-            held = seconds(lambda step=step: checkpointer.save(step, arrays, {}))
-            rest = seconds(checkpointer.wait)
-            forget(folder)
-            read = seconds(lambda: raw_read(folder / "raw"))
-            restore = seconds(lambda step=step: jax.block_until_ready(checkpointer.restore(step, arrays)))
-            forget(folder)
-            half = seconds(lambda step=step: jax.block_until_ready(checkpointer.restore(step, arrays[:1])))
+        held = 0.0
+
+        def save(step: int) -> None:
+            nonlocal held
+            start = time.perf_counter()
+            checkpointer.save(step, arrays, {}, shapes)
+            held = time.perf_counter() - start
+            checkpointer.wait()
+
+        for step in range(options.rounds + 1):
+            times = [seconds(lambda: raw_write(raw, values)), seconds(lambda step=step: save(step)), held]
+            for path in (raw, folder / "run" / str(step)):
+                forget(path)
+            times += [
+                seconds(lambda: raw_read(raw)),
+                seconds(lambda step=step: checkpointer.restore(step, shapes)),
+            ]
+            forget(folder / "run" / str(step))
+            half = shapes[: len(shapes) // 2]
+            times.append(seconds(lambda step=step, half=half: checkpointer.restore(step, half)))
+            raw.unlink()  # so that the next one is not written over
             if step:
-                times = (raw, held + rest, held, read, restore, half)
-                for name, value in zip(found, times, strict=True):
+                for name, value in zip(ACTIONS, times, strict=True):
                     found[name].append(value)
-    return sum(value.nbytes for value in values), found
+    return sum(value.nbytes for value in values) * options.processes, found
 
 
 def rows_of(size: int, found: dict[str, list[float]]) -> list[dict[str, object]]:
     times = {name: median(values) for name, values in found.items()}
     ratios = {
-        "save": ("raw write / save", times["raw write"] / times["save"]),
-        "held up": ("held up / save", times["held up"] / times["save"]),
-        "restore": ("raw read / restore", times["raw read"] / times["restore"]),
+        "save": ("raw write / save", "raw write", "save"),
+        "held up": ("held up / save", "held up", "save"),
+        "restore": ("raw read / restore", "raw read", "restore"),
     }
     rows: list[dict[str, object]] = []
     for name, value in times.items():
         # The raw files and the checkpoints have the same bytes; half of the stages have half of them.
         speed = "" if name == "held up" else size / (2 if name == "restore half" else 1) / value / 1e6
-        what, ratio = ratios.get(name, ("", ""))
+        what, ratio = "", ""
+        if name in ratios:
+            what, above, below = ratios[name]
+            # Of each round, so that what else the machine did meets both.
+            ratio = median(a / b for a, b in zip(found[above], found[below], strict=True))
         rows.append({"action": name, "seconds": value, "MB/s": speed, "ratio": what, "value": ratio})
     return rows
 
 
+def run(options: argparse.Namespace, number: int, port: int) -> None:
+    """One process of the benchmark; process 0 prints the results."""
+    import meshpipe
+
+    meshpipe.use_cpu_devices(DEVICES // options.processes)
+    if options.processes > 1:
+        from meshpipe.processes.coordination import meet
+        from meshpipe.processes.guard import leave
+        from meshpipe.processes.join import DistributedConfig, join
+
+        place = {"coordinator": f"127.0.0.1:{port}", "process_id": number, "process_count": options.processes}
+        join(DistributedConfig(**place))
+        meetings = iter(range(1 << 30))
+        size, found = measure(options.folder, options, number, lambda: meet(f"benchmark/{next(meetings)}", 600))
+    else:
+        size, found = measure(options.folder, options, number, lambda: None)
+    if number == 0:
+        title = f"checkpoint of {size / 1e6:.0f} MB, {options.processes} process(es)"
+        print_results(title, rows_of(size, found), options.json)
+    if options.processes > 1:
+        leave(0)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=384, help="about how much to save")
     parser.add_argument("--rounds", type=int, default=5, help="medians are shown")
+    parser.add_argument("--processes", type=int, choices=(1, 2, 4), default=1)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder is made in it")
     parser.add_argument("--json", help="file for the line of JSON")
+    parser.add_argument("--part", nargs=2, type=int, metavar=("NUMBER", "PORT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.part is not None:
+        run(options, *options.part)
+        return
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        size, found = measure(folder, options.megabytes, options.rounds)
+        if options.processes == 1:
+            options.folder = folder
+            run(options, 0, 0)
+            return
+        from meshpipe.processes.launch import free_port
+
+        port = free_port()
+        command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder), "--part"]
+        parts = [subprocess.Popen([*command, str(i), str(port)]) for i in range(options.processes)]
+        sys.exit(max(part.wait() for part in parts))
     finally:
         shutil.rmtree(folder)
-    print_results(f"checkpoint of {size / 1e6:.0f} MB", rows_of(size, found), options.json)
 
 
 if __name__ == "__main__":
