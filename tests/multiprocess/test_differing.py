@@ -43,7 +43,7 @@ def test_trainers_that_differ_are_refused_in_every_process(tmp_path: Path) -> No
         ("--learning-rate 0.5 --clip-norm 0.1", "--clip-norm (0.1, not None)"),
         pytest.param("--eval-every 2", "another --eval-every (2, not 0)", marks=pytest.mark.slow),
         pytest.param("--checkpoint-dir run", "another --checkpoint-dir (a path, not none)", marks=pytest.mark.slow),
-        pytest.param("--data.size 99", "another --data.size (99, not", marks=pytest.mark.slow),
+        pytest.param("--data.count 99", "another --data.count (99, not 512)", marks=pytest.mark.slow),
     ],
 )
 def test_commands_that_differ_end_with_code_2(flags: str, sentence: str, tmp_path: Path) -> None:
