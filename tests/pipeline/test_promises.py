@@ -1,0 +1,63 @@
+"""Arrays whose values come later, at a server that nobody else can reach."""
+
+import os
+import socket
+import threading
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meshpipe.mesh import make_mesh, submeshes
+from meshpipe.pipeline.promises import Promises, _sockets
+
+MESH = submeshes(make_mesh(1, 2))[0]
+
+
+@pytest.fixture(scope="module")
+def promises() -> Promises:
+    return Promises()
+
+
+def test_values_come_later_from_another_thread(promises: Promises) -> None:
+    for spec in (PartitionSpec(), PartitionSpec("data")):
+        sharding = NamedSharding(MESH, spec)
+        number, (promised,) = promises.make([jax.ShapeDtypeStruct((4,), np.int32, sharding=sharding)])
+        assert not promised.is_ready()
+        value = np.arange(4, dtype=np.int32)
+        threading.Timer(
+            0.05, lambda n, s, v: promises.fill(n, [jax.device_put(v, s)]), (number, sharding, value)
+        ).start()
+        np.testing.assert_array_equal(np.asarray(promised + 1), value + 1)
+        assert promised.sharding == sharding
+
+
+def test_whoever_waits_is_told_why_there_is_nothing(promises: Promises) -> None:
+    shapes = [jax.ShapeDtypeStruct((4,), np.int32, sharding=NamedSharding(MESH, PartitionSpec()))] * 2
+    number, promised = promises.make(shapes)
+    promises.fail(number, shapes, "Connection to process 1 is gone")
+    for array in promised:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Connection to process 1 is gone"):
+            jax.block_until_ready(array)
+
+
+def test_its_port_is_closed() -> None:
+    before = ports()
+    own = Promises()
+    assert ports() == before
+    port = int(own._server.address().rpartition(":")[2])
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 5)
+    own._check()  # it still works, without anybody's help
+
+
+def test_no_descriptor_is_left_open_by_looking_at_them() -> None:
+    before = os.listdir("/dev/fd")
+    list(_sockets())
+    assert len(os.listdir("/dev/fd")) == len(before)
+
+
+def ports() -> set[int]:
+    found = _sockets()
+    return {s.getsockname()[1] for _, s in found if s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)}
