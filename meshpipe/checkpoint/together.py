@@ -10,6 +10,7 @@ from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, load_json
 from meshpipe.checkpoint.files import DamagedFileError, below, for_each, remove, write_file
 from meshpipe.checkpoint.shards import Content
 from meshpipe.processes.coordination import ask, delete, process_count, process_index, tell, tell_all
+from meshpipe.processes.printable import printable
 
 _numbers = itertools.count()
 _last_topic: dict[Path, str] = {}
@@ -123,7 +124,7 @@ class SaveTogether:
     def _hear(self, what: str, *, of: int, seconds: float | None = None) -> str:
         seconds = self._seconds if seconds is None else seconds
         try:
-            return ask(f"{self._topic}/{what}", seconds)
+            return printable(ask(f"{self._topic}/{what}", seconds))
         except TimeoutError:
             return f"process {of} was not heard of for {seconds:.0f} s"
 

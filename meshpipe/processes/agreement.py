@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from meshpipe.processes.coordination import ask, delete, process_index, tell
 from meshpipe.processes.group import Group
+from meshpipe.processes.printable import printable
 
 AGREE_SECONDS = 3600.0
 """How long processes wait for each other, one of which may still compile."""
@@ -38,7 +39,7 @@ def agree(group: Group, topic: str, description: Mapping[str, str]) -> None:
     delete(_own(group, topic))
     if found:
         raise ValueError(
-            f"All processes must run the same step. Got: {'; '.join(found)}. "
+            f"All processes must run the same step. Got: {printable('; '.join(found))}. "
             "Start all with the same command, code and packages."
         )
 

@@ -14,6 +14,7 @@ from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.processes.coordination import process_count, process_index, tell_all
+from meshpipe.processes.printable import printable
 from meshpipe.run.record import MAY_CHANGE, check_metadata, config_values
 from meshpipe.trainer import Trainer
 
@@ -160,7 +161,7 @@ def _check_whole(folder: str, step: int, steps: Sequence[int], argument: str) ->
     )
     raise ArgumentError(
         f"To go on, a run needs a whole checkpoint. Got step {step} in {folder}, which is damaged: "
-        f"{'; '.join(problems[:3])}. {way_out}"
+        f"{printable('; '.join(problems[:3]))}. {way_out}"
     )
 
 
