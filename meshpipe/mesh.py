@@ -77,11 +77,19 @@ def _way_out(platform: str, needed: int) -> str:
 def submeshes(mesh: Mesh) -> tuple[Mesh, ...]:
     """The devices of each pipeline rank as a mesh of the remaining axes, in the order of the ranks.
 
-    Raises `ValueError` when the first axis of the mesh is not `pipeline`.
+    Raises `ValueError` when the first axis of the mesh is not `pipeline`, or an axis is not `AxisType.Auto`.
     """
     if not mesh.axis_names or mesh.axis_names[0] != PIPELINE:
         raise ValueError(
             f"The first mesh axis must be {PIPELINE!r}. Got axes {mesh.axis_names}. Use meshpipe.make_mesh."
+        )
+    others = {name: kind for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto}
+    if others:
+        got = ", ".join(f"{name} {kind.name}" for name, kind in others.items())
+        raise ValueError(
+            "Every mesh axis must be AxisType.Auto, since XLA places what layers compute inside a stage. "
+            f"Got {got}, as jax.make_mesh makes them unless told otherwise. Use meshpipe.make_mesh, or pass "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}; layers then call without out_sharding."
         )
     names = mesh.axis_names[1:]
     return tuple(Mesh(row, names, axis_types=(AxisType.Auto,) * len(names)) for row in mesh.devices)

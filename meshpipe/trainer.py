@@ -18,7 +18,7 @@ from meshpipe.choose.chooser import Chooser, check_costs
 from meshpipe.compiler.cache import open_cache
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.errors import ArgumentError, check_clip_norm, check_seed
-from meshpipe.host import no_garbage_collection
+from meshpipe.host import check_settings, no_garbage_collection
 from meshpipe.layers.description import describe_model, describe_programs
 from meshpipe.layers.initialise import initialise
 from meshpipe.layers.layer import LayerLike, Leaves
@@ -152,6 +152,7 @@ class Trainer:
         target: Target | None,
         check: Callable[[StagedModel], None] | None = None,
     ) -> None:
+        check_settings()
         check_seed(seed)
         check_clip_norm(clip_norm)
         mesh = make_mesh() if mesh is None else mesh

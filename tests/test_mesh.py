@@ -54,6 +54,14 @@ def test_submeshes_want_the_pipeline_axis_first() -> None:
         submeshes(mesh)
 
 
+def test_a_mesh_as_jax_makes_it_is_refused_with_the_way_out() -> None:
+    mesh = jax.make_mesh((2, 2), ("pipeline", "data"))
+    with pytest.raises(ValueError, match=r"Got pipeline Explicit, data Explicit.*AxisType.Auto,\) \* 2"):
+        submeshes(mesh)
+    auto = jax.make_mesh((2, 2), ("pipeline", "data"), axis_types=(AxisType.Auto,) * 2)
+    assert len(submeshes(auto)) == 2
+
+
 def test_too_few_devices_says_the_product_and_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"Got 4 \* 2 \* 2 = 16, with 8 cpu device.*use_cpu_devices\(16\)"):
         make_mesh(4, 2, 2)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import meshpipe
 
@@ -69,6 +69,14 @@ class Norm(nnx.Module):
         return self.norm(x)
 
 
+class Placed(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x, out_sharding=PartitionSpec("data", "tensor"))
+
+
 class NeedsTemperature(nnx.Module):
     def __call__(self, x: jax.Array, temperature: jax.Array) -> jax.Array:
         return x * temperature
@@ -77,6 +85,10 @@ class NeedsTemperature(nnx.Module):
 class Scheduled(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         raise RuntimeError("not on Tuesdays")
+
+
+def explicit(kind: AxisType) -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(2, 1, 1), ("pipeline", "data", "tensor"), axis_types=(kind,) * 3)
 
 
 def by_key(x: Any) -> Any:
@@ -182,6 +194,15 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "mesh without pipeline": (
         lambda: train(mesh=Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))),
         r"The first mesh axis must be 'pipeline'. Got axes \('data',\)",
+    ),
+    "explicit mesh": (
+        lambda: train(mesh=explicit(AxisType.Explicit)),
+        r"Every mesh axis must be AxisType.Auto.* pipeline Explicit, data Explicit, tensor Explicit.* Use meshpipe.",
+    ),
+    "manual mesh": (lambda: train(mesh=explicit(AxisType.Manual)), r"Got pipeline Manual, data Manual, tensor Manual"),
+    "out_sharding": (
+        called(Placed),
+        r"layers/1 \(Placed, stage 1\), called with .* Leave out_sharding out: the mesh ax",
     ),
     "bool in a mesh": (lambda: meshpipe.make_mesh(pipeline=True), r"`pipeline` must be a whole number of at least 1"),
     "half a device": (

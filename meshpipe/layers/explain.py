@@ -61,6 +61,12 @@ def _way_out(error: Exception, *, of_layer: bool = True) -> str:
             " Leave axis_name out: a layer sees the whole microbatch, over all devices of the data axis, so its means "
             "and statistics are those of the whole microbatch."
         )
+    if "AxisType.Auto" in text or "of type Auto" in text:
+        return (
+            " Leave out_sharding out: the mesh axes of a stage are Auto, and XLA places what layers compute. Name the "
+            "axes of parameters with nnx.with_partitioning, and constrain a value with "
+            "jax.lax.with_sharding_constraint where that is needed."
+        )
     if isinstance(error, jax.errors.UnexpectedTracerError) or type(error).__name__ == "TraceContextError":
         return " A call may only change what belongs to its own module, and what it is given."
     if isinstance(error, jax.errors.JAXTypeError):
