@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshpipe.errors import ArgumentError
 from meshpipe.files import check_file
 from meshpipe.observe.clock import MeasuredStep
 from meshpipe.plan.plan import Action
@@ -22,7 +23,7 @@ def check_trace(path: str | None) -> None:
         return
     file = Path(path)
     if file.suffix != ".json":
-        raise ValueError(f"--trace must name a file that ends in .json. Got {path!r}.")
+        raise ArgumentError(f"`trace` must name a file that ends in .json. Got {path!r}.")
     check_file("trace", file)
 
 

@@ -35,5 +35,5 @@ def test_events_are_complete_and_at_their_times(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["trace.txt", "missing/trace.json"])
 def test_a_file_that_cannot_be_is_refused(path: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--trace must name"):
+    with pytest.raises(ValueError, match="`trace` must name"):
         check_trace(str(tmp_path / path))
