@@ -11,13 +11,14 @@ from meshpipe.mesh import make_mesh as make_mesh
 from meshpipe.mesh import submeshes as submeshes
 from meshpipe.mesh import use_cpu_devices as use_cpu_devices
 from meshpipe.models.model import ModelConfig as ModelConfig
+from meshpipe.models.reference import Reference as Reference
 from meshpipe.optimizer.config import OptimizerConfig as OptimizerConfig
 from meshpipe.pipeline.config import PipelineConfig as PipelineConfig
 from meshpipe.plan.plan import Action as Action
 from meshpipe.plan.plan import Op as Op
 from meshpipe.plan.plan import Plan as Plan
 from meshpipe.plan.schedules import make_plan as make_plan
-from meshpipe.reference.verify import VerifyReport as VerifyReport
+from meshpipe.reference.comparison import VerifyReport as VerifyReport
 from meshpipe.reference.verify import verify as verify
 from meshpipe.sharding import ShardingRules as ShardingRules
 from meshpipe.trainer import NonFiniteError as NonFiniteError

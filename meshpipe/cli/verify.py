@@ -29,11 +29,12 @@ def verify(arguments: list[str]) -> int:
     console = make_console()
     take_devices(config, console)
     report = verify_recipe(config, extra.updates)
+    updates = f"{extra.updates} update{'s' if extra.updates > 1 else ''}"
+    console.print(f"Compared over {updates} with plain training of {report.reference} on one device.", markup=False)
     console.print(difference_table(report.worst_by_layer().values()))
     first = report.first
     if first is None:
-        compared = f"over {extra.updates} update{'s' if extra.updates > 1 else ''}"
-        console.print(f"Equal to plain training on one device {compared}; relative tolerance {report.tolerance:.1g}.")
+        console.print(f"Equal to plain training on one device; relative tolerance {report.tolerance:.1g}.")
         return COMPLETED
     what = f"{first.quantity} {first.path}".strip()
     when = f"in update {first.update}" if first.update else "before the first update"

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from meshpipe.models.reference import Reference
+
 LayerConstructor = Callable[[nnx.Rngs], nnx.Module]
 SumAndWeight = tuple[jax.Array, jax.Array]
 
@@ -46,3 +48,7 @@ class ModelConfig(abc.ABC):
     def tied(self) -> tuple[tuple[str, ...], ...]:
         """Groups of leaf paths that are one parameter; the first path of a group owns it."""
         return ()
+
+    def reference(self) -> Reference | None:
+        """The model before it was cut into layers, for `meshpipe verify`; None compares with the layers themselves."""
+        return None

@@ -1,100 +1,35 @@
 """Parallel against plain: the same training at a layout and on one device, compared leaf by leaf."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from meshpipe.config import Config
 from meshpipe.data import batches
 from meshpipe.data.arrays import copy_batch
+from meshpipe.layers.fields import WithFields
 from meshpipe.layers.layer import LayerLike, abstract_layers
 from meshpipe.layers.stage_function import Loss
 from meshpipe.mesh import make_mesh
+from meshpipe.models.reference import Reference
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.reference.plain import PlainTrainer
-from meshpipe.sharding import PRESETS, ShardingRules, widened
+from meshpipe.reference.comparison import Comparison, VerifyReport
+from meshpipe.reference.layered import LayeredModel
+from meshpipe.reference.plain import PlainModel, PlainTraining, Values
+from meshpipe.reference.snapshot import Snapshot, overwrite, record_gradients, snapshot
+from meshpipe.reference.uncut import UncutModel
+from meshpipe.sharding import PRESETS, ShardingRules
 from meshpipe.trainer import Trainer
 
-SMALL = 1e-2
-"""A leaf whose values are all below this share of the largest is judged against that share: its own may be rounding."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference of one quantity between the layout and one device."""
-
-    update: int
-    """0 before the first update."""
-    quantity: str
-    """`loss`, `gradient norm`, `initial parameter`, `gradient`, `parameter` or `state`."""
-    path: str
-    """Leaf path; empty for scalars of the whole model."""
-    found: float
-    """Largest absolute difference over the leaf's elements."""
-    allowed: float
-
-    @property
-    def ok(self) -> bool:
-        return self.found <= self.allowed  # False for NaN as well
-
-    @property
-    def layer(self) -> str:
-        """`layers/3`, or the name of the quantity for a scalar."""
-        return "/".join(self.path.split("/")[:2]) or self.quantity
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """All differences, in the order in which they would first show: scalars, then layers."""
-
-    differences: tuple[Difference, ...]
-    tolerance: float
-    """Relative tolerance: the square root of the machine epsilon of the coarsest dtype in the computation."""
-
-    @property
-    def ok(self) -> bool:
-        return all(d.ok for d in self.differences)
-
-    @property
-    def first(self) -> Difference | None:
-        """The first that is too large: of the earliest update, in the first layer."""
-        bad = [d for d in self.differences if not d.ok]
-        return min(bad, key=lambda d: (d.update, not d.path, _layer_number(d))) if bad else None
-
-    def worst_by_layer(self) -> dict[tuple[str, str], Difference]:
-        """For each layer and quantity, the difference that comes closest to its tolerance or passes it."""
-        worst: dict[tuple[str, str], Difference] = {}
-        for d in self.differences:
-            key = (d.layer, d.quantity)
-            if key not in worst or _ratio(d) > _ratio(worst[key]):
-                worst[key] = d
-        return worst
-
-
-class RecordState(NamedTuple):
-    """The gradients of the last update, as the optimizer saw them."""
-
-    gradients: Any
-
-
-def record_gradients() -> optax.GradientTransformation:
-    """Passes gradients on and keeps them, so that those compared are those that made the update."""
-
-    def init(params: Any) -> RecordState:
-        return RecordState(jax.tree.map(jnp.zeros_like, params))
-
-    def update(updates: Any, state: RecordState, params: Any = None) -> tuple[Any, RecordState]:
-        return updates, RecordState(updates)
-
-    return optax.GradientTransformation(init, update)
+Batch = dict[str, np.ndarray]
 
 
 @contextmanager
@@ -123,24 +58,36 @@ def verify(
     tied: Sequence[Sequence[str]] = (),
     rules: ShardingRules | None = None,
     compile_cache: str | None = None,
+    reference: Reference | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> VerifyReport:
     """Makes one update for each of the batches at the layout and on one device, and compares all that they compute.
 
-    Arguments are those of `Trainer`. Compared are the initial parameters; after each update the loss, the gradient
-    norm and every gradient as the optimizer got it; after the last the parameters and other state. The tolerance of
-    a leaf is `sqrt(eps)` of the coarsest floating dtype, times the leaf's largest value. Where layers do not say
-    otherwise, matrices are multiplied in full precision, which accelerators by themselves do not do for float32. Raises
-    `ValueError` as `Trainer` does, and without batches.
+    Arguments are those of `Trainer`, and `reference`: the uncut model that the layers were cut from, which is then
+    trained on one device in place of the layers, so that no code of meshpipe's layers judges itself. A model or its
+    constructor is enough if it takes the input field alone, else it is a `Reference`.
+
+    Every update is judged by itself. The plain side starts it from the trainer's parameters, optimizer state and other
+    state; compared are the loss, the gradient norm, every gradient as the optimizer got it, and the state that forward
+    leaves; then what Optax makes of those gradients, parameters and optimizer state. Tied parameters must be the same
+    to the bit. Before the first update the initial values are compared. At last the trainer makes all updates again
+    from the beginning without being looked at in between, and must have the same losses and norms. The arrays that it
+    is handed are overwritten as soon as `step` returns.
+
+    The tolerance of a leaf is `sqrt(eps)` of the coarsest floating dtype, times the leaf's largest value. Where layers
+    do not say otherwise, matrices are multiplied in full precision, which accelerators by themselves do not do for
+    float32. Raises `ValueError` as `Trainer` does, without batches, in several processes, and if leaves of
+    layers are not found in the reference.
     """
     rows = [copy_batch(batch) for batch in batches]  # a loader may use its arrays again for the next batch
     if not rows:
         raise ValueError("Verification needs at least one batch. Got none.")
+    if jax.process_count() > 1:
+        raise ValueError(f"Verification runs in one process. Got {jax.process_count()}; start it without launch.")
     config = pipeline or PipelineConfig()
-    recording = optax.chain(record_gradients(), optimizer)
     trainer = Trainer(
         layers,
         loss,
-        recording,
+        optax.chain(record_gradients(), optimizer),
         batch=rows[0],
         mesh=make_mesh() if mesh is None else mesh,
         input=input,
@@ -151,34 +98,20 @@ def verify(
         rules=rules,
         compile_cache=compile_cache,
     )
-    plain = PlainTrainer(
-        abstract_layers(layers, trainer.model.microbatches.shapes),
-        loss,
-        optimizer,
-        input=input,
-        seed=seed,
-        num_microbatches=config.num_microbatches,
-        clip_norm=clip_norm,
-        tied=trainer.model.tied,
-    )
     comparison = Comparison(_tolerance(trainer))
-    comparison.leaves(0, "initial parameter", trainer.params, plain.params)
-    certain: dict[str, np.ndarray] = {}
-    for update, batch in enumerate(rows, start=1):
-        result = trainer.step(batch)
-        expected_loss, expected_norm, gradients = plain.step(batch)
-        comparison.scalar(update, "loss", float(result.loss), expected_loss)
-        comparison.scalar(update, "gradient norm", float(result.grad_norm), expected_norm)
-        comparison.leaves(update, "gradient", _recorded(trainer), gradients)
-        for path, found in comparison.certain(gradients).items():
-            certain[path] = found & certain.get(path, np.bool_(True))
-    comparison.leaves(len(rows), "parameter", trainer.params, plain.params, certain)
-    comparison.leaves(len(rows), "state", trainer.state, plain.state)
-    return VerifyReport(tuple(comparison.differences), comparison.tolerance)
+    _compare_counts(comparison, trainer)
+    if not all(difference.ok for difference in comparison.differences):  # no leaf could be named
+        return VerifyReport(tuple(comparison.differences), comparison.tolerance, "its own layers")
+    model = _plain_model(trainer, layers, reference, input, seed)
+    training = PlainTraining(
+        model, loss, optimizer, seed=seed, num_microbatches=config.num_microbatches, clip_norm=clip_norm
+    )
+    _Verification(trainer, model, training, optimizer, comparison).run(rows)
+    return VerifyReport(tuple(comparison.differences), comparison.tolerance, model.describe())
 
 
 def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
-    """`verify` for a recipe's config, on the first batches that it would train on."""
+    """`verify` for a recipe's config, on the first batches that it would train on, with the reference of its model."""
     return verify(
         config.model.layers(),
         config.model.loss,
@@ -192,59 +125,146 @@ def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
         tied=config.model.tied(),
         rules=PRESETS[config.sharding],
         compile_cache=config.compile_cache,
+        reference=config.model.reference(),
     )
 
 
-class Comparison:
-    """Collects differences, each against a tolerance relative to the size of what is compared."""
+class _Verification:
+    """The updates of a trainer, each compared with the same update on one device."""
 
-    def __init__(self, tolerance: float):
-        self.tolerance = tolerance
-        self.differences: list[Difference] = []
-
-    def scalar(self, update: int, quantity: str, found: float, expected: float) -> None:
-        self.differences.append(
-            Difference(update, quantity, "", abs(found - expected), self.tolerance * max(abs(expected), self.tolerance))
-        )
-
-    def leaves(
+    def __init__(
         self,
-        update: int,
-        quantity: str,
-        found: Mapping[str, Any],
-        expected: Mapping[str, Any],
-        certain: Mapping[str, np.ndarray] | None = None,
+        trainer: Trainer,
+        model: PlainModel,
+        training: PlainTraining,
+        optimizer: optax.GradientTransformation,
+        comparison: Comparison,
+    ):
+        self._trainer, self._model, self._training, self._comparison = trainer, model, training, comparison
+        owned = {path: shape for stage in trainer.model.parameters for path, shape in stage.owned.items()}
+        self._owned = {path: model.names[path] for path in owned}
+        """By path of a parameter that the trainer updates, its name on the plain side."""
+        params = {name: owned[path] for path, name in reversed(self._owned.items())}
+        self._opt_state = jax.eval_shape(optimizer.init, params)
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        start = jax.tree.map(jnp.copy, self._trainer.state_tree())
+        before = snapshot(self._trainer, self._training.device)
+        for quantity, leaves in (("initial parameter", before.params), ("initial state", before.state)):
+            own = {path: self._model.initial[n] for path, n in self._names(leaves) if n in self._model.initial}
+            self._comparison.leaves(0, quantity, leaves, own)
+        self._compare_tied(0, before)
+        scalars = []
+        for update, batch in enumerate(batches, start=1):
+            loss, norm = self._step(batch)
+            after = snapshot(self._trainer, self._training.device)
+            scalars.append((float(loss), float(norm)))
+            self._compare(update, batch, scalars[-1], before, after)
+            before = after
+        self._trainer.load_state_tree(start, 0)
+        again = [self._step(batch) for batch in batches]
+        for update, (found, expected) in enumerate(zip(again, scalars, strict=True), start=1):
+            for quantity, a, b in zip(("loss", "gradient norm"), found, expected, strict=True):
+                self._comparison.scalar(update, f"uninterrupted {quantity}", float(a), b)
+
+    def _step(self, batch: Batch) -> tuple[SupportsFloat, SupportsFloat]:
+        borrowed = {name: value.copy() for name, value in batch.items()}
+        result = self._trainer.step(borrowed)
+        overwrite(borrowed)
+        return result.loss, result.grad_norm
+
+    def _compare(
+        self, update: int, batch: Batch, scalars: tuple[float, float], before: Snapshot, after: Snapshot
     ) -> None:
-        """Compares every leaf of `expected`; elements that are not `certain` are left out."""
-        largest = max((_largest(leaf) for leaf in expected.values()), default=0.0)
-        for path, leaf in expected.items():
-            a, b = widened(found[path]), widened(leaf)
-            difference = np.abs(a - b) if certain is None else np.where(certain[path], np.abs(a - b), 0.0)
-            allowed = self.tolerance * max(_largest(b), SMALL * largest)
-            self.differences.append(Difference(update, quantity, path, float(np.max(difference, initial=0.0)), allowed))
+        values = self._values(before)
+        expected = self._training.gradients(values, batch, update - 1)
+        self._comparison.scalar(update, "loss", scalars[0], expected.loss)
+        self._comparison.scalar(update, "gradient norm", scalars[1], expected.norm)
+        self._compare_tied(update, after)
+        if not expected.counts:
+            self._compare_left_out(update, before, after)
+            return
+        gradients = {path: expected.gradients[name] for path, name in self._owned.items()}
+        others = {name: g for name, g in expected.gradients.items() if name not in self._owned.values()}
+        self._comparison.leaves(update, "gradient", after.gradients, {**gradients, **others})
+        state = {path: expected.written[name] for path, name in self._names(after.state) if name in expected.written}
+        self._comparison.leaves(update, "state", after.state, state)
+        written = {name: expected.written.get(name, leaf) for name, leaf in values.params.items()}
+        recorded = {name: after.gradients[path] for path, name in reversed(self._owned.items())}
+        updated = self._training.update(Values(written, values.state, values.opt_state), recorded)
+        params = {path: updated.params[name] for path, name in self._owned.items()}
+        self._comparison.changes(update, "parameter", after.params, params, before.params)
+        self._compare_optimizer(update, before, after, updated.opt_state)
 
-    def certain(self, gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Where a gradient is exactly 0 or well above rounding.
+    def _compare_left_out(self, update: int, before: Snapshot, after: Snapshot) -> None:
+        """Where nothing in the batch counts, everything has to stay as it was."""
+        for quantity, old, new in (("parameter", before.params, after.params), ("state", before.state, after.state)):
+            for path, leaf in old.items():
+                self._comparison.exact(update, quantity, path, new[path], leaf)
+        self._compare_optimizer(update, before, after, before.optimizer_state(self._opt_state))
 
-        Adam and its like divide a gradient by its own size, so what they make of pure rounding errors is as large
-        as any update and says nothing; the gradient itself has been compared everywhere.
-        """
-        largest = max((_largest(leaf) for leaf in gradients.values()), default=0.0)
-        return {
-            path: (g == 0) | (np.abs(g) >= self.tolerance * max(_largest(g), SMALL * largest))
-            for path, g in gradients.items()
-        }
+    def _compare_optimizer(self, update: int, before: Snapshot, after: Snapshot, expected: Any) -> None:
+        leaves = jax.tree_util.tree_flatten_with_path(expected)[0]
+        for stage, (old, new) in enumerate(zip(before.optimizer, after.optimizer, strict=True)):
+            named = {_place(key, self._owned, stage): key for key, _ in leaves if key in new}
+            values = {name: dict(leaves)[key] for name, key in named.items()}
+            found, start = ({name: tree[key] for name, key in named.items()} for tree in (new, old))
+            self._comparison.changes(update, "optimizer state", found, values, start)
+
+    def _compare_tied(self, update: int, now: Snapshot) -> None:
+        first: dict[str, str] = {}
+        for path, name in self._names(now.params):
+            owner = first.setdefault(name, path)
+            if owner != path:
+                self._comparison.exact(update, "tied parameter", path, now.params[path], now.params[owner])
+
+    def _values(self, now: Snapshot) -> Values:
+        held = {name: leaf for path, name, leaf in reversed(self._held(now))}
+        leaves = {**self._model.kept, **held}
+        params = {name: leaf for name, leaf in leaves.items() if name in self._model.trained}
+        state = {name: leaf for name, leaf in leaves.items() if name not in params}
+        return Values(params, state, now.optimizer_state(self._opt_state))
+
+    def _held(self, now: Snapshot) -> list[tuple[str, str, jax.Array]]:
+        leaves = {**now.params, **now.state}
+        return [(path, name, leaves[path]) for path, name in self._names(leaves)]
+
+    def _names(self, leaves: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return [(path, self._model.names[path]) for path in leaves]
 
 
-def _recorded(trainer: Trainer) -> dict[str, Any]:
-    """The gradients kept by `record_gradients`, by leaf path."""
-    prefix = "0/gradients/"
-    return {
-        key.removeprefix(prefix): leaf
-        for tree in trainer.state_tree()
-        for key, leaf in tree["optimizer"].items()
-        if key.startswith(prefix)
-    }
+def _plain_model(
+    trainer: Trainer,
+    layers: Sequence[LayerLike],
+    reference: Reference | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | None,
+    input: str,
+    seed: int,
+) -> PlainModel:
+    tied = trainer.model.tied
+    if reference is None:
+        whole = abstract_layers(layers, trainer.model.microbatches.shapes)
+        return LayeredModel(whole, input=input, seed=seed, tied=tied)
+    given = reference if isinstance(reference, Reference) else Reference(reference)
+    params, state = trainer.params, trainer.state
+    own = [layer.layer if isinstance(layer, WithFields) else layer for layer in layers]
+    return UncutModel(given, own, params, state, input=input, seed=seed, tied=tied)
+
+
+def _compare_counts(comparison: Comparison, trainer: Trainer) -> None:
+    """Every variable of a layer has to be a leaf of its own, or two of them would have one value."""
+    leaves = (*trainer.params, *trainer.state)
+    for layer in trainer.model.layers:
+        variables = [v for _, v in nnx.to_flat_state(layer.structure) if not isinstance(v, nnx.RngState)]
+        found = sum(path.startswith(f"{layer.path}/") for path in leaves)
+        comparison.exact(0, "number of leaves", layer.path, found, len(variables))
+
+
+def _place(key: Any, owned: Mapping[str, str], stage: int) -> str:
+    """A leaf of the optimizer's state as a report names it: under the parameter's path, or as the stage's own."""
+    names = [str(part) for part in key if getattr(part, "key", None) not in owned]
+    of = [part.key for part in key if getattr(part, "key", None) in owned]
+    where = "".join(names).lstrip(".")
+    return f"{of[0]} ({where})" if of else f"stage {stage} ({where})"
 
 
 def _tolerance(trainer: Trainer) -> float:
@@ -256,18 +276,3 @@ def _tolerance(trainer: Trainer) -> float:
         if jnp.issubdtype(value.aval.dtype, jnp.floating)
     } | {leaf.dtype for leaf in trainer.params.values()}
     return float(np.sqrt(max(float(jnp.finfo(dtype).eps) for dtype in {*dtypes, jnp.dtype(jnp.float32)})))
-
-
-def _largest(leaf: Any) -> float:
-    return float(np.max(np.abs(widened(leaf)), initial=0.0))
-
-
-def _ratio(difference: Difference) -> float:
-    if np.isnan(difference.found):
-        return float("inf")
-    return difference.found / difference.allowed if difference.allowed else float(difference.found > 0) * float("inf")
-
-
-def _layer_number(difference: Difference) -> int:
-    parts = difference.path.split("/")
-    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else -1

@@ -1,0 +1,45 @@
+"""The layers one after the other as one plain model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from meshpipe.layers.layer import Layer, Randomness, path_hash
+from meshpipe.reference.plain import Leaves
+
+
+class LayeredModel:
+    """The user's layers called in their order; parameters that others own are taken from their owners."""
+
+    def __init__(self, layers: Sequence[Layer], *, input: str, seed: int, tied: Sequence[Sequence[str]]):
+        self._layers, self._input = layers, input
+        owners = {path: group[0] for group in tied for path in group}
+        self.names: Mapping[str, str] = {
+            path: owners.get(path, path) for layer in layers for path in (*layer.params, *layer.state)
+        }
+        self.trained = frozenset(self.names[path] for layer in layers for path in layer.params)
+        self.kept: Leaves = {}
+        self.splits = any(layer.has_randomness or layer.state for layer in layers)
+        with jax.default_device(jax.devices()[0]):
+            made = {p: v for layer in layers for p, v in _initial(layer, jax.random.key(seed)).items()}
+        self.initial: Leaves = {path: leaf for path, leaf in made.items() if self.names[path] == path}
+
+    def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[Any, Leaves]:
+        leaves = {path: params[name] for path, name in self.names.items() if name in params}
+        value, written = batch[self._input], dict(state)
+        for layer in self._layers:
+            value, after = layer(leaves, written, value, batch, Randomness(*draws), train=True)
+            written |= after
+        return value, written
+
+    def describe(self) -> str:
+        return "the same layers one after the other"
+
+
+def _initial(layer: Layer, key: jax.Array) -> Leaves:
+    if layer.values is not None:
+        return jax.tree.map(jnp.copy, jax.device_put(layer.values, jax.devices()[0]))
+    params, state = jax.jit(layer.initialise)(key, jnp.uint32(path_hash(layer.path)))
+    return {**params, **state}

@@ -1,0 +1,83 @@
+"""The user's uncut model as one plain model. It shares no code with the layers, whose training it judges."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meshpipe.models.reference import Reference
+from meshpipe.reference.correspondence import Key, correspond, text, trains
+from meshpipe.reference.plain import Leaves
+
+
+class UncutModel:
+    """The model of a `Reference`, whose leaves are named as the leaves of the layers that they correspond to.
+
+    `params` and `state` are the leaves of the layers, in the order of the layers. A leaf of the model that no layer has
+    keeps its own value, and the path that it has in the model, in parentheses, as its name. Raises `ValueError` when a
+    leaf of the layers corresponds to none of the model, or a path names nothing.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        layers: Sequence[Any],
+        params: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        input: str,
+        seed: int,
+        tied: Sequence[Sequence[str]],
+    ):
+        self._call = reference.call or (lambda model, batch: model(batch[input]))
+        with nnx.use_eager_sharding(False):
+            model = reference.model if isinstance(reference.model, nnx.Module) else reference.model(nnx.Rngs(seed))
+            if not isinstance(model, nnx.Module):
+                raise ValueError(
+                    f"A reference must be an nnx.Module or a constructor of one. Got a {type(model).__name__}. "
+                    "Put the model itself into meshpipe.Reference(...)."
+                )
+            self._class_name = type(model).__name__
+            self._graphdef, structure = nnx.split(model)
+        self._variables = dict(nnx.to_flat_state(structure))
+        own = {k: v for k, v in self._variables.items() if not isinstance(v, nnx.RngState)}
+        places = correspond(model, own, layers, {**params, **state}, reference.paths, tied)
+        owners: dict[Key, str] = {}
+        for path, (key, _) in places.items():
+            owners.setdefault(key, path)
+        self._names = {key: owners.get(key, f"({text(key)})") for key in own}
+        copies = {self._names[k]: jnp.copy(jax.device_put(_array(v), jax.devices()[0])) for k, v in own.items()}
+        self.names: Mapping[str, str] = {path: self._names[key] for path, (key, _) in places.items()}
+        self.trained = frozenset(self._names[key] for key, variable in own.items() if trains(variable))
+        self.initial: Leaves = {
+            self.names[path]: copies[self.names[path]] for path, (_, same) in places.items() if same
+        }
+        self.kept: Leaves = {name: leaf for name, leaf in copies.items() if name not in self.names.values()}
+        self.splits = len(self.trained) < len(own)
+
+    def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[Any, Leaves]:
+        values = {**state, **params}
+        variables = []
+        for key, variable in self._variables.items():
+            value = values[self._names[key]] if key in self._names else _array(variable)
+            variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
+        model = nnx.merge(self._graphdef, nnx.from_flat_state(variables))
+        output = self._call(model, batch)
+        after = dict(nnx.to_flat_state(nnx.state(model)))
+        for key, variable in self._variables.items():
+            if isinstance(variable, nnx.RngCount) and isinstance(_array(after[key]), jax.core.Tracer):
+                raise ValueError(
+                    "A reference must not draw random numbers: the layers' draws depend on their paths, which it does "
+                    f"not have. Got a model that draws from {text(key[:-1])}. Set the rate of dropout to 0 in the "
+                    "layers and the reference; without `reference`, verify compares dropout too."
+                )
+        return output, {name: _array(after[key]) for key, name in self._names.items() if key in after}
+
+    def describe(self) -> str:
+        return f"the uncut {self._class_name}"
+
+
+def _array(variable: Any) -> Any:
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
