@@ -168,7 +168,7 @@ class _Verification:
                 self._comparison.scalar(update, f"uninterrupted {quantity}", float(a), b)
 
     def _step(self, batch: Batch) -> tuple[SupportsFloat, SupportsFloat]:
-        borrowed = {name: value.copy() for name, value in batch.items()}
+        borrowed = {name: np.array(value) for name, value in batch.items()}
         result = self._trainer.step(borrowed)
         overwrite(borrowed)
         return result.loss, result.grad_norm
