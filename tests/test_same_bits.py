@@ -70,5 +70,5 @@ def test_initial_parameters_depend_on_seed_and_path_alone(sizes):
     assert all(jax.tree.leaves(same))
     kernels = [params["layers/1/up/kernel"] for params, _ in (laid_out[1], other[1])]
     assert not np.array_equal(*kernels)
-    twins = laid_out[1][0]["layers/1/up/kernel"], laid_out[3][0]["layers/3/up/kernel"]
-    assert not np.array_equal(*twins)
+    same_kind = laid_out[1][0]["layers/1/up/kernel"], laid_out[3][0]["layers/3/up/kernel"]
+    assert not np.array_equal(*same_kind)

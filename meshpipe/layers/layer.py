@@ -142,7 +142,7 @@ class Layer:
             output = module(activation, **keywords, **told(module, self.modes, train))
             return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module))}
 
-        def again(values: list[Any], paths: Sequence[str]) -> list[Any]:
+        def retrace(values: list[Any], paths: Sequence[str]) -> list[Any]:
             _, after = run(self._module({**before, **dict(zip(paths, values, strict=True))}, randomness, train))
             return [_value(after[path]) for path in paths]
 
@@ -155,7 +155,7 @@ class Layer:
         check_attributes(name, attributes, attributes_of(self.path, module))
         shared_state = {path: group for path, group in self.shared.items() if path in self.state}
         kept = {path: value for path, value in before.items() if path in self.params or path in shared_state}
-        check_written(name, written(kept, after, again), shared_state)
+        check_written(name, written(kept, after, retrace), shared_state)
         return output, {path: _value(after[path]) for path in self.state}
 
     @property

@@ -228,7 +228,7 @@ class StagedModel:
                 boundary = handed_on[kind]
                 continue
             if boundary is not None and kind in seen:
-                traced[s] = seen[kind].twin(spec, boundary)
+                traced[s] = seen[kind].shared_with(spec, boundary)
             else:
                 traced[s] = seen[kind] = TracedStage(spec, boundary, fields)
             boundary = traced[s].boundary_out

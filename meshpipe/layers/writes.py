@@ -95,17 +95,17 @@ def check_variables(kind: str, before: Mapping[str, Any], random: Collection[str
 
 
 def written(
-    before: Mapping[str, Any], after: Mapping[str, Any], again: Callable[[list[Any], Sequence[str]], list[Any]]
+    before: Mapping[str, Any], after: Mapping[str, Any], retrace: Callable[[list[Any], Sequence[str]], list[Any]]
 ) -> list[str]:
     """Which variables a call wrote to.
 
     Transformations such as `nnx.jit` hand every variable back as a new value, whether it was written to or not; then
-    the call is traced once more, by `again(values before, their paths)`, to see what becomes of each.
+    the call is traced once more, by `retrace(values before, their paths)`, to see what becomes of each.
     """
     replaced = [path for path, value in before.items() if _value(after[path]) is not value]
     if not replaced:
         return []
-    traced = jax.make_jaxpr(lambda values: again(values, replaced))([before[path] for path in replaced])
+    traced = jax.make_jaxpr(lambda values: retrace(values, replaced))([before[path] for path in replaced])
     return [path for i, (path, source) in enumerate(zip(replaced, forwarded(traced.jaxpr), strict=True)) if source != i]
 
 

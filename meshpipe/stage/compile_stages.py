@@ -23,7 +23,8 @@ def compile_stages(
 ) -> dict[int, StagePrograms]:
     """The programs for `ops` of every traced stage, by stage.
 
-    A twin whose programs cannot be copied is traced again, in its place in `traced`.
+    A stage that shares the trace of another, and whose programs cannot be copied, is traced by itself and takes its
+    place in `traced`.
 
     `remat` has the name of every stage; forward and backward of stage `fused` become one program. `also` is done
     while XLA, which takes longest for the stages, is at work.
@@ -49,6 +50,6 @@ def compile_stages(
     programs: dict[int, StagePrograms] = {}
     for index, found in zip(traced, copies, strict=True):
         if found is None:
-            traced[index] = traced[index].again()
+            traced[index] = traced[index].retraced()
         programs[index] = found or build(traced[index])
     return programs

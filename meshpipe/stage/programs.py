@@ -115,7 +115,8 @@ def compile_stage(
 
 
 def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> StagePrograms | None:
-    """What `compile_stage` made with this compiler, for a twin of the stage; None where a program cannot be copied."""
+    """What `compile_stage` made with this compiler, for a stage that shares its trace; None where one cannot be
+    copied."""
     copies: dict[int, Any] = {}
     for part in (programs, programs.split):
         for program in vars(part).values() if part is not None else ():

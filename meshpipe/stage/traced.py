@@ -276,26 +276,26 @@ class TracedStage:
         """What forward leaves for backward, wherever XLA lays it."""
         return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.residual_vars)  # type: ignore[attr-defined]
 
-    def again(self) -> "TracedStage":
+    def retraced(self) -> "TracedStage":
         """The stage traced for itself."""
         return TracedStage(self.spec, None if self.spec.is_first else self.boundary_in, self.fields)
 
-    def twin(self, spec: StageSpec, boundary_in: Boundary) -> "TracedStage":
+    def shared_with(self, spec: StageSpec, boundary_in: Boundary) -> "TracedStage":
         """The trace used for a stage that computes the same from other leaves, on a submesh of the same shape.
 
         Its shapes lie on that submesh, but what is traced still speaks of this one: it tells what the programs take and
         keep, and is not to be compiled.
         """
-        twin = copy.copy(self)
-        twin.spec, twin.boundary_in, twin.original = spec, boundary_in, self
-        twin.params = tuple(spec.params.values())
-        twin.x = boundary_in.on(spec.mesh, self.microbatch_size)
-        twin.microbatch, *inputs = (
+        shared = copy.copy(self)
+        shared.spec, shared.boundary_in, shared.original = spec, boundary_in, self
+        shared.params = tuple(spec.params.values())
+        shared.x = boundary_in.on(spec.mesh, self.microbatch_size)
+        shared.microbatch, *inputs = (
             abstract(s.shape, s.dtype, NamedSharding(spec.mesh, s.sharding.spec))
             for s in (self.microbatch, *self.inputs)
         )
-        twin.inputs = tuple(inputs)
-        return twin
+        shared.inputs = tuple(inputs)
+        return shared
 
     def prepare(self) -> ClosedJaxpr:
         """Parameters, fixed state -> values computed from them alone, once per step (a cast to bfloat16)."""
