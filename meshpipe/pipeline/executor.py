@@ -62,7 +62,8 @@ class Executor:
         reduced = {instruction.stage for instruction in local if isinstance(instruction, Reduce)}
         if reduced != {s for s, stage_programs in programs.items() if stage_programs.reduce is not None}:
             raise ValueError(
-                "A program must reduce what its stages keep in terms of the data axis. Got one made without. "
+                "A program must reduce the accumulators that its stages leave unreduced over the data axis. "
+                "Got one without these reductions. "
                 "Pass reduces=True to lower."
             )
         self._backwards = {

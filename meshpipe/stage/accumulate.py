@@ -17,56 +17,67 @@ from meshpipe.stage.partial_sums import PartialSums
 from meshpipe.stage.traced import Arrays, Shapes, TracedStage
 
 
-class Summands:
-    """A traced program, and to which sum each of some of its outputs is added.
+class AccumulatedOutputs:
+    """A traced program, and the accumulator to which each of some of its outputs is added.
 
-    Where microbatches are split over a data axis, a sum may be kept in terms, one for each part of that axis.
+    Where microbatches are split over a data axis, an output may stay unreduced: one partial sum per part of that axis.
     """
 
-    def __init__(self, stage: TracedStage, closed: ClosedJaxpr, sums: Mapping[int, int]):
-        self._closed, self._sums = closed, sums
+    def __init__(self, stage: TracedStage, closed: ClosedJaxpr, targets: Mapping[int, int]):
+        """`targets` gives the number of an accumulator by the number of an output."""
+        self._closed, self._targets = closed, targets
         parts = stage.spec.mesh.shape.get(DATA, 1)
         self._partial = PartialSums(closed, parts, stage.microbatch_size) if parts > 1 else None
 
-    def can_be_in_terms(self, target: int) -> bool:
-        """Whether what is added to this sum, if anything, can be had in terms."""
+    def can_stay_unreduced(self, target: int) -> bool:
+        """Whether what is added to this accumulator, if anything, can be computed as partial sums."""
         available = self._partial.available if self._partial is not None else ()
-        return all(output in available for output, other in self._sums.items() if other == target)
+        return all(output in available for output, other in self._targets.items() if other == target)
 
-    def function(self, in_terms: Set[int]) -> Callable[..., list[Any]]:
-        """The program as a function of flat arrays; what is added to the sums `in_terms` comes in terms."""
+    def function(self, unreduced: Set[int]) -> Callable[..., list[Any]]:
+        """The program as a function of flat arrays; it returns partial sums for the accumulators in `unreduced`."""
         partial = self._partial
         if partial is None:
             return function_of(self._closed)
-        outputs = {output for output, target in self._sums.items() if target in in_terms}
+        outputs = {output for output, target in self._targets.items() if target in unreduced}
         return lambda *arguments: partial.run(arguments, outputs)
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Sums over the microbatches of a step, and which of them hold terms until its end."""
+class Accumulators:
+    """What a stage adds up over the microbatches of a step, and which of it stays unreduced until the end of the step.
+
+    The all-reduce over the data axis then happens once per step instead of once per microbatch.
+    """
 
     results: Shapes
-    """What they are in the end."""
-    terms: Shapes
-    """What each term is."""
-    in_terms: frozenset[int]
+    """The totals at the end of the step."""
+    partials: Shapes
+    """One partial sum of each total."""
+    unreduced: frozenset[int]
+    """The numbers of the accumulators that hold one partial sum per part of the data axis."""
 
     @classmethod
-    def of(cls, results: Shapes, programs: Sequence[Summands], terms: Shapes | None = None) -> "Sums":
-        """Those to which the programs add. In terms where that is possible, and these are not split over the data axis
-        themselves. Terms lie on the other axes as their sums do, unless given.
+    def of(
+        cls, results: Shapes, programs: Sequence[AccumulatedOutputs], partials: Shapes | None = None
+    ) -> "Accumulators":
+        """The accumulators to which the programs add.
+
+        An accumulator stays unreduced where every program can compute its partial sums. One whose partial sums would be
+        split over the data axis themselves cannot. Partial sums are sharded as `results` unless `partials` says
+        otherwise.
         """
-        terms = results if terms is None else terms
-        whole = (i for i, term in enumerate(terms) if DATA not in term.sharding.spec)
-        return cls(results, terms, frozenset(i for i in whole if all(p.can_be_in_terms(i) for p in programs)))
+        partials = results if partials is None else partials
+        candidates = (i for i, partial in enumerate(partials) if DATA not in partial.sharding.spec)
+        unreduced = frozenset(i for i in candidates if all(p.can_stay_unreduced(i) for p in programs))
+        return cls(results, partials, unreduced)
 
     @property
     def shapes(self) -> Shapes:
-        """The accumulators: `[parts of the data axis, ...]` for those in terms."""
+        """The accumulators' shapes: `[parts of the data axis, ...]` for those that stay unreduced."""
         return tuple(
-            _one_per_part(term) if i in self.in_terms else result
-            for i, (result, term) in enumerate(zip(self.results, self.terms, strict=True))
+            _one_per_part(partial) if i in self.unreduced else result
+            for i, (result, partial) in enumerate(zip(self.results, self.partials, strict=True))
         )
 
     @property
@@ -78,10 +89,13 @@ class Sums:
         return tuple(a + values[i].astype(a.dtype) if i in values else a for i, a in enumerate(accumulators))
 
     def reduce(self, accumulators: Arrays) -> Arrays:
-        return tuple(a.sum(0) if i in self.in_terms else a for i, a in enumerate(accumulators))
+        """Sums over the data axis; XLA's partitioner turns that into the all-reduce."""
+        return tuple(a.sum(0) if i in self.unreduced else a for i, a in enumerate(accumulators))
 
 
-def compile_zeros(gradients: Sums, totals: Sums, mesh: Mesh, compiler: Compiler) -> Callable[[], tuple[Arrays, Arrays]]:
+def compile_zeros(
+    gradients: Accumulators, totals: Accumulators, mesh: Mesh, compiler: Compiler
+) -> Callable[[], tuple[Arrays, Arrays]]:
     """Makes fresh accumulators."""
     shapes = gradients.shapes, totals.shapes
     if not any(shapes):
@@ -94,12 +108,13 @@ def compile_zeros(gradients: Sums, totals: Sums, mesh: Mesh, compiler: Compiler)
 
 
 def compile_reduce(
-    gradients: Sums, totals: Sums, mesh: Mesh, compiler: Compiler
+    gradients: Accumulators, totals: Accumulators, mesh: Mesh, compiler: Compiler
 ) -> Callable[..., tuple[Arrays, Arrays]] | None:
-    """Makes results of all accumulators, which is all that devices of the data axis say to each other about gradients;
-    None where they are the same.
+    """Reduces all accumulators over the data axis: the only communication of that axis for gradients.
+
+    None where no accumulator is unreduced.
     """
-    if not gradients.in_terms and not totals.in_terms:
+    if not gradients.unreduced and not totals.unreduced:
         return None
     count, results = len(gradients.results), (*gradients.results, *totals.results)
 
@@ -108,13 +123,14 @@ def compile_reduce(
 
     run = jax.jit(
         reduce,
-        # A device's term is as large as the result, unless the data axis splits that.
+        # XLA can reuse a donated buffer only for an output of the same size on each device. A partial sum has that size
+        # unless the data axis splits the result.
         donate_argnums=tuple(i for i, s in enumerate(results) if DATA not in s.sharding.spec),
         out_shardings=tuple(tuple(s.sharding for s in sums.results) for sums in (gradients, totals)),
     )
     return compiler.compile(run.lower(*gradients.shapes, *totals.shapes), mesh)
 
 
-def _one_per_part(term: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    mesh, spec = term.sharding.mesh, term.sharding.spec
-    return abstract((mesh.shape[DATA], *term.shape), term.dtype, NamedSharding(mesh, PartitionSpec(DATA, *spec)))
+def _one_per_part(partial: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    mesh, spec = partial.sharding.mesh, partial.sharding.spec
+    return abstract((mesh.shape[DATA], *partial.shape), partial.dtype, NamedSharding(mesh, PartitionSpec(DATA, *spec)))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.plan.plan import Op
 from meshpipe.sharding import abstract, replicated, scalar_dtype
-from meshpipe.stage.accumulate import Summands, Sums, compile_reduce, compile_zeros
+from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, compile_reduce, compile_zeros
 from meshpipe.stage.jaxpr import CHECKPOINT_PRIMITIVES, function_of
 from meshpipe.stage.split_backward import SplitBackward
 from meshpipe.stage.traced import Arrays, Shapes, TracedStage, split
@@ -85,10 +85,10 @@ def compile_stage(
         prepare, hoisted = _compile_prepare(stage, compiler)
         arguments = (stage.params, hoisted, stage.state, stage.x, stage.inputs, stage.microbatch)
         forward_part = _forward_part(stage, residuals=hand_over)
-        totals = Sums.of(_totals(stage), [forward_part])
+        totals = Accumulators.of(_totals(stage), [forward_part])
         if forward_only:
             forward = _compile_forward(stage, forward_part, totals, arguments, compiler)
-            none = Sums.of((), [])
+            none = Accumulators.of((), [])
             zeros, reduce = compile_zeros(none, totals, mesh, compiler), compile_reduce(none, totals, mesh, compiler)
             return StagePrograms(prepare, zeros, forward, None, None, reduce=reduce)
         if fused:
@@ -131,19 +131,19 @@ def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> Sta
     return copied(replace(programs, split=programs.split and copied(programs.split)))
 
 
-def _forward_part(stage: TracedStage, *, residuals: bool) -> Summands:
+def _forward_part(stage: TracedStage, *, residuals: bool) -> AccumulatedOutputs:
     """The traced forward; what the last stage puts out is added to the totals."""
     totals = {i: i for i in range(len(_totals(stage)))}
-    return Summands(stage, stage.forward(outputs=True, residuals=residuals), totals)
+    return AccumulatedOutputs(stage, stage.forward(outputs=True, residuals=residuals), totals)
 
 
 def _compile_forward(
-    stage: TracedStage, part: Summands, totals: Sums, arguments: tuple[Any, ...], compiler: Compiler
+    stage: TracedStage, part: AccumulatedOutputs, totals: Accumulators, arguments: tuple[Any, ...], compiler: Compiler
 ) -> jax.stages.Compiled:
     mesh, boundary = stage.spec.mesh, stage.boundary_out
     output: Shapes = () if boundary is None else boundary.on(mesh, stage.microbatch_size)
     num_outputs, num_state = len(stage.output_vars), len(stage.state)
-    run = part.function(totals.in_terms)
+    run = part.function(totals.unreduced)
 
     def forward(params, hoisted, state, x, inputs, microbatch, so_far):  # type: ignore[no-untyped-def]
         flat = run(*params, *hoisted, *state, *x, *inputs, microbatch)
@@ -198,16 +198,18 @@ class _BackwardParts:
         """Whether it computes a part of forward again, as `jax.checkpoint` has it."""
         self.arguments = _backward_arguments(stage, hoisted, residuals)
         """Shapes of what follows the accumulators."""
-        self.whole = Summands(stage, traced, _numbered(range(len(stage.params)))) if Op.BACKWARD in ops else None
+        self.whole = (
+            AccumulatedOutputs(stage, traced, _numbered(range(len(stage.params)))) if Op.BACKWARD in ops else None
+        )
         self.split = parts = _cut(stage, hoisted, traced) if Op.BACKWARD_INPUT in ops else None
         programs = [self.whole]
         if parts is not None:
             num_others = len(_x_gradients(stage)) + len(parts.crossing)
-            self.input = Summands(stage, parts.input_part(), _numbered(parts.early, num_others))
-            self.weight = Summands(stage, parts.weight_part(), _numbered(parts.late))
+            self.input = AccumulatedOutputs(stage, parts.input_part(), _numbered(parts.early, num_others))
+            self.weight = AccumulatedOutputs(stage, parts.weight_part(), _numbered(parts.late))
             programs += [self.input, self.weight]
         present = [program for program in programs if program is not None]
-        self.gradients = Sums.of(_gradients(stage.params), present, _gradients(stage.params_in_step))
+        self.gradients = Accumulators.of(_gradients(stage.params), present, _gradients(stage.params_in_step))
 
 
 def _numbered(values: Sequence[int], first: int = 0) -> dict[int, int]:
@@ -217,7 +219,7 @@ def _numbered(values: Sequence[int], first: int = 0) -> dict[int, int]:
 def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> jax.stages.Compiled:
     assert parts.whole is not None
     sums = parts.gradients
-    run = parts.whole.function(sums.in_terms)
+    run = parts.whole.function(sums.unreduced)
 
     def backward(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays]:
         flat = run(*jax.tree.leaves(arguments))
@@ -231,16 +233,16 @@ def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compi
 
 def _compile_forward_backward(
     stage: TracedStage,
-    forward: Summands,
+    forward: AccumulatedOutputs,
     parts: _BackwardParts,
-    totals: Sums,
+    totals: Accumulators,
     arguments: tuple[Any, ...],
     compiler: Compiler,
 ) -> jax.stages.Compiled:
     assert stage.boundary_out is None
     assert parts.whole is not None
     gradients, num_outputs, num_state = parts.gradients, len(stage.output_vars), len(stage.state)
-    run_forward, run_backward = forward.function(totals.in_terms), parts.whole.function(gradients.in_terms)
+    run_forward, run_backward = forward.function(totals.unreduced), parts.whole.function(gradients.unreduced)
 
     def forward_backward(accumulators, params, hoisted, state, x, inputs, microbatch, so_far):  # type: ignore[no-untyped-def]
         flat = run_forward(*params, *hoisted, *state, *x, *inputs, microbatch)
@@ -267,7 +269,7 @@ def _compile_forward_backward(
 def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> SplitPrograms:
     assert parts.split is not None
     cut, sums, num_x = parts.split, parts.gradients, len(_x_gradients(stage))
-    run_input = parts.input.function(sums.in_terms)
+    run_input = parts.input.function(sums.unreduced)
 
     def backward_input(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays, Arrays]:
         flat = run_input(*jax.tree.leaves(arguments))
@@ -279,7 +281,7 @@ def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler
     input_part = _compile_backward_part(stage, lowered, compiler)
     if cut.is_whole:
         return SplitPrograms(input_part, None, ())
-    run_weight = parts.weight.function(sums.in_terms)
+    run_weight = parts.weight.function(sums.unreduced)
 
     def backward_weight(accumulators: Arrays, *arguments: Any) -> Arrays:
         late = run_weight(*jax.tree.leaves(arguments))
