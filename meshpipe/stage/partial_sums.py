@@ -1,7 +1,8 @@
-"""Sums over the examples of a microbatch that are left unfinished: one term for each part of the examples.
+"""Sums over the examples of a microbatch that stay unreduced: one partial sum for each part of the data axis.
 
-The gradient of a parameter is such a sum. Where the examples are split over devices, each device adds the term of its
-own examples to those of the microbatches before, and one sum over devices is left for the end of a step.
+The gradient of a parameter is such a sum. Where devices split the examples, XLA would all-reduce it in every
+microbatch. Instead, each device accumulates the partial sums of its own examples, and one all-reduce is left for the
+end of the step.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,8 +20,8 @@ from meshpipe.stage.jaxpr import apply_equation, inline, variables
 
 Atom: TypeAlias = Var | jax.extend.core.Literal
 Use: TypeAlias = int | str
-"""How the terms of a result come from an operand: from runs of this dim of it, from its terms, or from all of it."""
-TERMS, WHOLE = "terms", "whole"
+"""What the partial sums of a result read of an operand: equal runs of this dim, its partial sums, or all of it."""
+UNREDUCED, WHOLE = "unreduced", "whole"
 
 LINEAR = frozenset(
     {
@@ -28,27 +29,28 @@ LINEAR = frozenset(
         *("rev", "sharding_constraint", "slice", "split", "squeeze", "transpose", "unstack"),
     }
 )
-"""Operations of one operand that may be done to each term of a sum."""
+"""Operations of one operand that may be applied to each partial sum, as they are linear."""
 
 
 class PartialSums:
-    """A traced program, and which outputs it can return in `parts` terms: `[parts, ...]`, with the output as sum.
+    """A traced program, and which outputs it can return unreduced: as `[parts, ...]`, whose sum is the output.
 
-    It looks for what sums over the examples: a product of matrices, a convolution, a sum, or a scatter whose operands
-    have them as leading dim, perhaps transposed, which is `examples` or a multiple of it long. Each is done for `parts`
-    equal runs of that dim; what follows up to the output must be linear. The terms are right whatever that dim really
-    is. Where it is the one that is split over devices, no device needs values of another. Sums inside a `jax.lax.scan`
-    are found as well.
+    It looks for operations that sum over the examples: a matrix product, a convolution, a sum, or a scatter whose
+    operands have the examples as leading dim, perhaps transposed. A dim counts as the examples if its length is
+    `examples` or a multiple of it. The operation is then done for `parts` equal runs of that dim, and everything
+    between it and the output must be linear. The partial sums add up to the output whatever that dim really is, so a
+    wrong guess costs communication and never correctness. Where the guess is right, the dim is the one that devices
+    split, and no device needs values of another. Sums inside a `jax.lax.scan` are found as well.
 
-    Inputs at `terms` come in terms themselves; they must be used by what is linear in them alone.
+    Inputs at `unreduced` are partial sums themselves; only operations linear in them may use them.
     """
 
-    def __init__(self, closed: ClosedJaxpr, parts: int, examples: int, terms: Collection[int] = ()):
+    def __init__(self, closed: ClosedJaxpr, parts: int, examples: int, unreduced: Collection[int] = ()):
         self._closed, self._parts, self._examples = inline(closed), parts, examples
         jaxpr = self._closed.jaxpr
-        self._inputs = frozenset(terms)
+        self._inputs = frozenset(unreduced)
         self._zeros: set[Var] = set()
-        self._terms: set[Var] = {jaxpr.invars[i] for i in terms}
+        self._unreduced: set[Var] = {jaxpr.invars[i] for i in unreduced}
         self._loops: dict[int, _Loop] = {}
         """Its scans, by the number of the equation."""
         self._transposed = {e.outvars[0]: e for e in jaxpr.eqns if e.primitive.name == "transpose"}
@@ -62,49 +64,51 @@ class PartialSums:
             name = equation.primitive.name
             if name == "scan":
                 self._loops[index] = loop = _Loop(equation, self)
-                self._terms.update(equation.outvars[i] for i in loop.in_terms)
+                self._unreduced.update(equation.outvars[i] for i in loop.unreduced)
             elif name == "broadcast_in_dim" and self._is_zero(equation.invars[0]):
                 self._zeros.update(equation.outvars)
             elif self._uses(equation) is not None:
-                self._terms.update(equation.outvars)
-        self.available = frozenset(i for i, v in enumerate(jaxpr.outvars) if self._has_terms(v))
-        """The outputs that can be had in terms."""
+                self._unreduced.update(equation.outvars)
+        self.available = frozenset(i for i, v in enumerate(jaxpr.outvars) if self._is_unreduced(v))
+        """The outputs that can be returned unreduced."""
 
     def run(self, arguments: Sequence[Any], outputs: Collection[int]) -> list[Any]:
-        """All outputs, those at `outputs` in terms. To be traced, with a mesh set whose data axis is `parts` long: some
-        of what it computes is not used.
+        """All outputs, those at `outputs` unreduced.
+
+        To be traced inside `jax.jit`, which removes what is computed and not used, with a mesh set whose data axis has
+        `parts` devices.
         """
         jaxpr = self._closed.jaxpr
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, self._closed.consts, strict=True))
-        terms: dict[Any, Any] = {}
+        partials: dict[Any, Any] = {}
         for i, (variable, argument) in enumerate(zip(jaxpr.invars, arguments, strict=True)):
-            (terms if i in self._inputs else values)[variable] = argument
+            (partials if i in self._inputs else values)[variable] = argument
 
         def read(atom: Atom, use: Use = WHOLE) -> Any:
-            if use == TERMS:
+            if use == UNREDUCED:
                 zeros = jnp.zeros((self._parts, *atom.aval.shape), atom.aval.dtype)  # type: ignore[attr-defined]
-                return zeros if self._is_zero(atom) else terms[atom]
+                return zeros if self._is_zero(atom) else partials[atom]
             value = values[atom] if isinstance(atom, Var) else atom.val
             if isinstance(use, str):
                 return value
             before, size, after = value.shape[:use], value.shape[use], value.shape[use + 1 :]
             return value.reshape(*before, self._parts, size // self._parts, *after)
 
-        axes: dict[Use, int | str | None] = {WHOLE: None, TERMS: 0}
+        axes: dict[Use, int | str | None] = {WHOLE: None, UNREDUCED: 0}
         for index, equation in enumerate(jaxpr.eqns):
             loop, uses = self._loops.get(index), self._uses(equation)
-            if loop is not None and loop.in_terms:
-                operands = [read(v, TERMS if i in loop.operands else WHOLE) for i, v in enumerate(equation.invars)]
+            if loop is not None and loop.unreduced:
+                operands = [read(v, UNREDUCED if i in loop.operands else WHOLE) for i, v in enumerate(equation.invars)]
                 for i, (variable, result) in enumerate(zip(equation.outvars, loop.run(operands), strict=True)):
-                    values[variable] = result.sum(0, dtype=result.dtype) if i in loop.in_terms else result
-                    if i in loop.in_terms:
-                        terms[variable] = result
+                    values[variable] = result.sum(0, dtype=result.dtype) if i in loop.unreduced else result
+                    if i in loop.unreduced:
+                        partials[variable] = result
                 continue
             if all(v in values for v in variables(equation.invars)):
                 operands = [read(v) for v in equation.invars]
                 values.update(zip(equation.outvars, apply_equation(jaxpr, equation, operands), strict=True))
             if uses is not None and equation.primitive.name == "conv_general_dilated":
-                terms[equation.outvars[0]] = _convolve_parts(equation, [values[v] for v in equation.invars], uses)
+                partials[equation.outvars[0]] = _convolve_parts(equation, [values[v] for v in equation.invars], uses)
             elif uses is not None:
                 operands = [read(v, use) for v, use in zip(equation.invars, uses, strict=True)]
                 each = jax.vmap(
@@ -112,27 +116,27 @@ class PartialSums:
                     in_axes=[axes.get(use, use) for use in uses],
                 )
                 results = each(*operands)
-                terms.update(zip(equation.outvars, results if isinstance(results, list) else [results], strict=True))
-        return [read(v, TERMS if i in outputs else WHOLE) for i, v in enumerate(jaxpr.outvars)]
+                partials.update(zip(equation.outvars, results if isinstance(results, list) else [results], strict=True))
+        return [read(v, UNREDUCED if i in outputs else WHOLE) for i, v in enumerate(jaxpr.outvars)]
 
     def _uses(self, equation: JaxprEqn) -> tuple[Use, ...] | None:
-        """How the terms of the result come from the operands; None where they cannot."""
+        """What the partial sums of the result read of each operand; None where the result has none."""
         operands, params = equation.invars, equation.params
         if not _keeps_sums(equation):
             return None
-        known = [self._has_terms(v) for v in operands]
+        known = [self._is_unreduced(v) for v in operands]
         dims: list[Any] = [self._examples_dim(v) for v in operands]
         match equation.primitive.name:
             case "mul" | "dot_general" if known[0] != known[1]:
-                return (TERMS, WHOLE) if known[0] else (WHOLE, TERMS)
+                return (UNREDUCED, WHOLE) if known[0] else (WHOLE, UNREDUCED)
             case "div" | "pad" if known[0] and (equation.primitive.name == "div" or self._is_zero(operands[1])):
-                return TERMS, WHOLE
+                return UNREDUCED, WHOLE
             case "select_n" if all(known[1:]):
-                return WHOLE, *(TERMS,) * (len(operands) - 1)
+                return WHOLE, *(UNREDUCED,) * (len(operands) - 1)
             case "add" | "add_any" | "sub" | "concatenate" | "stack" if all(known):
-                return (TERMS,) * len(operands)
+                return (UNREDUCED,) * len(operands)
             case name if name in LINEAR and known[0]:
-                return TERMS, *(WHOLE,) * (len(operands) - 1)
+                return UNREDUCED, *(WHOLE,) * (len(operands) - 1)
             case "dot_general" if tuple(dims) in zip(*params["dimension_numbers"][0], strict=True):
                 return dims[0], dims[1]
             case "conv_general_dilated" if tuple(dims) == _summed_dims(equation):
@@ -142,7 +146,7 @@ class PartialSums:
             case "scatter-add" if known[0] and dims[1] == 0 and dims[2] == 0:
                 numbers = params["dimension_numbers"]
                 is_summed = 0 not in numbers.update_window_dims and not numbers.operand_batching_dims
-                return (TERMS, 0, 0) if is_summed else None
+                return (UNREDUCED, 0, 0) if is_summed else None
         return None
 
     def _examples_dim(self, atom: Atom) -> int | None:
@@ -156,8 +160,8 @@ class PartialSums:
         size = (*getattr(atom.aval, "shape", ()), 0)[0]
         return 0 if size > 0 and size % self._examples == 0 and size % self._parts == 0 else None
 
-    def _has_terms(self, atom: Atom) -> bool:
-        return self._is_zero(atom) or (isinstance(atom, Var) and atom in self._terms)
+    def _is_unreduced(self, atom: Atom) -> bool:
+        return self._is_zero(atom) or (isinstance(atom, Var) and atom in self._unreduced)
 
     def _is_zero(self, atom: Atom) -> bool:
         return atom in self._zeros if isinstance(atom, Var) else not np.any(atom.val)
@@ -181,9 +185,9 @@ def _summed_dims(convolution: JaxprEqn) -> tuple[int, int] | None:
 
 
 def _convolve_parts(convolution: JaxprEqn, operands: Sequence[jax.Array], dims: Sequence[Any]) -> jax.Array:
-    """A term of each device of the data axis.
+    """The partial sum of each device of the data axis.
 
-    `jax.vmap` would make groups of features, which XLA's partitioner gathers on every device.
+    `jax.vmap` would turn the parts into groups of features, which XLA's partitioner gathers on every device.
     """
     return jax.shard_map(
         lambda *own: convolution.primitive.bind(*own, **convolution.params)[None],
@@ -194,7 +198,7 @@ def _convolve_parts(convolution: JaxprEqn, operands: Sequence[jax.Array], dims: 
 
 
 class _Loop:
-    """A scan whose body can add up, or stack, terms in place of their sum."""
+    """A scan whose body can accumulate, or stack, partial sums in place of whole ones."""
 
     def __init__(self, equation: JaxprEqn, around: PartialSums):
         params = equation.params
@@ -207,38 +211,38 @@ class _Loop:
         self._options = {name: params[name] for name in ("length", "reverse", "unroll")}
         plain = PartialSums(body, around._parts, around._examples)
         added = {
-            i: term
+            i: added_value
             for i in range(num_carry)
-            if (term := _term_added(jaxpr, jaxpr.invars[self._num_consts + i], jaxpr.outvars[i])) is not None
-            and plain._has_terms(term)
-            and around._has_terms(equation.invars[self._num_consts + i])
+            if (added_value := _value_added(jaxpr, jaxpr.invars[self._num_consts + i], jaxpr.outvars[i])) is not None
+            and plain._is_unreduced(added_value)
+            and around._is_unreduced(equation.invars[self._num_consts + i])
         }
         self.operands = frozenset(self._num_consts + i for i in added)
-        """The operands of the scan that are to be given in terms."""
+        """The operands of the scan that must be given unreduced."""
         self._body = PartialSums(body, around._parts, around._examples, self.operands)
-        self.in_terms: frozenset[int] = frozenset(added) | {i for i in self._body.available if i >= num_carry}
-        """The results that come in terms."""
+        self.unreduced: frozenset[int] = frozenset(added) | {i for i in self._body.available if i >= num_carry}
+        """The results that come unreduced."""
 
     def run(self, operands: Sequence[Any]) -> list[Any]:
         consts, rest = operands[: self._num_consts], operands[self._num_consts :]
 
         def body(carry: Any, slices: Any) -> tuple[Any, Any]:
-            results = self._body.run((*consts, *carry, *slices), self.in_terms)
+            results = self._body.run((*consts, *carry, *slices), self.unreduced)
             return results[: self._num_carry], results[self._num_carry :]
 
         carry, stacked = jax.lax.scan(body, rest[: self._num_carry], rest[self._num_carry :], **self._options)
-        terms_first = [
-            jnp.moveaxis(v, 1, 0) if i in self.in_terms else v for i, v in enumerate(stacked, self._num_carry)
+        parts_first = [
+            jnp.moveaxis(v, 1, 0) if i in self.unreduced else v for i, v in enumerate(stacked, self._num_carry)
         ]
-        return [*carry, *terms_first]
+        return [*carry, *parts_first]
 
 
 def _count_of_equal_rank(outside: Sequence[Atom], inside: Sequence[Atom]) -> int:
     return sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(outside, inside, strict=True))  # type: ignore[attr-defined]
 
 
-def _term_added(jaxpr: Jaxpr, carry: Var, result: Atom) -> Atom | None:
-    """What a body adds to a value that it hands from turn to turn and does not use otherwise."""
+def _value_added(jaxpr: Jaxpr, carry: Var, result: Atom) -> Atom | None:
+    """What the body adds to a carry that it uses for nothing else; None where it does anything else with it."""
     users = [equation for equation in jaxpr.eqns if carry in equation.invars]
     if len(users) != 1 or users[0].primitive.name not in ("add", "add_any") or users[0].outvars[0] is not result:
         return None

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.plan.plan import Op
-from meshpipe.sharding import abstract, replicated, scalar_dtype
+from meshpipe.sharding import Arrays, Shapes, abstract, replicated, scalar_dtype
 from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, compile_reduce, compile_zeros
 from meshpipe.stage.jaxpr import CHECKPOINT_PRIMITIVES, function_of
 from meshpipe.stage.split_backward import SplitBackward
-from meshpipe.stage.traced import Arrays, Shapes, TracedStage, split
+from meshpipe.stage.traced import TracedStage, split
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,7 @@ def compile_stage(
 
 
 def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> StagePrograms | None:
-    """What `compile_stage` made with this compiler, for a stage that shares its trace; None where one cannot be
-    copied."""
+    """What `compile_stage` made with this compiler, for a stage that shares its trace; None if one cannot be copied."""
     copies: dict[int, Any] = {}
     for part in (programs, programs.split):
         for program in vars(part).values() if part is not None else ():

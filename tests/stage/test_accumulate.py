@@ -1,4 +1,4 @@
-"""What devices of the data axis say to each other: nothing in a microbatch, and one sum at the end of a step."""
+"""Communication over the data axis: none in a microbatch, one all-reduce at the end of the step."""
 
 import re
 
@@ -32,14 +32,14 @@ def language_model(mesh, rules=None):
 
 
 def collectives(program):
-    """How often devices say something to each other."""
+    """How many collectives a program has."""
     return len(re.findall(rf" ({COLLECTIVES})(-start)?\(", program.as_text()))
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("rules", PRESETS.values(), ids=PRESETS)
-def test_devices_of_the_data_axis_meet_once_per_step(tensor, rules):
-    """They add nothing to what those of the tensor axis say to each other, also where they split parameters."""
+def test_the_data_axis_communicates_once_per_step(tensor, rules):
+    """The data axis adds no collective to those of the tensor axis, also where it splits parameters."""
     counts = []
     for data in (1, 2):
         (stage,) = language_model(make_mesh(1, data, tensor), rules).trace()
@@ -55,11 +55,13 @@ def test_devices_of_the_data_axis_meet_once_per_step(tensor, rules):
         assert sizes.alias_size_in_bytes == sizes.argument_size_in_bytes  # no second copy of the gradients
     else:
         assert collectives(programs.prepare)
-        assert sizes.output_size_in_bytes < 0.6 * sizes.argument_size_in_bytes  # most are split again
+        assert (
+            sizes.output_size_in_bytes < 0.6 * sizes.argument_size_in_bytes
+        )  # most results are split over the data axis
 
 
-def test_gradients_of_what_a_step_has_split_add_up_as_they_lie():
-    """As those of experts do, of which every device has its own: no other has a term of theirs."""
+def test_gradients_of_parameters_that_a_step_keeps_split_are_accumulated_split():
+    """Such as those of experts: each device has its own, and no other device has a partial sum of their gradients."""
     rules = ShardingRules({**TENSOR_RULES, "hidden": "data"})
     (stage,) = language_model(make_mesh(1, 2), rules).trace()
     programs = compile_stage(stage, {Op.FORWARD, Op.BACKWARD})
@@ -71,7 +73,7 @@ def test_gradients_of_what_a_step_has_split_add_up_as_they_lie():
 
 
 def test_gradients_of_convolutions_are_reduced_once_per_step():
-    """They are convolutions too."""
+    """The gradient of a convolution is a convolution too."""
 
     class Convolve(nnx.Module):
         def __init__(self, rngs):

@@ -1,4 +1,4 @@
-"""Sums over examples in terms: right by value, found where layers need them, and without communication."""
+"""Partial sums over examples: their values are right, layers' gradients are found, and nothing is communicated."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def recurrent(params, x):
 
 
 def factored(params, x):
-    """The gradient goes on through products whose leading dims are as long as a microbatch."""
+    """The gradient passes through products whose leading dims happen to be as long as a microbatch."""
     wide, narrow = jnp.tile(params["w"], (2, 1)), jnp.tile(draw(WIDTH, 2, WIDTH)[:, 0], (2, 1))
     return jnp.tanh(x @ (narrow.T @ wide)).sum() + (x @ jnp.diag(params["b"])).sum()
 
@@ -90,16 +90,16 @@ def gradient(request):
     return flat, arguments
 
 
-def test_terms_are_those_of_the_examples(gradient):
+def test_partial_sums_are_those_of_the_examples(gradient):
     function, (w, b, x) = gradient
     sums = PartialSums(jax.make_jaxpr(function)(w, b, x), PARTS, EXAMPLES)
     assert sums.available == {0, 1}
     with jax.set_mesh(Mesh(np.array(jax.devices()[:PARTS]), ("data",))):
-        terms = jax.jit(lambda *arguments: sums.run(arguments, {0, 1}))(w, b, x)
+        partials = jax.jit(lambda *arguments: sums.run(arguments, {0, 1}))(w, b, x)
     for part in range(PARTS):
         own = slice(part * EXAMPLES // PARTS, (part + 1) * EXAMPLES // PARTS)
-        for term, expected in zip(terms, function(w, b, x[own]), strict=True):
-            np.testing.assert_allclose(term[part], expected, rtol=2e-5, atol=1e-5)
+        for partial, expected in zip(partials, function(w, b, x[own]), strict=True):
+            np.testing.assert_allclose(partial[part], expected, rtol=2e-5, atol=1e-5)
 
 
 def test_no_device_needs_values_of_another(gradient):
@@ -120,8 +120,8 @@ def test_no_device_needs_values_of_another(gradient):
     assert "all-reduce(" in summed
 
 
-def test_what_is_no_sum_of_terms_is_left_alone():
-    """A batch statistic inside of a product is needed whole, and a maximum over examples is no sum."""
+def test_an_output_that_is_no_sum_over_examples_stays_whole():
+    """A product needs a batch statistic as a whole, and a maximum over examples is no sum."""
 
     def run(w, x):
         return [(x - x.mean(0)).max(0) * w, jnp.square(x.sum(0)), x.sum(0)]
@@ -134,8 +134,8 @@ def test_what_is_no_sum_of_terms_is_left_alone():
         np.testing.assert_array_equal(value, expected)
 
 
-def test_numbers_that_are_cut_off_are_whole():
-    """Half of 5 twice is 4; counts are exact, in terms or not."""
+def test_rounded_integers_stay_whole():
+    """Rounding partial sums would change the result (half of 5, twice, is 4); integer counts are exact either way."""
 
     def run(x):
         counts = (x > -99).sum()
@@ -148,7 +148,7 @@ def test_numbers_that_are_cut_off_are_whole():
         np.testing.assert_array_equal(value.sum(0) if value.ndim else value, expected)
 
 
-def test_a_sum_that_a_loop_hands_on_twice_stays_whole():
+def test_a_sum_that_a_loop_carries_twice_stays_whole():
     def run(x):
         def body(carry, token):
             added = carry[0] + token.sum(0)
@@ -162,9 +162,9 @@ def test_a_sum_that_a_loop_hands_on_twice_stays_whole():
         np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_nothing_may_be_summed():
+def test_a_sum_over_an_empty_array_has_partial_sums():
     x = draw(EXAMPLES, LENGTH, WIDTH)
     closed = jax.make_jaxpr(lambda x: [jnp.einsum("bij,bik->jk", x[:, :, :0], x)])(x)
     sums = PartialSums(closed, PARTS, EXAMPLES)
-    (terms,) = sums.run((x,), sums.available)
-    assert terms.shape == (PARTS, 0, WIDTH)
+    (partials,) = sums.run((x,), sums.available)
+    assert partials.shape == (PARTS, 0, WIDTH)
