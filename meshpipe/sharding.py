@@ -13,6 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshpipe.mesh import DATA, TENSOR
 
+Arrays: TypeAlias = tuple[jax.Array, ...]
+"""Flat values on one submesh, in the order in which a stage or a boundary lists its leaves."""
+
+Shapes: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
+"""What `Arrays` look like before they exist: shape, dtype and, where it is known, sharding."""
+
 Rule: TypeAlias = str | tuple[str, ...] | None
 """A mesh axis, or several that split one dim together, outermost first; None splits nothing."""
 

@@ -18,10 +18,10 @@ from meshpipe.mesh import DATA, TENSOR
 from meshpipe.pipeline.transfer import transfer_to
 from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.plan.plan import Op
-from meshpipe.sharding import abstract, replicated, scalar_dtype
+from meshpipe.sharding import Arrays, Shapes, abstract, replicated, scalar_dtype
 from meshpipe.stage.operations import count_operations
 from meshpipe.stage.programs import StagePrograms, compile_stage
-from meshpipe.stage.traced import Arrays, Shapes, TracedStage
+from meshpipe.stage.traced import TracedStage
 
 LEAST_CALLS, MOST_CALLS = 5, 50
 LEAST_SECONDS = 0.5

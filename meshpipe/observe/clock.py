@@ -14,8 +14,8 @@ from meshpipe.pipeline.executor import Executor
 from meshpipe.plan.lower import Buffer, Compute, Transfer
 from meshpipe.plan.plan import Action, Plan
 from meshpipe.plan.simulate import Timeline
+from meshpipe.sharding import Arrays
 
-Arrays = tuple[jax.Array, ...]
 MOST_WAITING = 8
 """Results of one rank that are waited for at once: enough that its devices have work, and few to hold in memory."""
 

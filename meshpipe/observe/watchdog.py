@@ -12,8 +12,8 @@ import jax
 from meshpipe.observe.probe import probe
 from meshpipe.plan.lower import Compute, Transfer
 from meshpipe.plan.plan import Plan
+from meshpipe.sharding import Arrays
 
-Arrays = tuple[jax.Array, ...]
 POLL_SECONDS = 0.25
 
 

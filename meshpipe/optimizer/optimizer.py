@@ -16,10 +16,9 @@ from meshpipe.optimizer.separable import call_of_optimizer, describe_updates, ki
 from meshpipe.optimizer.state import state_shapes
 from meshpipe.pipeline.transfer import transfer_between
 from meshpipe.processes.agreement import HASH
-from meshpipe.sharding import abstract, is_local, place, replicated, scalar_dtype
+from meshpipe.sharding import Arrays, abstract, is_local, place, replicated, scalar_dtype
 from meshpipe.stage.traced import replaced
 
-Arrays = tuple[jax.Array, ...]
 Move = Callable[[Arrays | None], Arrays | None]
 
 

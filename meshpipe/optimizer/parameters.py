@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
+ShapesByPath = Mapping[str, jax.ShapeDtypeStruct]
+"""The shapes and shardings of a stage's leaves, by leaf path."""
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,8 @@ class StageParameters:
     """What the optimizer knows of a stage: where it is, its parameters and state."""
 
     mesh: Mesh
-    params: Shapes
-    state: Shapes
+    params: ShapesByPath
+    state: ShapesByPath
     borrowed: frozenset[str] = frozenset()
     """Tied parameters that another leaf owns: they get the owner's value after every update."""
     fixed: frozenset[str] = frozenset()

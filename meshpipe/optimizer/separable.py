@@ -13,15 +13,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
 from meshpipe.compiler.digest import digest, digest_of_text
 from meshpipe.errors import advise
+from meshpipe.optimizer.parameters import ShapesByPath
 from meshpipe.processes.agreement import HASH
 from meshpipe.stage.jaxpr import MissingInputError, extract, inline, variables
 
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
 _NUMBER = re.compile(r"(?<![\w.])(-?\d+\.\d*(?:e[+-]?\d+)?)(?=:f)")
 """A constant in a printed program."""
 
 
-def kinds_of_updates(transformation: optax.GradientTransformation, stages: Sequence[Shapes]) -> list[Hashable]:
+def kinds_of_updates(transformation: optax.GradientTransformation, stages: Sequence[ShapesByPath]) -> list[Hashable]:
     """For each stage, something that is equal for those whose states start and change in the same way but for names;
     None where that cannot be told.
 
@@ -43,7 +43,7 @@ def kinds_of_updates(transformation: optax.GradientTransformation, stages: Seque
 
 
 def describe_updates(
-    transformation: optax.GradientTransformation, stages: Sequence[Shapes], kinds: Sequence[Hashable]
+    transformation: optax.GradientTransformation, stages: Sequence[ShapesByPath], kinds: Sequence[Hashable]
 ) -> dict[str, str]:
     """The traced update of all stages as a hash, and the numbers that stand in it, such as the learning rate.
 
@@ -63,7 +63,7 @@ def describe_updates(
 
 
 @contextmanager
-def start_of_optimizer(params: Shapes) -> Iterator[None]:
+def start_of_optimizer(params: ShapesByPath) -> Iterator[None]:
     """Raises `ValueError` when the transformation cannot make its state from these parameters."""
     try:
         yield
@@ -149,7 +149,9 @@ def _equations_of_stages(jaxpr: Jaxpr, wanted: Sequence[Sequence[Any]]) -> list[
     return [own[::-1] for own in equations]
 
 
-def _check_separable(update: ClosedJaxpr, shapes: Any, stages: Sequence[Shapes], params: Shapes, state: Any) -> None:
+def _check_separable(
+    update: ClosedJaxpr, shapes: Any, stages: Sequence[ShapesByPath], params: ShapesByPath, state: Any
+) -> None:
     stage_of = {path: index for index, stage in enumerate(stages) for path in stage}
     if _draws_random_numbers(update.jaxpr):
         raise ValueError(

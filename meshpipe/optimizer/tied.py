@@ -8,9 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.pipeline.transfer import transfer_between
-from meshpipe.sharding import abstract, is_local
-
-Arrays = tuple[jax.Array, ...]
+from meshpipe.sharding import Arrays, abstract, is_local
 
 
 class TiedLeaves:

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from meshpipe.pipeline.transfer import transfer_between
 from meshpipe.plan.lower import Buffer, Compute, Free, Instruction, Program, Reduce, Transfer
 from meshpipe.plan.plan import Op, Plan
-from meshpipe.sharding import place, replicated
+from meshpipe.sharding import Arrays, place, replicated
 from meshpipe.stage.programs import StagePrograms
-from meshpipe.stage.traced import Arrays, TracedStage, replaced
+from meshpipe.stage.traced import TracedStage, replaced
 
 Slots = list[Any]
 Step = Callable[[Slots], None]

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from meshpipe.pipeline.connections import Connection, Listener, Message, receive_message
-from meshpipe.pipeline.promises import Promises, Shapes
+from meshpipe.pipeline.promises import Promises
 from meshpipe.processes.addresses import own_address
 from meshpipe.processes.coordination import coordinator_address
 from meshpipe.processes.printable import printable
 from meshpipe.processes.secret import current
+from meshpipe.sharding import Shapes
 
 SENDERS = 8
 """Threads that send, so that arrays which are there need not wait for as many that are not."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax.extend.backend import get_backend
 
-Shapes = Sequence[jax.ShapeDtypeStruct]
+from meshpipe.sharding import Shapes
 
 
 class Promises:
@@ -50,7 +50,7 @@ class Promises:
         """Waits for the connection."""
         device = jax.local_devices()[0]
         ready = jax.device_put(0, device)
-        number, promised = self.make([jax.ShapeDtypeStruct(ready.shape, ready.dtype, sharding=ready.sharding)])
+        number, promised = self.make((jax.ShapeDtypeStruct(ready.shape, ready.dtype, sharding=ready.sharding),))
         self.fill(number, [ready])
         jax.block_until_ready(promised)
 

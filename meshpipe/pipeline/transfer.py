@@ -9,10 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from meshpipe.pipeline.peers import by_sockets, peers
-from meshpipe.sharding import is_local
-
-Arrays = tuple[jax.Array, ...]
-Shapes = Sequence[jax.ShapeDtypeStruct]
+from meshpipe.sharding import Arrays, Shapes, is_local
 
 
 def transfer_to(shardings: tuple[Sharding, ...]) -> Callable[[Any], Any]:
@@ -106,7 +103,7 @@ class _Sockets:
             for source, target in self._stays:
                 into[target] = jax.device_put(part[source], target)
         for process, devices in self._receives.items():
-            wanted = [self._part_on(shape, device) for shape in self._shapes for device in devices]
+            wanted = tuple(self._part_on(shape, device) for shape in self._shapes for device in devices)
             received = iter(peers().receive(process, self._number_for(jax.process_index()), wanted))
             for into in arrived:
                 into.update((device, next(received)) for device in devices)

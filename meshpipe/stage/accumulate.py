@@ -11,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.mesh import DATA
-from meshpipe.sharding import abstract
+from meshpipe.sharding import Arrays, Shapes, abstract
 from meshpipe.stage.jaxpr import function_of
 from meshpipe.stage.partial_sums import PartialSums
-from meshpipe.stage.traced import Arrays, Shapes, TracedStage
+from meshpipe.stage.traced import TracedStage
 
 
 class AccumulatedOutputs:

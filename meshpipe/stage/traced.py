@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding
 
-from meshpipe.sharding import abstract, activation_sharding, batch_sharding, replicated, scalar_dtype, without_data
+from meshpipe.sharding import (
+    Arrays,
+    Shapes,
+    abstract,
+    activation_sharding,
+    batch_sharding,
+    replicated,
+    scalar_dtype,
+    without_data,
+)
 from meshpipe.stage.jaxpr import (
     LAYOUT_PRIMITIVES,
     extract,
@@ -23,9 +32,6 @@ from meshpipe.stage.jaxpr import (
 )
 from meshpipe.stage.residuals import least_to_keep
 from meshpipe.stage.target import Target
-
-Arrays = tuple[jax.Array, ...]
-Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
 
 @runtime_checkable

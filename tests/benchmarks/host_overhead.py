@@ -29,8 +29,9 @@ from meshpipe.pipeline.transfer import transfer_to
 from meshpipe.plan.lower import Transfer, lower
 from meshpipe.plan.rendezvous import check_program
 from meshpipe.plan.validate import validate
+from meshpipe.sharding import Shapes
 from meshpipe.stage.programs import StagePrograms, compile_stage
-from meshpipe.stage.traced import Shapes, TracedStage
+from meshpipe.stage.traced import TracedStage
 
 WIDTH, ROWS = 8, 4
 CALLS = 200
