@@ -9,7 +9,7 @@ from meshpipe.checkpoint.checksums import Checksums, is_list, size_differences, 
 from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, load_json
 from meshpipe.checkpoint.files import DamagedFileError, below, for_each, remove, write_file
 from meshpipe.checkpoint.shards import Content
-from meshpipe.processes.coordination import ask, delete, process_count, process_index, tell, tell_all
+from meshpipe.processes.coordination import all_gather, delete_key, process_count, process_index, set_key, wait_for_key
 from meshpipe.processes.printable import printable
 
 _numbers = itertools.count()
@@ -114,17 +114,17 @@ class SaveTogether:
     def _forget_the_last(self) -> None:
         if process_count() > 1:
             if (read := _last_topic.get(self._partial.parent)) is not None:
-                delete(read)
+                delete_key(read)
             _last_topic[self._partial.parent] = self._topic
 
     def _tell(self, what: str, problem: str) -> None:
         if process_count() > 1:
-            tell(f"{self._topic}/{what}", problem)
+            set_key(f"{self._topic}/{what}", problem)
 
     def _hear(self, what: str, *, of: int, seconds: float | None = None) -> str:
         seconds = self._seconds if seconds is None else seconds
         try:
-            return printable(ask(f"{self._topic}/{what}", seconds))
+            return printable(wait_for_key(f"{self._topic}/{what}", seconds))
         except TimeoutError:
             return f"process {of} was not heard of for {seconds:.0f} s"
 
@@ -149,7 +149,7 @@ def check_together(check: Callable[[], None], seconds: float) -> list[str]:
         problem = ""
     except (OSError, ValueError) as error:
         problem = str(error) or type(error).__name__
-    told = tell_all(f"meshpipe/checkpoint/{next(_numbers)}/check", problem, seconds)
+    told = all_gather(f"meshpipe/checkpoint/{next(_numbers)}/check", problem, seconds)
     return [text for text in dict.fromkeys(told) if text]
 
 

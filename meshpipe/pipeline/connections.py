@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from meshpipe.processes.coordination import ask, process_index, tell
+from meshpipe.processes.coordination import process_index, set_key, wait_for_key
 from meshpipe.processes.handshake import accept, call
 from meshpipe.processes.secret import IntrusionError, Secret, current
 
@@ -45,7 +45,7 @@ class Listener:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._socket = socket.create_server((address, 0), family=family, backlog=1024)
         host, port = self._socket.getsockname()[:2]
-        tell(_key(process_index()), f"{host} {port}")
+        set_key(_key(process_index()), f"{host} {port}")
         threading.Thread(target=self._accept, name="listener", daemon=True).start()
 
     def _accept(self) -> None:
@@ -85,7 +85,7 @@ class Connection:
 
     def __init__(self, process: int) -> None:
         """Calls the process. Raises `ConnectionError` when it does not answer, `IntrusionError` when another does."""
-        host, port = ask(_key(process), CONNECT_SECONDS).split()
+        host, port = wait_for_key(_key(process), CONNECT_SECONDS).split()
         self._lock = threading.Lock()
         deadline = time.monotonic() + CONNECT_SECONDS
         while True:

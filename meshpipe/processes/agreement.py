@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-from meshpipe.processes.coordination import ask, delete, process_index, tell
+from meshpipe.processes.coordination import delete_key, process_index, set_key, wait_for_key
 from meshpipe.processes.group import Group
 from meshpipe.processes.printable import printable
 
@@ -26,7 +26,7 @@ def agree(group: Group, topic: str, description: Mapping[str, str]) -> None:
     if group.is_alone:
         return
     first = group.processes[0]
-    tell(_own(group, topic), json.dumps({"is": dict(description)}))
+    set_key(_own(group, topic), json.dumps({"is": dict(description)}))
     if process_index() == first:
         texts = [_hear(_own(group, topic, process), process) for process in group.processes]
         told = dict(zip(group.processes, map(json.loads, texts), strict=True))
@@ -34,9 +34,9 @@ def agree(group: Group, topic: str, description: Mapping[str, str]) -> None:
             f"process {process} failed: {found['failed']}" for process, found in told.items() if "failed" in found
         ]
         verdict = failed[:1] or differences({process: found["is"] for process, found in told.items() if "is" in found})
-        tell(_verdict(group, topic), json.dumps(verdict))
+        set_key(_verdict(group, topic), json.dumps(verdict))
     found = json.loads(_hear(_verdict(group, topic), first))
-    delete(_own(group, topic))
+    delete_key(_own(group, topic))
     if found:
         raise ValueError(
             f"All processes must run the same step. Got: {printable('; '.join(found))}. "
@@ -54,9 +54,9 @@ def or_tell(group: Group, topic: str) -> Iterator[None]:
             problem = f"{type(error).__name__}: {error}"
             with contextlib.suppress(Exception):  # nobody is left to tell
                 if process_index() == group.processes[0]:
-                    tell(_verdict(group, topic), json.dumps([f"process {process_index()} failed: {problem}"]))
+                    set_key(_verdict(group, topic), json.dumps([f"process {process_index()} failed: {problem}"]))
                 else:
-                    tell(_own(group, topic), json.dumps({"failed": problem}))
+                    set_key(_own(group, topic), json.dumps({"failed": problem}))
         raise
 
 
@@ -80,11 +80,11 @@ def differences(descriptions: Mapping[int, Mapping[str, str]] | Sequence[Mapping
 
 def _hear(key: str, process: int) -> str:
     try:
-        return ask(key, PATIENCE_SECONDS)
+        return wait_for_key(key, PATIENCE_SECONDS)
     except TimeoutError:
         print(f"meshpipe: process {process_index()} waits for process {process}.", file=sys.stderr, flush=True)
     try:
-        return ask(key, AGREE_SECONDS)
+        return wait_for_key(key, AGREE_SECONDS)
     except TimeoutError as error:
         raise TimeoutError(f"Process {process} has not come to the same place for {AGREE_SECONDS:.0f} s.") from error
 

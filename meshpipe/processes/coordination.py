@@ -1,11 +1,11 @@
-"""Short texts that the processes of a run tell each other, through the service that `jax.distributed` starts.
+"""The key-value store, barriers and heartbeats of a run, on the coordination service that `jax.distributed` starts.
 
 The public API of JAX has no key-value store, so this module uses a private name, `jax._src.distributed`, whose client
-Orbax uses too. It is imported once `jax.distributed` was started, so a run of one process does not need it; the test of
-this module fails when it moves.
+Orbax uses too. The import happens only after `jax.distributed` has started, so a run of one process does not need it.
+The test of this module fails when the name moves.
 
-Whoever reaches the coordinator's port can read, write and delete keys there. So a key's name is derived from the secret
-of the run, and its value signed; nothing else is believed.
+Anyone who reaches the coordinator's port can read, write and delete keys. Key names are therefore derived from the
+secret of the run and values are signed; anything else is rejected.
 """
 
 import itertools
@@ -30,36 +30,36 @@ def process_index() -> int:
 
 
 def coordinator_address() -> str | None:
-    """HOST:PORT of process 0, also where a cluster said it; None without other processes."""
+    """HOST:PORT of process 0, given by the user or found by the cluster; None in a run of one process."""
     return _service().coordinator_address if jax.distributed.is_initialized() else None
 
 
 def share_secret(secret: Secret, nonce: str, timeout: float) -> None:
-    """Uses a secret derived for this run alone from that of the user, who may give the same one to many runs.
+    """Derives a secret for this run alone from the user's secret, which many runs may share, and uses it.
 
-    Every process adds its own random `nonce`, so nobody can repeat to it what was signed in another run.
+    Every process contributes a random `nonce`, so values signed in another run cannot be replayed to it.
     """
     use(secret)
-    use(secret.derive(*tell_all(_NONCE, nonce, timeout)))
+    use(secret.derive(*all_gather(_NONCE, nonce, timeout)))
 
 
-def tell(key: str, text: str) -> None:
-    """Writes a key once for all processes.
+def set_key(key: str, text: str) -> None:
+    """Sets a key, which can be set only once, for all processes.
 
-    Raises `RuntimeError` when it is there already, or the service is gone, and `IntrusionError` when somebody without
-    the run's secret has written it.
+    Raises `RuntimeError` when the key exists or the coordinator is gone, and `IntrusionError` when someone without the
+    run's secret has set it.
     """
     secret = current()
     try:
         _client().key_value_set(_name(key), secret.sign(key, process_index(), text))
     except jax.errors.JaxRuntimeError as error:
         if "ALREADY_EXISTS" in str(error):
-            ask_now(key)
+            try_get_key(key)
         raise
 
 
-def ask_now(key: str) -> str | None:
-    """What was told, or None. Raises `IntrusionError` when it was not told by a process of this run."""
+def try_get_key(key: str) -> str | None:
+    """The value of a key, or None if it is not set. Raises `IntrusionError` for a value from outside this run."""
     try:
         signed = _client().key_value_try_get(_name(key))
     except jax.errors.JaxRuntimeError as error:
@@ -69,32 +69,32 @@ def ask_now(key: str) -> str | None:
     return current().check(key, signed)
 
 
-def ask(key: str, timeout: float) -> str:
-    """Waits until it is told. Raises `TimeoutError` after `timeout` seconds.
+def wait_for_key(key: str, timeout: float) -> str:
+    """Waits until a key is set and returns its value. Raises `TimeoutError` after `timeout` seconds.
 
-    Looks again and again: a thread inside a blocking call would not let the process end.
+    Polls, because a thread inside a blocking call would keep the process from ending.
     """
     deadline = time.monotonic() + timeout
-    while (text := ask_now(key)) is None:
+    while (text := try_get_key(key)) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"No process told {key} within {timeout:.0f} s.")
+            raise TimeoutError(f"No process set {key} within {timeout:.0f} s.")
         time.sleep(POLL_SECONDS)
     return text
 
 
-def tell_all(topic: str, text: str, timeout: float) -> list[str]:
-    """Tells this process's text under a topic that is used once, and waits for those of all processes, in order."""
-    tell(f"{topic}/{process_index()}", text)
-    return [ask(f"{topic}/{process}", timeout) for process in range(process_count())]
+def all_gather(topic: str, text: str, timeout: float) -> list[str]:
+    """The texts of all processes in order of process. Each topic can be used only once."""
+    set_key(f"{topic}/{process_index()}", text)
+    return [wait_for_key(f"{topic}/{process}", timeout) for process in range(process_count())]
 
 
-def delete(key: str) -> None:
-    """Forgets a key, and those below it, once nobody will read them any more."""
+def delete_key(key: str) -> None:
+    """Deletes a key and the keys below it. No process may read them afterwards."""
     _client().key_value_delete(_name(key))
 
 
-def meet(name: str, timeout: float) -> None:
-    """Waits until every process has come to the meeting of this name, which is used once."""
+def barrier(name: str, timeout: float) -> None:
+    """Waits until every process has reached the barrier. Each name can be used only once."""
     if process_count() > 1:
         _client().wait_at_barrier(_name(name), round(timeout * 1000))
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from meshpipe.processes.coordination import ask_now, process_count, process_index, tell
+from meshpipe.processes.coordination import process_count, process_index, set_key, try_get_key
 from meshpipe.processes.exit_codes import FAILED
 from meshpipe.processes.group import Group
 
@@ -39,7 +39,7 @@ def _watch() -> None:
     with contextlib.suppress(Exception):  # the coordinator is gone, and JAX ends this process
         while True:
             time.sleep(POLL_SECONDS)
-            while (text := ask_now(f"{_ENDED}/{len(ended)}")) is not None:
+            while (text := try_get_key(f"{_ENDED}/{len(ended)}")) is not None:
                 process, calls = json.loads(text)
                 ended[process] = calls
             for process, calls in ended.items():
@@ -54,7 +54,7 @@ def _leave(process: int, done: int, begun: int) -> None:
         f"{process_index()} has begun {begun}"
     )
     with contextlib.suppress(Exception):  # another process was first
-        tell(_UNEVEN, text)
+        set_key(_UNEVEN, text)
     _stop(text)
 
 
@@ -68,21 +68,21 @@ def _end() -> None:
         partners = {process for group in _groups for process in group.processes} - {process_index()}
         ended, deadline = 0, time.monotonic() + END_SECONDS
         while partners and time.monotonic() < deadline:
-            text = ask_now(f"{_ENDED}/{ended}")
+            text = try_get_key(f"{_ENDED}/{ended}")
             if text is not None:
                 ended += 1
                 partners.discard(json.loads(text)[0])
-            elif (uneven := ask_now(_UNEVEN)) is not None:
+            elif (uneven := try_get_key(_UNEVEN)) is not None:
                 _stop(uneven)
             else:
                 time.sleep(POLL_SECONDS / 4)
 
 
 def _tells(key: str, text: str) -> bool:
-    if ask_now(key) is not None:
+    if try_get_key(key) is not None:
         return False
     try:
-        tell(key, text)
+        set_key(key, text)
     except RuntimeError:
         return False
     return True

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 
-from meshpipe.processes.coordination import ask, delete, process_count, process_index, tell
+from meshpipe.processes.coordination import delete_key, process_count, process_index, set_key, wait_for_key
 
 _numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
 """How many groups of the same processes this one has made."""
@@ -50,10 +50,10 @@ class Group:
         if self.is_alone:
             return [text]
         before, key = self._next(topic)
-        tell(f"{key}/{process_index()}", text)
-        texts = [ask(f"{key}/{process}", timeout) for process in self.processes]
+        set_key(f"{key}/{process_index()}", text)
+        texts = [wait_for_key(f"{key}/{process}", timeout) for process in self.processes]
         if before is not None:  # whoever has come to this round has read all of the one before
-            delete(f"{before}/{process_index()}")
+            delete_key(f"{before}/{process_index()}")
         return texts
 
     def broadcast(self, topic: str, text: str | None, source: int, timeout: float) -> str:
@@ -67,11 +67,11 @@ class Group:
             assert text is not None
             if self.is_alone:
                 return text
-            tell(key, text)
+            set_key(key, text)
             if before is not None:
-                delete(before)
+                delete_key(before)
             return text
-        return ask(key, timeout)
+        return wait_for_key(key, timeout)
 
     def _next(self, topic: str) -> tuple[str | None, str]:
         """The keys of the round before and of this one."""

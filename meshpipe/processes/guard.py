@@ -19,13 +19,13 @@ import jaxlib
 
 from meshpipe.errors import is_for_the_user
 from meshpipe.processes.coordination import (
-    ask_now,
     beat,
     beats,
     coordinator_address,
     process_count,
     process_index,
-    tell,
+    set_key,
+    try_get_key,
 )
 from meshpipe.processes.exit_codes import FAILED, INVALID
 from meshpipe.processes.last_words import STOPPED_SECONDS, LastWords, saved_sentence, stopped_sentence
@@ -83,7 +83,7 @@ class Guard:
             lost = is_lost_connection(error)
             if is_for_the_user(error) and not lost:  # whoever found the same by itself says so itself
                 with contextlib.suppress(Exception):
-                    tell(ERROR, f"{INVALID} process {process_index()} on {socket.gethostname()} refused it: {error}")
+                    set_key(ERROR, f"{INVALID} process {process_index()} on {socket.gethostname()} refused it: {error}")
             else:
                 if not lost and not isinstance(error, IntrusionError):  # those are said in a sentence
                     traceback.print_exception(error)
@@ -106,10 +106,10 @@ class Guard:
         if not self._done.is_set():
             told = f"{FAILED} {message}"
             try:
-                tell(ERROR, f"{FAILED} process {process_index()} on {socket.gethostname()} failed: {message}")
+                set_key(ERROR, f"{FAILED} process {process_index()} on {socket.gethostname()} failed: {message}")
             except Exception:  # another process was first, or there is nobody left to tell
                 with contextlib.suppress(Exception):
-                    told = ask_now(ERROR) or told
+                    told = try_get_key(ERROR) or told
             self._stop_as_told(told)
         while True:  # until another thread, which was first, has ended this process
             time.sleep(POLL_SECONDS)
@@ -125,7 +125,7 @@ class Guard:
         status = 128 + received
         if process_count() > 1:
             with contextlib.suppress(Exception):
-                tell(ERROR, f"{status} process {process_index()} was asked to stop by {received.name}.")
+                set_key(ERROR, f"{status} process {process_index()} was asked to stop by {received.name}.")
         self._done.set()
         if self._last_words is not None:
             self._last_words.withdraw()
@@ -141,16 +141,16 @@ class Guard:
             told = None
             try:
                 beat("" if self.progress is None else str(self.progress.steps))
-                told = ask_now(ERROR)
+                told = try_get_key(ERROR)
                 if told is None and process_index() == 0:
                     silent = _silent(seen, max(self._stopped_until, 0.0))
                     if silent is not None:
                         told = f"{FAILED} process {silent} gives no sign of life: it was killed, or it hangs"
-                        tell(ERROR, told)
+                        set_key(ERROR, told)
             except IntrusionError as error:
                 told = f"{FAILED} {error}"
                 with contextlib.suppress(Exception):
-                    tell(ERROR, told)
+                    set_key(ERROR, told)
             except Exception as error:
                 told = f"{FAILED} process 0, which coordinates the run, is gone: {error}".splitlines()[0]
             self._answered = time.monotonic()

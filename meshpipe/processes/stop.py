@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from meshpipe.processes.coordination import ask_now, process_count, tell
+from meshpipe.processes.coordination import process_count, set_key, try_get_key
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that ask a run to stop. SIGHUP comes when a terminal is closed."""
@@ -113,8 +113,8 @@ class StopTogether:
         if self._request.signal is not None and not self._has_told:
             self._has_told = True
             with contextlib.suppress(RuntimeError):  # another process was asked as well, and was first
-                tell(STOP, f"{step + 2} {int(self._request.signal)}")
-        agreed = ask_now(STOP)
+                set_key(STOP, f"{step + 2} {int(self._request.signal)}")
+        agreed = try_get_key(STOP)
         if agreed is None:
             return False
         last, number = map(int, agreed.split())

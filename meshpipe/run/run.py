@@ -10,7 +10,7 @@ from meshpipe.data import batches, check_limits, check_source
 from meshpipe.observe.trace import check_trace
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.processes.agreement import agree
-from meshpipe.processes.coordination import meet, process_count, process_index
+from meshpipe.processes.coordination import barrier, process_count, process_index
 from meshpipe.processes.exit_codes import COMPLETED
 from meshpipe.processes.group import Group
 from meshpipe.processes.guard import Guard
@@ -100,5 +100,5 @@ def run(
         if several:
             if loop.error is not None:
                 guard.fail(loop.error)
-            meet("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
+            barrier("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
         return status

@@ -13,7 +13,7 @@ from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
 from meshpipe.layers.staged_model import StagedModel
-from meshpipe.processes.coordination import process_count, process_index, tell_all
+from meshpipe.processes.coordination import all_gather, process_count, process_index
 from meshpipe.processes.printable import printable
 from meshpipe.run.record import MAY_CHANGE, check_metadata, config_values
 from meshpipe.trainer import Trainer
@@ -136,7 +136,7 @@ def _check_shared(argument: str, folder: str, steps: Sequence[int]) -> None:
     """Raises `ArgumentError` when processes see different checkpoints."""
     if process_count() == 1:
         return
-    seen = tell_all(f"meshpipe/{argument}/steps", json.dumps(steps), WAIT_SECONDS)
+    seen = all_gather(f"meshpipe/{argument}/steps", json.dumps(steps), WAIT_SECONDS)
     if len(set(seen)) > 1:
         found = "; ".join(f"steps {text} in process {process}" for process, text in enumerate(seen))
         raise ArgumentError(
@@ -151,7 +151,7 @@ def _check_whole(folder: str, step: int, steps: Sequence[int], argument: str) ->
     """
     problems = verify_checkpoint(folder, step, share=(process_index(), process_count()))
     if process_count() > 1:
-        told = tell_all(f"meshpipe/{argument}/problems", json.dumps(problems), WAIT_SECONDS)
+        told = all_gather(f"meshpipe/{argument}/problems", json.dumps(problems), WAIT_SECONDS)
         problems = sorted({problem for text in told for problem in json.loads(text)})
     if not problems:
         return

@@ -86,10 +86,10 @@ def raw_read(path: Path) -> None:
 
 
 def measure(
-    folder: Path, options: argparse.Namespace, number: int, meet: Callable[[], None]
+    folder: Path, options: argparse.Namespace, number: int, barrier: Callable[[], None]
 ) -> tuple[int, dict[str, list[float]]]:
     """The bytes of the arrays of this process, and the seconds of every action in every round, until it has ended in
-    all processes, between each of which `meet` waits for all.
+    all processes, with `barrier` between them.
     """
     import jax
     import numpy as np
@@ -102,10 +102,10 @@ def measure(
     found: dict[str, list[float]] = {name: [] for name in ACTIONS}
 
     def seconds(action: Callable[[], Any]) -> float:
-        meet()
+        barrier()
         start = time.perf_counter()
         jax.block_until_ready(action())
-        meet()
+        barrier()
         return time.perf_counter() - start
 
     with Checkpointer(folder / "run", keep=1) as checkpointer:
@@ -162,14 +162,14 @@ def run(options: argparse.Namespace, number: int, port: int) -> None:
 
     meshpipe.use_cpu_devices(DEVICES // options.processes)
     if options.processes > 1:
-        from meshpipe.processes.coordination import meet
+        from meshpipe.processes.coordination import barrier
         from meshpipe.processes.guard import leave
         from meshpipe.processes.join import DistributedConfig, join
 
         place = {"coordinator": f"127.0.0.1:{port}", "process_id": number, "process_count": options.processes}
         join(DistributedConfig(**place))
         meetings = iter(range(1 << 30))
-        size, found = measure(options.folder, options, number, lambda: meet(f"benchmark/{next(meetings)}", 600))
+        size, found = measure(options.folder, options, number, lambda: barrier(f"benchmark/{next(meetings)}", 600))
     else:
         size, found = measure(options.folder, options, number, lambda: None)
     if number == 0:

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import meshpipe
-from meshpipe.processes.coordination import meet
+from meshpipe.processes.coordination import barrier
 from meshpipe.processes.guard import leave
 from meshpipe.processes.join import DistributedConfig, join
 
@@ -98,7 +98,7 @@ def main() -> None:
             heard[name] = str(error)
     make().step({"inputs": np.ones((ROWS, WIDTH), np.float32)})  # and now they agree
     print("RESULT", json.dumps(heard), flush=True)
-    meet("end", 60.0)
+    barrier("end", 60.0)
     leave(0)
 
 

@@ -75,7 +75,7 @@ def run(folder: Path) -> None:
         together,
         verify_checkpoint,
     )
-    from meshpipe.processes.coordination import meet, process_index
+    from meshpipe.processes.coordination import barrier, process_index
 
     me = process_index()
     found: dict = {}
@@ -137,7 +137,7 @@ def run(folder: Path) -> None:
         found["slow"] = fails(impatient, 3)
     together.write_files = write
     found["not shared"] = fails(Checkpointer(f"only-{me}"), 4)
-    meet("failed", 60)
+    barrier("failed", 60)
     assert checkpointer.steps() == [1]
     trees, shapes = arrays(5)
     checkpointer.save(5, trees, {}, shapes)
@@ -145,7 +145,7 @@ def run(folder: Path) -> None:
     assert checkpointer.steps() == [1, 5]
     assert verify_checkpoint(folder, 5) == []
     print("RESULT", json.dumps(found), flush=True)
-    meet("end", 60)
+    barrier("end", 60)
 
 
 def killed(folder: Path) -> None:

@@ -27,9 +27,9 @@ def main() -> None:
     join(DistributedConfig(**place))
     train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding)
     if flags.process_count:
-        from meshpipe.processes.coordination import meet
+        from meshpipe.processes.coordination import barrier
 
-        meet("end", 60.0)
+        barrier("end", 60.0)
         leave(0)
 
 

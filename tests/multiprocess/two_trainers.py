@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import meshpipe
-from meshpipe.processes.coordination import meet
+from meshpipe.processes.coordination import barrier
 from meshpipe.processes.guard import leave
 from meshpipe.processes.join import DistributedConfig, join
 from meshpipe.sharding import local_value
@@ -35,9 +35,9 @@ def keys(meeting: str) -> int:
         return 0
     from jax._src import distributed
 
-    meet(meeting, 60.0)
+    barrier(meeting, 60.0)
     count = len(distributed.global_state.client.key_value_dir_get("meshpipe"))
-    meet(f"{meeting} counted", 60.0)
+    barrier(f"{meeting} counted", 60.0)
     return count
 
 

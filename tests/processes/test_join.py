@@ -69,12 +69,12 @@ def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPa
     """Whoever is one step behind or ahead of the one that is asked takes as many steps as all."""
     told: dict[str, str] = {}
 
-    def tell(key: str, text: str) -> None:
+    def set_key(key: str, text: str) -> None:
         if key in told:
             raise RuntimeError("ALREADY_EXISTS")
         told[key] = text
 
-    for name, replacement in {"process_count": lambda: 3, "tell": tell, "ask_now": told.get}.items():
+    for name, replacement in {"process_count": lambda: 3, "set_key": set_key, "try_get_key": told.get}.items():
         monkeypatch.setattr(stop_module, name, replacement)
     requests = [StopRequest() for _ in range(3)]
     processes = [StopTogether(request) for request in requests]
