@@ -20,6 +20,8 @@ from meshpipe.checkpoint.files import DamagedFileError, for_each
 from meshpipe.checkpoint.names import ZARRAY, directory_name
 from meshpipe.checkpoint.schema import SchemaError, check_zarray
 
+Bounds = tuple[tuple[int, int], ...]
+"""Start and stop of a part of an array in each dim."""
 _ALIGNMENT = 64
 """Bytes to which memory must be aligned so that a CPU device takes it without a copy."""
 
@@ -58,13 +60,10 @@ class _LeafRead:
         assert wanted.sharding is not None
         indices = wanted.sharding.addressable_devices_indices_map(wanted.shape)
         shape = wanted.shape
-        self._regions: dict[jax.Device, tuple[tuple[int, int], ...]] = {
-            device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
-            for device, index in indices.items()
-        }
-        self._buffers: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        self._regions = {_bounds(index or (), shape) for index in indices.values()}
+        self._buffers: dict[Bounds, np.ndarray] = {}
         self._left = 0
-        self._on_devices: dict[jax.Device, jax.Array] = {}
+        self._array: jax.Array | None = None
         self.parts: dict[str, Region] = {}
         """The files to read, and the part of the leaf in each; known after `describe`."""
 
@@ -90,7 +89,7 @@ class _LeafRead:
         if chunks != self._saved.get("chunks", chunks) or chunk_count(self._wanted.shape, chunks) > len(self._files):
             return {name: "does not describe the leaf: its chunks are not those of the files"}
         self._chunks = chunks
-        for bounds in set(self._regions.values()):
+        for bounds in self._regions:
             self.parts |= chunks_in(_region(bounds), self._wanted.shape, chunks)
         self._left = len(self.parts)
         size = int(np.prod(chunks, dtype=np.int64)) * self._wanted.dtype.itemsize
@@ -101,7 +100,7 @@ class _LeafRead:
         """Reads one file into the buffers that need a part of it; the last one hands all to the devices."""
         with self._lock:
             if not self._buffers:
-                for bounds in set(self._regions.values()):
+                for bounds in self._regions:
                     self._buffers[bounds] = _aligned([stop - start for start, stop in bounds], self._wanted.dtype)
         file = f"{self._folder}/{name}"
         into, copies = self._place(part)
@@ -121,8 +120,8 @@ class _LeafRead:
         assert self._wanted.sharding is not None
         if not self._wanted.size:
             return jax.device_put(np.zeros(self._wanted.shape, self._wanted.dtype), self._wanted.sharding)
-        arrays = [self._on_devices[device] for device in self._regions]
-        return jax.make_array_from_single_device_arrays(self._wanted.shape, self._wanted.sharding, arrays)
+        assert self._array is not None
+        return self._array
 
     def _place(self, part: Region) -> tuple[np.ndarray, list[tuple[np.ndarray, Region]]]:
         """Where to read a file to, and what to copy from there to where."""
@@ -139,12 +138,20 @@ class _LeafRead:
         return np.empty(self._chunks, self._wanted.dtype), copies
 
     def _hand_over(self) -> None:
-        for device, bounds in self._regions.items():
-            self._on_devices[device] = jax.device_put(self._buffers[bounds], device)
-        self._buffers.clear()
+        shape, sharding = self._wanted.shape, self._wanted.sharding
+        assert sharding is not None
+        # Much cheaper than an array for each device; CPU devices take the buffers as they are.
+        self._array = jax.make_array_from_callback(
+            shape, sharding, lambda index: self._buffers[_bounds(index or (), shape)]
+        )
+        self._buffers = {}
 
 
-def _region(bounds: tuple[tuple[int, int], ...]) -> Region:
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _region(bounds: Bounds) -> Region:
     return tuple(slice(*pair) for pair in bounds)
 
 

@@ -65,6 +65,9 @@ class Checkpointer(CheckpointReader):
         self._lock: WriterLock | None = None
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
+        """The save on its way: its step, and whether it is whole."""
+        self._tidying: tuple[int, Future[None]] | None = None
+        """The last save and the removal of older steps after it."""
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -90,6 +93,7 @@ class Checkpointer(CheckpointReader):
                 make_writable(self.directory)
                 try:
                     self._acquire()
+                    self._clear()
                 except OSError as error:
                     raise CheckpointError(
                         "Checkpoints need a folder that can be written. "
@@ -131,8 +135,9 @@ class Checkpointer(CheckpointReader):
             raise self._write_error(step, error) from error
         shards = hold_shards(items)
         head = {"format": FORMAT, "step": step, "stages": len(trees)}
-        writing = self._background.submit(self._write, together, shards, index, head, user, partial)
-        self._writing = step, writing
+        whole: Future[None] = Future()
+        task = self._background.submit(self._write, whole, together, shards, index, head, user, partial)
+        self._writing, self._tidying = (step, whole), (step, task)
         atexit.unregister(self._finish_at_exit)
         atexit.register(self._finish_at_exit)
 
@@ -150,12 +155,17 @@ class Checkpointer(CheckpointReader):
         return newer
 
     def wait(self) -> None:
-        """Waits until the last save is whole. Raises `CheckpointWriteError` when it could not be written."""
+        """Waits until the last save is whole; the files of steps beyond `keep` may still be on their way out.
+
+        Raises `CheckpointWriteError` when it could not be written, or those before could not be removed.
+        """
+        if self._tidying is not None and self._tidying[1].done():
+            self._end_tidying()
         if self._writing is None:
             return
-        step, writing = self._writing
+        step, whole = self._writing
         try:
-            writing.result()
+            whole.result()
         except Exception as error:
             raise self._write_error(step, error) from error
         finally:
@@ -164,25 +174,34 @@ class Checkpointer(CheckpointReader):
                 self._lock.end(step)
 
     def close(self) -> None:
-        """Waits for the last save, lets go of the background thread, and leaves the folder to other runs."""
+        """Waits for the last save and for what it removes, lets go of the background thread, and leaves the folder to
+        other runs.
+        """
         try:
             self.wait()
+            self._end_tidying()
         finally:
             atexit.unregister(self._finish_at_exit)
             self._background.shutdown()
             self._release()
 
     def _acquire(self) -> WriterLock:
-        """Takes the folder for this process; what a dead run, or a save that failed, left half-written there goes."""
+        """Takes the folder for this process."""
         if self._lock is not None and not self._lock.is_held():
             self._release()
         if self._lock is None:
             self._lock = WriterLock.acquire(self.directory)
-        for leftover in self.directory.iterdir():
-            found = _LEFTOVER.fullmatch(leftover.name)
-            if found and not self._lock.is_writing(int(found[1])):
-                remove(leftover)
         return self._lock
+
+    def _clear(self) -> None:
+        """Removes what a dead run, or a save that failed, left half-written in the folder."""
+        if self._lock is None or not self._lock.is_held():
+            return
+        with self._lock.tidying:
+            for leftover in self.directory.iterdir():
+                found = _LEFTOVER.fullmatch(leftover.name)
+                if found and not self._lock.is_writing(int(found[1])):
+                    remove(leftover)
 
     def _release(self) -> None:
         lock, self._lock = self._lock, None
@@ -210,6 +229,7 @@ class Checkpointer(CheckpointReader):
 
     def _write(
         self,
+        whole: Future[None],
         together: SaveTogether,
         shards: list[HeldShard],
         index: Index,
@@ -224,25 +244,50 @@ class Checkpointer(CheckpointReader):
                 files |= document_files(document, index)
             return files
 
-        together.finish(own, lambda: all_files(index), lambda: self._publish(partial))
+        try:
+            self._clear()
+            together.finish(own, lambda: all_files(index), lambda: self._publish(partial))
+        except BaseException as error:
+            whole.set_exception(error)
+            return
+        whole.set_result(None)
+        shards.clear()
+        self._prune()
 
     def _publish(self, partial: Path) -> None:
-        """Gives a written step its final name, then removes the steps beyond `keep`."""
+        """Gives a written step its final name."""
         if self._lock is None or not self._lock.is_held():
             raise OSError(f"another run has taken {self.directory} meanwhile")
         partial.rename(partial.with_suffix(""))
         flush_folder(self.directory)
-        for step in self.steps()[: -self._keep] if self._keep else ():
-            # Renamed first, so that no step is listed while it is half deleted.
-            deleted = self.directory / f"{step}.deleted"
-            remove(deleted)
-            remove((self.directory / str(step)).rename(deleted))
+
+    def _prune(self) -> None:
+        """Removes the steps beyond `keep`."""
+        if not self._keep or self._lock is None or not self._lock.is_held():
+            return
+        with self._lock.tidying:
+            for step in self.steps()[: -self._keep]:
+                # Renamed first, so that no step is listed while it is half deleted.
+                deleted = self.directory / f"{step}.deleted"
+                remove(deleted)
+                remove((self.directory / str(step)).rename(deleted))
+
+    def _end_tidying(self) -> None:
+        """Waits until the steps beyond `keep` are removed."""
+        tidying, self._tidying = self._tidying, None
+        if tidying is None:
+            return
+        step, task = tidying
+        try:
+            task.result()
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"Step {step} is saved in {self.directory}, but older ones remain: {error}."
+            ) from error
 
     def _write_error(self, step: int, error: Exception) -> CheckpointWriteError:
         """Clears away what there is of a failed save, which may also be what fills the disk, and says what is left."""
         steps = self.steps()
-        if step in steps:
-            return CheckpointWriteError(f"Step {step} is saved in {self.directory}, but older ones remain: {error}.")
         if process_index() == 0 and self._lock is not None and self._lock.is_held():
             with suppress(OSError):  # the first error is what counts
                 remove(self.directory / f"{step}.partial")

@@ -14,14 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-THREADS = 8
+THREADS = 4
 """Files that are written or read at once: disks serve several requests faster than one, and system calls and CRCs
-release the interpreter's lock.
+release the interpreter's lock. More threads only wait for that lock.
 """
-_PIECE = 4 << 20
-"""Bytes of a read or write. Each takes the interpreter's lock twice, so they are few; what the CRC has read is still in
-the processor's cache when it is written.
-"""
+_PIECE = 1 << 20
+"""Bytes of a read or write, so few that what was read is still in the processor's cache for the CRC."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 

@@ -49,6 +49,8 @@ class WriterLock:
         self._token = secrets.token_hex(8)
         self._users = 0
         self._writing: set[int] = set()
+        self.tidying = threading.Lock()
+        """Held while anything but the step being written is removed from the folder."""
         self._descriptor = _take(self._path, folder, self._token)
         self._ended = threading.Event()
         threading.Thread(target=self._beat, name="checkpoint lock", daemon=True).start()

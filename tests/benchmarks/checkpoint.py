@@ -5,8 +5,10 @@
 Stages on eight virtual CPU devices hold the arrays of a transformer with Adam, sharded over the tensor axis. Saves,
 restores, and raw files take turns; medians are shown. Both sides reach the disk: a raw write ends with an fsync of its
 file, a save with those of all its files and folders. Both sides are dropped from the page cache before they are read.
-Raw files are written and read in turn by one thread, in pieces of 4 MiB, and read into one buffer; a restore ends when
-all arrays are on their devices. With `--processes N` each process writes and reads a raw file of its own share at the
+Raw files are written and read by one thread, in pieces of 1 MiB. `raw read` reads all of it into one buffer, which
+stays in the processor's cache; `raw read, kept` into as much new memory as a restore fills. A restore ends when all
+arrays are on their devices. `cpu` is the time of all processors that this process used, which others that use the machine change less
+than the seconds. With `--processes N` each process writes and reads a raw file of its own share at the
 same time as the others, and an action ends when it has ended in all. The first round is not counted.
 Times are those of one disk and machine, and of what else it does: compare ratios.
 """
@@ -26,9 +28,17 @@ from benchmark import median, print_results
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 DEVICES = 8
-ACTIONS = ("raw write", "save", "held up", "raw read", "restore", "restore half")
+ACTIONS = ("raw write", "save", "raw read", "raw read, kept", "restore", "restore half")
+RATIOS = {
+    "save": ("raw write", "save"),
+    "held up": ("held up", "save"),
+    "restore": ("raw read", "restore"),
+    "restore half": ("raw read, kept", "restore"),
+}
+"""By the row in which each stands, what is divided by what."""
+Times = dict[str, list[float]]
 
 
 def make_trees(megabytes: int, processes: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -85,11 +95,22 @@ def raw_read(path: Path) -> None:
             pass
 
 
+def raw_read_kept(path: Path) -> Any:
+    import numpy as np
+
+    memory = memoryview(np.empty(path.stat().st_size, np.uint8))
+    with open(path, "rb", buffering=0) as file:
+        done = 0
+        while count := file.readinto(memory[done : done + CHUNK]):
+            done += count
+    return memory.obj
+
+
 def measure(
     folder: Path, options: argparse.Namespace, number: int, barrier: Callable[[], None]
-) -> tuple[int, dict[str, list[float]]]:
-    """The bytes of the arrays of this process, and the seconds of every action in every round, until it has ended in
-    all processes, with `barrier` between them.
+) -> tuple[int, Times, Times]:
+    """The bytes of the arrays of all processes, the seconds of every action in every round, until it has ended in all
+    processes, and those of the processors in this one. `barrier` waits for all processes.
     """
     import jax
     import numpy as np
@@ -99,60 +120,61 @@ def measure(
     arrays, shapes = make_trees(options.megabytes, options.processes)
     values = [np.asarray(shard.data) for a in jax.tree.leaves(arrays) for shard in a.addressable_shards[:2]]
     raw = folder / f"raw_{number}"
-    found: dict[str, list[float]] = {name: [] for name in ACTIONS}
+    seconds: Times = {name: [] for name in (*ACTIONS, "held up")}
+    cpu: Times = {name: [] for name in ACTIONS}
 
-    def seconds(action: Callable[[], Any]) -> float:
+    def timed(name: str, action: Callable[[], Any], *cold: Path) -> None:
+        for path in cold:
+            forget(path)
         barrier()
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         jax.block_until_ready(action())
         barrier()
-        return time.perf_counter() - start
+        seconds[name].append(time.perf_counter() - start)
+        cpu[name].append(time.process_time() - start_cpu)
 
-    with Checkpointer(folder / "run", keep=1) as checkpointer:
-        held = 0.0
+    with Checkpointer(folder / "run", keep=0) as checkpointer:
 
         def save(step: int) -> None:
-            nonlocal held
             start = time.perf_counter()
             checkpointer.save(step, arrays, {}, shapes)
-            held = time.perf_counter() - start
+            seconds["held up"].append(time.perf_counter() - start)
             checkpointer.wait()
 
         for step in range(options.rounds + 1):
-            times = [seconds(lambda: raw_write(raw, values)), seconds(lambda step=step: save(step)), held]
-            for path in (raw, folder / "run" / str(step)):
-                forget(path)
-            times += [
-                seconds(lambda: raw_read(raw)),
-                seconds(lambda step=step: checkpointer.restore(step, shapes)),
-            ]
-            forget(folder / "run" / str(step))
-            half = shapes[: len(shapes) // 2]
-            times.append(seconds(lambda step=step, half=half: checkpointer.restore(step, half)))
-            raw.unlink()  # so that the next one is not written over
-            if step:
-                for name, value in zip(ACTIONS, times, strict=True):
-                    found[name].append(value)
-    return sum(value.nbytes for value in values) * options.processes, found
+            saved, half = folder / "run" / str(step), shapes[: len(shapes) // 2]
+            timed("raw write", lambda: raw_write(raw, values))
+            timed("save", lambda step=step: save(step))
+            timed("raw read", lambda: raw_read(raw), raw, saved)
+            timed("raw read, kept", lambda: raw_read_kept(raw), raw)
+            timed("restore", lambda step=step: checkpointer.restore(step, shapes))
+            timed("restore half", lambda step=step, half=half: checkpointer.restore(step, half), saved)
+            raw.unlink()  # so that nothing is written over, nor removed while something is timed
+            barrier()
+            if number == 0:
+                shutil.rmtree(saved)
+    size = sum(value.nbytes for value in values) * options.processes
+    return size, *({name: values[1:] for name, values in times.items()} for times in (seconds, cpu))
 
 
-def rows_of(size: int, found: dict[str, list[float]]) -> list[dict[str, object]]:
-    times = {name: median(values) for name, values in found.items()}
-    ratios = {
-        "save": ("raw write / save", "raw write", "save"),
-        "held up": ("held up / save", "held up", "save"),
-        "restore": ("raw read / restore", "raw read", "restore"),
-    }
+def rows_of(size: int, seconds: Times, cpu: Times) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    for name, value in times.items():
+    for name, values in seconds.items():
         # The raw files and the checkpoints have the same bytes; half of the stages have half of them.
-        speed = "" if name == "held up" else size / (2 if name == "restore half" else 1) / value / 1e6
-        what, ratio = "", ""
-        if name in ratios:
-            what, above, below = ratios[name]
+        speed = "" if name == "held up" else size / (2 if name == "restore half" else 1) / median(values) / 1e6
+        row = {
+            "action": name,
+            "seconds": median(values),
+            "cpu": median(cpu[name]) if name in cpu else "",
+            "MB/s": speed,
+        }
+        if name in RATIOS:
+            above, below = RATIOS[name]
             # Of each round, so that what else the machine did meets both.
-            ratio = median(a / b for a, b in zip(found[above], found[below], strict=True))
-        rows.append({"action": name, "seconds": value, "MB/s": speed, "ratio": what, "value": ratio})
+            ratio = median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+            rows.append(row | {"ratio": f"{above} / {below}", "value": ratio})
+        else:
+            rows.append(row | {"ratio": "", "value": ""})
     return rows
 
 
@@ -168,13 +190,13 @@ def run(options: argparse.Namespace, number: int, port: int) -> None:
 
         place = {"coordinator": f"127.0.0.1:{port}", "process_id": number, "process_count": options.processes}
         join(DistributedConfig(**place))
-        meetings = iter(range(1 << 30))
-        size, found = measure(options.folder, options, number, lambda: barrier(f"benchmark/{next(meetings)}", 600))
+        barriers = iter(range(1 << 30))
+        size, *times = measure(options.folder, options, number, lambda: barrier(f"benchmark/{next(barriers)}", 600))
     else:
-        size, found = measure(options.folder, options, number, lambda: None)
+        size, *times = measure(options.folder, options, number, lambda: None)
     if number == 0:
         title = f"checkpoint of {size / 1e6:.0f} MB, {options.processes} process(es)"
-        print_results(title, rows_of(size, found), options.json)
+        print_results(title, rows_of(size, *times), options.json)
     if options.processes > 1:
         leave(0)
 
