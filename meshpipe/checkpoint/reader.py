@@ -20,7 +20,9 @@ from meshpipe.checkpoint.schema import SchemaError, check_document
 
 
 class CheckpointGoneError(CheckpointError):
-    """A step was removed while it was read, as a run does with those beyond the number that it keeps."""
+    """A step is not there, or was removed while it was read, as a run does with those beyond the number that it
+    keeps.
+    """
 
 
 class ProblemsError(Exception):
@@ -122,12 +124,12 @@ class CheckpointReader:
         ]
 
     def folder(self, step: int) -> Path:
-        """Where a step is. Raises `CheckpointError` when it is not there."""
+        """Where a step is. Raises `CheckpointGoneError` when it is not there."""
         steps = self.steps()
         if step in steps:
             return self.directory / str(step)
         known = f"Whole steps there: {', '.join(map(str, steps))}." if steps else "There is no whole checkpoint there."
-        raise CheckpointError(f"The step must be one that is saved in {self.directory}. Got {step}. {known}")
+        raise CheckpointGoneError(f"The step must be one that is saved in {self.directory}. Got {step}. {known}")
 
     def _document(self, step: int) -> dict[str, Any]:
         with self.reading(step) as folder:

@@ -7,9 +7,9 @@ restores, and raw files take turns; medians are shown. Both sides reach the disk
 file, a save with those of all its files and folders. Both sides are dropped from the page cache before they are read.
 Raw files are written and read by one thread, in pieces of 1 MiB. `raw read` reads all of it into one buffer, which
 stays in the processor's cache; `raw read, kept` into as much new memory as a restore fills. A restore ends when all
-arrays are on their devices. `cpu` is the time of all processors that this process used, which others that use the machine change less
-than the seconds. With `--processes N` each process writes and reads a raw file of its own share at the
-same time as the others, and an action ends when it has ended in all. The first round is not counted.
+arrays are on their devices. `cpu` is the time of all processors that this process used, which others that use the
+machine change less than the seconds. With `--processes N` each process writes and reads a raw file of its own share at
+the same time as the others, and an action ends when it has ended in all. The first round is not counted.
 Times are those of one disk and machine, and of what else it does: compare ratios.
 """
 

@@ -79,6 +79,17 @@ def test_a_step_that_vanishes_before_it_is_opened(saved, monkeypatch):
         verify_checkpoint(saved, 1)
 
 
+def test_commands_pass_over_a_step_that_has_gone_since_they_listed_it(saved, monkeypatch, capsys):
+    import meshpipe.checkpoint as package
+
+    monkeypatch.setattr(package, "list_checkpoints", lambda folder: [0, 1, 2])
+    for command, code in (("list", 0), ("verify", 0), ("show", 0)):
+        assert checkpoint([command, str(saved)]) == code
+    assert "step 0: removed meanwhile" in capsys.readouterr().out
+    with pytest.raises(CheckpointGoneError, match=r"Got 0\. Whole steps there: 1, 2"):
+        checkpoint(["verify", str(saved), "--step", "0"])
+
+
 def test_a_step_that_is_replaced_is_not_damaged(saved, monkeypatch):
     load = reader.load_list
 
