@@ -104,6 +104,50 @@ def test_verify_agrees(in_process: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "layers/3" in out
 
 
+UNCUT = """
+
+class Stack(nnx.Module):
+    def __init__(self, rngs, depth=4):
+        self.blocks = nnx.List([Dense(8, 8, rngs=rngs) for _ in range(depth)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return SCALE * x
+
+
+class UncutConfig(DenseConfig):
+    def reference(self):
+        from meshpipe import Reference
+
+        return Reference(Stack)
+
+
+def uncut() -> Config:
+    return replace(pipeline(), model=UncutConfig())
+"""
+
+
+@pytest.mark.parametrize(("scale", "code"), [("1.0", 0), ("1.1", 1)])
+def test_verify_compares_with_the_reference_of_a_recipe(
+    in_process: Path, capsys: pytest.CaptureFixture[str], scale: str, code: int
+) -> None:
+    (in_process / "recipes" / "uncut.py").write_text(RECIPES.read_text() + UNCUT.replace("SCALE", scale))
+    assert main(["verify", "uncut:uncut", "--updates", "1"]) == code
+    captured = capsys.readouterr()
+    assert "Compared over 1 update with plain training of the uncut Stack on one device." in captured.out
+    assert ("differs in update 1" in captured.err) == bool(code)
+
+
+def test_verify_refuses_a_reference_that_does_not_correspond(
+    in_process: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = UNCUT.replace("SCALE", "1.0").replace("depth=4", "depth=3")
+    (in_process / "recipes" / "uncut.py").write_text(RECIPES.read_text() + text)
+    assert main(["verify", "uncut:uncut", "--updates", "1"]) == 2
+    assert "Every leaf of the layers must be one of the reference. layers/3/linear/bias" in capsys.readouterr().err
+
+
 def test_verify_names_the_first_layer_that_differs(
     in_process: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 BATCH, SEQ, VOCABULARY, STEPS, MICROBATCHES = 8, 6, 32, 6, 4
 TOLERANCE = 1e-5
+RATE = 3e-3
 PIPELINE = PipelineConfig(schedule="1f1b", num_microbatches=MICROBATCHES)
 
 
@@ -53,18 +54,18 @@ def check(case: Case) -> None:
     reference = Reference(case.model, call=case.call)
     rules = ShardingRules(rules={**ShardingRules().rules, **dict.fromkeys(case.axes)})
     common = {"mesh": make_mesh(2), "pipeline": PIPELINE, "tied": case.tied, "rules": rules}
-    report = verify(case.layers, case.loss, optax.adamw(1e-3), batches=case.batches[:2], reference=reference, **common)
+    report = verify(case.layers, case.loss, optax.adamw(RATE), batches=case.batches[:2], reference=reference, **common)
     assert report.ok, report.first
-    trainer = Trainer(case.layers, case.loss, optax.adamw(1e-3), batch=case.batches[0], **common)
+    trainer = Trainer(case.layers, case.loss, optax.adamw(RATE), batch=case.batches[0], **common)
     found = [float(trainer.step(batch).loss) for batch in case.batches]
     expected = uncut_losses(case)
     print(type(case.model).__name__, "largest difference of a loss:", np.abs(np.subtract(found, expected)).max())
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
-    assert expected[-1] != pytest.approx(expected[0], abs=100 * TOLERANCE)
+    assert expected[-1] < expected[0] - 100 * TOLERANCE  # the last batch is the first: it has learnt something
 
 
 def uncut_losses(case: Case) -> list[float]:
-    optimizer = nnx.Optimizer(case.model, optax.adamw(1e-3), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(case.model, optax.adamw(RATE), wrt=nnx.Param)
 
     @nnx.jit
     def total(model, batch):
@@ -88,10 +89,10 @@ def uncut_losses(case: Case) -> list[float]:
 def tokens(**more: np.ndarray) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     made = []
-    for _ in range(STEPS):
+    for _ in range(STEPS - 1):
         ids = rng.integers(0, VOCABULARY, (BATCH, SEQ + 1)).astype(np.int32)
         made.append({"inputs": ids[:, :-1], "labels": ids[:, 1:], **more})
-    return made
+    return [*made, made[0]]
 
 
 def entropy(logits: jax.Array, batch: Mapping[str, Any]) -> tuple[jax.Array, Any]:
@@ -167,10 +168,10 @@ def test_tied_mamba2() -> None:
 def images(channels: int, **more: Callable[[np.random.Generator], np.ndarray]) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     made = []
-    for _ in range(STEPS):
+    for _ in range(STEPS - 1):
         pictures = {name: rng.normal(size=(BATCH, 8, 8, channels)).astype(np.float32) for name in ("inputs", "target")}
         made.append({**pictures, **{name: draw(rng) for name, draw in more.items()}})
-    return made
+    return [*made, made[0]]
 
 
 def squares(output: jax.Array, batch: Mapping[str, Any]) -> tuple[jax.Array, Any]:
