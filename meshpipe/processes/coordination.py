@@ -99,31 +99,31 @@ def barrier(name: str, timeout: float) -> None:
         _client().wait_at_barrier(_name(name), round(timeout * 1000))
 
 
-def beat(text: str) -> None:
-    """Gives a sign of life, with a text for whoever reads it."""
-    key = f"{_BEATS}/{process_index()}"
-    signed = current().sign(key, process_index(), f"{next(_beats)} {text}")
-    _client().key_value_set(f"{_name(_BEATS)}/{process_index()}", signed, allow_overwrite=True)
+def send_heartbeat(text: str) -> None:
+    """Sends a heartbeat of this process, with a text for its readers."""
+    key = f"{_HEARTBEATS}/{process_index()}"
+    signed = current().sign(key, process_index(), f"{next(_heartbeat_counts)} {text}")
+    _client().key_value_set(f"{_name(_HEARTBEATS)}/{process_index()}", signed, allow_overwrite=True)
 
 
-def beats() -> dict[int, tuple[int, str]]:
-    """How many signs of life every process has given, where it has given one, and the text of the last.
+def heartbeats() -> dict[int, tuple[int, str]]:
+    """By process, the number of heartbeats it has sent and the text of the last. Omits processes that sent none.
 
-    Raises `IntrusionError` for one that no process of this run has given.
+    Raises `IntrusionError` for a heartbeat from outside this run.
     """
-    folder = _name(_BEATS)
+    folder = _name(_HEARTBEATS)
     signed = dict(_client().key_value_dir_get(folder))
     found = {}
     for process in range(process_count()):
         if (value := signed.get(f"{folder}/{process}")) is not None:
-            count, _, text = current().check(f"{_BEATS}/{process}", value).partition(" ")
+            count, _, text = current().check(f"{_HEARTBEATS}/{process}", value).partition(" ")
             found[process] = int(count), text
     return found
 
 
 _NONCE = "meshpipe/nonce"
-_BEATS = "meshpipe/alive"
-_beats = itertools.count(1)
+_HEARTBEATS = "meshpipe/alive"
+_heartbeat_counts = itertools.count(1)
 
 
 def _name(key: str) -> str:

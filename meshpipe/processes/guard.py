@@ -19,11 +19,11 @@ import jaxlib
 
 from meshpipe.errors import is_for_the_user
 from meshpipe.processes.coordination import (
-    beat,
-    beats,
     coordinator_address,
+    heartbeats,
     process_count,
     process_index,
+    send_heartbeat,
     set_key,
     try_get_key,
 )
@@ -133,19 +133,19 @@ class Guard:
 
     def steps_of_all(self) -> dict[int, Steps]:
         """How far each process that runs steps has come, by its last sign of life."""
-        return {process: Steps.parse(text) for process, (_, text) in beats().items() if text}
+        return {process: Steps.parse(text) for process, (_, text) in heartbeats().items() if text}
 
     def _watch_others(self) -> None:
         seen = dict.fromkeys(range(process_count()), (0, time.monotonic()))
         while not self._done.wait(POLL_SECONDS):
             told = None
             try:
-                beat("" if self.progress is None else str(self.progress.steps))
+                send_heartbeat("" if self.progress is None else str(self.progress.steps))
                 told = try_get_key(ERROR)
                 if told is None and process_index() == 0:
                     silent = _silent(seen, max(self._stopped_until, 0.0))
                     if silent is not None:
-                        told = f"{FAILED} process {silent} gives no sign of life: it was killed, or it hangs"
+                        told = f"{FAILED} process {silent} sends no heartbeat: it was killed, or it hangs"
                         set_key(ERROR, told)
             except IntrusionError as error:
                 told = f"{FAILED} {error}"
@@ -196,7 +196,7 @@ def _silent(seen: dict[int, tuple[int, float]], since: float) -> int | None:
     Nothing was to be seen before `since`.
     """
     now = time.monotonic()
-    for process, (count, _) in beats().items():
+    for process, (count, _) in heartbeats().items():
         if count > seen[process][0]:  # somebody may repeat an old one
             seen[process] = count, now
     return next((process for process, (_, at) in sorted(seen.items()) if now - max(at, since) > SILENCE_SECONDS), None)

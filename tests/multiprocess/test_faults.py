@@ -100,7 +100,7 @@ GOOD = "The newest checkpoint is step "
     ("sent", "to", "flags", "code", "messages"),
     [
         pytest.param(
-            *(signal.SIGKILL, 1, SAVED, 137, ["process 0 stops because process 1 gives no sign of life", GOOD]),
+            *(signal.SIGKILL, 1, SAVED, 137, ["process 0 stops because process 1 sends no heartbeat", GOOD]),
             id="another is killed",
         ),
         pytest.param(
@@ -108,7 +108,7 @@ GOOD = "The newest checkpoint is step "
             id="the coordinator is killed",
         ),
         pytest.param(
-            *(signal.SIGSTOP, 1, (), 1, ["process 0 stops because process 1 gives no sign of life"]),
+            *(signal.SIGSTOP, 1, (), 1, ["process 0 stops because process 1 sends no heartbeat"]),
             id="another hangs",
         ),
         pytest.param(
