@@ -28,7 +28,7 @@ from meshpipe.processes.coordination import (
     try_get_key,
 )
 from meshpipe.processes.exit_codes import FAILED, INVALID
-from meshpipe.processes.last_words import STOPPED_SECONDS, LastWords, saved_sentence, stopped_sentence
+from meshpipe.processes.exit_reporter import STOPPED_SECONDS, ExitReporter, saved_sentence, stopped_sentence
 from meshpipe.processes.printable import printable
 from meshpipe.processes.progress import Progress, Steps
 from meshpipe.processes.secret import IntrusionError
@@ -64,12 +64,12 @@ class Guard:
         """When this process was last found not to have run for a while, and for how long."""
         self._done = threading.Event()
         self._answered = time.monotonic()
-        self._last_words: LastWords | None = None
+        self._exit_reporter: ExitReporter | None = None
 
     def __enter__(self) -> "Guard":
         coordinator = coordinator_address()
         if coordinator is not None:
-            self._last_words = LastWords(process_index(), coordinator, self._folder).__enter__()
+            self._exit_reporter = ExitReporter(process_index(), coordinator, self._folder).__enter__()
             self._answered = time.monotonic()
             for work in (self._watch_others, self._watch_coordinator):
                 threading.Thread(target=work, name="guard", daemon=True).start()
@@ -89,8 +89,8 @@ class Guard:
                     traceback.print_exception(error)
                 self.fail(error)
         self._done.set()
-        if self._last_words is not None:
-            self._last_words.withdraw()
+        if self._exit_reporter is not None:
+            self._exit_reporter.cancel()
 
     def fail(self, why: BaseException | str) -> NoReturn:
         """Tells the others that this process fails and why, and ends it.
@@ -127,8 +127,8 @@ class Guard:
             with contextlib.suppress(Exception):
                 set_key(ERROR, f"{status} process {process_index()} was asked to stop by {received.name}.")
         self._done.set()
-        if self._last_words is not None:
-            self._last_words.withdraw()
+        if self._exit_reporter is not None:
+            self._exit_reporter.cancel()
         leave(status)
 
     def steps_of_all(self) -> dict[int, Steps]:
@@ -167,8 +167,8 @@ class Guard:
             if now - before > STOPPED_SECONDS:  # it cannot have heard anything meanwhile
                 self._stopped_until, self._stopped_for = now, now - before
                 self._answered = now
-            if self._last_words is not None:
-                self._last_words.beat()
+            if self._exit_reporter is not None:
+                self._exit_reporter.heartbeat()
             if now - self._answered > COORDINATOR_SILENCE_SECONDS:
                 self._stop_because("process 0, which coordinates the run, does not answer", FAILED)
 
@@ -185,8 +185,8 @@ class Guard:
         end = saved_sentence(self._folder) if status == FAILED else ""
         text = f"meshpipe: process {process_index()} stops because {printable(message)}\n{end}".rstrip()
         print(text, file=sys.stderr, flush=True)
-        if self._last_words is not None:
-            self._last_words.withdraw()
+        if self._exit_reporter is not None:
+            self._exit_reporter.cancel()
         leave(status)
 
 

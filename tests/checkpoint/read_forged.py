@@ -28,7 +28,7 @@ from forgeries import forge
 
 from meshpipe.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
 from meshpipe.cli.main import main
-from meshpipe.processes.last_words import saved_sentence
+from meshpipe.processes.exit_reporter import saved_sentence
 from meshpipe.run.start import find_start
 
 SECONDS = 30

@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import pytest
 
 from meshpipe.checkpoint import Checkpointer
-from meshpipe.processes import last_words
-from meshpipe.processes.last_words import saved_sentence
+from meshpipe.processes import exit_reporter
+from meshpipe.processes.exit_reporter import saved_sentence
 from meshpipe.processes.launch import free_port
 
 PARENT = """
 import importlib.util, os, signal, sys, time
-spec = importlib.util.spec_from_file_location("last_words", sys.argv[4])  # without JAX
+spec = importlib.util.spec_from_file_location("exit_reporter", sys.argv[4])  # without JAX
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-with module.LastWords(int(sys.argv[1]), sys.argv[2], "run") as words:
-    if sys.argv[3] == "said":
-        words.withdraw()
+with module.ExitReporter(int(sys.argv[1]), sys.argv[2], "run") as reporter:
+    if sys.argv[3] == "cancelled":
+        reporter.cancel()
     if sys.argv[3] == "stopped":
-        words.beat()
+        reporter.heartbeat()
         time.sleep(1.5)  # as if it did not run
     if sys.argv[3] != "well":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -37,11 +37,13 @@ def save(folder: Path, *steps: int) -> None:
             checkpointer.save(step, [{"params": {"x": jnp.ones(3)}}], {})
 
 
-def words(folder: Path, process: int, coordinator: str, how: str) -> str:
+def reported(folder: Path, process: int, coordinator: str, how: str) -> str:
     """What is on standard error after the process is gone; its child holds that open until it has ended as well."""
     # The file is the child's program too, so that a shorter time has to stand in a file.
-    program = folder / "last_words.py"
-    program.write_text(Path(last_words.__file__).read_text().replace("STOPPED_SECONDS = 5.0", "STOPPED_SECONDS = 1.0"))
+    program = folder / "exit_reporter.py"
+    program.write_text(
+        Path(exit_reporter.__file__).read_text().replace("STOPPED_SECONDS = 5.0", "STOPPED_SECONDS = 1.0")
+    )
     command = [sys.executable, "-c", PARENT, str(process), coordinator, how, str(program)]
     return subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, timeout=60).stderr
 
@@ -52,23 +54,25 @@ def test_a_killed_process_is_named_with_the_newest_checkpoint(tmp_path: Path) ->
     save(tmp_path / "run", 5, 10)
     saved = "The newest checkpoint is step 10 of run.\n"
     gone = f"127.0.0.1:{free_port()}"
-    assert words(tmp_path, 0, gone, "killed") == f"meshpipe: process 0 is gone: it was killed, or it crashed.\n{saved}"
+    assert (
+        reported(tmp_path, 0, gone, "killed") == f"meshpipe: process 0 is gone: it was killed, or it crashed.\n{saved}"
+    )
     stops = "meshpipe: process 1 stops because process 0, which coordinates the run, is gone.\n"
-    assert words(tmp_path, 1, gone, "killed") == stops + saved
+    assert reported(tmp_path, 1, gone, "killed") == stops + saved
     with socket.create_server(("127.0.0.1", 0)) as server:
         there = f"127.0.0.1:{server.getsockname()[1]}"
-        assert words(tmp_path, 1, there, "killed").startswith("meshpipe: process 1 is gone: it was killed")
+        assert reported(tmp_path, 1, there, "killed").startswith("meshpipe: process 1 is gone: it was killed")
 
 
 def test_a_process_that_was_stopped_does_not_blame_process_0(tmp_path: Path) -> None:
-    found = words(tmp_path, 1, f"127.0.0.1:{free_port()}", "stopped")
+    found = reported(tmp_path, 1, f"127.0.0.1:{free_port()}", "stopped")
     assert "meshpipe: process 1 stops because it did not run for " in found
     assert "process 0" not in found
 
 
-@pytest.mark.parametrize("how", ["said", "well"])
+@pytest.mark.parametrize("how", ["cancelled", "well"])
 def test_nothing_is_left_to_say(how: str, tmp_path: Path) -> None:
-    assert words(tmp_path, 1, f"127.0.0.1:{free_port()}", how) == ""
+    assert reported(tmp_path, 1, f"127.0.0.1:{free_port()}", how) == ""
 
 
 def test_the_newest_checkpoint_is_the_one_that_a_run_would_go_on_from(tmp_path: Path) -> None:

@@ -23,15 +23,15 @@ CHECKSUMS = "checksums.json"
 """The file that every whole checkpoint has: the sizes of all others."""
 LARGEST_LIST = 64 << 20
 """Bytes that the file may have."""
-SAID = b"."
-BEAT = b" "
+CANCEL = b"."
+HEARTBEAT = b" "
 STOPPED_SECONDS = 5.0
 """A process that did not run for so long was stopped."""
 PATIENCE_SECONDS = 5.0
 """How long a coordinator may take to answer before it counts as gone."""
 
 
-class LastWords:
+class ExitReporter:
     """While entered, a child waits, and says on standard error how this process ended unless it was told not to.
 
     `process` is the number of this process, `coordinator` the HOST:PORT of process 0, `folder` that of the checkpoints.
@@ -40,7 +40,7 @@ class LastWords:
     def __init__(self, process: int, coordinator: str, folder: str | None) -> None:
         self._arguments = [str(process), coordinator, folder or ""]
 
-    def __enter__(self) -> "LastWords":
+    def __enter__(self) -> "ExitReporter":
         command = [sys.executable, "-I", "-S", __file__, *self._arguments]
         # What a terminal sends to all processes in front is not for the child.
         self._child = subprocess.Popen(
@@ -51,20 +51,20 @@ class LastWords:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.withdraw()
+        self.cancel()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """To be called every now and then, so that the child knows whether this process runs."""
-        with contextlib.suppress(OSError, ValueError):  # the child has ended, or withdrawn
-            os.write(self._child.stdin.fileno(), BEAT)  # type: ignore[union-attr]
+        with contextlib.suppress(OSError, ValueError):  # the child has ended, or was cancelled
+            os.write(self._child.stdin.fileno(), HEARTBEAT)  # type: ignore[union-attr]
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         """To be called when this process has said itself why it ends, or ends well."""
         assert self._child.stdin is not None
         if self._child.stdin.closed:
             return
         try:
-            self._child.stdin.write(SAID)
+            self._child.stdin.write(CANCEL)
             self._child.stdin.close()
             self._child.wait(PATIENCE_SECONDS)
         except (OSError, subprocess.TimeoutExpired):  # somebody has ended the child, or stopped it
@@ -113,7 +113,7 @@ def main(process: int, coordinator: str, folder: str | None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     last, stopped = time.monotonic(), 0.0
-    while (received := os.read(sys.stdin.fileno(), 4096)) and SAID not in received:
+    while (received := os.read(sys.stdin.fileno(), 4096)) and CANCEL not in received:
         now = time.monotonic()
         stopped, last = (now - last if now - last > STOPPED_SECONDS else stopped), now
     if received:
