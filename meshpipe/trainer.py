@@ -37,8 +37,8 @@ from meshpipe.pipeline.executor import Observer
 from meshpipe.plan.plan import Plan
 from meshpipe.plan.rendezvous import check_program
 from meshpipe.processes.agreement import agree, or_tell
-from meshpipe.processes.farewell import watch
 from meshpipe.processes.group import Group
+from meshpipe.processes.uneven_exit import watch
 from meshpipe.sharding import ShardingRules, local_value, scalar_dtype
 from meshpipe.stage.target import Target
 

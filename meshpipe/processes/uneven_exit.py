@@ -30,7 +30,7 @@ def watch(group: Group) -> None:
         return
     if not _groups:
         atexit.register(_end)  # comes before what JAX has registered
-        threading.Thread(target=_watch, name="farewell", daemon=True).start()
+        threading.Thread(target=_watch, name="uneven exit", daemon=True).start()
     _groups.append(group)
 
 
@@ -63,7 +63,7 @@ def _end() -> None:
     calls = {group.name: group.calls for group in _groups}
     with contextlib.suppress(Exception):
         number = 0
-        while not _tells(f"{_ENDED}/{number}", json.dumps([process_index(), calls])):
+        while not _try_set(f"{_ENDED}/{number}", json.dumps([process_index(), calls])):
             number += 1
         partners = {process for group in _groups for process in group.processes} - {process_index()}
         ended, deadline = 0, time.monotonic() + END_SECONDS
@@ -78,7 +78,7 @@ def _end() -> None:
                 time.sleep(POLL_SECONDS / 4)
 
 
-def _tells(key: str, text: str) -> bool:
+def _try_set(key: str, text: str) -> bool:
     if try_get_key(key) is not None:
         return False
     try:
