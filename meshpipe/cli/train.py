@@ -6,7 +6,7 @@ from meshpipe.cli.arguments import configure, explanation
 from meshpipe.cli.devices import take_devices
 from meshpipe.errors import is_for_the_user
 from meshpipe.processes.exit_codes import FAILED, INVALID
-from meshpipe.processes.tether import end_with_launcher
+from meshpipe.processes.launcher_pipe import end_with_launcher
 
 
 def train(arguments: list[str]) -> int:

@@ -29,10 +29,10 @@ from meshpipe.processes.coordination import (
 )
 from meshpipe.processes.exit_codes import FAILED, INVALID
 from meshpipe.processes.exit_reporter import STOPPED_SECONDS, ExitReporter, saved_sentence, stopped_sentence
+from meshpipe.processes.launcher_pipe import report_guarded
 from meshpipe.processes.printable import printable
 from meshpipe.processes.progress import Progress, Steps
 from meshpipe.processes.secret import IntrusionError
-from meshpipe.processes.tether import tell_guarded
 
 ERROR = "meshpipe/error"
 POLL_SECONDS = 0.5
@@ -73,7 +73,7 @@ class Guard:
             self._answered = time.monotonic()
             for work in (self._watch_others, self._watch_coordinator):
                 threading.Thread(target=work, name="guard", daemon=True).start()
-            tell_guarded(process_index())
+            report_guarded(process_index())
         return self
 
     def __exit__(

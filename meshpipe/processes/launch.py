@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from meshpipe.processes.launcher_pipe import LauncherPipe
 from meshpipe.processes.printable import printable
 from meshpipe.processes.secret import VARIABLE
-from meshpipe.processes.tether import Tether
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 SECONDS_TO_END = 20.0
@@ -98,7 +98,7 @@ class Launch:
     def _run_once(self, restart: int) -> int:
         self._processes = []
         self._secret = secrets.token_hex(32)
-        self._tether = Tether()
+        self._pipe = LauncherPipe()
         readers = []
         try:
             for number in range(self.num_processes):
@@ -116,7 +116,7 @@ class Launch:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-            self._tether.close()
+            self._pipe.close()
         for reader in readers:
             reader.join(timeout=5)
         for process in self._processes:
@@ -126,7 +126,7 @@ class Launch:
         return code
 
     def _start(self, number: int, restart: int) -> "subprocess.Popen[str]":
-        environment = os.environ | dict(self.environment) | self._tether.environment
+        environment = os.environ | dict(self.environment) | self._pipe.environment
         environment |= {"PYTHONUNBUFFERED": "1", VARIABLE: self._secret}
         return subprocess.Popen(
             self.command(number, restart),
@@ -138,7 +138,7 @@ class Launch:
             errors="replace",
             # A signal from the terminal goes to the launcher alone, which passes it on once.
             start_new_session=True,
-            pass_fds=(self._tether.reader, self._tether.guarded_writer),
+            pass_fds=(self._pipe.reader, self._pipe.guarded_writer),
         )
 
     def _wait(self) -> int:
@@ -169,7 +169,7 @@ class Launch:
 
     def _end_joining(self, running: Sequence["subprocess.Popen[str]"]) -> None:
         """Ends those that still wait for all to come together, which cannot happen any more."""
-        guarded = self._tether.guarded()
+        guarded = self._pipe.guarded()
         waiting = [n for n, process in enumerate(self._processes) if process in running and n not in guarded]
         if waiting:
             _say(f"Ending process{'es' if len(waiting) > 1 else ''} {', '.join(map(str, waiting))}, not yet joined.")

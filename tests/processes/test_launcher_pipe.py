@@ -21,7 +21,7 @@ from meshpipe.cli.output import lasting_output
 CHILD = """
 import signal, time
 from pathlib import Path
-from meshpipe.processes.tether import end_with_launcher
+from meshpipe.processes.launcher_pipe import end_with_launcher
 got = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: got.append(number))

@@ -13,7 +13,7 @@ GUARDED = "MESHPIPE_GUARDED"
 """Holds the number of a file descriptor to which the processes write their numbers."""
 
 
-class Tether:
+class LauncherPipe:
     """The launcher's side: a pipe whose end for writing closes when the launcher is gone, even by SIGKILL, and one by
     which it hears of processes that have joined the others and watch them.
     """
@@ -41,7 +41,7 @@ class Tether:
             os.close(number)
 
 
-def tell_guarded(process: int) -> None:
+def report_guarded(process: int) -> None:
     """Tells the launcher, where there is one, that this process will notice by itself when another is gone."""
     number = os.environ.pop(GUARDED, None)
     if number is not None:
@@ -60,7 +60,7 @@ def end_with_launcher() -> None:
         return
     reader = int(number)
     os.set_inheritable(reader, False)
-    threading.Thread(target=_wait, args=(reader,), name="tether", daemon=True).start()
+    threading.Thread(target=_wait, args=(reader,), name="launcher pipe", daemon=True).start()
 
 
 def _wait(reader: int) -> None:
