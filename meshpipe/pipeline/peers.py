@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from meshpipe.pipeline.connections import Connection, Listener, Message, receive_message
-from meshpipe.pipeline.promises import Promises
+from meshpipe.pipeline.future_arrays import FutureArrays
 from meshpipe.processes.addresses import own_address
 from meshpipe.processes.coordination import coordinator_address
 from meshpipe.processes.printable import printable
@@ -31,7 +31,7 @@ class _Expected:
     """Arrays that were promised."""
 
     process: int
-    promise: int
+    future: int
     shapes: Shapes
 
 
@@ -44,7 +44,7 @@ class Peers:
 
     def __init__(self, address: str, accelerators: bool = False):
         self.accelerators = accelerators
-        self._promises = Promises()
+        self._futures = FutureArrays()
         self._secret = current().derive("transfers")
         self._lock = threading.Lock()
         self._expected: dict[int, _Expected] = {}
@@ -88,13 +88,13 @@ class Peers:
             if early is None and process in self._gone:
                 early = _gone(process)
             if early is None:
-                promise, arrays = self._promises.make(shapes)
-                self._expected[number] = _Expected(process, promise, shapes)
+                future, arrays = self._futures.make(shapes)
+                self._expected[number] = _Expected(process, future, shapes)
                 return arrays
         if not isinstance(early, str):
             return _on_devices(early, shapes)
-        promise, arrays = self._promises.make(shapes)
-        self._promises.fail(promise, shapes, early)
+        future, arrays = self._futures.make(shapes)
+        self._futures.fail(future, shapes, early)
         return arrays
 
     def _send_all(self) -> None:
@@ -134,11 +134,11 @@ class Peers:
     def _keep(self, expected: _Expected, message: Message) -> None:
         if not isinstance(message, str):
             try:
-                self._promises.fill(expected.promise, _on_devices(message, expected.shapes))
+                self._futures.fill(expected.future, _on_devices(message, expected.shapes))
                 return
             except Exception as error:
                 message = f"{type(error).__name__}: {error}"
-        self._promises.fail(expected.promise, expected.shapes, printable(message))
+        self._futures.fail(expected.future, expected.shapes, printable(message))
 
 
 def _send(connection: Connection, number: int, arrays: Sequence[jax.Array]) -> None:

@@ -43,7 +43,9 @@ BLAME_SECONDS = 60.0
 """How long after this process did not run whatever is wrong with the others is put down to that."""
 CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
 """Parts of the errors that JAX raises for transfers and collectives whose other end is gone."""
-TRANSFERS = tuple(Path(__file__).parents[1] / "pipeline" / name for name in ("peers.py", "transfer.py", "promises.py"))
+TRANSFERS = tuple(
+    Path(__file__).parents[1] / "pipeline" / name for name in ("peers.py", "transfer.py", "future_arrays.py")
+)
 """The files that call JAX's transfers directly."""
 
 

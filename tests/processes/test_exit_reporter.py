@@ -39,7 +39,7 @@ def save(folder: Path, *steps: int) -> None:
 
 def reported(folder: Path, process: int, coordinator: str, how: str) -> str:
     """What is on standard error after the process is gone; its child holds that open until it has ended as well."""
-    # The file is the child's program too, so that a shorter time has to stand in a file.
+    # The child runs this file, so the shorter time must be written into a copy of it.
     program = folder / "exit_reporter.py"
     program.write_text(
         Path(exit_reporter.__file__).read_text().replace("STOPPED_SECONDS = 5.0", "STOPPED_SECONDS = 1.0")

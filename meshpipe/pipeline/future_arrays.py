@@ -13,7 +13,7 @@ from jax.extend.backend import get_backend
 from meshpipe.sharding import Shapes
 
 
-class Promises:
+class FutureArrays:
     """Makes such arrays, for the devices of this process.
 
     JAX has one public way to them, the server of `jax.experimental.transfer`, here connected with itself. That server
@@ -50,9 +50,9 @@ class Promises:
         """Waits for the connection."""
         device = jax.local_devices()[0]
         ready = jax.device_put(0, device)
-        number, promised = self.make((jax.ShapeDtypeStruct(ready.shape, ready.dtype, sharding=ready.sharding),))
+        number, arrays = self.make((jax.ShapeDtypeStruct(ready.shape, ready.dtype, sharding=ready.sharding),))
         self.fill(number, [ready])
-        jax.block_until_ready(promised)
+        jax.block_until_ready(arrays)
 
     def _close_port(self, port: int) -> None:
         # In place of the listening socket the server keeps one at which nobody can ever call.

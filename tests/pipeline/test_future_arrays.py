@@ -10,41 +10,41 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshpipe.mesh import make_mesh, submeshes
-from meshpipe.pipeline.promises import Promises, _sockets
+from meshpipe.pipeline.future_arrays import FutureArrays, _sockets
 
 MESH = submeshes(make_mesh(1, 2))[0]
 
 
 @pytest.fixture(scope="module")
-def promises() -> Promises:
-    return Promises()
+def future_arrays() -> FutureArrays:
+    return FutureArrays()
 
 
-def test_values_come_later_from_another_thread(promises: Promises) -> None:
+def test_values_come_later_from_another_thread(future_arrays: FutureArrays) -> None:
     for spec in (PartitionSpec(), PartitionSpec("data")):
         sharding = NamedSharding(MESH, spec)
-        number, (promised,) = promises.make([jax.ShapeDtypeStruct((4,), np.int32, sharding=sharding)])
-        assert not promised.is_ready()
+        number, (array,) = future_arrays.make([jax.ShapeDtypeStruct((4,), np.int32, sharding=sharding)])
+        assert not array.is_ready()
         value = np.arange(4, dtype=np.int32)
         threading.Timer(
-            0.05, lambda n, s, v: promises.fill(n, [jax.device_put(v, s)]), (number, sharding, value)
+            0.05, lambda n, s, v: future_arrays.fill(n, [jax.device_put(v, s)]), (number, sharding, value)
         ).start()
-        np.testing.assert_array_equal(np.asarray(promised + 1), value + 1)
-        assert promised.sharding == sharding
+        np.testing.assert_array_equal(np.asarray(array + 1), value + 1)
+        assert array.sharding == sharding
 
 
-def test_whoever_waits_is_told_why_there_is_nothing(promises: Promises) -> None:
+def test_whoever_waits_is_told_why_there_is_nothing(future_arrays: FutureArrays) -> None:
     shapes = [jax.ShapeDtypeStruct((4,), np.int32, sharding=NamedSharding(MESH, PartitionSpec()))] * 2
-    number, promised = promises.make(shapes)
-    promises.fail(number, shapes, "Connection to process 1 is gone")
-    for array in promised:
+    number, arrays = future_arrays.make(shapes)
+    future_arrays.fail(number, shapes, "Connection to process 1 is gone")
+    for array in arrays:
         with pytest.raises(jax.errors.JaxRuntimeError, match="Connection to process 1 is gone"):
             jax.block_until_ready(array)
 
 
 def test_its_port_is_closed() -> None:
     before = ports()
-    own = Promises()
+    own = FutureArrays()
     assert ports() == before
     port = int(own._server.address().rpartition(":")[2])
     with pytest.raises(ConnectionRefusedError):
