@@ -36,7 +36,7 @@ from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Observer
 from meshpipe.plan.plan import Plan
 from meshpipe.plan.rendezvous import check_program
-from meshpipe.processes.agreement import agree, or_tell
+from meshpipe.processes.agreement import agree, report_failure
 from meshpipe.processes.group import Group
 from meshpipe.processes.uneven_exit import watch
 from meshpipe.sharding import ShardingRules, local_value, scalar_dtype
@@ -174,7 +174,7 @@ class Trainer:
         self._unchecked: deque[tuple[int, jax.Array, OwnBatch]] = deque()
         self.group = Group(device.process_index for device in chooser.mesh.devices.flat)
         """The processes that have a part in it."""
-        with or_tell(self.group, "model"):
+        with report_failure(self.group, "model"):
             if not self.group.is_alone:
                 check_costs(chooser.config)
             self.model = chooser.choose()
@@ -184,7 +184,7 @@ class Trainer:
         if not self.group.is_alone:
             agree(self.group, "model", describe_model(self.model) | {"seed": str(seed), "clip norm": str(clip_norm)})
         started = time.perf_counter()
-        with or_tell(self.group, "programs"):
+        with report_failure(self.group, "programs"):
             made = self._compile(chooser.transformation, clip_norm, compile_cache)
         if not self.group.is_alone:  # until here nothing has moved
             agree(self.group, "programs", describe_programs(self.model) | self.optimizer.description())

@@ -21,21 +21,21 @@ def agree(group: Group, topic: str, description: Mapping[str, str]) -> None:
     """Compares what the processes have to say under a topic, which is used once in a group.
 
     The first process compares, so that the messages grow with the number of processes and no faster. Raises
-    `ValueError`, in every process, naming what differs where, or which process failed inside `or_tell`.
+    `ValueError`, in every process, naming what differs where, or which process failed inside `report_failure`.
     """
     if group.is_alone:
         return
     first = group.processes[0]
     set_key(_own(group, topic), json.dumps({"is": dict(description)}))
     if process_index() == first:
-        texts = [_hear(_own(group, topic, process), process) for process in group.processes]
+        texts = [_wait_for(_own(group, topic, process), process) for process in group.processes]
         told = dict(zip(group.processes, map(json.loads, texts), strict=True))
         failed = [
             f"process {process} failed: {found['failed']}" for process, found in told.items() if "failed" in found
         ]
         verdict = failed[:1] or differences({process: found["is"] for process, found in told.items() if "is" in found})
         set_key(_verdict(group, topic), json.dumps(verdict))
-    found = json.loads(_hear(_verdict(group, topic), first))
+    found = json.loads(_wait_for(_verdict(group, topic), first))
     delete_key(_own(group, topic))
     if found:
         raise ValueError(
@@ -45,7 +45,7 @@ def agree(group: Group, topic: str, description: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def or_tell(group: Group, topic: str) -> Iterator[None]:
+def report_failure(group: Group, topic: str) -> Iterator[None]:
     """Around the work before `agree`: an error in it is told to the others, which would wait for this process."""
     try:
         yield
@@ -78,7 +78,7 @@ def differences(descriptions: Mapping[int, Mapping[str, str]] | Sequence[Mapping
     return sentences
 
 
-def _hear(key: str, process: int) -> str:
+def _wait_for(key: str, process: int) -> str:
     try:
         return wait_for_key(key, PATIENCE_SECONDS)
     except TimeoutError:

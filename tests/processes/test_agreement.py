@@ -1,6 +1,6 @@
 """How processes say what differs; tests/multiprocess has it with real processes."""
 
-from meshpipe.processes.agreement import agree, differences, or_tell
+from meshpipe.processes.agreement import agree, differences, report_failure
 from meshpipe.processes.group import Group
 
 DESCRIBED = {"version of jax": "0.10.2", "instructions": "#1"}
@@ -26,5 +26,5 @@ def test_neighbours_that_process_0_knows_nothing_of_are_compared_with_each_other
 
 def test_a_process_alone_agrees_with_itself() -> None:
     group = Group([0])
-    with or_tell(group, "model"):
+    with report_failure(group, "model"):
         agree(group, "model", DESCRIBED)
