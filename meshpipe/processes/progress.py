@@ -20,22 +20,22 @@ POLL_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Steps:
-    """The last step that was handed over to the devices, and the last that has ended."""
+    """The last step that was handed over to the devices, and the last that has completed."""
 
-    handed_over: int
-    ended: int
+    dispatched: int
+    completed: int
 
     def __str__(self) -> str:
-        return f"{self.handed_over} {self.ended}"
+        return f"{self.dispatched} {self.completed}"
 
     @classmethod
     def parse(cls, text: str) -> "Steps":
-        handed_over, ended = map(int, text.split())
-        return cls(handed_over, ended)
+        dispatched, completed = map(int, text.split())
+        return cls(dispatched, completed)
 
 
 class Progress:
-    """What a run is at. Whoever runs it calls `handed_over`, `ended` and `during`."""
+    """What a run is at. Whoever runs it calls `dispatched`, `completed` and `during`."""
 
     def __init__(self, step: int = 0) -> None:
         self.steps = Steps(step, step)
@@ -46,27 +46,27 @@ class Progress:
         self.doing = "step"
         self._longest = 0.0
 
-    def came_on(self) -> None:
+    def made_progress(self) -> None:
         self.since = time.monotonic()
 
-    def handed_over(self, step: int) -> None:
-        self.steps = Steps(step, self.steps.ended)
+    def dispatched(self, step: int) -> None:
+        self.steps = Steps(step, self.steps.completed)
 
-    def ended(self, step: int, seconds: float) -> None:
-        self.steps = Steps(self.steps.handed_over, step)
+    def completed(self, step: int, seconds: float) -> None:
+        self.steps = Steps(self.steps.dispatched, step)
         self._longest = max(self._longest, seconds)
         self.patience = max(LEAST_SECONDS, LONGEST_STEPS * self._longest)
-        self.came_on()
+        self.made_progress()
 
     @contextmanager
     def during(self, what: str, patience: float = math.inf) -> Iterator[None]:
         """Around something else than steps, which may take `patience` seconds to come on."""
         before, self.doing, self.patience = (self.doing, self.patience), what, patience
-        self.came_on()
+        self.made_progress()
         try:
             yield
         finally:
-            self.came_on()
+            self.made_progress()
             self.doing, self.patience = before
 
 
@@ -100,8 +100,8 @@ class StopLimit:
             if received is None or time.monotonic() - since < progress.patience:
                 continue
             seconds = time.monotonic() - since
-            what = f"step {progress.steps.ended + 1}" if progress.doing == "step" else f"the {progress.doing}"
-            message = f"{received.name} asked to stop, and {what} has not come on for {seconds:.0f} s"
+            what = f"step {progress.steps.completed + 1}" if progress.doing == "step" else f"the {progress.doing}"
+            message = f"{received.name} asked to stop, and {what} has made no progress for {seconds:.0f} s"
             behind = self._behind()
             self._done.set()
             self._fail(f"{message}; {behind}" if behind else message)
@@ -114,9 +114,9 @@ class StopLimit:
             return ""
         if len(found) < 2:
             return ""
-        least = min(found.values(), key=lambda steps: (steps.handed_over, steps.ended))
+        least = min(found.values(), key=lambda steps: (steps.dispatched, steps.completed))
         waited_for = [process for process, steps in sorted(found.items()) if steps == least]
         if len(waited_for) == len(found):
-            return f"all processes have handed over step {least.handed_over} and ended step {least.ended}"
+            return f"all processes have dispatched step {least.dispatched} and completed step {least.completed}"
         names = ", ".join(map(str, waited_for))
-        return f"waiting for process{'es' if len(waited_for) > 1 else ''} {names}, at step {least.handed_over}"
+        return f"waiting for process{'es' if len(waited_for) > 1 else ''} {names}, at step {least.dispatched}"

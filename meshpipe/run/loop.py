@@ -170,7 +170,7 @@ class Loop:
             self._watchdog.begin_step()
         observe = None if self._watchdog is None else self._watchdog.observe
         result = trainer.step(batch, measure=measure, observe=observe)
-        self.progress.handed_over(result.step)
+        self.progress.dispatched(result.step)
         # A thread notes when it is complete, since this one will look only after handing over the next step.
         completion = self._watch.submit(_completion_time, result)
         if not self._finish_step():  # and therefore this one was left out as well
@@ -200,7 +200,7 @@ class Loop:
             self._skip(error)
         seconds, self._clock = completion.result() - self._clock, completion.result()
         self._good_step = result.step
-        self.progress.ended(result.step, seconds)
+        self.progress.completed(result.step, seconds)
         if self._watchdog is not None:
             self._watchdog.end_step()
         self._values = {
@@ -285,7 +285,7 @@ class Loop:
     def _counted(self, held_out: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; each that is asked for is progress."""
         for batch in held_out:
-            self.progress.came_on()
+            self.progress.made_progress()
             yield batch
 
     def _save(self) -> None:

@@ -28,14 +28,14 @@ def stuck() -> Progress:
 
 def test_the_step_that_does_not_come_is_named(stuck: Progress) -> None:
     (said,) = ended_with(stuck, {}, 1.0)
-    assert said.startswith("SIGTERM asked to stop, and step 4 has not come on for ")
+    assert said.startswith("SIGTERM asked to stop, and step 4 has made no progress for ")
 
 
 def test_processes_that_are_behind_are_named(stuck: Progress) -> None:
     (said,) = ended_with(stuck, {0: Steps(5, 4), 1: Steps(4, 4), 2: Steps(4, 4)}, 1.0)
     assert said.endswith("; waiting for processes 1, 2, at step 4")
     (said,) = ended_with(stuck, {0: Steps(5, 4), 1: Steps(5, 4)}, 1.0)
-    assert said.endswith("all processes have handed over step 5 and ended step 4")
+    assert said.endswith("all processes have dispatched step 5 and completed step 4")
 
 
 def test_a_save_has_the_time_that_it_takes(stuck: Progress) -> None:
@@ -54,7 +54,7 @@ def test_without_a_signal_nothing_is_given_up(stuck: Progress) -> None:
 def test_long_steps_have_longer() -> None:
     at = Progress()
     assert at.patience == progress.FIRST_STEP_SECONDS
-    at.ended(1, 100.0)
-    at.ended(2, 1.0)
+    at.completed(1, 100.0)
+    at.completed(2, 1.0)
     assert at.patience == 300.0
     assert Steps.parse(str(at.steps)) == at.steps == Steps(0, 2)
