@@ -21,7 +21,9 @@ class Reference:
     def __init__(self, layers, loss, transformation, params, *, num_microbatches=1, tied=(), input="inputs"):
         with nnx.use_eager_sharding(False):
             made = nnx.List([layer(rngs=nnx.Rngs(0)) for layer in layers])
-        self.graphdef, everything, self.streams, self.state = nnx.split(made, nnx.Param, nnx.RngState, ...)
+        self.graphdef, everything, self.streams, self.state = nnx.split(
+            made, nnx.Param, nnx.RngState, ..., graph=True
+        )
         self.owner = {path: group[0] for group in tied for path in group[1:]}
         self.params = {self.path(key): jnp.asarray(params[self.path(key)]) for key, _ in nnx.to_flat_state(everything)}
         self.structure = everything
@@ -60,7 +62,7 @@ class Reference:
             named = type(layer).__call__.__annotations__
             value = layer(value, **{name: batch[name] for name in batch if name in named and name != self.input})
         total, weight = self.loss(value, batch)
-        return total, (weight, nnx.split(layers, nnx.Param, nnx.RngState, ...)[3])
+        return total, (weight, nnx.split(layers, nnx.Param, nnx.RngState, ..., graph=True)[3])
 
     def step(self, batch):
         """One update; returns the loss and the gradients by leaf path."""

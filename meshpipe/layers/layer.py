@@ -117,7 +117,7 @@ class Layer:
         """
         key = jax.random.fold_in(jax.random.fold_in(seed, _INITIALISE), path_hash)
         with nnx.use_eager_sharding(False):
-            leaves = _leaves(self.path, nnx.state(self.make(nnx.Rngs(key))))
+            leaves = _leaves(self.path, nnx.state(self.make(nnx.Rngs(key)), graph=True))
         return {p: leaves[p] for p in self.params}, {p: leaves[p] for p in self.state}
 
     def __call__(
@@ -140,7 +140,7 @@ class Layer:
             if self.draws:
                 keywords[RNGS] = nnx.Rngs(_stream_key(_stream_of_call(self.path), randomness))
             output = module(activation, **keywords, **told(module, self.modes, train))
-            return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module))}
+            return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module, graph=True))}
 
         def retrace(values: list[Any], paths: Sequence[str]) -> list[Any]:
             _, after = run(self._module({**before, **dict(zip(paths, values, strict=True))}, randomness, train))
@@ -236,7 +236,7 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> tup
 
     def build() -> nnx.State:
         module = module_of(path, given, make)
-        graphdef, structure = nnx.split(module)
+        graphdef, structure = nnx.split(module, graph=True)
         _check_arrays(path, module, structure)
         built.append((module, graphdef))
         return structure
@@ -282,7 +282,7 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> tup
         fixed=tuple(f"{join(path, key)}.{name}" for key, name in fixed(module)),
         streams=tuple(streams),
         draws=draws,
-        origin=Origin(make, _leaves(path, nnx.state(ready)) if ready is not None else None),
+        origin=Origin(make, _leaves(path, nnx.state(ready, graph=True)) if ready is not None else None),
     )
     variables = variables_of(path, module)
     return abstract, {leaf: v for leaf, v in variables.items() if not isinstance(v.get_value(), jax.core.Tracer)}
@@ -292,7 +292,7 @@ def _check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
     """Flax 0.12 takes a plain array that is made under a trace for a constant, and the trace ends before it is used."""
     keys = [tuple(map(str, key)) for key, _ in nnx.to_flat_state(structure)]
     known = {key[:length] for key in keys for length in range(len(key) + 1)}
-    for where, node in nnx.iter_graph(module):
+    for where, node in nnx.iter_graph(module, graph=True):
         for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
             attribute = (*map(str, where), name)
             parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, nnx.Pytree | nnx.Variable))

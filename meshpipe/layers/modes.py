@@ -31,7 +31,7 @@ def set_mode(module: nnx.Module, train: bool) -> None:
     method = "train" if train else "eval"
     if getattr(type(module), method) is not getattr(nnx.Module, method):
         getattr(type(module), method)(module)
-    for _, node in nnx.iter_modules(module):
+    for _, node in nnx.iter_modules(module, graph=True):
         for name in ATTRIBUTES:
             value = _attribute(node, name)
             if value is None or value is False:
@@ -46,7 +46,7 @@ def fixed(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], str]]:
 
 
 def _fixed(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module, str]]:
-    for path, node in nnx.iter_modules(module):
+    for path, node in nnx.iter_modules(module, graph=True):
         for name in ATTRIBUTES:
             if _attribute(node, name) is True:
                 yield path, node, name
@@ -70,7 +70,9 @@ def told(module: nnx.Module, keywords: Iterable[str], train: bool) -> dict[str, 
 
 
 def _is_attribute(module: nnx.Module, name: str) -> bool:
-    return name in ATTRIBUTES and any(_attribute(node, name) is not _NONE for _, node in nnx.iter_modules(module))
+    return name in ATTRIBUTES and any(
+        _attribute(node, name) is not _NONE for _, node in nnx.iter_modules(module, graph=True)
+    )
 
 
 def _attribute(node: nnx.Module, name: str) -> Any:

@@ -14,7 +14,7 @@ Groups = tuple[tuple[str, ...], ...]
 
 def variables_of(path: str, module: nnx.Module) -> dict[str, nnx.Variable[Any]]:
     """A module's own variables, not copies, by leaf path; random streams draw by their path, so those are left out."""
-    flat = nnx.to_flat_state(nnx.state(module))
+    flat = nnx.to_flat_state(nnx.state(module, graph=True))
     return {join(path, key): v for key, v in flat if isinstance(v, nnx.Variable) and not isinstance(v, nnx.RngState)}
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import signal
@@ -15,7 +16,6 @@ from types import TracebackType
 from typing import NoReturn
 
 import jax
-import jaxlib
 
 from meshpipe.errors import is_for_the_user
 from meshpipe.processes.coordination import (
@@ -229,7 +229,8 @@ def is_lost_connection(error: BaseException) -> bool:
 
 @functools.cache
 def _jax_folders() -> tuple[Path, ...]:
-    return tuple(Path(str(package.__file__)).parent for package in (jax, jaxlib))
+    found = [importlib.util.find_spec(package) for package in ("jax", "jaxlib")]
+    return tuple(Path(spec.origin).parent for spec in found if spec is not None and spec.origin is not None)
 
 
 def leave(status: int) -> NoReturn:

@@ -74,7 +74,12 @@ def module_twice() -> list[Any]:
 
 
 def plain_losses(layers: list[Any], rows: list[Any]) -> list[float]:
-    """The modules themselves, uncut, trained as the documentation of NNX does."""
+    """The modules themselves, uncut, trained as the documentation of NNX does; what is shared needs graph mode."""
+    with nnx.set_graph_mode(True):
+        return _plain_losses(layers, rows)
+
+
+def _plain_losses(layers: list[Any], rows: list[Any]) -> list[float]:
     modules = nnx.List([layer.layer if hasattr(layer, "layer") else layer for layer in layers])
     optimizer = nnx.Optimizer(modules, optax.adam(0.05), wrt=nnx.Param)
 
