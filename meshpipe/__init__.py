@@ -1,5 +1,6 @@
 """Hybrid parallelism for JAX and Flax NNX on one named device mesh."""
 
+from meshpipe import host as host
 from meshpipe.checkpoint import Checkpointer as Checkpointer
 from meshpipe.checkpoint import CheckpointError as CheckpointError
 from meshpipe.config import Config as Config

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from meshpipe.choose.chooser import Chooser, check_costs
 from meshpipe.compiler.cache import open_cache
 from meshpipe.compiler.compiler import Compiler
+from meshpipe.environment import check_settings
 from meshpipe.errors import ArgumentError, check_clip_norm, check_seed
-from meshpipe.host import check_settings, no_garbage_collection
 from meshpipe.layers.description import describe_model, describe_programs
 from meshpipe.layers.initialise import initialise
 from meshpipe.layers.layer import LayerLike, Leaves
@@ -160,7 +160,6 @@ class Trainer:
         chooser = Chooser(task, optimizer, mesh=mesh, config=pipeline, target=target)
         self._set_up(chooser, seed, clip_norm, compile_cache, check)
 
-    @no_garbage_collection()
     def _set_up(
         self,
         chooser: Chooser,

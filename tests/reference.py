@@ -21,9 +21,7 @@ class Reference:
     def __init__(self, layers, loss, transformation, params, *, num_microbatches=1, tied=(), input="inputs"):
         with nnx.use_eager_sharding(False):
             made = nnx.List([layer(rngs=nnx.Rngs(0)) for layer in layers])
-        self.graphdef, everything, self.streams, self.state = nnx.split(
-            made, nnx.Param, nnx.RngState, ..., graph=True
-        )
+        self.graphdef, everything, self.streams, self.state = nnx.split(made, nnx.Param, nnx.RngState, ..., graph=True)
         self.owner = {path: group[0] for group in tied for path in group[1:]}
         self.params = {self.path(key): jnp.asarray(params[self.path(key)]) for key, _ in nnx.to_flat_state(everything)}
         self.structure = everything

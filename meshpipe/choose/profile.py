@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from meshpipe.host import keep_freed_memory
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import DATA, TENSOR
 from meshpipe.pipeline.transfer import transfer_to
@@ -37,7 +36,6 @@ def profile_layers(model: StagedModel, batch: Mapping[str, Any], next_rank: Mesh
     outputs are moved, None moves nothing.
     """
     started = time.perf_counter()
-    keep_freed_memory(model.mesh)
     traced = model.trace()
     model.traced = dict(enumerate(traced))
     keys = [_key(stage) for stage in traced]

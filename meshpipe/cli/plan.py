@@ -59,6 +59,7 @@ def plan(arguments: list[str]) -> int:
     import jax
 
     from meshpipe.choose.chooser import measuring_mesh
+    from meshpipe.host import keep_freed_memory
     from meshpipe.mesh import use_cpu_devices
     from meshpipe.report.comparison import compare_schedules
     from meshpipe.report.picture import check_picture
@@ -75,7 +76,10 @@ def plan(arguments: list[str]) -> int:
         jax.config.update("jax_platforms", platforms if "cpu" in platforms else f"{platforms},cpu")
     use_cpu_devices(config.mesh.num_devices)
     mesh = config.mesh.build(jax.devices("cpu"))
-    chooser = make_chooser(config, mesh=mesh, measure_on=measuring_mesh(config.mesh) if measures else None)
+    measure_on = measuring_mesh(config.mesh) if measures else None
+    if measure_on is not None:
+        keep_freed_memory(measure_on)  # as training has it
+    chooser = make_chooser(config, mesh=mesh, measure_on=measure_on)
     console = make_console()
     costs = None
     if extra.profile:

@@ -14,6 +14,7 @@ def train(arguments: list[str]) -> int:
     from meshpipe.processes.join import DistributedConfig
 
     recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
+    from meshpipe.host import keep_freed_memory
     from meshpipe.pipeline.peers import open_peers
     from meshpipe.processes.addresses import own_address
     from meshpipe.processes.coordination import coordinator_address, process_count, process_index
@@ -35,6 +36,7 @@ def train(arguments: list[str]) -> int:
     try:
         with Guard(config.checkpoint.checkpoint_dir) as guard, StopRequest(end_early=guard.end_early) as stop:
             take_devices(config, console)
+            keep_freed_memory()
             if several:
                 open_peers(own_address(coordinator_address()), accelerators=distributed.transfers == "sockets")
             status = run(config, recipe, console, guard, stop, distributed.step_timeout)

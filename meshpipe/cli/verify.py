@@ -22,12 +22,14 @@ def verify(arguments: list[str]) -> int:
     _, config, extra = configure(
         "verify", arguments, "Compares a recipe at its layout with plain training on one device.", _VerifyFlags()
     )
+    from meshpipe.host import keep_freed_memory
     from meshpipe.reference.verify import verify_recipe
     from meshpipe.report.plan import difference_table
     from meshpipe.report.tables import make_console
 
     console = make_console()
     take_devices(config, console)
+    keep_freed_memory()
     report = verify_recipe(config, extra.updates)
     updates = f"{extra.updates} update{'s' if extra.updates > 1 else ''}"
     console.print(f"Compared over {updates} with plain training of {report.reference} on one device.", markup=False)

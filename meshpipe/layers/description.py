@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from meshpipe.compiler.digest import digest, digest_of_text
-from meshpipe.host import versions
+from meshpipe.environment import versions
 from meshpipe.layers.layer import Layer
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import describe

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
-from meshpipe.host import keep_freed_memory
 from meshpipe.layers.initialise import placed
 from meshpipe.layers.layer import Layer, abstract_layers, path_hash, shared_parameters
 from meshpipe.layers.microbatches import Microbatches
@@ -142,7 +141,6 @@ class StagedModel:
         """
         self._name = name
         assert self.remat is not None, "remat is to be chosen first"
-        keep_freed_memory(self.mesh)
         fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
         self.traced = self._trace(self.local, remat=self.remat, train=True)
         for s, stage in self.traced.items():

@@ -18,8 +18,8 @@ from rich.console import Console
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
 from meshpipe.data import Batch, BatchIterator, Source, batches
+from meshpipe.environment import versions
 from meshpipe.errors import advice_on
-from meshpipe.host import versions
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.processes.coordination import process_count
 from meshpipe.processes.exit_codes import COMPLETED, FAILED

@@ -12,8 +12,8 @@ import jax
 from meshpipe.checkpoint.documents import is_count
 from meshpipe.config import Config
 from meshpipe.data.batches import ADDRESS
+from meshpipe.environment import versions
 from meshpipe.errors import ArgumentError
-from meshpipe.host import versions
 from meshpipe.layers.staged_model import StagedModel
 
 MAY_CHANGE: Mapping[str, frozenset[str]] = {

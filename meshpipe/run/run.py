@@ -7,6 +7,7 @@ from rich.console import Console
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
 from meshpipe.data import batches, check_limits, check_source
+from meshpipe.host import no_garbage_collection
 from meshpipe.observe.trace import check_trace
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.processes.agreement import agree
@@ -64,7 +65,8 @@ def run(
         agree(group, "data", describe_source("training", source) | describe_source("held-out", held_out))
     with ExitStack() as files:
         files.enter_context(closing(train_batches))
-        trainer = make_trainer(config, None if start is None else start.check)
+        with no_garbage_collection():
+            trainer = make_trainer(config, None if start is None else start.check)
         if several:
             train_batches.read_only(trainer.model.rows_read())
         for line in layout_lines(recipe, trainer.model):

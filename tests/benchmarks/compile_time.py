@@ -41,15 +41,17 @@ def run_once(stages: int, cache: str | None, started: float) -> dict[str, float]
 
     imported = time.time()
     batch = {"inputs": np.random.default_rng(0).normal(size=(BATCH, SEQUENCE, WIDTH)).astype(np.float32)}
-    trainer = meshpipe.Trainer(
-        [Block] * (BLOCKS * stages),
-        lambda output, batch: (((output - batch["inputs"]) ** 2).sum(), output.size),
-        optax.adamw(1e-3),
-        batch=batch,
-        mesh=meshpipe.make_mesh(stages),
-        pipeline=meshpipe.PipelineConfig(num_microbatches=MICROBATCHES),
-        compile_cache=cache,
-    )
+    meshpipe.host.keep_freed_memory()
+    with meshpipe.host.no_garbage_collection():  # as the command does
+        trainer = meshpipe.Trainer(
+            [Block] * (BLOCKS * stages),
+            lambda output, batch: (((output - batch["inputs"]) ** 2).sum(), output.size),
+            optax.adamw(1e-3),
+            batch=batch,
+            mesh=meshpipe.make_mesh(stages),
+            pipeline=meshpipe.PipelineConfig(num_microbatches=MICROBATCHES),
+            compile_cache=cache,
+        )
     compiled = time.time()
     trainer.check(trainer.step(batch))
     done = time.time()

@@ -63,6 +63,7 @@ def step_row(
     schedule: str, num_stages: int, num_ranks: int, num_microbatches: int, data: int, repeats: int
 ) -> dict[str, object]:
     batch = {"inputs": np.ones((ROWS * data * num_microbatches, WIDTH), np.float32)}
+    meshpipe.host.keep_freed_memory()  # as the command does
     trainer = meshpipe.Trainer(
         [lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs)] * num_stages,
         lambda output, batch: (output.sum(), output.size),

@@ -147,6 +147,7 @@ def answer(model: str, schedule: str, microbatches: int, number: int, port: int)
         join(DistributedConfig(coordinator=f"127.0.0.1:{port}", process_id=number, process_count=2))
         open_peers("127.0.0.1")
     layers, loss, batch = tiny(microbatches) if model == "tiny" else transformer()
+    meshpipe.host.keep_freed_memory()  # as the command does
     trainer = meshpipe.Trainer(
         layers,
         loss,

@@ -138,6 +138,7 @@ def pipeline_step(way: str, job: Job) -> Callable[[], None]:
     partition = "measured" if way == "auto" else "even"
     if way in TWO_STAGES_PER_RANK:
         partition = "0,3,5,7"  # two of the eight blocks each; the layers before and after them are light
+    meshpipe.host.keep_freed_memory()  # as the command does
     trainer = meshpipe.Trainer(
         layers(job),
         loss,
@@ -161,9 +162,8 @@ def plain_step(way: str, job: Job) -> Callable[[], None]:
     from flax import nnx
 
     from meshpipe.host import keep_freed_memory
-    from meshpipe.mesh import make_mesh
 
-    keep_freed_memory(make_mesh(1))  # as meshpipe does
+    keep_freed_memory()  # as the command does
     graph, params = nnx.split(nnx.List([make(nnx.Rngs(i)) for i, make in enumerate(layers(job))]))
     batch = example(job)
     parts = {k: v.reshape(job.microbatches, -1, *v.shape[1:]) for k, v in batch.items()}

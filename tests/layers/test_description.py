@@ -10,32 +10,35 @@ from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, make_mesh
 from meshpipe.layers.description import describe_model, describe_programs
+from meshpipe.layers.task import Task
 
 WIDTH = 8
 
 
-def trainer(*, microbatches: int = 2, width: int = WIDTH, optimizer: Any = None, data: int = 1) -> Trainer:
-    return Trainer(
-        [lambda rngs: nnx.Linear(WIDTH, width, rngs=rngs), lambda rngs: nnx.Linear(width, WIDTH, rngs=rngs)],
-        lambda output, batch: (output.sum(), output.size),
+def description(*, microbatches: int = 2, width: int = WIDTH, optimizer: Any = None, data: int = 1) -> dict[str, str]:
+    """All that is compared of one trainer: of its model before it is compiled, when layers still have their values."""
+    found: dict[str, str] = {}
+    made = Trainer.of(
+        Task(
+            [lambda rngs: nnx.Linear(WIDTH, width, rngs=rngs), lambda rngs: nnx.Linear(width, WIDTH, rngs=rngs)],
+            lambda output, batch: (output.sum(), output.size),
+            batch={"inputs": np.ones((16, WIDTH), np.float32)},
+        ),
         optimizer or optax.sgd(0.1),
-        batch={"inputs": np.ones((16, WIDTH), np.float32)},
         mesh=make_mesh(2, data),
         pipeline=PipelineConfig(num_microbatches=microbatches),
+        check=lambda model: found.update(describe_model(model)),
     )
-
-
-def describe(made: Trainer) -> dict[str, str]:
-    return describe_model(made.model) | describe_programs(made.model) | made.optimizer.description()
+    return found | describe_programs(made.model) | made.optimizer.description()
 
 
 @pytest.fixture(scope="module")
 def described() -> dict[str, str]:
-    return describe(trainer())
+    return description()
 
 
 def test_equal_trainers_describe_the_same(described: dict[str, str]) -> None:
-    assert described == describe(trainer())
+    assert described == description()
     assert described["version of jax"] == jax.__version__
     assert described["batch"] == "inputs float32[16, 8]"
     assert described["numbers in it"] == "-0.1"
@@ -69,6 +72,6 @@ def both(what: str) -> set[str]:
     ],
 )
 def test_what_differs_is_named(other: dict[str, Any], names: set[str], described: dict[str, str]) -> None:
-    found = describe(trainer(**other))
+    found = description(**other)
     assert found.keys() == described.keys()
     assert {name for name in found if found[name] != described[name]} == names

@@ -14,7 +14,7 @@ import tiny_recipes
 
 from meshpipe.checkpoint import CheckpointConfig
 from meshpipe.config import Config
-from meshpipe.host import versions
+from meshpipe.environment import versions
 from meshpipe.mesh import MeshConfig
 from meshpipe.optimizer.config import OptimizerConfig, matrices
 from meshpipe.pipeline.config import PipelineConfig

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 import jax
 import pytest
 
-from meshpipe.host import check_settings
+from meshpipe.environment import check_settings
 
 
 @pytest.mark.parametrize(
