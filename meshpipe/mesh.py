@@ -18,7 +18,7 @@ AXES = (PIPELINE, DATA, TENSOR)
 """Mesh axes, outermost first: neighbours on the tensor axis are neighbouring devices, pipeline ranks are far apart."""
 
 MOST_CPU_DEVICES = 4096
-"""Virtual ones of a process; XLA starts threads for each."""
+"""The most virtual devices of one process: XLA starts threads for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,11 @@ class MeshConfig:
     """Sizes of the mesh axes; their product is the number of devices used."""
 
     pipeline: int = 1
-    """Pipeline ranks: submeshes that hold different stages."""
+    """Number of pipeline ranks. Each holds different stages on a submesh of its own; 1 is no pipeline."""
     data: int = 1
-    """Parts into which every microbatch is split inside a stage."""
+    """Number of parts into which every microbatch is split inside a stage; 1 splits nothing."""
     tensor: int = 1
-    """Parts into which heads, hidden units and vocabulary are split inside a stage."""
+    """Number of parts into which heads, hidden units and vocabulary are split inside a stage; 1 splits nothing."""
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -48,11 +48,19 @@ class MeshConfig:
 def make_mesh(
     pipeline: int = 1, data: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh with axes `pipeline`, `data` and `tensor` over the first `pipeline * data * tensor` devices.
+    """A mesh with the axes `pipeline`, `data` and `tensor`, of type `AxisType.Auto`.
 
-    Tensor is innermost and pipeline outermost: the axis that communicates most has adjacent devices. Every axis has
-    `AxisType.Auto`: layers stay free of sharding calls and XLA places the collectives. Without `devices`, those of
-    `jax.devices()` are taken in order.
+    Tensor is innermost and pipeline outermost, so the axis that communicates most has adjacent devices. With `Auto`
+    axes, layers need no sharding calls: XLA places the collectives.
+
+    Arguments:
+        pipeline: Number of pipeline ranks. Each holds different stages on a submesh of its own.
+        data: Number of parts into which every microbatch is split. Parameters are replicated over them, unless the
+            `ShardingRules` say otherwise, and gradients are all-reduced once per step.
+        tensor: Number of parts into which the axes `heads`, `hidden` and `vocab` of parameters are split.
+        devices: The devices to use, in mesh order; the first `pipeline * data * tensor` of them are taken. None takes
+            those of `jax.devices()`.
+
     Raises `ValueError` when a size is below 1, or there are fewer devices than the product.
     """
     sizes = MeshConfig(pipeline=pipeline, data=data, tensor=tensor)
@@ -75,7 +83,7 @@ def _way_out(platform: str, needed: int) -> str:
 
 
 def submeshes(mesh: Mesh) -> tuple[Mesh, ...]:
-    """The devices of each pipeline rank as a mesh of the remaining axes, in the order of the ranks.
+    """One mesh of the remaining axes per pipeline rank, in rank order.
 
     Raises `ValueError` when the first axis of the mesh is not `pipeline`, or an axis is not `AxisType.Auto`.
     """
@@ -96,18 +104,17 @@ def submeshes(mesh: Mesh) -> tuple[Mesh, ...]:
 
 
 def on_cpu(mesh: Mesh) -> bool:
-    """Whether its devices are virtual ones, which share cores and memory; XLA is to be used differently there."""
+    """Whether the devices are virtual CPU devices, which share cores and memory and call for other programs."""
     return bool(mesh.devices.flat[0].platform == "cpu")
 
 
 def use_cpu_devices(count: int) -> None:
-    """Gives the CPU backend `count` virtual devices; has no effect on accelerators.
+    """Gives the CPU backend virtual devices; has no effect on accelerators. Call it before JAX is first used.
 
-    Must run before JAX is first used. Raises `ValueError` when JAX has already started with fewer CPU devices, or there
-    would be more of them than a machine can have threads for.
+    Arguments:
+        count: Number of virtual devices, 1 to 4096.
 
-    A thread pool smaller than twice the number of devices can deadlock programs with collectives in jax 0.10 on CPU, so
-    `NPROC`, from which XLA sizes its pool, is raised as well unless the caller has set it.
+    Raises `ValueError` when JAX has already started with fewer CPU devices, or `count` is out of range.
     """
     check_whole("count", count)
     if count > MOST_CPU_DEVICES:
@@ -115,6 +122,8 @@ def use_cpu_devices(count: int) -> None:
             f"A machine can have at most {MOST_CPU_DEVICES} virtual CPU devices. Got {count:,}. Choose a smaller mesh."
         )
     if count > 1:
+        # XLA sizes its thread pool by NPROC. In jax 0.10, programs with collectives can deadlock on CPU devices when
+        # the pool has fewer than two threads per device. A value that the caller has set stays.
         os.environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))
     try:
         jax.config.update("jax_num_cpu_devices", count)

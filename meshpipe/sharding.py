@@ -28,18 +28,21 @@ TENSOR_RULES: Mapping[str, Rule] = MappingProxyType({"heads": TENSOR, "hidden": 
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """Which mesh axis each logical axis of a parameter is split over: a strategy changes these, never the model.
+    """Which mesh axis splits each logical axis of a parameter: to change the strategy, change the rules, not the model.
 
-    A parameter names its axes with `nnx.with_partitioning(init, ("embed", "heads", None))`. A logical axis without a
-    rule may also be a mesh axis itself. A parameter without names is replicated inside its stage.
+    A parameter names the logical axes of its dims: `nnx.with_partitioning(init, ("embed", "heads", None))`. A name may
+    also be a mesh axis itself, and then needs no rule. A parameter without names is replicated inside its stage.
 
-    Raises `ValueError` for rules of another kind, and for `data` among several axes of one rule.
+    Raises `ValueError` for rules of another type, and for `data` among several axes of one rule.
     """
 
     rules: Mapping[str, Rule] = field(default_factory=lambda: TENSOR_RULES)
+    """The mesh axis for each logical axis; a tuple of mesh axes splits one dim over all of them, outermost first; None
+    splits nothing. The size of a dim must divide by its number of parts. The default, `TENSOR_RULES`, splits `heads`,
+    `hidden` and `vocab` over `tensor`."""
     gathered: frozenset[str] = frozenset()
-    """Logical axes that `data` splits between steps alone: a step gathers the parameters at its start, and splits the
-    sums of their gradients at its end."""
+    """Logical axes that `data` splits between steps only. A step gathers these parameters once at its start, and
+    reduce-scatters their gradients once at its end. By default none."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.rules, Mapping):
@@ -58,8 +61,10 @@ class ShardingRules:
                 )
 
     def check(self, names: Iterable[str | None], mesh: Mesh) -> None:
-        """Raises `ValueError` that lists every name which is neither in the rules nor a mesh axis, and every rule for
-        one of them whose axes the mesh does not have.
+        """Checks the logical axes of parameters against the rules and the mesh of a stage.
+
+        Raises `ValueError` that lists every name without a rule that is no mesh axis either, and any rule that needs an
+        axis which the mesh does not have.
         """
         used = [name for name in dict.fromkeys(names) if name is not None]
         foreign = [name for name in used if name not in self.rules and name not in mesh.axis_names]
@@ -80,7 +85,7 @@ class ShardingRules:
                 )
 
     def spec(self, axes: Sequence[str | None] | None, mesh: Mesh) -> PartitionSpec:
-        """Raises `ValueError` as `check` does."""
+        """The partition spec of an array with these logical axes; raises `ValueError` as `check` does."""
         self.check(axes or (), mesh)
         return PartitionSpec(*(self._rule(axis) for axis in axes or ()))
 
@@ -91,7 +96,7 @@ class ShardingRules:
         return rule[0] if isinstance(rule, tuple) and len(rule) == 1 else rule
 
     def sharding(self, path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh) -> NamedSharding:
-        """Where the leaf lives on the submesh.
+        """How the leaf `path` is laid out on a submesh.
 
         Raises `ValueError` when a split axis does not divide by its mesh axis.
         """
@@ -117,15 +122,15 @@ def _axes(rule: Rule) -> tuple[str, ...]:
 
 
 FULLY_SHARDED = ShardingRules({**TENSOR_RULES, "embed": DATA}, gathered=frozenset(["embed"]))
-"""The embedding axis of every parameter and of its optimizer state is split over `data` as well (ZeRO, arXiv
+"""Splits the embedding axis of every parameter, and of its optimizer state, over `data` as well (ZeRO, arXiv
 1910.02054, section 5)."""
 
 PRESETS: Mapping[str, ShardingRules] = MappingProxyType({"replicated": ShardingRules(), "fully-sharded": FULLY_SHARDED})
-"""Rules by the name of what they do on the data axis."""
+"""Rules by the name that `--sharding` takes: what they do on the data axis."""
 
 
 def without_data(spec: PartitionSpec) -> PartitionSpec:
-    """The same, whole on every part of the data axis."""
+    """The same spec, replicated over the data axis."""
     return PartitionSpec(*(None if axis == DATA else axis for axis in spec))
 
 
@@ -141,7 +146,7 @@ def activation_sharding(mesh: Mesh, shape: Sequence[int], microbatch_size: int) 
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For a batch field of shape `(num_microbatches, microbatch_size, ...)`: every microbatch is split over `data`."""
+    """Splits every microbatch over `data`, for a batch field of shape `(num_microbatches, microbatch_size, ...)`."""
     return NamedSharding(mesh, PartitionSpec(None, DATA) if DATA in mesh.axis_names else PartitionSpec())
 
 
@@ -155,12 +160,12 @@ def is_local(mesh: Mesh) -> bool:
 
 
 def place(values: Any, shardings: Any) -> Any:
-    """Puts a pytree of numpy arrays, which are the same in all processes, onto shardings with local devices."""
+    """Puts a pytree of NumPy arrays onto its shardings; the arrays must be the same in all processes."""
     leaves, treedef = jax.tree.flatten(values)
     where = jax.tree.leaves(shardings)
     if all(sharding.is_fully_addressable for sharding in where):
         return jax.tree.unflatten(treedef, jax.device_put(leaves, where))
-    # `jax.device_put` onto devices of all processes would compare the values between them.
+    # Onto devices of several processes, `jax.device_put` would first compare the values between all of them.
     return jax.tree.unflatten(treedef, [_place_parts(v, s) for v, s in zip(leaves, where, strict=True)])
 
 
@@ -175,10 +180,10 @@ def scalar_dtype() -> np.dtype:
 
 
 def widened(array: Any) -> np.ndarray:
-    """The array in float64, or complex128: NumPy knows neither bfloat16 nor what is finite in it."""
+    """The array in float64, or complex128: NumPy has no `isfinite` for bfloat16."""
     return np.asarray(array, np.complex128 if jnp.issubdtype(array.dtype, np.complexfloating) else np.float64)
 
 
 def local_value(array: jax.Array) -> np.ndarray:
-    """The value of an array that every device has whole, waiting for it."""
+    """The value of a replicated array; waits for it."""
     return np.asarray(array.addressable_shards[0].data)

@@ -1,4 +1,4 @@
-"""What is trained, apart from where and how: the layers, their loss and the shape of a batch."""
+"""What is trained, independent of where and how: the layers, their loss and the shape of a batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -11,20 +11,25 @@ from meshpipe.sharding import ShardingRules
 
 @dataclass(frozen=True)
 class Task:
-    """A model and its loss, as `Trainer` and `verify` take them and a recipe's `Config.task` makes them."""
+    """A model and its loss. `Trainer` and `verify` make one of their arguments; so does a recipe's `Config.task`."""
 
     layers: Sequence[LayerLike]
-    """NNX modules or their constructors, in the order in which they are called."""
+    """The model: NNX modules, constructors that take `nnx.Rngs`, or functions such as `nnx.relu`. Each is called with
+    the output of the one before it, any pytree of arrays."""
     loss: Loss
-    """Output of the last layer and a microbatch -> sum of the losses, and their weight; both scalars."""
+    """`loss(output, microbatch)` returns two scalars: the sum of the losses of a microbatch, and its weight, such as
+    the number of examples or of unmasked tokens. The loss of a step is sum / weight over the whole batch."""
     _: KW_ONLY
     batch: Mapping[str, Any]
-    """An example of a global batch, arrays or shapes: every field is `[batch, ...]`."""
+    """An example of a global batch, as arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes matter. Every field is
+    `[batch, ...]`, and `batch` must divide by the number of microbatches times the data axis."""
     input: str = "inputs"
-    """Field of the batch that the first layer is called with."""
+    """The batch field that the first layer is called with."""
     metrics: Metrics | None = None
-    """Output of the last layer and a microbatch -> further sums and weights to report in evaluation, by name."""
+    """`metrics(output, microbatch)` returns further pairs `(sum, weight)` by name, which evaluation reports as
+    sum / weight over all its batches. None reports the loss alone."""
     tied: Sequence[Sequence[str]] = ()
-    """Groups of leaf paths that are one parameter; the first path of a group owns it."""
+    """Groups of leaf paths that are one shared parameter, e.g. `[("layers/0/embedding", "layers/5/embedding")]`. The
+    first path of a group owns it: its gradient is the sum over the group, and the others receive its new value."""
     rules: ShardingRules = field(default_factory=ShardingRules)
-    """Which mesh axis each logical axis of a parameter is split over."""
+    """Which mesh axis splits each logical axis of a parameter."""

@@ -1,4 +1,4 @@
-"""How one step is cut into stages and microbatches."""
+"""How a step is cut into stages and microbatches, and in which order these run."""
 
 import re
 from dataclasses import dataclass
@@ -18,36 +18,39 @@ CHECKPOINT_POLICIES = (
 REMAT_POLICIES = ("none", "full", *CHECKPOINT_POLICIES)
 
 SIZE_LIMIT = 2**16 + 1
-"""Microbatches, and stages of a rank, are below it: a plan has an action for each of them in each stage."""
+"""Upper limit for microbatches and for stages per rank: a plan has an action for each microbatch in each stage."""
 PARTITIONS = ("even", "cost", "measured")
-"""Ways to cut layers into stages that have a name."""
+"""The named ways to cut layers into stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """Schedule, microbatches, rematerialisation and how layers are cut into stages, of one step."""
+    """Schedule, microbatches, rematerialisation, and how layers are cut into stages."""
 
     schedule: str = "1f1b"
-    """The order in which each rank does its forwards and backwards: the name of a schedule, or the file of a plan
-    (ending in .txt), or `auto`: the fastest found for the costs of the stages, within the memory limit."""
+    """The order in which each rank runs its forwards and backwards: the name of a schedule; the path of a plan file
+    that ends in .txt; or `auto`, the fastest plan found for the costs of the stages within the memory limit."""
     stages_per_rank: int | None = None
-    """Stages that each pipeline rank holds; None is the fewest that the schedule takes, and what `auto` finds best."""
+    """Number of stages that each pipeline rank holds. None takes the fewest that the schedule allows; with `--schedule
+    auto`, the best number found."""
     num_microbatches: int = 1
-    """Equal slices of the batch that flow through the pipeline; gradients accumulate over them."""
+    """Number of equal slices of the batch that flow through the pipeline; gradients accumulate over them. The batch
+    size must divide by it times the data axis. More of them mean less idle time and smaller matrix products."""
     remat: str = "none"
-    """`none` keeps what backward needs; `full` keeps only stage inputs and computes forward again; the name of a
-    `jax.checkpoint_policies` member, e.g. `dots_saveable`, keeps what that policy saves. One name for all stages, or
-    one per stage with commas between them; or `auto`: for each stage what recomputes least within the memory limit."""
+    """What forward stores for backward. `none` stores all residuals; `full` stores only the inputs of stages, and
+    recomputes forward before backward; the name of a `jax.checkpoint_policies` member, e.g. `dots_saveable`, stores
+    what that policy saves. One name for all stages, or one per stage, separated by commas; or `auto`: for each stage,
+    whatever recomputes least within the memory limit."""
     memory_limit: str | None = None
-    """Bytes that each device may hold, e.g. `12GiB`, `800MB` or `1500000`, for `--schedule auto` and `--remat auto` to
-    fit into."""
+    """The most bytes that each device may hold by prediction, e.g. `12GiB`, `800MB` or `1500000`. `--schedule auto` and
+    `--remat auto` keep to it; XLA's temporary memory inside a program comes on top. None sets no limit."""
     partition: str = "even"
-    """How layers are cut into stages: `even` by their number, `cost` by estimated floating-point operations, `measured`
-    by times taken on this machine at the start; or the first layer of every stage, e.g. `0,2,4` for layers 0-1, 2-3 and
-    4- (the 0 may be left out)."""
+    """How layers are cut into stages: `even` by their number; `cost` by estimated floating-point operations; `measured`
+    by times taken on this machine at the start; or by hand, the first layer of every stage: `0,2,4` for layers 0-1, 2-3
+    and 4 to the last (the 0 may be left out)."""
     costs: str | None = None
-    """JSON file of layer costs, as `meshpipe plan RECIPE --profile --save-costs FILE.json` writes it, in place of
-    measuring for `--partition measured` and `--schedule auto`; None measures."""
+    """Path of a JSON file of layer costs, in seconds and bytes, which `meshpipe plan RECIPE --profile --save-costs
+    FILE.json` writes. `--partition measured` and `--schedule auto` read it instead of measuring; None measures."""
 
     def __post_init__(self) -> None:
         for name in ("stages_per_rank", "num_microbatches"):
@@ -82,16 +85,16 @@ class PipelineConfig:
 
     @property
     def boundaries(self) -> tuple[int, ...] | None:
-        """The first layer of every stage after the first, where they are given."""
+        """The first layer of every stage after the first; None unless they are given by hand."""
         if self.partition in PARTITIONS:
             return None
         first, *others = map(int, self.partition.split(","))
         return tuple(others) if first == 0 else (first, *others)
 
     def remat_of_stages(self, num_stages: int) -> tuple[str, ...] | None:
-        """The rematerialisation of every stage; None where it is to be chosen.
+        """The rematerialisation of every stage; None for `auto`.
 
-        Raises `ValueError` when there are names for another number of stages.
+        Raises `ValueError` when the number of names is neither 1 nor the number of stages.
         """
         names = tuple(self.remat.split(","))
         if names == ("auto",):
@@ -120,7 +123,7 @@ class PipelineConfig:
 
 
 def _as_text(value: object) -> str:
-    """What was meant by the numbers or names of a list, and by a number."""
+    """How to write a list or a number as text, where one was given."""
     if isinstance(value, list | tuple):
         return f" Write {','.join(map(str, value))!r}."
     return f" Write {str(value)!r}." if isinstance(value, int) and not isinstance(value, bool) else ""

@@ -1,4 +1,4 @@
-"""What every rank computes in one step and in which order: plain data with a text form."""
+"""What every rank computes in one step, and in which order: plain data with a text form."""
 
 import enum
 import re
@@ -14,7 +14,7 @@ class PlanError(ValueError):
 
 
 class Op(enum.StrEnum):
-    """The kinds of work; BACKWARD is BACKWARD_INPUT and BACKWARD_WEIGHT in one."""
+    """The kinds of work. BACKWARD is BACKWARD_INPUT followed by BACKWARD_WEIGHT, as one action."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -26,12 +26,12 @@ class Op(enum.StrEnum):
         """`forward` for F, and so on."""
         return _MEANINGS[self]
 
-    # That of an enumeration is a Python function; actions are keys of every table of a plan.
+    # An enumeration's own hash is a Python function, which is slow; actions are the keys of every table of a plan.
     __hash__ = str.__hash__
 
     @property
     def accumulates(self) -> bool:
-        """Whether it adds to the gradients of the parameters, and is the last to need what forward kept."""
+        """Whether it accumulates parameter gradients, and is the last to read the residuals of its forward."""
         return self is Op.BACKWARD or self is Op.BACKWARD_WEIGHT
 
 
@@ -48,14 +48,18 @@ class Action:
     """One cell of a plan: `2F0` is stage 2, forward, microbatch 0."""
 
     stage: int
+    """The stage that does it, from 0; stage 0 has the first layers."""
     op: Op
+    """What it does."""
     microbatch: int
+    """The microbatch that it does it for, from 0."""
 
     def __str__(self) -> str:
         return f"{self.stage}{self.op}{self.microbatch}"
 
     @classmethod
     def parse(cls, text: str) -> "Action":
+        """Reads what `str` writes; raises `PlanError` for any other text."""
         match = re.fullmatch(r"([0-9]{1,9})([FBIW])([0-9]{1,9})", text)
         if match is None:
             raise PlanError(
@@ -70,15 +74,16 @@ class Plan:
     """The compute order of every rank over one batch. `validate` checks it; the schedules make valid ones."""
 
     schedule: str
-    """Name of the rule that made it."""
+    """The name of the schedule that made it."""
     num_microbatches: int
+    """The number of equal slices of a batch; every stage has actions for each of them."""
     stage_ranks: tuple[int, ...]
-    """The rank that holds each stage."""
+    """For each stage, the rank that holds it."""
     orders: tuple[tuple[Action, ...], ...]
     """For each rank, its actions in the order in which it computes them."""
     peak_activations: tuple[int, ...] | None = None
-    """For each rank, the most activations it may hold at once, one per stage and microbatch, from forward until the
-    last backward action that needs it; None promises nothing."""
+    """For each rank, the most activations that it may hold at once; None promises nothing. An activation is what one
+    stage keeps of one microbatch, from its forward until the last backward action that reads it."""
 
     @property
     def num_ranks(self) -> int:
@@ -89,20 +94,22 @@ class Plan:
         return len(self.stage_ranks)
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that a rank holds, first to last."""
         return tuple(stage for stage, holder in enumerate(self.stage_ranks) if holder == rank)
 
     @cached_property
     def actions(self) -> frozenset[Action]:
+        """All actions of all ranks."""
         return frozenset(action for order in self.orders for action in order)
 
     @cached_property
     def forward_only(self) -> bool:
-        """Whether nothing is trained, so that forward keeps nothing for backward."""
+        """Whether the plan only evaluates, so that no forward keeps residuals."""
         return all(action.op is Op.FORWARD for action in self.actions)
 
     @cached_property
     def fusible_stage(self) -> int | None:
-        """The last stage, if each of its backwards comes directly after the forward of the same microbatch."""
+        """The last stage, if each of its backwards directly follows the forward of the same microbatch; else None."""
         last = self.num_stages - 1
         order = self.orders[self.stage_ranks[last]]
         forwards = ((i, action) for i, action in enumerate(order) if action.stage == last and action.op is Op.FORWARD)
@@ -125,10 +132,13 @@ class Plan:
     def start_times(
         self, duration: Callable[[Action], float] = lambda action: 1, transfer: float = 0.0
     ) -> dict[Action, float]:
-        """When each action starts if every rank follows its order and starts each action as early as it can.
+        """When each action starts, from 0, if every rank follows its order and starts each action as early as it can.
 
-        `transfer` is the time from the end of an action until a dependent action of another rank can start.
-        Actions that can never start, because orders wait for each other, are left out.
+        Arguments:
+            duration: The time that an action takes, in any unit.
+            transfer: The time from the end of an action until a dependent action on another rank can start.
+
+        Actions that can never start, because ranks wait for each other in a circle, are left out.
         """
         starts: dict[Action, float] = {}
         ends: dict[Action, float] = {}
@@ -156,7 +166,7 @@ class Plan:
         return starts
 
     def live_activations(self, rank: int) -> list[int]:
-        """The number of activations that the rank holds while and after each action of its order runs."""
+        """The number of activations that the rank holds while each action of its order runs."""
         live, counts = 0, []
         for action in self.orders[rank]:
             live += action.op is Op.FORWARD and not self.forward_only
@@ -167,15 +177,17 @@ class Plan:
     def grid(self, mark: Action | None = None, width: int | None = None) -> str:
         """Draws ranks as rows and time as columns, every action one unit long; a dot is an idle rank.
 
-        `mark` puts an action in brackets. `width` is the most characters in a row: of a longer plan only the part
-        around the mark, or else the beginning, is drawn.
+        Arguments:
+            mark: An action to put in brackets.
+            width: The most characters in a row. Of a longer plan, only the part around the mark is drawn, or else the
+                beginning. None draws all of it.
         """
         rank = None if mark is None else self.stage_ranks[mark.stage]
         place = None if rank is None or mark is None else (rank, self.orders[rank].index(mark))
         return draw(self.orders, time_columns(self.orders, self.start_times()), place, width)
 
     def to_text(self) -> str:
-        """The plan as text that `Plan.parse` reads: a few lines of header, then a line a rank."""
+        """The plan as text that `Plan.parse` reads: a few header lines, then one line per rank."""
         lines = [
             f"schedule: {self.schedule}",
             f"microbatches: {self.num_microbatches}",
@@ -188,9 +200,9 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
-        """Reads what `to_text` writes; blank lines and what follows a `#` are skipped.
+        """Reads what `to_text` writes; blank lines and text after a `#` are skipped.
 
-        Raises `PlanError` naming the line when the text is malformed. Does not `validate`.
+        Raises `PlanError` that names the line when the text is malformed. Does not check the plan: `validate` does.
         """
         fields, orders = _parse_lines(text)
         (num_microbatches,) = _integers("microbatches", fields, exactly_one=True)

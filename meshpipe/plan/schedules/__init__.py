@@ -24,10 +24,17 @@ from meshpipe.plan.schedules.zero_bubble import zb_v as zb_v
 
 
 def make_plan(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Plan:
-    """The plan of the schedule with this name, or of the file if the name ends in `.txt`.
+    """The plan of a schedule for the given sizes.
 
-    `stages_per_rank` None is the fewest that the schedule takes, or as many as the file has. Raises `ValueError` for an
-    unknown name, sizes that do not fit it, or a file that is missing, breaks a rule or does not have these sizes.
+    Arguments:
+        name: A registered schedule such as `1f1b`, or the path of a plan file that ends in `.txt`.
+        num_ranks: Number of pipeline ranks.
+        num_microbatches: Number of equal slices of the batch.
+        stages_per_rank: Number of stages that each rank holds. None takes the fewest that the schedule allows, or as
+            many as the file has.
+
+    Raises `ValueError` for an unknown name, for sizes that the schedule does not allow, and for a file that is missing,
+    breaks a rule or has other sizes.
     """
     if name.endswith(".txt"):
         return load_plan(name, num_ranks, num_microbatches, stages_per_rank)
