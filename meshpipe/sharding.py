@@ -42,7 +42,7 @@ class ShardingRules:
     `hidden` and `vocab` over `tensor`."""
     gathered: frozenset[str] = frozenset()
     """Logical axes that `data` splits between steps only. A step gathers these parameters once at its start, and
-    reduce-scatters their gradients once at its end. By default none."""
+    splits the reduced gradients once at its end. By default none."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.rules, Mapping):

@@ -11,7 +11,8 @@ from meshpipe.data.arrays import field_shape, own_field
 from meshpipe.errors import kind_of
 from meshpipe.mesh import DATA
 from meshpipe.sharding import place
-from meshpipe.stage.traced import Given, TracedStage
+from meshpipe.stage.spec import Given
+from meshpipe.stage.traced import TracedStage
 
 _PLACED = (Given.SEED, Given.PATHS)
 """Inputs of a stage that stay the same in every step."""

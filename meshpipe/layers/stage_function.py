@@ -10,7 +10,7 @@ import numpy as np
 from meshpipe.errors import kind_of
 from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
 from meshpipe.layers.layer import Layer, Randomness
-from meshpipe.stage.traced import StageFunction
+from meshpipe.stage.spec import StageFunction
 
 Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
 """Output of the last layer and the microbatch -> sum of losses, weight."""

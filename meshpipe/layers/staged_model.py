@@ -30,8 +30,9 @@ from meshpipe.plan.schedules import forwards_of
 from meshpipe.plan.simulate import Costs
 from meshpipe.sharding import is_local, place, replicated
 from meshpipe.stage.compile_stages import compile_stages
+from meshpipe.stage.spec import Boundary, StageSpec, boundary_after
 from meshpipe.stage.target import Target
-from meshpipe.stage.traced import Boundary, StageSpec, TracedStage, boundary_after
+from meshpipe.stage.traced import TracedStage
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a stage adds up over the microbatches of a step: gradients, and in the last stage the loss and its weight."""
+"""Accumulates over the microbatches of a step: gradients, and in the last stage the loss and its weight."""
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -68,6 +68,8 @@ class Accumulators:
         otherwise.
         """
         partials = results if partials is None else partials
+        # Each device already holds only its part of such a gradient; one partial sum per device would be as large as
+        # all parts together.
         candidates = (i for i, partial in enumerate(partials) if DATA not in partial.sharding.spec)
         unreduced = frozenset(i for i in candidates if all(p.can_stay_unreduced(i) for p in programs))
         return cls(results, partials, unreduced)
@@ -86,6 +88,7 @@ class Accumulators:
 
     def add(self, accumulators: Arrays, values: Mapping[int, jax.Array]) -> Arrays:
         """Adds values to some of the accumulators."""
+        # Accumulators are donated, so XLA adds in place.
         return tuple(a + values[i].astype(a.dtype) if i in values else a for i, a in enumerate(accumulators))
 
     def reduce(self, accumulators: Arrays) -> Arrays:
@@ -96,7 +99,7 @@ class Accumulators:
 def compile_zeros(
     gradients: Accumulators, totals: Accumulators, mesh: Mesh, compiler: Compiler
 ) -> Callable[[], tuple[Arrays, Arrays]]:
-    """Makes fresh accumulators."""
+    """Compiles the program that makes the accumulators of a step, filled with zeros."""
     shapes = gradients.shapes, totals.shapes
     if not any(shapes):
         return lambda: ((), ())
@@ -110,7 +113,8 @@ def compile_zeros(
 def compile_reduce(
     gradients: Accumulators, totals: Accumulators, mesh: Mesh, compiler: Compiler
 ) -> Callable[..., tuple[Arrays, Arrays]] | None:
-    """Reduces all accumulators over the data axis: the only communication of that axis for gradients.
+    """Compiles the program that reduces all accumulators over the data axis: the only communication of that axis for
+    gradients.
 
     None where no accumulator is unreduced.
     """

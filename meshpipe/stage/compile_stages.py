@@ -1,4 +1,4 @@
-"""Compiling many stages at once: equal ones a single time, all in threads."""
+"""Compiles all stages at once in threads, and equal stages only once."""
 
 import os
 from collections.abc import Callable, Sequence, Set
@@ -10,7 +10,8 @@ from meshpipe.stage.programs import StagePrograms, compile_stage, copy_stage
 from meshpipe.stage.traced import TracedStage
 
 THREADS = min(32, (os.cpu_count() or 1) + 1)
-"""One for each core of the machine and one for where another waits. More only take the interpreter from each other."""
+"""One per core, and one more for when another waits. XLA releases the interpreter's lock while it compiles; tracing and
+lowering do not, so further threads would only compete for it."""
 
 
 def compile_stages(
@@ -21,13 +22,18 @@ def compile_stages(
     also: Sequence[Callable[[], None]] = (),
     fused: int | None = None,
 ) -> dict[int, StagePrograms]:
-    """The programs for `ops` of every traced stage, by stage.
+    """The compiled programs of every traced stage, by stage number.
 
     A stage that shares the trace of another, and whose programs cannot be copied, is traced by itself and takes its
     place in `traced`.
 
-    `remat` has the name of every stage; forward and backward of stage `fused` become one program. `also` is done
-    while XLA, which takes longest for the stages, is at work.
+    Arguments:
+        traced: The stages of this process, by number.
+        ops: The kinds of work that the plan has.
+        remat: The rematerialisation of every stage.
+        compiler: What compiles, and keeps, the programs.
+        also: Further work to do in threads while XLA compiles the stages, such as compiling the optimizer's updates.
+        fused: The stage whose forward and backward become one program; None for none.
     """
 
     def build(stage: TracedStage) -> StagePrograms:
@@ -39,6 +45,8 @@ def compile_stages(
             return built[stage.spec.index]
         return copy_stage(built[stage.original.spec.index], stage.spec.mesh, compiler)
 
+    # Programs are compiled for the stages that were traced, and copied to the submeshes of the stages that share their
+    # traces: a copy takes milliseconds.
     originals = [stage for stage in traced.values() if stage.original is None]
     with ThreadPoolExecutor(THREADS) as pool:
         building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
@@ -47,6 +55,7 @@ def compile_stages(
         copies = list(pool.map(copied, traced.values()))
     for other in others:
         other.result()
+    # A program with a Python callback, for example, cannot be copied, since it cannot be serialised.
     programs: dict[int, StagePrograms] = {}
     for index, found in zip(traced, copies, strict=True):
         if found is None:

@@ -1,4 +1,4 @@
-"""Which outputs of a traced program are inputs, handed on unchanged through calls, loops and branches."""
+"""Finds the outputs of a traced program that are inputs, handed on unchanged through calls, loops and branches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,16 +6,17 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 _UNCHANGED = frozenset({"copy", "copy_p", "optimization_barrier", "sharding_constraint", "reshard", "pvary", "pcast"})
-"""Operations whose results are their operands, one by one."""
+"""Operations whose results are their operands, one for one."""
 
 Value = tuple[int, tuple[int, ...]]
-"""An input by number, and the order in which its dims stand."""
+"""An input by number, and the order of its dims: two transpositions may cancel out."""
 
 
 def forwarded(jaxpr: Jaxpr) -> list[int | None]:
-    """For each output the input that it is, whatever the values; None where something is computed.
+    """For each output the number of the input that it is, whatever the values; None where it is computed.
 
-    An operation that is not known counts as computing.
+    Unknown operations count as computing, so the answer errs towards None: a caller then treats a value as written that
+    is not, and never the reverse.
     """
     values: dict[Var, Value] = {v: (i, _in_order(v)) for i, v in enumerate(jaxpr.invars)}
     for equation in jaxpr.eqns:
@@ -49,7 +50,7 @@ def _transpose(equation: JaxprEqn, values: dict[Var, Value]) -> None:
 
 
 def _operands(equation: JaxprEqn) -> Sequence[int | None]:
-    """For each result of an equation the operand that it is."""
+    """For each result of an equation the number of the operand that it is; None where it is computed."""
     name = equation.primitive.name
     if name in _UNCHANGED:
         return range(len(equation.outvars))
@@ -59,6 +60,8 @@ def _operands(equation: JaxprEqn) -> Sequence[int | None]:
     if inner is None or (len(inner.invars), len(inner.outvars)) != (len(equation.invars), len(equation.outvars)):
         return [None] * len(equation.outvars)
     results = forwarded(inner)
+    # `jax.shard_map` cuts operands and joins results; a part that is handed on is the whole operand only if both are
+    # done in the same way.
     specs = equation.params.get("in_specs"), equation.params.get("out_specs")
     if None in specs:
         return results
@@ -67,11 +70,13 @@ def _operands(equation: JaxprEqn) -> Sequence[int | None]:
 
 
 def _scan(equation: JaxprEqn) -> list[int | None]:
-    """Told by ranks, since the names of a scan's parameters differ between versions of JAX."""
+    """Tells carries from slices by their ranks, since the names of a scan's parameters differ between JAX versions."""
     inner = _open(equation.params["jaxpr"])
     results = forwarded(inner)
     sliced = [_rank(whole) > _rank(part) for whole, part in zip(equation.invars, inner.invars, strict=True)]
     stacked = [_rank(whole) > _rank(part) for whole, part in zip(equation.outvars, inner.outvars, strict=True)]
+    # A carry is unchanged only if the body hands it on in the place where it takes it: two carries that change places
+    # are inputs of the body as well.
     constants = sliced.count(False) - stacked.count(False)
     return [
         i if i is not None and (sliced[i] if stacked[k] else i == constants + k) else None
@@ -87,6 +92,7 @@ def _while(equation: JaxprEqn) -> list[int | None]:
 
 
 def _cond(equation: JaxprEqn) -> list[int | None]:
+    # Which branch runs is known only at run time, so all must agree.
     branches = [forwarded(_open(branch)) for branch in equation.params["branches"]]
     return [None if i is None or len(set(of)) > 1 else i + 1 for of in zip(*branches, strict=True) for i in of[:1]]
 

@@ -1,4 +1,4 @@
-"""Cutting traced programs: keep the equations that some outputs need, given values that are already there."""
+"""Cuts traced programs: keeps the equations that some outputs need, given values that are already there."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,17 +11,18 @@ from jax.sharding import Sharding
 LAYOUT_PRIMITIVES = frozenset(
     {"broadcast_in_dim", "copy", "expand_dims", "optimization_barrier", "reshape", "squeeze", "transpose"}
 )
-"""Operations that at most rearrange an array: cheaper to repeat inside a program than to keep their result."""
+"""Operations that at most rearrange an array. It is cheaper to repeat them inside a program than to store their result:
+XLA fuses them into whatever reads them."""
 
 CHECKPOINT_PRIMITIVES = frozenset({"remat2", "checkpoint"})
-"""`jax.checkpoint`, by its name in one version of JAX or another."""
+"""The names of `jax.checkpoint` in the versions of JAX that are supported."""
 
 CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call"}) | CHECKPOINT_PRIMITIVES
-"""Operations that only hold a program of their own."""
+"""Operations that only call a program of their own."""
 
 
 class MissingInputError(ValueError):
-    """A part of a traced program needs values that were not given to it."""
+    """A part of a traced program needs values that are not among its inputs."""
 
 
 def extract(
@@ -29,14 +30,19 @@ def extract(
 ) -> ClosedJaxpr:
     """The part of a traced program that computes `outputs` from `inputs`.
 
-    `inputs` may be inputs of the program or values from its middle, whose equations then stay out. `effects` keeps
-    equations with side effects (`jax.debug.print`) although no output needs them. Raises `MissingInputError` when an
-    output needs an input that is not given.
+    Arguments:
+        closed: The traced program.
+        inputs: Inputs of the program, or values from its middle; the equations that make those stay out.
+        outputs: Any values of the program.
+        effects: Whether to keep equations with side effects (`jax.debug.print`) that no output needs.
+
+    Raises `MissingInputError` when an output needs a value that is not given.
     """
     jaxpr = closed.jaxpr
     given = set(inputs)
     needed = {v for v in outputs if isinstance(v, Var)} - given
     kept: list[JaxprEqn] = []
+    # Equations stand in an order in which each comes after what it reads, so one pass from the end finds all of them.
     for equation in reversed(jaxpr.eqns):
         if not any(v in needed for v in equation.outvars) and not (effects and equation.effects):
             continue
@@ -66,12 +72,13 @@ def _replace(
         outvars=list(outputs),
         eqns=list(equations),
         effects=jaxpr.effects if keep_effects else frozenset(),
+        # Its names belong to the inputs and outputs of the whole program, which the part does not have.
         debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
     )
 
 
 def variables(atoms: Iterable[Var | Literal]) -> list[Var]:
-    """The variables among the operands of an equation, literals left out."""
+    """The variables among the operands of an equation, without its literals."""
     return [a for a in atoms if isinstance(a, Var)]
 
 
@@ -79,6 +86,7 @@ def invariant_values(jaxpr: Jaxpr, sources: Iterable[Var]) -> set[Var]:
     """Every value that depends on nothing but `sources` and constants."""
     invariant = set(sources) | set(jaxpr.constvars)
     for equation in jaxpr.eqns:
+        # An equation with an effect must run as often as the user wrote it, even if its operands never change.
         if not equation.effects and all(v in invariant for v in variables(equation.invars)):
             invariant.update(equation.outvars)
     return invariant
@@ -87,8 +95,9 @@ def invariant_values(jaxpr: Jaxpr, sources: Iterable[Var]) -> set[Var]:
 def hoistable_values(jaxpr: Jaxpr, sources: Sequence[Var]) -> list[Var]:
     """Values worth computing once from `sources` instead of in every call.
 
-    Those are results of real work on the sources alone (a cast to bfloat16, a fused weight) that later equations use,
-    perhaps rearranged, and no larger than the sources that they come from. Rearrangements themselves stay in place.
+    Such values are results of real work on the sources alone (a cast to bfloat16, a fused weight) that later equations
+    use, perhaps rearranged. Rearrangements themselves stay in place. A value larger than the sources it comes from
+    stays as well: it would be held in memory for the whole step.
     """
     invariant = invariant_values(jaxpr, sources)
     origin: dict[Var, frozenset[Var]] = {v: frozenset((v,)) for v in sources}
@@ -97,6 +106,8 @@ def hoistable_values(jaxpr: Jaxpr, sources: Sequence[Var]) -> list[Var]:
         origin.update(dict.fromkeys(equation.outvars, of_operands))
     used = set(variables(jaxpr.outvars))
     hoisted: list[Var] = []
+    # From the end, so that of a chain of invariant equations only the last value is hoisted: what leads to it is then
+    # no longer used by anything that stays.
     for equation in reversed(jaxpr.eqns):
         if equation.outvars and equation.outvars[0] in invariant:
             wanted = [v for v in equation.outvars if v in used]
@@ -112,7 +123,7 @@ def hoistable_values(jaxpr: Jaxpr, sources: Sequence[Var]) -> list[Var]:
 
 
 def nbytes(values: Iterable[Var]) -> int:
-    """Bytes of the arrays that the values stand for."""
+    """The total bytes of these values."""
     return sum(v.aval.size * v.aval.dtype.itemsize for v in values)  # type: ignore[attr-defined]
 
 
@@ -125,6 +136,8 @@ def apply_equation(jaxpr: Jaxpr, equation: JaxprEqn, operands: Sequence[Any]) ->
     """The results of one equation of a program."""
     given = {v: o for v, o in zip(equation.invars, operands, strict=True) if isinstance(v, Var)}
     outputs = [v for v in equation.outvars if not isinstance(v, DropVar)]
+    # `primitive.bind` does not work for every primitive: those that hold programs (scan, custom_vjp) need these
+    # unpacked first. JAX's own evaluation of a program knows how, so the equation becomes a program.
     single = _replace(jaxpr, (), list(given), outputs, [equation], keep_effects=False)
     results = iter(function_of(ClosedJaxpr(single, ()))(*given.values()))
     return [None if isinstance(v, DropVar) else next(results) for v in equation.outvars]
@@ -133,8 +146,9 @@ def apply_equation(jaxpr: Jaxpr, equation: JaxprEqn, operands: Sequence[Any]) ->
 def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program without calls: nested `jit` and `jax.checkpoint` are replaced by their equations.
 
-    Loops, custom derivatives and calls that say how their values are to lie on the mesh stay whole. Of a backward
-    program, where a checkpoint has nothing left to save, or a forward.
+    Everything else in `stage/` looks at equations, and would see a call as one equation that reads and computes
+    everything at once. Loops and custom derivatives stay whole, and so do calls that set shardings, which would be
+    lost. To be used once derivatives have been taken, when a checkpoint has nothing left to save.
     """
     constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     equations: list[JaxprEqn] = []
@@ -147,7 +161,7 @@ def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
             operands = [read(v) for v in equation.invars]
             inner = equation.params["jaxpr"] if _is_call(equation) else None
             if inner is None:
-                # A call's program may be called more than once.
+                # Several calls may share one program, and a variable may be assigned only once.
                 outputs = [Var(v.aval) if rename and not isinstance(v, DropVar) else v for v in equation.outvars]
                 equations.append(equation.replace(invars=operands, outvars=outputs))
                 values.update(zip(equation.outvars, outputs, strict=True))
@@ -169,6 +183,6 @@ def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
 
 
 def _is_call(equation: JaxprEqn) -> bool:
-    """Whether an equation only holds a program of its own, which can stand in its place."""
+    """Whether an equation is a call that its program can replace."""
     shardings = (*equation.params.get("in_shardings", ()), *equation.params.get("out_shardings", ()))
     return equation.primitive.name in CALL_PRIMITIVES and not any(isinstance(s, Sharding) for s in shardings)

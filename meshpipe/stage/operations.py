@@ -1,4 +1,4 @@
-"""How many floating-point operations a traced program does."""
+"""Counts the floating-point operations of a traced program."""
 
 import math
 from typing import Any
@@ -22,14 +22,14 @@ MOVES = LAYOUT_PRIMITIVES | {
     "split",
     "stop_gradient",
 }
-"""Operations that compute nothing."""
+"""Operations that move data and compute nothing."""
 
 
 def count_operations(program: ClosedJaxpr | Jaxpr) -> float:
-    """An estimate: products of matrices and convolutions by their sizes, other work one operation for each element.
+    """An estimate: matrix products and convolutions by their sizes, other work as one operation per element.
 
-    A `scan` counts as often as it runs, a `while` once, and of a `cond` the branch that does most. Moving data counts
-    nothing.
+    A `scan` counts its body for every iteration, a `while` once, since its length is unknown, and a `cond` its most
+    expensive branch. Moving data counts nothing.
     """
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     return sum(_of_equation(equation) for equation in jaxpr.eqns)
@@ -38,6 +38,8 @@ def count_operations(program: ClosedJaxpr | Jaxpr) -> float:
 def _of_equation(equation: JaxprEqn) -> float:
     name, params = equation.primitive.name, equation.params
     inner = [count_operations(part) for part in jaxprs_in_params(params)]
+    # Reductions such as `reduce` hold a program too, for two elements; they are counted by the size of what they
+    # reduce.
     if name == "cond":
         return max(inner)
     if inner and not name.startswith("reduce"):
@@ -48,9 +50,11 @@ def _of_equation(equation: JaxprEqn) -> float:
     size = float(math.prod(output.shape))
     shapes = [operand.aval.shape for operand in equation.invars]  # type: ignore[attr-defined]
     if name == "dot_general":
+        # A multiplication and an addition for every element of the output and of the contracted dims.
         (contracted, _), _ = params["dimension_numbers"]
         return 2 * size * math.prod(shapes[0][axis] for axis in contracted)
     if name == "conv_general_dilated":
+        # Every output element reads the whole kernel, except for its dim of output features.
         features = params["dimension_numbers"].rhs_spec[0]
         return 2 * size * math.prod(shapes[1]) / shapes[1][features]
     if name.startswith("reduce"):

@@ -60,11 +60,13 @@ class PartialSums:
             if e.primitive.name == "optimization_barrier"
             for before, after in zip(e.invars, e.outvars, strict=True)
         }
+        # Forward through the program, so that what an equation reads is known before the equation.
         for index, equation in enumerate(jaxpr.eqns):
             name = equation.primitive.name
             if name == "scan":
                 self._loops[index] = loop = _Loop(equation, self)
                 self._unreduced.update(equation.outvars[i] for i in loop.unreduced)
+            # Zeros are partial sums of zero. A gradient that a scan accumulates starts from them.
             elif name == "broadcast_in_dim" and self._is_zero(equation.invars[0]):
                 self._zeros.update(equation.outvars)
             elif self._uses(equation) is not None:
@@ -104,12 +106,16 @@ class PartialSums:
                     if i in loop.unreduced:
                         partials[variable] = result
                 continue
+            # Whole and partial values are both traced, as a later equation may read either; XLA removes what is not
+            # used.
             if all(v in values for v in variables(equation.invars)):
                 operands = [read(v) for v in equation.invars]
                 values.update(zip(equation.outvars, apply_equation(jaxpr, equation, operands), strict=True))
             if uses is not None and equation.primitive.name == "conv_general_dilated":
                 partials[equation.outvars[0]] = _convolve_parts(equation, [values[v] for v in equation.invars], uses)
             elif uses is not None:
+                # Cutting the examples into parts leaves their sharding on the dim of the parts, so XLA's partitioner
+                # keeps every part on its own device.
                 operands = [read(v, use) for v, use in zip(equation.invars, uses, strict=True)]
                 each = jax.vmap(
                     lambda *operands, equation=equation: equation.primitive.bind(*operands, **equation.params),
@@ -127,6 +133,7 @@ class PartialSums:
         known = [self._is_unreduced(v) for v in operands]
         dims: list[Any] = [self._examples_dim(v) for v in operands]
         match equation.primitive.name:
+            # A product is linear in either factor, and not in both: the sum of products is no product of sums.
             case "mul" | "dot_general" if known[0] != known[1]:
                 return (UNREDUCED, WHOLE) if known[0] else (WHOLE, UNREDUCED)
             case "div" | "pad" if known[0] and (equation.primitive.name == "div" or self._is_zero(operands[1])):
@@ -143,6 +150,7 @@ class PartialSums:
                 return dims[0], dims[1]
             case "reduce_sum" if dims[0] in params["axes"]:
                 return (dims[0],)
+            # The gradient of an embedding: rows of the output's gradient are added to the rows of their tokens.
             case "scatter-add" if known[0] and dims[1] == 0 and dims[2] == 0:
                 numbers = params["dimension_numbers"]
                 is_summed = 0 not in numbers.update_window_dims and not numbers.operand_batching_dims
@@ -153,6 +161,7 @@ class PartialSums:
         """The dim of a value that may hold the examples: the leading one, before it was transposed."""
         while isinstance(atom, Var) and atom in self._same:
             atom = self._same[atom]
+        # A derivative transposes what it multiplies, which moves the dim of the examples.
         before = self._transposed.get(atom) if isinstance(atom, Var) else None
         if before is not None:
             dim = self._examples_dim(before.invars[0])
@@ -168,7 +177,9 @@ class PartialSums:
 
 
 def _keeps_sums(equation: JaxprEqn) -> bool:
-    """Whether the types are such that sums of results are results of sums: no number is cut off or wraps around."""
+    """Whether the dtypes let partial results add up to the whole result: nothing is rounded to integers or wraps
+    around.
+    """
     results = [v.aval.dtype for v in equation.outvars if hasattr(v.aval, "dtype")]
     operands = [v.aval.dtype for v in equation.invars if hasattr(v.aval, "dtype")]
     if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in results):
@@ -178,7 +189,7 @@ def _keeps_sums(equation: JaxprEqn) -> bool:
 
 
 def _summed_dims(convolution: JaxprEqn) -> tuple[int, int] | None:
-    """The dims of the operands that it sums over beside those of its window: in a kernel's gradient, the examples."""
+    """The dims that a convolution sums over besides its window. In the gradient of a kernel, they are the examples."""
     numbers = convolution.params["dimension_numbers"]
     is_whole = convolution.params["feature_group_count"] == 1
     return (numbers.lhs_spec[1], numbers.rhs_spec[1]) if is_whole else None
@@ -204,11 +215,14 @@ class _Loop:
         params = equation.params
         body = inline(params["jaxpr"])
         jaxpr = body.jaxpr
-        # Only what is sliced and stacked has a dim more outside of the body.
+        # Carries have the same rank inside and outside of the body; what is sliced or stacked has one dim more outside.
+        # The names of the parameters that say so differ between versions of JAX.
         num_carry = _count_of_equal_rank(equation.outvars, jaxpr.outvars)
         self._num_carry = num_carry
         self._num_consts = _count_of_equal_rank(equation.invars, jaxpr.invars) - num_carry
         self._options = {name: params[name] for name in ("length", "reverse", "unroll")}
+        # A value that the body accumulates can stay unreduced if what is added to it in each turn can, and so can what
+        # it starts from. Only then may its body be given partial sums as a carry.
         plain = PartialSums(body, around._parts, around._examples)
         added = {
             i: added_value

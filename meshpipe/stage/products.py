@@ -1,4 +1,4 @@
-"""Products of matrices in the form in which XLA's CPU backend multiplies fastest."""
+"""Rewrites matrix products into the form that XLA's CPU backend multiplies fastest."""
 
 import operator
 from collections import Counter
@@ -13,17 +13,18 @@ from meshpipe.stage.jaxpr import CALL_PRIMITIVES, variables
 Atom = Var | Literal
 
 KEEP_BARRIERS: Mapping[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-"""For the compiler: `optimization_barrier` holds until the end. XLA's CPU backend would drop it and fuse across it."""
+"""Compiler options that make `optimization_barrier` hold until the end. By default XLA's CPU backend drops the barriers
+before it fuses, and fuses across them."""
 
 
 def multiply_in_rows(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program with every `(A B)^T` as `B^T A^T`, and the factor `B^T` laid out row by row before it.
 
-    As `(A B)^T`, with A the gradient of an output and B an input, JAX writes the gradient of a weight on the right of a
-    product. XLA's CPU backend takes up to twice as long for it: its fast kernel wants the summed dim last on the left
-    and first on the right. To compute B and to transpose it takes up to six times as long in one loop as in two, so
-    barriers keep them apart: to be compiled with `KEEP_BARRIERS`. The bodies of scans and calls are rewritten too;
-    those of `jax.shard_map` and of kernels, which have rules of their own, are left.
+    JAX's derivative writes the gradient of a weight as `(A B)^T`, where A is the gradient of an output and B an input.
+    XLA's CPU backend takes up to twice as long for that form: its fast kernel wants the summed dim last on the left and
+    first on the right. One loop that computes B and transposes it takes up to six times as long as two loops, so
+    barriers keep them apart, and the result must be compiled with `KEEP_BARRIERS`. The bodies of scans and calls are
+    rewritten too. Those of `jax.shard_map` and of kernels have rules of their own and are left alone.
     """
     return _in(closed, {})
 
@@ -34,8 +35,9 @@ def _in(closed: ClosedJaxpr, forms: dict[Hashable, Jaxpr]) -> ClosedJaxpr:
 
 
 def _rewrite(jaxpr: Jaxpr, forms: dict[Hashable, Jaxpr]) -> Jaxpr:
-    """The rewritten program, the same object where nothing is to be rewritten: JAX lowers what is shared once."""
+    """The rewritten program; the same object where nothing changes, since JAX lowers a shared program only once."""
     uses = Counter(variables([*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars]))
+    # A product that is also used untransposed would have to be computed twice.
     products = {e.outvars[0]: e for e in jaxpr.eqns if e.primitive.name == "dot_general" and uses[e.outvars[0]] == 1}
     turned = {
         e.outvars[0]: product
@@ -57,7 +59,7 @@ def _rewrite(jaxpr: Jaxpr, forms: dict[Hashable, Jaxpr]) -> Jaxpr:
 
 
 def _with_inner(equation: JaxprEqn, forms: dict[Hashable, Jaxpr]) -> JaxprEqn:
-    """The equation with the program that it runs rewritten, if it is a scan or a call."""
+    """The equation; if it is a scan or a call, with its program rewritten."""
     if equation.primitive.name not in CALL_PRIMITIVES | {"scan"}:
         return equation
     inner = equation.params["jaxpr"]
@@ -66,11 +68,12 @@ def _with_inner(equation: JaxprEqn, forms: dict[Hashable, Jaxpr]) -> JaxprEqn:
 
 
 def _is_turned(product: JaxprEqn, permutation: tuple[int, ...]) -> bool:
-    """Whether the permutation puts the dims of the right factor before those of the left one."""
+    """Whether the permutation swaps the dims of the two factors, so that the transposed product is a product too."""
     (left_summed, _), (batch, _) = product.params["dimension_numbers"]
     ndim = len(permutation)
     num_left = len(product.invars[0].aval.shape) - len(left_summed)  # type: ignore[attr-defined]
     sharding = product.params["out_sharding"]
+    # Batch dims come first in any order of factors, and a given sharding names dims in the order of the product.
     is_free = not batch and (sharding is None or not any(sharding.spec))
     return is_free and tuple(permutation) == (*range(num_left, ndim), *range(num_left))
 
@@ -84,6 +87,8 @@ def _turned(product: JaxprEqn, result: Atom, forms: dict[Hashable, Jaxpr]) -> li
 
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
         kept = [dim for dim in range(right.ndim) if dim not in right_summed]
+        # The first barrier separates the transposition from what computes the factor, the second from the product, into
+        # which XLA would fold it back.
         right = jax.lax.optimization_barrier(right)
         rows = jax.lax.optimization_barrier(jax.lax.transpose(right, (*kept, *right_summed)))
         last = tuple(range(len(kept), right.ndim))
@@ -91,10 +96,12 @@ def _turned(product: JaxprEqn, result: Atom, forms: dict[Hashable, Jaxpr]) -> li
             rows,
             left,
             dimension_numbers=((last, left_summed), ((), ())),
+            # A pair of precisions is for the left and the right factor, which have changed places.
             precision=precision[::-1] if isinstance(precision, tuple) else precision,
             **params,
         )
 
+    # Equal layers have equal products: each form is traced once.
     key = str(left.aval), str(right.aval), str(product.params)
     if key not in forms:
         forms[key] = jax.make_jaxpr(multiply)(left.aval, right.aval).jaxpr
@@ -105,5 +112,6 @@ def _turned(product: JaxprEqn, result: Atom, forms: dict[Hashable, Jaxpr]) -> li
     for e in form.eqns:
         operands, results = [names[v] for v in e.invars], [names[v] for v in e.outvars]
         made = e.replace(invars=operands, outvars=results)  # type: ignore[arg-type]
+        # Errors and profiles then name the line of the user's layer.
         equations.append(made.replace(source_info=product.source_info, ctx=product.ctx))
     return equations

@@ -1,6 +1,6 @@
-"""What one part of a traced program keeps for a later one: few bytes from which the rest follows at little cost.
+"""Chooses what one part of a traced program stores for a later one: few bytes, from which the rest is cheap to compute.
 
-A minimum cut between what is expensive to compute and what the later part needs, as in PyTorch's AOTAutograd
+This is a minimum cut between what is expensive to compute and what the later part needs, as in PyTorch's AOTAutograd
 (`min_cut_rematerialization_partition`); He and Yu, Transcending Runtime-Memory Tradeoffs in Checkpointing by being
 Fusion Aware, MLSys 2023.
 """
@@ -33,19 +33,21 @@ ARITHMETIC_PRIMITIVES = LAYOUT_PRIMITIVES | {
         "xor",
     ),
 }
-"""Operations on one element at a time that take next to no time."""
+"""Elementwise operations that take next to no time."""
 
 ELEMENTWISE_PRIMITIVES = ARITHMETIC_PRIMITIVES | {
     *("ceil", "cos", "div", "erf", "erf_inv", "exp", "exp2", "expm1", "floor", "log", "log1p"),
     *("logistic", "pow", "round", "rsqrt", "sin", "sqrt", "tan", "tanh"),
 }
-"""Operations on one element at a time: accelerators take longer to read a value than to compute it by them."""
+"""Elementwise operations. On accelerators, to compute a value by them takes less time than to read it from memory."""
 
 WRITE = 1 / 8
-"""What it costs to keep a value that XLA would otherwise compute where it is read, as a share of its bytes."""
+"""The extra cost of storing a value that XLA would otherwise compute where it is read, as a share of its bytes: XLA has
+to write it for this purpose alone. It decides between values of about equal size."""
 
 _LARGEST = 2**28
-"""Capacities are 32-bit integers, so that costs are counted in units of this share of their sum."""
+"""SciPy's maximum flow takes 32-bit integers as capacities, so costs are rounded to this fraction of their sum.
+Doubled, and with the capacity that no cut can afford added to them, they still fit."""
 
 
 def least_to_keep(
@@ -56,12 +58,22 @@ def least_to_keep(
     *,
     only_later: Collection[Var] = (),
 ) -> list[Var]:
-    """The values to keep so that `wanted` can be had from them and `given` by the equations that are `repeatable`.
+    """The values to store so that `wanted` can be computed from them and `given`, by repeatable equations alone.
 
-    Those of the fewest bytes, where values that XLA does not write by itself count an eighth more. Of several such
-    choices the one with most of the inputs, then the one that repeats least; in the order of the program. Values in
-    `only_later` cannot be kept.
+    They have the fewest bytes, where values that XLA does not write by itself count an eighth more. Among equal
+    choices, inputs of the program are preferred, then what repeats the fewest operations. Values come in program order.
+
+    Arguments:
+        jaxpr: The program of both parts.
+        wanted: The values that the later part reads.
+        given: Values that the later part has anyway, at no cost.
+        repeatable: Whether the later part may run an equation of the earlier part again.
+        only_later: Values that the later part alone computes, which cannot be stored.
     """
+    # Every value is two nodes with an edge from one to the other, whose capacity is the cost of storing the value: to
+    # cut that edge is to store it. The edges from operands to results cannot be cut. Neither can those from the source,
+    # which lead to the values that cannot be computed again; so these are stored, or something between them and the
+    # sink.
     maker = {v: e for e in jaxpr.eqns for v in e.outvars}
     place: dict[Var, int] = {}
     edges: list[tuple[int, int, Var | None]] = []
@@ -91,11 +103,11 @@ def least_to_keep(
 
 
 def values_not_written(jaxpr: Jaxpr) -> set[Var]:
-    """Values that XLA computes where they are read: by operations on single elements and rearrangements, from arrays
-    that together are no larger than they.
+    """Values that XLA computes where they are read, and so never writes to memory unless they are stored.
 
-    The exponential of a product is one: XLA writes the product, so that to keep that one costs no further write. A sum
-    of two activations is none, as two arrays would be read for it again. "No larger" is meant within `WRITE`.
+    These are the results of elementwise operations and rearrangements of arrays that together are no larger (within
+    `WRITE`) than the result. The exponential of a matrix product is one: XLA writes the product anyway, so storing the
+    product costs no further write. The sum of two activations is none: to compute it again, two arrays would be read.
     """
     sources: dict[Var, set[Var]] = {}
     for equation in jaxpr.eqns:
@@ -116,13 +128,14 @@ def _after(place: dict[Var, int], value: Var) -> int:
 def _minimum_cut(
     edges: Sequence[tuple[int, int, Var | None]], num_nodes: int, costs: Mapping[Var, float], preferred: Collection[Var]
 ) -> set[Var]:
-    """The values whose edges are cut; of all minimum cuts the one nearest to the sink, node 1. None cannot be cut.
+    """The values whose edges are cut, in the minimum cut nearest to the sink, which is node 1; node 0 is the source.
 
-    Of two values that cost the same the `preferred` one is cut.
+    An edge without a value cannot be cut. Of two values that cost the same, the `preferred` one is cut.
     """
     if not edges:
         return set()
     unit = max(1.0, sum(costs[v] for _, _, v in edges if v is not None)) / _LARGEST
+    # Doubled, so that the 1 that makes other values dearer than preferred ones decides only between equal costs.
     capacities = [
         2 * max(1, round(costs[v] / unit)) + (v not in preferred) if v is not None else 0 for _, _, v in edges
     ]
@@ -130,6 +143,8 @@ def _minimum_cut(
     heads, tails = [a for a, _, _ in edges], [b for _, b, _ in edges]
     data = [endless if v is None else c for (_, _, v), c in zip(edges, capacities, strict=True)]
     graph = csr_array((np.array(data, np.int32), (heads, tails)), shape=(num_nodes, num_nodes))
+    # What can still reach the sink through unused capacity is on its side. That gives the cut nearest to the sink,
+    # after which the fewest operations are left to repeat.
     left = graph - maximum_flow(graph, 0, 1).flow
     left.eliminate_zeros()
     reaching = set(breadth_first_order(left.T.tocsr(), 1, return_predecessors=False).tolist())

@@ -1,6 +1,7 @@
-"""What XLA does best on the devices of a mesh: the one place where platforms differ.
+"""How programs are written for a platform: the one place where platforms differ.
 
-Every choice here is between programs that compute the same. The numbers behind them are in docs/performance.md.
+Every choice is between programs that compute the same values, by what XLA runs fastest. The measurements behind them
+are in docs/performance.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,40 +22,44 @@ class Target:
 
     name: str
     fuses_last_stage: bool
-    """Whether forward and backward of the last stage are one program where one follows the other at once."""
+    """Whether forward and backward of the last stage are one program where backward directly follows forward."""
     repeatable: frozenset[str]
-    """Primitives of forward that backward may compute again rather than read."""
+    """The primitives of forward whose results backward may recompute instead of reading them."""
     rebuilds_apart: bool
-    """Whether what backward computes again is kept from being merged with the rest of it."""
+    """Whether barriers keep what backward recomputes from being merged with the rest of it."""
     rewrite_products: Callable[[ClosedJaxpr], ClosedJaxpr] | None
-    """Writes the matrix products of a traced backward as the backend multiplies them fastest; None leaves them."""
+    """Rewrites the matrix products of a traced backward for the backend; None leaves them as they are."""
     backward_options: Mapping[str, Any]
-    """Compiler options for backwards."""
+    """Compiler options for backward programs."""
     initialise_options: Mapping[str, Any]
-    """Compiler options for the programs that draw the initial parameters, which run once."""
+    """Compiler options for the programs that draw the initial parameters."""
 
     @classmethod
     def of(cls, mesh: Mesh) -> "Target":
+        """The target for the devices of a mesh."""
         return CPU if on_cpu(mesh) else ACCELERATOR
 
 
 CPU = Target(
     name="cpu",
-    # Two programs are up to 1.8 times faster than one.
+    # Two programs are up to 1.8 times faster than one: XLA's CPU backend makes every memory-bound loop of the joint
+    # program slower. Barriers between the halves do not help.
     fuses_last_stage=False,
-    # To compute quotients or tanh again makes the programs of XLA's CPU backend up to 30 % slower.
+    # Recomputing quotients, exponentials or tanh makes programs up to 30 % slower.
     repeatable=ARITHMETIC_PRIMITIVES,
+    # The CPU backend takes longer for both parts when it merges them into one loop.
     rebuilds_apart=True,
     rewrite_products=multiply_in_rows,
     backward_options=KEEP_BARRIERS,
-    # Random numbers take seconds to optimise; their values are the same.
+    # Programs that draw random numbers take seconds to optimise and run once. The level does not change their values.
     initialise_options={"xla_backend_optimization_level": 1},
 )
 
 ACCELERATOR = Target(
     name="accelerator",
+    # On a GPU, two programs take 1.1 times as long as one.
     fuses_last_stage=True,
-    # An accelerator takes longer to read a value than to compute it by operations on single elements.
+    # To read a value from memory takes longer than to compute it by elementwise operations.
     repeatable=ELEMENTWISE_PRIMITIVES,
     rebuilds_apart=False,
     rewrite_products=None,

@@ -1,21 +1,18 @@
-"""One stage, traced once together with its derivative, and the parts that its programs are made of."""
+"""Traces a stage once, together with its derivative, and cuts the trace into the parts of its programs."""
 
 import copy
-import enum
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from meshpipe.sharding import (
     Arrays,
     Shapes,
     abstract,
-    activation_sharding,
     batch_sharding,
     replicated,
     scalar_dtype,
@@ -31,109 +28,16 @@ from meshpipe.stage.jaxpr import (
     variables,
 )
 from meshpipe.stage.residuals import least_to_keep
-from meshpipe.stage.target import Target
-
-
-@runtime_checkable
-class StageFunction(Protocol):
-    """What a stage computes on one microbatch, as a pure function of flat dictionaries.
-
-    The last stage's returns scalars to add up over the microbatches, the first of which is the loss to differentiate:
-    `(sum of losses, weight, ...)`. `randomness` is `(seed key data, path hashes, step, microbatch)`.
-    """
-
-    def __call__(
-        self,
-        params: dict[str, jax.Array],
-        state: dict[str, jax.Array],
-        activation: Any,
-        batch: dict[str, jax.Array],
-        randomness: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-    ) -> tuple[Any, dict[str, jax.Array]]: ...
-
-
-class Given(enum.Enum):
-    """Inputs of a stage beside the fields of the batch, whose names are texts and so are none of these."""
-
-    SEED = "seed"
-    PATHS = "paths"
-    """Hashes of the paths of random streams."""
-    STEP = "step"
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """One stage before tracing: its function, its place, and the shapes and shardings of what it owns."""
-
-    index: int
-    mesh: Mesh
-    """Its submesh."""
-    target: Target
-    """What its programs are written for."""
-    function: StageFunction
-    params: Mapping[str, jax.ShapeDtypeStruct]
-    state: Mapping[str, jax.ShapeDtypeStruct]
-    is_first: bool
-    is_last: bool
-    streams: int = 0
-    """How many random streams its layers have; a hash of the path of each is an input, in a uint32 array."""
-    gathered: frozenset[str] = frozenset()
-    """Parameters whose parts on the data axis are gathered for a step."""
-    checkpoint_policy: Callable[..., bool] | None = None
-    """What `jax.checkpoint` saves of the stage's forward; None leaves few bytes (`residuals.py`), `everything_saveable`
-    all that the derivative reads."""
-
-
-class Boundary:
-    """The shape of the value that crosses from one stage to the next: any pytree of arrays."""
-
-    def __init__(self, value: Any):
-        self.leaves, self.treedef = jax.tree.flatten(value)
-        self.differentiable = tuple(i for i, leaf in enumerate(self.leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact))
-
-    @property
-    def kind(self) -> Hashable:
-        """Equal for boundaries that a stage cannot tell apart."""
-        return self.treedef, repr(self.treedef), tuple((leaf.shape, leaf.dtype) for leaf in self.leaves)
-
-    def on(self, mesh: Mesh, microbatch_size: int) -> Shapes:
-        """Its leaves as they lie on a submesh."""
-        return tuple(
-            abstract(v.shape, v.dtype, activation_sharding(mesh, v.shape, microbatch_size)) for v in self.leaves
-        )
-
-    def gradients_on(self, mesh: Mesh, microbatch_size: int) -> Shapes:
-        """The gradients of its floating-point leaves as they lie on a submesh."""
-        leaves = self.on(mesh, microbatch_size)
-        return tuple(leaves[i] for i in self.differentiable)
-
-
-def boundary_after(
-    spec: StageSpec, boundary_in: Boundary | None, fields: Mapping[str, jax.ShapeDtypeStruct]
-) -> Boundary:
-    """What a stage that lives elsewhere hands on, found from shapes without its derivative.
-
-    Arguments are those of `TracedStage`.
-    """
-    activation = None if boundary_in is None else jax.tree.unflatten(boundary_in.treedef, boundary_in.leaves)
-    batch = {name: jax.ShapeDtypeStruct(field.shape[1:], field.dtype) for name, field in fields.items()}
-    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    scalar = jax.ShapeDtypeStruct((), jnp.uint32)
-    randomness = key, jax.ShapeDtypeStruct((spec.streams,), jnp.uint32), scalar, scalar
-
-    def output(*arguments: Any) -> Any:
-        return jax.tree.map(jnp.asarray, spec.function(*arguments)[0])
-
-    with jax.set_mesh(spec.mesh):
-        shapes = jax.eval_shape(output, dict(spec.params), dict(spec.state), activation, batch, randomness)
-    return Boundary(shapes)
+from meshpipe.stage.spec import Boundary, Given, StageSpec
 
 
 class TracedStage:
-    """A stage's function traced with its derivative; the user's code runs once, here.
+    """A stage's function, traced with its derivative. The user's code runs once, here.
 
-    `boundary_in` is what the previous stage hands over (None for the first), `fields` the shapes of one step's batch
-    fields, `(num_microbatches, microbatch_size, ...)`.
+    Arguments:
+        spec: The stage.
+        boundary_in: What the previous stage hands over; None for the first stage.
+        fields: Shapes of one step's batch fields, `(num_microbatches, microbatch_size, ...)`.
     """
 
     def __init__(self, spec: StageSpec, boundary_in: Boundary | None, fields: Mapping[str, jax.ShapeDtypeStruct]):
@@ -141,7 +45,7 @@ class TracedStage:
         self.boundary_in = boundary_in or Boundary(())
         self.fields = dict(fields)
         self.original: TracedStage | None = None
-        """The stage whose trace this is, where it is that of another."""
+        """The stage that was traced, if this one shares its trace; else None."""
         self.microbatch_size = next(iter(fields.values())).shape[1]
         mesh = spec.mesh
         self.params: Shapes = tuple(spec.params.values())
@@ -158,7 +62,9 @@ class TracedStage:
             closed, shapes = jax.make_jaxpr(self._forward_with_pullback, return_shape=True)(
                 self.params, tuple(spec.state.values()), self.x, inputs, self.microbatch
             )
+            # Calls hide from the cuts below what each of their results depends on.
             closed = inline(closed)
+        # Tracing leaves equations behind that no output needs; they would count as readers of what they read.
         self.closed = extract(closed, closed.jaxpr.invars, closed.jaxpr.outvars, effects=True)
         (output, new_state), pullback = shapes
         self.boundary_out = None if spec.is_last else Boundary(output)
@@ -172,6 +78,8 @@ class TracedStage:
         seed, paths, step, *fields = inputs
         in_step = zip(spec.params, params, self.params_in_step, strict=True)
         params = tuple(_gather(p, whole) if path in spec.gathered else p for path, p, whole in in_step)
+        # The program gets the fields of the whole batch and cuts its microbatch out: a slice made by the host would
+        # cost a dispatch and a copy per microbatch.
         batch = {
             name: jax.lax.dynamic_index_in_dim(field, microbatch, keepdims=False)
             for name, field in zip(self.fields, fields, strict=True)
@@ -205,7 +113,7 @@ class TracedStage:
         return results, pullback
 
     def _slice_variables(self, inputs: Shapes, num_outputs: int, num_state: int) -> None:
-        """Names the inputs and outputs of the traced program, and decides what backward keeps."""
+        """Names the inputs and outputs of the traced program, and decides what forward stores for backward."""
         jaxpr = self.closed.jaxpr
         sizes = (len(self.params), num_state, len(self.x), len(inputs), 1)
         self.param_vars, state_vars, self.x_vars, input_vars, (self.microbatch_var,) = split(jaxpr.invars, sizes)
@@ -213,8 +121,10 @@ class TracedStage:
             jaxpr.outvars, (num_outputs, num_state, len(jaxpr.outvars) - num_outputs - num_state)
         )
         self.output_vars = outputs
+        # The traced program returns all of the state. A leaf that is an input and an output would be copied in every
+        # microbatch, and different microbatches would keep copies of the same values for backward.
         self.changing = tuple(i for i, v in enumerate(state_vars) if new_state_vars[i] is not v)
-        """Which leaves of the state forward changes; the others are no output of it, and are not kept for backward."""
+        """Which leaves of the state forward changes. The others are no outputs of forward, nor stored for backward."""
         self.state_vars = [state_vars[i] for i in self.changing]
         self.new_state_vars = [new_state_vars[i] for i in self.changing]
         read = {v for e in jaxpr.eqns for v in variables(e.invars)} | set(variables(self.pullback_vars))
@@ -223,21 +133,26 @@ class TracedStage:
         self.fixed_vars = [state_vars[i] for i in self.fixed]
         self.prepared_vars = hoistable_values(jaxpr, [*self.param_vars, *self.fixed_vars])
         self.hoisted_vars = [*self.fixed_vars, *self.prepared_vars]
-        """What is the same for all microbatches of a step: fixed state, and what is computed once."""
+        """What is the same for all microbatches of a step: fixed state, and what is computed from it and the
+        parameters."""
+        # The batch fields that a stage does not read are not placed on its devices.
         used = {v for e in jaxpr.eqns for v in variables(e.invars)} | set(variables(jaxpr.outvars))
         kept_inputs = [i for i, v in enumerate(input_vars) if v in used]
         self.input_vars = [input_vars[i] for i in kept_inputs]
         self.inputs: Shapes = tuple(inputs[i] for i in kept_inputs)
         names = (*Given, *self.fields)
         self.input_names = tuple(names[i] for i in kept_inputs)
-        """What this stage reads of what it is given and of the batch fields, in the order of its inputs."""
+        """The batch fields and other inputs that this stage reads, in the order of its inputs."""
 
-        # A microbatch is cut from the batch again for backward; what forward computes from it is kept like the rest.
+        # Backward cuts its microbatch from the batch again, since the batch stays on the devices for the whole step.
+        # What forward computes from it is stored like the rest. Parameters are given as well: they are never among the
+        # residuals, where XLA would copy them into every microbatch's outputs.
         step_long = {*self.input_vars, self.microbatch_var}
         slices = {v for e in jaxpr.eqns if step_long & set(variables(e.invars)) for v in e.outvars}
         free = invariant_values(jaxpr, [*self.param_vars, *self.fixed_vars]) | step_long | slices
         residuals = [v for v in self.pullback_vars if isinstance(v, Var) and v not in free]
         kept = least_to_keep(jaxpr, residuals, free, lambda e: e.primitive.name in self._repeatable)
+        # Inputs of forward that backward reads are handed to both: returned from forward, they would be copied.
         self.residual_vars = [v for v in kept if v not in jaxpr.invars]
         needed = _reached(self.closed, self.pullback_vars, [*self.residual_vars, *self.hoisted_vars])
         self.kept_x = tuple(i for i, v in enumerate(self.x_vars) if v in needed)
@@ -245,14 +160,14 @@ class TracedStage:
 
     @property
     def _repeatable(self) -> frozenset[str]:
-        """The primitives of forward that backward may do again."""
+        """The primitives of forward that backward may repeat."""
         if self.spec.checkpoint_policy is jax.checkpoint_policies.everything_saveable:
             return LAYOUT_PRIMITIVES
         return self.spec.target.repeatable
 
     @property
     def params_in_step(self) -> Shapes:
-        """The parameters as they lie while a step runs."""
+        """Shapes and shardings of the parameters while a step runs."""
         return tuple(
             abstract(p.shape, p.dtype, NamedSharding(p.sharding.mesh, without_data(p.sharding.spec)))
             if path in self.spec.gathered
@@ -279,18 +194,18 @@ class TracedStage:
 
     @property
     def residuals(self) -> Shapes:
-        """What forward leaves for backward, wherever XLA lays it."""
+        """Shapes of what forward stores for backward. XLA chooses the shardings."""
         return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.residual_vars)  # type: ignore[attr-defined]
 
     def retraced(self) -> "TracedStage":
-        """The stage traced for itself."""
+        """The same stage with a trace of its own, where it shared that of another."""
         return TracedStage(self.spec, None if self.spec.is_first else self.boundary_in, self.fields)
 
     def shared_with(self, spec: StageSpec, boundary_in: Boundary) -> "TracedStage":
-        """The trace used for a stage that computes the same from other leaves, on a submesh of the same shape.
+        """A stage that shares this trace: it computes the same from other leaves, on a submesh of the same shape.
 
-        Its shapes lie on that submesh, but what is traced still speaks of this one: it tells what the programs take and
-        keep, and is not to be compiled.
+        Its shapes lie on its own submesh. The trace still names the submesh of the stage that was traced, so it serves
+        to tell what the programs take and store, and must not be compiled: programs are copied (`copy_stage`).
         """
         shared = copy.copy(self)
         shared.spec, shared.boundary_in, shared.original = spec, boundary_in, self
@@ -304,7 +219,7 @@ class TracedStage:
         return shared
 
     def prepare(self) -> ClosedJaxpr:
-        """Parameters, fixed state -> values computed from them alone, once per step (a cast to bfloat16)."""
+        """Parameters, fixed state -> the values computed from them alone, once per step (a cast to bfloat16)."""
         return extract(self.closed, [*self.param_vars, *self.fixed_vars], self.prepared_vars)
 
     def forward(self, *, outputs: bool, residuals: bool) -> ClosedJaxpr:
@@ -337,6 +252,8 @@ class TracedStage:
         output_gradients: Arrays,
     ) -> tuple[Arrays, Arrays]:
         """Gradients of the parameters and of the floating-point leaves of x."""
+        # What is not stored is recomputed here, by the equations of forward; then JAX's own pullback takes its leaves
+        # from the results, as if forward had just run.
         kept_vars = [*(self.x_vars[i] for i in self.kept_x), *(self.state_vars[i] for i in self.kept_state)]
         rebuild = extract(
             self.closed,
@@ -361,12 +278,14 @@ class TracedStage:
 def _apart(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
     """A program as a function that XLA does not merge with other computations from the same arguments.
 
-    As `jax.checkpoint` does it. XLA's CPU backend takes longer for both where it merges them; on a GPU it does not.
+    `jax.checkpoint` hides its arguments in the same way. Without that, XLA's CPU backend finds what backward computes
+    from the same values, merges both, and takes longer for them than for two loops. On a GPU it does not.
     """
     used = {v for e in closed.jaxpr.eqns for v in variables(e.invars)}
 
     def run(*arguments: jax.Array) -> list[Any]:
         given = dict(zip(closed.jaxpr.invars, arguments, strict=True))
+        # An argument that is only handed on is not computed with, so nothing can be merged.
         hidden = [jax.lax.optimization_barrier(a) if v in used else a for v, a in given.items()]
         results = function_of(closed)(*hidden)
         outputs = zip(closed.jaxpr.outvars, results, strict=True)
@@ -376,9 +295,10 @@ def _apart(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
 
 
 def _gather(param: jax.Array, whole: jax.ShapeDtypeStruct) -> jax.Array:
-    """The parameter as a step has it, made once per step, as it comes of parameters alone.
+    """The parameter as a step reads it, gathered over the data axis.
 
-    XLA by itself would split activations like the parameters now and then, and send those in every microbatch.
+    It depends on parameters alone, so it is hoisted and made once per step. Left to itself, XLA's partitioner now and
+    then splits activations like the parameters instead, and communicates those in every microbatch.
     """
     return jax.lax.with_sharding_constraint(param, whole.sharding.spec)
 
@@ -393,7 +313,7 @@ def split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
 
 
 def replaced(values: Arrays, places: Sequence[int], new: Arrays) -> Arrays:
-    """The values with others in some places."""
+    """The values, with new ones in some places."""
     result = list(values)
     for place, value in zip(places, new, strict=True):
         result[place] = value

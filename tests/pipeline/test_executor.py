@@ -14,8 +14,9 @@ from meshpipe.plan.plan import Op
 from meshpipe.plan.schedules import SCHEDULES, make_plan
 from meshpipe.sharding import abstract, batch_sharding, replicated
 from meshpipe.stage.programs import StagePrograms, compile_stage
+from meshpipe.stage.spec import StageSpec
 from meshpipe.stage.target import CPU
-from meshpipe.stage.traced import StageSpec, TracedStage
+from meshpipe.stage.traced import TracedStage
 
 ROWS, WIDTH, STAGES = 2, 4, 3
 MESHES = submeshes(make_mesh(STAGES, 2))

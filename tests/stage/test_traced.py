@@ -17,8 +17,9 @@ from meshpipe.layers.task import Task
 from meshpipe.mesh import submeshes
 from meshpipe.sharding import abstract, replicated
 from meshpipe.stage.jaxpr import function_of
+from meshpipe.stage.spec import Boundary, Given, StageSpec
 from meshpipe.stage.target import CPU
-from meshpipe.stage.traced import Boundary, Given, StageSpec, TracedStage
+from meshpipe.stage.traced import TracedStage
 
 ROWS, WIDTH, HIDDEN, MICROBATCHES = 3, 4, 10, 2
 (MESH,) = submeshes(make_mesh(1))
