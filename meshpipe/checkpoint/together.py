@@ -18,9 +18,9 @@ _last_topic: dict[Path, str] = {}
 
 
 class SaveTogether:
-    """What the processes tell each other about one save; every process makes one for each save, in the same order.
+    """What the processes report to each other about one save; every process makes one for each save, in the same order.
 
-    A run of one process has nobody to tell. `seconds` is how long to wait for another process, beyond what the own part
+    A run of one process has nobody to report to. `seconds` is how long to wait for another process, beyond what the own part
     takes.
     """
 
@@ -37,9 +37,9 @@ class SaveTogether:
             remove(self._partial)
             self._partial.mkdir()
         except Exception as error:
-            self._tell("begun", problem_of(error))
+            self._report("begun", problem_of(error))
             raise
-        self._tell("begun", "")
+        self._report("begun", "")
 
     def finish(
         self,
@@ -54,21 +54,21 @@ class SaveTogether:
         which.
         """
         me = process_index()
-        problem = self._hear("begun", of=0) if me else ""
+        problem = self._wait_for("begun", of=0) if me else ""
         if problem:  # process 0 asks for no parts
             raise OSError(problem)
         written: dict[str, tuple[int, int]] = {}
         problem = self._attempt(lambda: written.update(self._write(own())))
         if me:
-            self._tell(f"part/{me}", problem)
-            whole = self._hear("whole", of=0, seconds=2 * self._seconds)
+            self._report(f"part/{me}", problem)
+            whole = self._wait_for("whole", of=0, seconds=2 * self._seconds)
         else:
-            # All are heard, so that none still writes when what there is gets cleared away.
-            told = [self._hear(f"part/{process}", of=process) for process in range(1, process_count())]
+            # All must report, so that none still writes when what there is gets cleared away.
+            reports = [self._wait_for(f"part/{process}", of=process) for process in range(1, process_count())]
             self._forget_the_last()
-            whole = "; ".join(filter(None, (problem, *told)))
+            whole = "; ".join(filter(None, (problem, *reports)))
             whole = whole or self._attempt(lambda: self._complete(written, all_names(), commit))
-            self._tell("whole", whole)
+            self._report("whole", whole)
         if whole:
             raise OSError(whole)
 
@@ -117,16 +117,16 @@ class SaveTogether:
                 delete_key(read)
             _last_topic[self._partial.parent] = self._topic
 
-    def _tell(self, what: str, problem: str) -> None:
+    def _report(self, what: str, problem: str) -> None:
         if process_count() > 1:
             set_key(f"{self._topic}/{what}", problem)
 
-    def _hear(self, what: str, *, of: int, seconds: float | None = None) -> str:
+    def _wait_for(self, what: str, *, of: int, seconds: float | None = None) -> str:
         seconds = self._seconds if seconds is None else seconds
         try:
             return printable(wait_for_key(f"{self._topic}/{what}", seconds))
         except TimeoutError:
-            return f"process {of} was not heard of for {seconds:.0f} s"
+            return f"process {of} did not report for {seconds:.0f} s"
 
     def _attempt(self, action: Callable[[], None]) -> str:
         try:

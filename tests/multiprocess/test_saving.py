@@ -41,7 +41,7 @@ def test_arrays_of_two_processes(tmp_path: Path) -> None:
     for found in (first, second):
         assert "must be what JSON can hold" in found["unprepared"], ended
         assert "process 1: no space left. The newest step there is 1." in found["failed"], ended
-        assert "process 1 was not heard of for 0 s" in found["slow"] or "for 1 s" in found["slow"], ended
+        assert "process 1 did not report for 0 s" in found["slow"] or "for 1 s" in found["slow"], ended
         assert "what process 1 wrote is not in the " in found["not shared"], ended
     assert sorted(os.listdir(tmp_path / "run")) == ["1", "5"]
     check_damage(tmp_path / "run", 5)
@@ -70,7 +70,7 @@ def check_damage(folder: Path, step: int) -> None:
 def test_a_step_in_which_a_process_was_killed_is_not_there(tmp_path: Path) -> None:
     ended = run_processes(2, [ARRAYS, "--kill"], tmp_path)
     assert ended.codes == [0, -9], ended
-    assert "process 1 was not heard of for 3 s" in results(ended)[0]["failed"], ended
+    assert "process 1 did not report for 3 s" in results(ended)[0]["failed"], ended
     assert list_checkpoints(tmp_path / "run") == [1]
     assert verify_checkpoint(tmp_path / "run", 1) == []
 
