@@ -20,8 +20,8 @@ _last_topic: dict[Path, str] = {}
 class SaveTogether:
     """What the processes report to each other about one save; every process makes one for each save, in the same order.
 
-    A run of one process has nobody to report to. `seconds` is how long to wait for another process, beyond what the own part
-    takes.
+    A run of one process has nobody to report to. `seconds` is how long to wait for another process, beyond what the own
+    part takes.
     """
 
     def __init__(self, partial: Path, seconds: float):
