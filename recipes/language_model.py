@@ -1,6 +1,6 @@
-"""A byte-level language model in the shape of Llama, on Python source or your own text; a function per layout.
+"""A byte-level language model in the shape of Llama, on Python source or your own text; one function per layout.
 
-Every layout trains the same thing: same model, data, batch and order of examples. Layouts with a pipeline have 4
+Every layout trains the same model on the same data, batches and order of examples. Layouts with a pipeline have 4
 microbatches per stage, a rule of thumb that keeps four stages busy 84 % of the time.
 """
 
@@ -15,7 +15,7 @@ from meshpipe.pipeline.config import PipelineConfig
 
 
 def single() -> Config:
-    """One device: the plain way, against which every other layout can be compared."""
+    """One device: the baseline for every other layout."""
     return Config(
         model=LanguageModelConfig.small(),
         data=TextFilesConfig(sequence_length=64),

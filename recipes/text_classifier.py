@@ -1,6 +1,6 @@
-"""Which of ten Python packages does a piece of source text come from? One base, a function per layout.
+"""Which of ten Python packages does a piece of source text come from? One base, one function per layout.
 
-Every layout trains the same thing: same model, data, batch and order of examples. Layouts with a pipeline have 4
+Every layout trains the same model on the same data, batches and order of examples. Layouts with a pipeline have 4
 microbatches per stage, a rule of thumb that keeps four stages busy 84 % of the time.
 """
 
@@ -15,7 +15,7 @@ from meshpipe.pipeline.config import PipelineConfig
 
 
 def single() -> Config:
-    """One device: the plain way, against which every other layout can be compared."""
+    """One device: the baseline for every other layout."""
     return Config(
         model=TextClassifierConfig.small(),
         data=PackageWindowsConfig(sequence_length=128),
