@@ -1,1 +1,1 @@
-"""What the user gives, layers, loss and batch, cut into stages."""
+"""The user's layers, loss and batch, cut into stages."""

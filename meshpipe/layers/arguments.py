@@ -1,4 +1,4 @@
-"""The arguments of `Trainer` are what they should be, said in words where they are not."""
+"""Checks the types of `Trainer`'s arguments, and says in words what is wrong."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from meshpipe.sharding import ShardingRules
 
 
 def check_task(task: Task) -> None:
-    """Raises `ValueError` for parts of a task that are of another kind."""
+    """Raises `ValueError` for parts of a task that have the wrong type."""
     _check_layers(task.layers)
     _check_functions(task.loss, task.metrics)
     _check_batch(task.batch, task.input)
@@ -77,7 +77,7 @@ def _check_parameters(tied: Any, rules: Any) -> None:
 
 
 def check_layout(mesh: Any, pipeline: Any, optimizer: Any) -> None:
-    """Raises `ValueError` for a mesh, a config or an optimizer of the wrong kind."""
+    """Raises `ValueError` for a mesh, config or optimizer of the wrong type."""
     if not isinstance(mesh, Mesh):
         raise ArgumentError(
             f"`mesh` must be a jax.sharding.Mesh. Got {mesh!r}. Pass meshpipe.make_mesh(pipeline=..., data=...)."

@@ -1,4 +1,4 @@
-"""From what stands in the list of layers, a module, a constructor or a function, to what makes its module."""
+"""Turns an entry of the layer list (a module, a constructor or a function) into a constructor of its module."""
 
 import functools
 import inspect
@@ -12,13 +12,14 @@ from meshpipe.errors import advise, kind_of
 
 Make = Callable[[nnx.Rngs], nnx.Module]
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
-"""Packages whose functions have keywords that mean something of their own, whatever the batch's fields are called."""
+"""Packages whose functions have keywords with meanings of their own, which batch fields of the same name must not
+fill."""
 
 
 def constructor_of(path: str, layer: Any) -> tuple[Make, nnx.Module | None]:
-    """What makes the module of a layer, and the module itself where it is there already.
+    """The constructor of a layer's module, and the module itself if it is ready-made.
 
-    A function of the activation is a module without variables. Raises `ValueError` for what is none of the three.
+    A function of the activation counts as a module without variables. Raises `ValueError` for anything else.
     """
     if isinstance(layer, nnx.Module):
         return lambda rngs: layer, layer
@@ -47,7 +48,7 @@ def constructor_of(path: str, layer: Any) -> tuple[Make, nnx.Module | None]:
 def module_of(path: str, layer: Any, make: Make) -> nnx.Module:
     """The module that a layer's constructor makes.
 
-    Raises `ValueError` when it is none; what the constructor raises gets a note.
+    Raises `ValueError` when it makes something else. An error of the constructor gets a note.
     """
     try:
         module: Any = make(nnx.Rngs(0))
@@ -97,9 +98,9 @@ def _name(layer: Any) -> str:
 
 
 def _parameters(layer: Any) -> list[inspect.Parameter] | None:
-    """What a callable still takes; None where that cannot be known.
+    """The remaining parameters of a callable; None where they cannot be known.
 
-    Of a class, `__init__` tells, as its metaclass takes anything.
+    Those of a class come from `__init__`, since its metaclass takes anything.
     """
     given = layer if isinstance(layer, functools.partial) else functools.partial(layer)
     function: Any = given.func
@@ -131,7 +132,7 @@ def _is_constructor(layer: Any, required: list[inspect.Parameter]) -> bool:
 
 
 def _function(path: str, function: Any) -> tuple[Make, nnx.Module]:
-    """A module without variables, of a class whose call is the function's."""
+    """A module without variables, whose call is the function."""
 
     def call(self: nnx.Module, *arguments: Any, **keywords: Any) -> Any:
         return function(*arguments, **keywords)

@@ -1,4 +1,4 @@
-"""What has to be the same in every process that trains a model, by name, in words or as a hash."""
+"""Describes what must be the same in all processes that train a model: by name, in words or as a hash."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ COMPARED_SETTINGS = (
 
 
 def describe_model(model: StagedModel) -> dict[str, str]:
-    """What is known before anything is traced or compiled, of all stages, also of those that live elsewhere."""
+    """Describes all stages, also those of other processes, before anything is traced or compiled."""
     plan, installed = model.plan, versions()
     ranks = f"{plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}"
     found = {f"version of {name}": installed[name] for name in COMPARED_PACKAGES}
@@ -60,7 +60,7 @@ def describe_model(model: StagedModel) -> dict[str, str]:
 
 
 def describe_programs(model: StagedModel) -> dict[str, str]:
-    """What this process knows of the stages that it has traced; those that share a stage compare it."""
+    """Describes the stages that this process has traced; processes that share a stage compare it."""
     found: dict[str, str] = {}
     texts: dict[int, str] = {}
     for s, stage in model.traced.items():
@@ -78,7 +78,7 @@ def describe_programs(model: StagedModel) -> dict[str, str]:
 
 
 def _code(layer: Layer) -> list[Any]:
-    """Of a ready-made module its values count too, since every process holds them all."""
+    """For a ready-made module, its values count too, since every process holds all of them."""
     if layer.values is not None:
         values = {path: _checksum(value) for path, value in layer.values.items()}
         return [layer.graphdef, layer.fields, values]

@@ -1,4 +1,4 @@
-"""Which part of a user's model an error comes from, and what to do: notes on the error as it was raised."""
+"""Adds notes to errors that say which part of the user's model they come from, and what to do."""
 
 import re
 import traceback
@@ -20,7 +20,7 @@ _ABOUT_SHAPES = re.compile(
 
 @contextmanager
 def call_of_layer(path: str, name: str, stage: int, value: Any, *, train: bool) -> Iterator[None]:
-    """Errors of a layer's call name the layer and what it was called with."""
+    """Adds a note to errors of a layer's call: the layer, and what it was called with."""
     try:
         yield
     except Exception as error:
@@ -32,7 +32,7 @@ def call_of_layer(path: str, name: str, stage: int, value: Any, *, train: bool) 
 
 @contextmanager
 def call_of_loss(name: str, value: Any, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Errors of the loss or the metrics name it and what it was called with."""
+    """Adds a note to errors of the loss or the metrics: which of them, and what it was called with."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Which fields of the batch a layer's call is given beside its input."""
+"""Which batch fields a layer's call gets besides its input."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -10,28 +10,32 @@ from flax import nnx
 from meshpipe.layers.modes import KEYWORDS
 
 RNGS = "rngs"
-"""The keyword of a call that draws random numbers from a stream that it is given."""
+"""The keyword by which a call asks for a random stream."""
 
 
 @dataclass(frozen=True)
 class WithFields:
-    """A layer together with the batch fields that its call is to be given, by keyword."""
+    """A layer, and the batch fields that its call gets, by keyword."""
 
     layer: Any
     fields: Mapping[str, str]
 
 
 def with_fields(layer: Any, /, **fields: str) -> WithFields:
-    """A layer whose `__call__` gets exactly these batch fields: `with_fields(nnx.BatchNorm(8, rngs=rngs), mask="keep")`
-    calls it with `mask=batch["keep"]`, and `with_fields(Block)` gives it none.
+    """A layer whose `__call__` gets exactly these batch fields, by keyword.
 
-    `layer` is a module or its constructor, as everywhere in the list of layers.
+    `with_fields(nnx.BatchNorm(8, rngs=rngs), mask="keep")` calls the layer with `mask=batch["keep"]`;
+    `with_fields(Block)` calls it with its input alone.
+
+    Arguments:
+        layer: A module or its constructor.
+        **fields: The batch field for each keyword of the call.
     """
     return WithFields(layer, fields)
 
 
 def parameters_of(kind: type) -> list[inspect.Parameter]:
-    """What a module's call can be given by keyword after its input."""
+    """The parameters of a module's call, after its input, that can be passed by keyword."""
     parameters = list(inspect.signature(kind.__call__).parameters.values())[2:]
     return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
@@ -39,11 +43,11 @@ def parameters_of(kind: type) -> list[inspect.Parameter]:
 def fields_of(
     path: str, module: nnx.Module, batch_fields: Sequence[str], asked: Mapping[str, str] | None
 ) -> dict[str, str]:
-    """The batch fields that a layer's call is given, by keyword.
+    """The batch fields that a layer's call gets, by keyword.
 
-    `asked` has them where `with_fields` does. Else a call that the user wrote gets every field that one of its
-    parameters is named after; a call that Flax wrote gets none, since its names mean something of Flax's own. Raises
-    `ValueError` when a parameter without a default is left over, or what was asked for is not there.
+    `asked` has those of `with_fields`. Without it, a call that the user wrote gets every field whose name one of its
+    parameters has. A call that Flax wrote gets none, since its parameters have meanings of their own. Raises
+    `ValueError` when a parameter without a default remains, or a field that was asked for does not exist.
     """
     kind = type(module)
     parameters = parameters_of(kind)
@@ -68,13 +72,13 @@ def fields_of(
 
 
 def optional_fields(module: nnx.Module, fields: Mapping[str, str]) -> tuple[str, ...]:
-    """Of the fields that a call is given because of their names, those without which it would do something else."""
+    """The fields that a call gets by name although the parameter has a default."""
     optional = {p.name for p in parameters_of(type(module)) if p.default is not p.empty}
     return tuple(name for name in fields if name in optional)
 
 
 def is_given_rngs(module: nnx.Module, fields: Mapping[str, str], *, has_streams: bool) -> bool:
-    """Whether a call is given a random stream: where it asks for `rngs`, unless that may be left out and the module has
+    """Whether a call gets a random stream: if it has a parameter `rngs`, unless that has a default and the module has
     streams of its own.
     """
     asking = [p for p in parameters_of(type(module)) if p.name == RNGS and RNGS not in fields]
@@ -82,7 +86,7 @@ def is_given_rngs(module: nnx.Module, fields: Mapping[str, str], *, has_streams:
 
 
 def is_of_flax(kind: type) -> bool:
-    """Whether a module's call is one that Flax wrote."""
+    """Whether a module's call is Flax's own."""
     module = getattr(kind.__call__, "__module__", None) or ""  # code that exec made has none
     return module.split(".")[0] == "flax"
 

@@ -1,4 +1,4 @@
-"""Creating the leaves of layers where they live, sharded from birth."""
+"""Creates the leaves of layers on the devices of their stage, already sharded."""
 
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +38,8 @@ def initialise(
     """Parameters and state of every layer on its submesh.
 
     What a constructor makes depends on `seed` and the layer's path alone. The values of a ready-made module are copied.
-    Layers that differ in nothing but their path share one program, which runs on the submesh of the first of them, as
-    loading it for another takes longer than to draw the numbers; no other submesh holds a layer for longer than it
-    takes to move it.
+    Layers that differ only in their path share one program. It runs on the submesh of the first of them, since loading
+    it for another submesh takes longer than drawing the numbers; a layer stays there only until it has been moved.
     """
     programs = _programs(layers, rules, compiler or Compiler())
     results: list[tuple[Leaves, Leaves]] = []
@@ -65,7 +64,7 @@ def initialise(
 def _programs(
     layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, compiler: Compiler
 ) -> list[tuple[Any, Mesh] | None]:
-    """For every layer that a constructor makes, the program that does, and its submesh; None for the others."""
+    """For every layer with a constructor, the program that runs it, and its submesh; None for ready-made layers."""
     lowered: dict[Hashable, tuple[jax.stages.Lowered, Mesh]] = {}
     kinds: list[Hashable] = []
     for layer, mesh in layers:
@@ -103,5 +102,5 @@ def _compile(compiler: Compiler, lowered: jax.stages.Lowered, mesh: Mesh) -> jax
 
 
 def _copy(values: Leaves, shapes: Placed) -> Leaves:
-    """Copies, so that donating them later leaves the user's module whole."""
+    """Copies the values, so that donating them later does not destroy the user's module."""
     return {path: jnp.copy(jax.device_put(values[path], shape.sharding)) for path, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Layers as users write them, NNX modules, seen as pure functions of flat dictionaries keyed by leaf path."""
+"""The user's layers, NNX modules, as pure functions of flat dictionaries keyed by leaf path."""
 
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -29,18 +29,18 @@ _INITIALISE, _RUN = 0, 1
 
 @dataclass(frozen=True)
 class Randomness:
-    """What dropout masks and other draws depend on, beside the path of the layer's random stream."""
+    """What dropout masks and other random draws depend on, besides the path of the layer's random stream."""
 
     seed: jax.Array
     """Key data of the seed, uint32."""
     step: jax.Array
     microbatch: jax.Array
     path_hashes: Mapping[str, jax.Array] = field(default_factory=dict)
-    """By path of a stream, where the hash is to be an input of a program; else it is a constant in it."""
+    """Hashes by stream path, where they are inputs of a program; a path without one is a constant in the program."""
 
 
 class Origin:
-    """Where a layer's first values come from: a constructor, or a module that was given ready-made, with its values."""
+    """Where a layer's initial values come from: a constructor, or a ready-made module that has values."""
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], values: Leaves | None):
         self._found: tuple[Callable[[nnx.Rngs], nnx.Module], Leaves | None] | None = make, values
@@ -50,7 +50,7 @@ class Origin:
         return self._found
 
     def release(self) -> None:
-        """Lets go of the module, whose arrays are whole on the device where the user made them."""
+        """Releases the module: its arrays are whole, on the device where the user made them."""
         self._found = None
 
 
@@ -64,24 +64,24 @@ class Layer:
     """Abstract variables of the whole module, in NNX's own form."""
     params: Mapping[str, jax.ShapeDtypeStruct]
     state: Mapping[str, jax.ShapeDtypeStruct]
-    """What forward may change beside random streams: batch statistics, caches."""
+    """What forward may change besides random streams: batch statistics, caches."""
     axes: Mapping[str, tuple[str | None, ...]]
     """Logical axes of the leaves that name them."""
     fields: Mapping[str, str]
-    """Batch fields that the call is given, by keyword."""
+    """The batch fields that the call gets, by keyword."""
     optional: tuple[str, ...]
-    """Of those keywords, the ones that have a default and were not asked for with `with_fields`."""
+    """Those of these keywords that have a default and were not asked for with `with_fields`."""
     modes: tuple[str, ...]
-    """Keywords through which the call is told whether it is training."""
+    """Keywords that tell the call whether it is training."""
     fixed: tuple[str, ...]
-    """Attributes that keep parts of the layer in evaluation mode, e.g. `layers/3/norm.use_running_average`."""
+    """Attributes that fix parts of the layer in evaluation mode, e.g. `layers/3/norm.use_running_average`."""
     streams: tuple[str, ...]
     """Paths of its random streams."""
     draws: bool
-    """Whether its call is given `rngs`, a stream of its own."""
+    """Whether its call gets `rngs`, a random stream of its own."""
     origin: Origin
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Leaves that are one variable in several layers, each with the paths of all."""
+    """Leaves whose variable several layers hold, each with all the paths of that variable."""
 
     @property
     def make(self) -> Callable[[nnx.Rngs], nnx.Module]:
@@ -89,7 +89,7 @@ class Layer:
 
     @property
     def values(self) -> Leaves | None:
-        """The values of a module that was given ready-made; None where the constructor makes them."""
+        """The values of a ready-made module; None where a constructor makes them."""
         return self.origin.get()[1]
 
     @property
@@ -103,7 +103,7 @@ class Layer:
 
     @cached_property
     def kind(self) -> Hashable:
-        """Equal for layers that differ in nothing but their path and their values, so that one trace serves all."""
+        """A key that is equal for layers that differ only in path and values, so that they can share a trace."""
         variables = nnx.to_flat_state(self.structure)
         metadata = [v.get_metadata() if isinstance(v, nnx.Variable) else None for _, v in variables]
         arrays = [(key, type(v), _value(v).shape, _value(v).dtype) for key, v in variables]
@@ -164,7 +164,7 @@ class Layer:
         return frozenset(join(self.path, key) for key, variable in flat if isinstance(variable, nnx.RngState))
 
     def _module(self, values: Mapping[str, jax.Array], randomness: Randomness, train: bool) -> nnx.Module:
-        """The module with these values, in this mode, and random streams as they begin in a microbatch."""
+        """The module with these values and this mode, with its random streams at the beginning of a microbatch."""
         variables = []
         for key, variable in nnx.to_flat_state(self.structure):
             path = join(self.path, key)
@@ -184,8 +184,8 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) ->
     """
     fields = tuple(batch_fields)
     made: dict[int, Layer] = {}
-    """By constructor, which is called once however often it stands in the list: it makes the same each time, unless it
-    uses variables that were there before."""
+    """By constructor. Each is called once, however often it is in the list: it makes the same each time, unless it uses
+    variables that existed before."""
     result = []
     variables: list[Variables] = []
     for index, layer in enumerate(layers):
@@ -206,12 +206,12 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) ->
 
 
 def shared_parameters(layers: Sequence[Layer]) -> Groups:
-    """The groups of parameters that are one variable, which its first path owns."""
+    """The groups of parameters that are one variable; the first path of a group owns it."""
     return tuple(dict.fromkeys(layer.shared[path] for layer in layers for path in layer.params if path in layer.shared))
 
 
 def _at(path: str, layer: Layer) -> Layer:
-    """The same layer at another place."""
+    """The same layer at another position."""
 
     def moved(leaf: str) -> str:
         return path + leaf.removeprefix(layer.path)
@@ -228,7 +228,7 @@ def _at(path: str, layer: Layer) -> Layer:
 
 
 def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> tuple[Layer, Variables]:
-    """A layer, and those of its variables that were there before it was made."""
+    """A layer, and those of its variables that existed before it was made."""
     asked = layer.fields if isinstance(layer, WithFields) else None
     given: Any = layer.layer if isinstance(layer, WithFields) else layer
     make, ready = constructor_of(path, given)
@@ -325,7 +325,7 @@ def _stream_key(path: str, randomness: Randomness) -> jax.Array:
 
 
 def _stream_of_call(path: str) -> str:
-    """Where the stream stands that a layer's call is given; no variable has such a path."""
+    """The path of the random stream that a layer's call gets; no variable can have it."""
     return f"{path}()"
 
 
@@ -340,5 +340,5 @@ def _value(variable: Any) -> Any:
 
 
 def path_hash(path: str) -> int:
-    """32 bits that stand for a leaf path in random keys; the same in every process and version."""
+    """A hash of a leaf path for random keys, of 32 bits; the same in every process and version."""
     return zlib.crc32(path.encode())

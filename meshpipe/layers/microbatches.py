@@ -15,11 +15,11 @@ from meshpipe.stage.spec import Given
 from meshpipe.stage.traced import TracedStage
 
 _PLACED = (Given.SEED, Given.PATHS)
-"""Inputs of a stage that stay the same in every step."""
+"""Inputs of a stage that are the same in every step."""
 
 
 class OwnBatch(dict[str, np.ndarray]):
-    """The fields of a batch in arrays that nobody else writes to, with the shapes and dtypes of the example."""
+    """The fields of a batch, in arrays that no one else writes to, with the shapes and dtypes of the example."""
 
 
 class Microbatches:
@@ -42,7 +42,7 @@ class Microbatches:
         }
 
     def read(self, batch: Mapping[str, Any]) -> OwnBatch:
-        """The batch as a step may keep it: whatever its caller does with it afterwards.
+        """A copy of the batch that stays valid whatever the caller does with the original.
 
         Raises `ValueError` when fields, shapes or dtypes differ from those of the example, or numbers do not fit.
         """

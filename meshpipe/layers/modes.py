@@ -1,4 +1,4 @@
-"""Training and evaluation, told to modules through attributes and keywords, without undoing what a module fixed."""
+"""Switches modules between training and evaluation by attributes and keywords, and keeps what a module has fixed."""
 
 from collections.abc import Iterable, Iterator
 from inspect import Parameter
@@ -8,11 +8,11 @@ import numpy as np
 from flax import nnx
 
 ATTRIBUTES = ("deterministic", "use_running_average")
-"""What `nnx.Module.train` and `eval` switch in a module and all that it holds."""
+"""The attributes that `nnx.Module.train` and `eval` set in a module and all its parts."""
 
 
 def mode_values(train: bool) -> dict[str, bool]:
-    """The keywords of a call that tell whether it is training."""
+    """Values of the keywords that tell a call whether it is training."""
     return {"train": train, "training": train, **dict.fromkeys(ATTRIBUTES, not train)}
 
 
@@ -41,7 +41,9 @@ def set_mode(module: nnx.Module, train: bool) -> None:
 
 
 def fixed(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Where a module is in evaluation mode for good: the path to a part of it, and the attribute that is True there."""
+    """The parts of a module that are fixed in evaluation mode: path of the part, and the attribute that is True
+    there.
+    """
     return ((path, name) for path, _, name in _fixed(module))
 
 
@@ -53,7 +55,7 @@ def _fixed(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module, st
 
 
 def mode_keywords(module: nnx.Module, parameters: Iterable[Parameter]) -> tuple[str, ...]:
-    """Which of a call's keywords are to be told the mode.
+    """Which of a call's keywords the mode fills in.
 
     A keyword that is None by default is not, where modules hold an attribute of that name: then None means that each
     of them decides.

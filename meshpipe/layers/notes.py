@@ -1,4 +1,4 @@
-"""What a model does because of how its layers are written, in sentences: nothing of it happens without a word."""
+"""Tells users, in sentences, what follows from the way their layers are written and is not visible in their code."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from meshpipe.layers.layer import Layer
 
 
 def notes_on(layers: Sequence[Layer], tied: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
-    """A sentence for each kind of thing that a reader of the layer list may not expect.
+    """One sentence for each kind of effect that a reader of the layer list may not expect.
 
     `tied` has the groups of parameters that were found to be one variable.
     """

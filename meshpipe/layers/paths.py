@@ -1,4 +1,4 @@
-"""Names of leaves, made by joining the keys that lead to them: `layers/3/attention/query/kernel`."""
+"""Makes the paths of leaves by joining the keys that lead to them: `layers/3/attention/query/kernel`."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,13 +7,13 @@ from typing import Any
 import jax
 
 _ESCAPED = re.compile("/|%(?=25|2F)")
-"""What would be taken for a separator or for an escape sequence. A `%` anywhere else stays as it is."""
+"""What could be mistaken for a separator or an escape sequence. A `%` anywhere else stays as it is."""
 
 
 def join(parent: str, key: Sequence[Any]) -> str:
     """The path of a leaf below `parent`.
 
-    Two sequences of strings and integers have the same path only if they differ in nothing but `1` against `"1"`.
+    Different sequences of keys have different paths, except that the integer `1` and the string `"1"` are equal.
     """
     return "/".join((parent, *map(_component, key)))
 

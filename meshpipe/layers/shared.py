@@ -1,4 +1,4 @@
-"""Variables that several layers hold, as ready-made modules and what constructors capture may: known by identity."""
+"""Finds, by identity, the variables that several layers hold: ready-made modules, or what constructors capture, may."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def shared_groups(layers: Sequence[Variables]) -> Groups:
 
 
 def merge_groups(named: Sequence[Sequence[str]], found: Groups) -> Groups:
-    """The groups that the user named, and those that were found, where they overlap as one."""
+    """The groups that the user named and those that were found; overlapping groups are merged."""
     groups = [list(group) for group in named]
     for group in found:
         touched = [other for other in groups if set(other).intersection(group)]

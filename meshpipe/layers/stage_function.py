@@ -1,4 +1,4 @@
-"""What one stage computes: its layers one after the other, and in the last stage the loss."""
+"""The function that a stage computes: its layers in order, and in the last stage the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ Metrics = Callable[[Any, Mapping[str, jax.Array]], Mapping[str, tuple[jax.Array,
 """Output of the last layer and the microbatch -> further sums and weights to report in evaluation."""
 
 _RESERVED = frozenset({"loss", "step", "event", "eval_time_s"})
-"""What stands beside the metrics in the results of an evaluation, and in the metrics file."""
+"""Names that metrics must not have: the results of an evaluation and the metrics file use them."""
 
 
 def stage_function(
@@ -33,9 +33,9 @@ def stage_function(
 ) -> StageFunction:
     """The function of a stage that the engine traces.
 
-    `input` is the field of the batch that the first stage reads, and None for the others; `loss` is None for all but
-    the last, whose value is the sum of the losses, their weight, and the sums and weights of `metrics`, whose names
-    are put into `names`. Errors of layers, loss and metrics get a note with the layer's path and the shapes.
+    `input` is the batch field that the first stage reads, and None for the others. `loss` is None for all stages but
+    the last, which returns the sum of the losses, their weight, and the sums and weights of `metrics`; their names are
+    added to `names`. Errors of layers, loss and metrics get a note with the layer's path and the shapes.
     """
     streams = streams_of(layers)
 

@@ -1,4 +1,6 @@
-"""What a call did to its module: what may change is taken over, and nothing else vanishes without a word."""
+"""Checks what a call changed in its module: state is kept, and any other change is an error, so none is lost
+silently.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
@@ -13,7 +15,7 @@ from meshpipe.layers.paths import join
 from meshpipe.stage.forwarding import forwarded
 
 _PLAIN = (int, float, bool, str, type(None), FunctionType)
-"""What most attributes are, and holds nothing that could change."""
+"""The types of most attributes; they hold nothing that could change."""
 
 
 _NONE = object()
@@ -21,7 +23,7 @@ _NONE = object()
 
 
 class WriteError(ValueError):
-    """A call changed what it may not change; the message names it."""
+    """A call changed something that it must not change; the message names it."""
 
 
 def attributes_of(path: str, module: nnx.Module) -> dict[str, Any]:
