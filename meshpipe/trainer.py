@@ -38,7 +38,7 @@ from meshpipe.plan.plan import Plan
 from meshpipe.plan.rendezvous import check_program
 from meshpipe.processes.agreement import agree, report_failure
 from meshpipe.processes.group import Group
-from meshpipe.processes.uneven_exit import watch
+from meshpipe.processes.uneven_exit import watch, watch_keys
 from meshpipe.sharding import ShardingRules, local_value, scalar_dtype
 from meshpipe.stage.target import Target
 
@@ -173,6 +173,8 @@ class Trainer:
         self._unchecked: deque[tuple[int, jax.Array, OwnBatch]] = deque()
         self.group = Group(device.process_index for device in chooser.mesh.devices.flat)
         """The processes that have a part in it."""
+        if not self.group.is_alone:
+            watch_keys()
         with report_failure(self.group, "model"):
             if not self.group.is_alone:
                 check_costs(chooser.config)

@@ -62,6 +62,8 @@ class SaveTogether:
         if me:
             self._report(f"part/{me}", problem)
             whole = self._wait_for("whole", of=0, seconds=2 * self._seconds)
+            if process_count() > 1:
+                delete_key(f"{self._topic}/part/{me}")  # process 0 has read it
         else:
             # All must report, so that none still writes when what there is gets cleared away.
             reports = [self._wait_for(f"part/{process}", of=process) for process in range(1, process_count())]

@@ -144,6 +144,7 @@ class StagedModel:
         assert self.remat is not None, "remat is to be chosen first"
         fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
         self.traced = self._trace(self.local, remat=self.remat, train=True)
+        self._check_metrics()
         for s, stage in self.traced.items():
             self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths)
         _ = self._path_hashes  # placed now, not in the first step
@@ -152,6 +153,14 @@ class StagedModel:
         ops = {action.op for action in self.plan.actions}
         self.programs = compile_stages(self.traced, ops, self.remat, compiler, also, fused)
         self.executor = Executor(f"{name}/train", self.program, self._meshes, self.traced, self.programs)
+
+    def _check_metrics(self) -> None:
+        """Raises what metrics, or layers in evaluation mode, would raise at the first evaluation, after hours of work.
+
+        The stages are traced forward for their shapes alone, where the last one is local.
+        """
+        if self.task.metrics is not None and self.plan.num_stages - 1 in self.local:
+            self._trace((), remat=("none",) * self.plan.num_stages, train=False, names=[])
 
     @cached_property
     def evaluation(self) -> tuple[Executor, tuple[str, ...]]:
@@ -190,7 +199,10 @@ class StagedModel:
     def _trace(
         self, wanted: Collection[int], *, remat: Sequence[str], train: bool, names: list[str] | None = None
     ) -> dict[int, TracedStage]:
-        """The wanted stages traced; of others only the shapes of what they hand on are found out."""
+        """The wanted stages traced; of others, up to the last wanted one or all if none is, only the shapes of what
+        they hand on are found out.
+        """
+        last = max(wanted, default=self.plan.num_stages - 1)
         fields = self.microbatches.fields
         traced: dict[int, TracedStage] = {}
         seen: dict[Hashable, TracedStage] = {}
@@ -220,7 +232,7 @@ class StagedModel:
             )
             kind = self._kind(spec, boundary, remat[s])
             if s not in wanted:
-                if s > max(wanted):
+                if s > last:
                     break
                 if kind not in handed_on:
                     handed_on[kind] = boundary_after(spec, boundary, fields)

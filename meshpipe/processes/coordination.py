@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 
-from meshpipe.processes.secret import Secret, current, use
+from meshpipe.processes.secret import IntrusionError, Secret, current, use
 
 POLL_SECONDS = 0.02
+CHECK_SECONDS = 1.0
+"""How often a process that waits looks whether its own keys are still there."""
 
 
 def process_count() -> int:
@@ -56,6 +58,7 @@ def set_key(key: str, text: str) -> None:
         if "ALREADY_EXISTS" in str(error):
             try_get_key(key)
         raise
+    _own_keys[key] = None
 
 
 def try_get_key(key: str) -> str | None:
@@ -72,12 +75,18 @@ def try_get_key(key: str) -> str | None:
 def wait_for_key(key: str, timeout: float) -> str:
     """Waits until a key is set and returns its value. Raises `TimeoutError` after `timeout` seconds.
 
-    Polls, because a thread inside a blocking call would keep the process from ending.
+    Polls, because a thread inside a blocking call would keep the process from ending. Raises `IntrusionError` when
+    somebody else has written the key, or deleted one of this process meanwhile.
     """
-    deadline = time.monotonic() + timeout
+    now = time.monotonic()
+    deadline, next_check = now + timeout, now + CHECK_SECONDS
     while (text := try_get_key(key)) is None:
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             raise TimeoutError(f"No process set {key} within {timeout:.0f} s.")
+        if now > next_check:
+            check_own_keys()
+            next_check = now + CHECK_SECONDS
         time.sleep(POLL_SECONDS)
     return text
 
@@ -89,8 +98,27 @@ def all_gather(topic: str, text: str, timeout: float) -> list[str]:
 
 
 def delete_key(key: str) -> None:
-    """Deletes a key and the keys below it. No process may read them afterwards."""
+    """Deletes a key and the keys below it. No process may read them afterwards.
+
+    A process deletes only keys that it has set, or that their own process has deleted already.
+    """
+    for own in tuple(_own_keys):
+        if own == key or own.startswith(f"{key}/"):
+            _own_keys.pop(own, None)
     _client().key_value_delete(_name(key))
+
+
+def check_own_keys() -> None:
+    """Raises `IntrusionError` when somebody else has deleted or replaced a key that this process has set.
+
+    A process that waits for a deleted key cannot tell it from one that is not set yet, so its writer checks.
+    """
+    for key in tuple(_own_keys):
+        if try_get_key(key) is None and key in _own_keys:  # else this process has deleted it since
+            raise IntrusionError(
+                f"someone outside the run deleted {key} from the key-value store of the run. Keep others out of the "
+                "run's network."
+            )
 
 
 def barrier(name: str, timeout: float) -> None:
@@ -124,6 +152,8 @@ def heartbeats() -> dict[int, tuple[int, str]]:
 _NONCE = "meshpipe/nonce"
 _HEARTBEATS = "meshpipe/alive"
 _heartbeat_counts = itertools.count(1)
+_own_keys: dict[str, None] = {}
+"""The keys that this process has set and not deleted."""
 
 
 def _name(key: str) -> str:

@@ -19,6 +19,7 @@ import jax
 
 from meshpipe.errors import is_for_the_user
 from meshpipe.processes.coordination import (
+    check_own_keys,
     coordinator_address,
     heartbeats,
     process_count,
@@ -33,6 +34,7 @@ from meshpipe.processes.launcher_pipe import report_guarded
 from meshpipe.processes.printable import printable
 from meshpipe.processes.progress import Progress, Steps
 from meshpipe.processes.secret import IntrusionError
+from meshpipe.processes.uneven_exit import leave_to_guard
 
 ERROR = "meshpipe/error"
 POLL_SECONDS = 0.5
@@ -76,6 +78,7 @@ class Guard:
             for work in (self._watch_others, self._watch_coordinator):
                 threading.Thread(target=work, name="guard", daemon=True).start()
             report_guarded(process_index())
+            leave_to_guard()
         return self
 
     def __exit__(
@@ -144,6 +147,8 @@ class Guard:
             try:
                 send_heartbeat("" if self.progress is None else str(self.progress.steps))
                 told = try_get_key(ERROR)
+                if told is None:
+                    check_own_keys()
                 if told is None and process_index() == 0:
                     silent = _silent(seen, max(self._stopped_until, 0.0))
                     if silent is not None:

@@ -5,6 +5,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,8 @@ from meshpipe.processes.secret import VARIABLE, Secret, environment_secret, read
 
 JOIN_SECONDS = 300.0
 """How long processes wait for each other to join; hosts may start at different times."""
+WORD_SECONDS = 30.0
+"""How often a process that waits for the others says so."""
 SHUTDOWN_SECONDS = 30
 
 
@@ -92,9 +95,8 @@ def join(config: DistributedConfig) -> None:
     jax.config.update("jax_enable_recoverability", True)
     # JAX would take SIGTERM for itself, and nobody would hear of it before `StopRequest` is entered.
     jax.config.update("jax_enable_preemption_service", False)
-    timer = threading.Timer(JOIN_SECONDS, _give_up_joining, [config])
-    timer.daemon = True
-    timer.start()
+    joined = threading.Event()
+    threading.Thread(target=_watch_joining, args=(config, joined), name="join", daemon=True).start()
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -113,7 +115,7 @@ def join(config: DistributedConfig) -> None:
         _warn_without(secret)
         share_secret(secret, secrets.token_hex(16), JOIN_SECONDS)
     finally:
-        timer.cancel()
+        joined.set()
 
 
 def _warn_without(secret: Secret) -> None:
@@ -142,10 +144,24 @@ def _check_can_listen(address: str) -> None:
         ) from error
 
 
-def _give_up_joining(config: DistributedConfig) -> None:
+def _watch_joining(config: DistributedConfig, joined: threading.Event) -> None:
+    """Says now and then that this process waits for the others, and ends it after `JOIN_SECONDS`."""
     own = "this process" if config.process_id is None else f"process {config.process_id}"
-    count = "" if config.process_count is None else f" {config.process_count}"
     where = "" if config.coordinator is None else f" at {config.coordinator}"
+    started = time.monotonic()
+    while not joined.wait(min(WORD_SECONDS, max(0.0, started + JOIN_SECONDS - time.monotonic()))):
+        seconds = time.monotonic() - started
+        if seconds >= JOIN_SECONDS:
+            break
+        print(
+            f"meshpipe: {own} is waiting for {_others(config)} to join{where}; {seconds:.0f} s so far, "
+            f"{JOIN_SECONDS:.0f} s at most.",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        return
+    count = "" if config.process_count is None else f" {config.process_count}"
     print(
         f"meshpipe: {own} stops because not all{count} processes of the run came together{where} "
         f"within {JOIN_SECONDS:.0f} s. Look at what the others say, and start all with the same address and count.",
@@ -153,6 +169,15 @@ def _give_up_joining(config: DistributedConfig) -> None:
         flush=True,
     )
     os._exit(FAILED)
+
+
+def _others(config: DistributedConfig) -> str:
+    """Who is waited for; JAX does not tell how many of them are there already."""
+    if config.process_count is None:
+        return "the other processes of the run"
+    if config.process_count == 2:
+        return "1 of 2 processes"
+    return f"some of the other {config.process_count - 1} of {config.process_count} processes"
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:

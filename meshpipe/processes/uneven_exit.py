@@ -8,16 +8,34 @@ import sys
 import threading
 import time
 
-from meshpipe.processes.coordination import process_count, process_index, set_key, try_get_key
+from meshpipe.processes.coordination import check_own_keys, process_count, process_index, set_key, try_get_key
 from meshpipe.processes.exit_codes import FAILED
 from meshpipe.processes.group import Group
+from meshpipe.processes.secret import IntrusionError
 
 POLL_SECONDS = 1.0
 END_SECONDS = 300.0
 """How long a process that has ended waits for the others."""
 _ENDED = "meshpipe/ended"
 _UNEVEN = "meshpipe/uneven"
+_INTRUDED = "meshpipe/intruded"
 _groups: list[Group] = []
+_watching = threading.Event()
+_guarded = threading.Event()
+
+
+def leave_to_guard() -> None:
+    """Leaves it to a `Guard` to find and tell that somebody tampers with what the processes tell each other."""
+    _guarded.set()
+
+
+def watch_keys() -> None:
+    """From now on ends this process, and the others that watch, with a message when somebody outside the run deletes or
+    replaces one of its keys: whoever waits for it would wait in vain.
+    """
+    if process_count() > 1 and not _watching.is_set():
+        _watching.set()
+        threading.Thread(target=_watch, name="uneven exit", daemon=True).start()
 
 
 def watch(group: Group) -> None:
@@ -30,8 +48,8 @@ def watch(group: Group) -> None:
         return
     if not _groups:
         atexit.register(_end)  # comes before what JAX has registered
-        threading.Thread(target=_watch, name="uneven exit", daemon=True).start()
     _groups.append(group)
+    watch_keys()
 
 
 def _watch() -> None:
@@ -39,6 +57,7 @@ def _watch() -> None:
     with contextlib.suppress(Exception):  # the coordinator is gone, and JAX ends this process
         while True:
             time.sleep(POLL_SECONDS)
+            _check_keys()
             while (text := try_get_key(f"{_ENDED}/{len(ended)}")) is not None:
                 process, calls = json.loads(text)
                 ended[process] = calls
@@ -46,6 +65,20 @@ def _watch() -> None:
                 for group in _groups:
                     if calls.get(group.name, group.calls) < group.calls:
                         _leave(process, calls[group.name], group.calls)
+
+
+def _check_keys() -> None:
+    if _guarded.is_set():
+        return
+    try:
+        check_own_keys()
+        text = try_get_key(_INTRUDED)
+    except IntrusionError as error:
+        text = str(error)
+        with contextlib.suppress(Exception):  # another process was first
+            set_key(_INTRUDED, text)
+    if text is not None:
+        _stop(text)
 
 
 def _leave(process: int, done: int, begun: int) -> None:

@@ -8,6 +8,7 @@ from meshpipe.checkpoint import Checkpointer
 from meshpipe.config import Config
 from meshpipe.data import batches, check_limits, check_source
 from meshpipe.host import no_garbage_collection
+from meshpipe.layers.staged_model import StagedModel
 from meshpipe.observe.trace import check_trace
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.processes.agreement import agree
@@ -22,7 +23,7 @@ from meshpipe.run.loop import Loop, Outputs
 from meshpipe.run.metrics import MetricsFile
 from meshpipe.run.record import check_can_be_saved, checkpoint_metadata, run_layout
 from meshpipe.run.settings import describe_config, describe_source
-from meshpipe.run.setup import make_trainer
+from meshpipe.run.setup import make_trainer, saved_shapes
 from meshpipe.run.start import find_start
 
 END_SECONDS = 600.0
@@ -65,19 +66,25 @@ def run(
         agree(group, "data", describe_source("training", source) | describe_source("held-out", held_out))
     with ExitStack() as files:
         files.enter_context(closing(train_batches))
+        checkpointer = None
+        if options.checkpoint_dir is not None:
+            checkpointer = files.enter_context(Checkpointer(options.checkpoint_dir, keep=options.checkpoint_keep))
+
+        def check(model: StagedModel) -> None:
+            if start is not None:
+                start.check(model)
+            if checkpointer is not None:
+                shapes = saved_shapes(config, model)
+                position, layout = train_batches.get_state(), run_layout(config, model)
+                checkpointer.prepare(shapes, checkpoint_metadata(config, recipe, layout, 0, position))
+
         with no_garbage_collection():
-            trainer = make_trainer(config, None if start is None else start.check)
+            trainer = make_trainer(config, check)
         if several:
             train_batches.read_only(trainer.model.rows_read())
         for line in layout_lines(recipe, trainer.model):
             console.print(line)
         console.print(f"Compiled in {trainer.compile_seconds:.1f} s.")
-        checkpointer = None
-        if options.checkpoint_dir is not None:
-            checkpointer = files.enter_context(Checkpointer(options.checkpoint_dir, keep=options.checkpoint_keep))
-            position, layout = train_batches.get_state(), run_layout(config, trainer.model)
-            metadata = checkpoint_metadata(config, recipe, layout, trainer.step_number, position)
-            checkpointer.prepare(trainer.abstract_state_tree(), metadata)
         if start is not None:
             console.print(start.load(trainer))
             if checkpointer is not None and options.resume_from is not None and process_index() == 0:

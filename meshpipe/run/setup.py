@@ -6,8 +6,10 @@ from jax.sharding import Mesh
 
 from meshpipe.choose.chooser import Chooser
 from meshpipe.config import Config
+from meshpipe.layers.paths import by_path
 from meshpipe.layers.staged_model import StagedModel
-from meshpipe.trainer import Trainer
+from meshpipe.optimizer.state import state_shapes
+from meshpipe.trainer import StateTree, Trainer
 
 
 def make_trainer(config: Config, check: Callable[[StagedModel], None] | None = None) -> Trainer:
@@ -39,3 +41,16 @@ def make_chooser(config: Config, *, mesh: Mesh | None = None, measure_on: Mesh |
         config=config.pipeline,
         measure_on=measure_on,
     )
+
+
+def saved_shapes(config: Config, model: StagedModel) -> list[StateTree]:
+    """What `Trainer.abstract_state_tree` will be, known before anything is compiled."""
+    transformation = config.optimizer.build(config.steps)
+    return [
+        {
+            "params": dict(stage.params),
+            "state": dict(stage.state),
+            "optimizer": by_path(state_shapes(transformation, stage), stage.params),
+        }
+        for stage in model.parameters
+    ]

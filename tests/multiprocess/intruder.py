@@ -1,7 +1,7 @@
 """What somebody can do who can open TCP connections to a run but does not have its secret.
 
-As a program: reads the coordinator's address from standard input, joins, and overwrites every key of the run, or writes
-others beside them, until it is ended.
+As a program: reads the coordinator's address from standard input, joins, and overwrites or deletes every key of the
+run, or writes others beside them, until it is ended.
 """
 
 import os
@@ -27,6 +27,8 @@ def main(deed: str) -> None:
                 touched.add(name)
                 if deed == "overwrite":
                     client.key_value_set(name, "127.0.0.1 1", allow_overwrite=True)
+                elif deed == "delete":
+                    client.key_value_delete(name)
                 else:
                     client.key_value_set(f"{name}0/more", "5 15")
         time.sleep(0.02)

@@ -89,6 +89,28 @@ def test_who_overwrites_what_processes_tell_each_other_is_named(sign: str, tmp_p
         assert "Traceback" not in log, log
 
 
+def test_who_deletes_what_processes_tell_each_other_is_named(tmp_path: Path) -> None:
+    with intruder("delete") as let_loose:
+        logs = run_with(
+            tmp_path, ["--steps", "1000000"], "No accelerator", lambda address, ids: let_loose(address), [1, 1]
+        )
+    for number, log in enumerate(logs):
+        assert f"process {number} stops because someone outside the run deleted meshpipe/" in log, log
+        assert "Traceback" not in log, log
+
+
+def test_nobody_waits_for_a_key_that_was_deleted(tmp_path: Path) -> None:
+    """In a program that runs no `Guard`."""
+    started = time.monotonic()
+    ended = run_processes(2, [str(Path(__file__).parent / "deleted_key.py")], tmp_path)
+    assert ended.codes == [1, 1], ended
+    assert time.monotonic() - started < 60, ended
+    for number, log in enumerate(ended.logs):
+        said = f"process {number} stops because someone outside the run deleted meshpipe/group/all/0/last stage/0 "
+        assert said in log, ended
+        assert "heard" not in log, ended
+
+
 @needs_proc
 def test_who_stays_on_every_port_and_writes_keys_of_his_own_changes_nothing(tmp_path: Path) -> None:
     """Idle connections, garbage, and the four zero bytes at which JAX's own server would abort."""

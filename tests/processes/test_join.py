@@ -93,10 +93,11 @@ def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPa
 def test_a_process_whose_others_do_not_come_says_so() -> None:
     script = f"""
 from meshpipe.processes import join
-join.JOIN_SECONDS = 0.5
+join.JOIN_SECONDS, join.WORD_SECONDS = 1.5, 0.6
 place = dict(coordinator="127.0.0.1:{free_port()}", process_id=0, process_count=2)
 join.join(join.DistributedConfig(**place))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1, ended
+    assert ended.stderr.count("process 0 is waiting for 1 of 2 processes to join at 127.0.0.1:") == 2, ended
     assert "process 0 stops because not all 2 processes of the run came together at 127.0.0.1:" in ended.stderr
