@@ -1,4 +1,4 @@
-"""What a run leaves open, decided: how layers are cut into stages, and the plan that is fastest for them."""
+"""Decides what a config leaves open: how layers are cut into stages, and the plan that is fastest for them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,20 +28,20 @@ from meshpipe.plan.validate import validate
 from meshpipe.stage.target import Target
 
 MOST_STAGES_PER_RANK = 4
-"""The most that `auto` tries where no number of stages per rank is given."""
+"""The most stages per rank that `auto` tries, if no number is given."""
 
 NEARLY = 0.005
-"""Share by which a step may be longer than the shortest to count as nearly as short."""
+"""A step that is longer than the shortest by at most this share counts as equally short."""
 
 TRIES = 4
-"""Plans to make under a memory limit, each with less space than the last where that took too much."""
+"""How many plans to try under a memory limit, each with less space than the one before, if that needed too much."""
 
 Cuts = tuple[range, ...]
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """A task and how it is to be laid out, as `Trainer` takes them; `choose` makes the model, cut and with its plan.
+    """A task and its layout, as `Trainer` takes them; `choose` makes the model, with its cut and plan.
 
     Nothing is measured unless the config asks for it: `partition="measured"` or `schedule="auto"`, and no `costs`.
     """
@@ -52,7 +52,7 @@ class Chooser:
     mesh: Mesh
     config: PipelineConfig
     target: Target | None = None
-    """What programs are written for; None is the platform of the mesh."""
+    """The platform that programs are written for; None is that of the mesh."""
     measure_on: Mesh | None = None
     """Where layers are measured, in place of the mesh: on its first rank, and transfers to its second if it has one."""
 
@@ -111,7 +111,7 @@ class Chooser:
         return StagedModel(self.task, **(arguments | changes))
 
     def layer_by_layer(self, mesh: Mesh) -> StagedModel:
-        """Every layer a stage of its own, all on the first rank of the mesh."""
+        """A model whose stages are single layers, all on the first rank of the mesh."""
         num_layers = len(self.task.layers)
         plan = gpipe(1, self.config.num_microbatches, num_layers)
         first = Mesh(mesh.devices[:1], mesh.axis_names, axis_types=mesh.axis_types)
@@ -119,7 +119,7 @@ class Chooser:
         return self._model(choice, mesh=first, config=self._with_one_remat("none"))
 
     def _with_one_remat(self, of_several: str) -> PipelineConfig:
-        """The config with one rematerialisation for all stages: `full` for `auto`, since that always fits best."""
+        """The config with one rematerialisation for all stages: `full` for `auto`, which needs the least memory."""
         names = set(self.config.remat.split(","))
         (name,) = names if len(names) == 1 else (of_several,)
         return replace(
@@ -156,7 +156,7 @@ class Chooser:
         return partition(len(self.task.layers), len(stage_ranks), self.config.boundaries)
 
     def _placements(self) -> Iterator[tuple[int, ...]]:
-        """Where `auto` may place stages: for each number of them per rank, in turn and to and fro."""
+        """The placements of stages that `auto` may use, for each number of stages per rank: cyclic, and to and fro."""
         ranks, given, boundaries = self._num_ranks, self.config.stages_per_rank, self.config.boundaries
         if given is None and boundaries is not None:
             given = max(1, (len(boundaries) + 1) // ranks)
@@ -165,8 +165,10 @@ class Chooser:
             yield from dict.fromkeys((loop(ranks, number), zigzag(ranks, number)))
 
     def _fastest(self, options: Sequence[Cuts], costs: ModelCosts) -> Choice:
-        """The cut and the plan with the shortest step in simulation, or with fewer stages where a step is hardly longer
-        and no named schedule is faster: every stage more costs the host and the caches what no simulation knows.
+        """The cut and the plan with the shortest step in simulation.
+
+        Fewer stages are preferred if the step is hardly longer and no named schedule is faster: every further stage
+        costs host time and cache misses that the simulation does not know.
         """
         limit = None if self.config.memory_limit is None else parse_bytes(self.config.memory_limit)
         found: list[tuple[float, Choice]] = []
@@ -190,7 +192,7 @@ class Chooser:
         return next(choice for makespan, choice in found if makespan <= longest)  # the first has the fewest stages
 
     def _plan_within(self, limit: int | None, profiles: Mapping[int, Profile]) -> Plan:
-        """The fastest plan that keeps to the limit both as actions take their times and as they are handed out.
+        """The fastest plan that keeps to the limit, both by the times of its actions and in the order of dispatch.
 
         Raises `NothingFits` when there is none, or none is found in a few tries.
         """
@@ -212,7 +214,7 @@ class Chooser:
         )
 
     def _memory(self, cuts: Cuts) -> Any:
-        """What each stage keeps, also where its backward is split."""
+        """What each stage stores, also with a split backward."""
         stages_per_rank = len(cuts) // self._num_ranks
         plan = _split_backwards(gpipe(self._num_ranks, self.config.num_microbatches, stages_per_rank))
         config = replace(self.config, remat="full") if self.config.remat == "auto" else self.config
@@ -220,7 +222,7 @@ class Chooser:
 
 
 def training_plan(config: PipelineConfig, num_ranks: int) -> Plan:
-    """The plan of a schedule that has a name or a file.
+    """The plan of a named schedule or of a plan file.
 
     Raises `ValueError` when there is none, it breaks a rule, or it trains nothing.
     """
@@ -234,7 +236,7 @@ def training_plan(config: PipelineConfig, num_ranks: int) -> Plan:
 
 
 def named_choice(config: PipelineConfig, num_ranks: int, num_layers: int) -> Choice:
-    """The plan and the cut that a config names, where it leaves nothing to costs."""
+    """The plan and the cut of a config that needs no costs."""
     plan = training_plan(config, num_ranks)
     return Choice(plan, partition(num_layers, plan.num_stages, config.boundaries), None)
 
@@ -263,7 +265,7 @@ def _ops(plan: Plan) -> set[Op]:
 
 
 def _split_backwards(plan: Plan) -> Plan:
-    """The plan with every backward in two parts, one right after the other."""
+    """The plan with every backward split in two parts, one directly after the other."""
 
     def parts(action: Action) -> tuple[Action, ...]:
         if action.op is not Op.BACKWARD:

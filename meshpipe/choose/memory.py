@@ -1,4 +1,4 @@
-"""What a step keeps in the memory of each rank's devices, predicted from shapes alone."""
+"""Predicts what a step holds in the memory of each rank's devices, from shapes alone."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -22,26 +22,25 @@ from meshpipe.stage.programs import trace_split
 from meshpipe.stage.traced import TracedStage
 
 ONE_UNIT_EACH = Costs(dict.fromkeys(Op, 1.0))
-"""The times by which the executor hands out work, and with it space."""
+"""The order in which the executor dispatches actions, and thereby allocates memory, as times."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on each device of a rank at the peak of a step."""
+    """Bytes per device of a rank, at the peak of a step."""
 
     rank: int
     parameters: int
-    """The parameters, and what is computed from them once per step (a copy in bfloat16)."""
+    """Parameters, and what is computed from them once per step, such as a bfloat16 copy."""
     gradients: int
     optimizer: int
     batch: int
-    """The fields of the batch that its stages read, and state: once what forward leaves as it is, such as a mask, and
-    twice what it changes, such as batch statistics."""
+    """The batch fields that its stages read, and state. State that forward does not change, such as a mask, counts
+    once; state that it changes, such as batch statistics, counts twice."""
     activations: int
-    """What forward keeps for backward, for all microbatches that are alive at once, and values on their way between
-    stages."""
+    """What forward stores for backward, over all microbatches that are live at once, and boundary values in transit."""
     live_activations: int
-    """Microbatches, over the stages of the rank, that are alive at once."""
+    """Microbatches that are live at once, summed over the stages of the rank."""
 
     @property
     def total(self) -> int:
@@ -50,7 +49,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class HeldAlways:
-    """Bytes on each device that a stage holds for the whole step."""
+    """Bytes per device that a stage holds for the whole step."""
 
     parameters: int
     gradients: int
@@ -63,9 +62,9 @@ class HeldAlways:
 
 
 def predict_memory(model: StagedModel, transformation: optax.GradientTransformation) -> list[RankMemory]:
-    """The memory of every rank, by tracing the model; nothing is allocated. What XLA needs while it runs is not in it.
+    """The memory of every rank, found by tracing the model; nothing is allocated.
 
-    Exact but for what XLA lays out by itself where microbatches are split: see `stage_memory`.
+    XLA's temporary memory is not included. The rest is exact, except where XLA chooses the layout: see `stage_memory`.
     """
     plan, remat = model.plan, _remat(model)
     traced = model.trace(remat)
@@ -89,13 +88,13 @@ def predict_memory(model: StagedModel, transformation: optax.GradientTransformat
 
 
 def stage_memory(model: StagedModel, transformation: optax.GradientTransformation) -> list[StageMemory]:
-    """What every stage keeps on each device of its rank, by tracing the model; nothing is allocated or compiled.
+    """What every stage stores on each device of its rank, found by tracing the model; nothing is allocated or compiled.
 
-    Parameters, gradients, optimizer state, batch and the values between stages are exact, and so is all on submeshes of
-    one device. XLA chooses how residuals lie on several devices; they are taken to be split over the data axis where a
-    dim holds the microbatch, and over the tensor axis unless they have the shape of a stage's input or output. What is
-    kept for W is given where the plan of the model splits backward. Where rematerialisation is yet to be chosen, all
-    stages keep as little as they can: `full`.
+    Parameters, gradients, optimizer state, batch and boundary values are exact, and on submeshes of one device
+    everything is. On several devices, XLA chooses the layout of residuals: they are assumed to be split over the data
+    axis where a dim holds the microbatch, and over the tensor axis unless they have the shape of a stage's input or
+    output. What W needs is included where the plan splits backward. Where rematerialisation is yet to be chosen, all
+    stages count as `full`, which stores the least.
     """
     remat = _remat(model)
     traced = model.trace(remat)
@@ -136,7 +135,7 @@ def splits_backward(plan: Plan) -> bool:
 
 
 def microbatch_memory(stage: TracedStage, remat: str, *, splits: bool, always: int | float) -> StageMemory:
-    """What a stage keeps of every microbatch, and what it holds always, which is given."""
+    """What a stage stores of every microbatch, together with what it holds for the whole step, which is given."""
     recomputes = remat == "full"
     input_bytes = _device_bytes(stage.x)
     kept_x = [_device_bytes([stage.x[i]]) for i in stage.kept_x]
@@ -179,7 +178,7 @@ def shapes_of(values: Iterable[Var]) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def _leaf_bytes(leaves: Iterable[Any]) -> list[int]:
-    """What one device holds of each leaf; leaves know their sharding."""
+    """Bytes that one device holds of the leaves, by their shardings."""
     return [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
 
 
@@ -188,20 +187,20 @@ def _device_bytes(leaves: Iterable[Any]) -> int:
 
 
 def _gradient_bytes(stage: TracedStage) -> int:
-    """Accumulators are kept in float32 or better, and lie as the parameters do in a step."""
+    """Accumulators are float32 or better, with the shardings that parameters have in a step."""
     params = stage.params_in_step
     return _device_bytes(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in params)
 
 
 def _hoisted_bytes(stage: TracedStage) -> int:
-    """Taken to be split as the parameters of a step and the state that they are made of are on the whole."""
+    """Assumed to be split like the parameters and state that they are computed from, on average."""
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in (*stage.params, *stage.fixed_state))
     of_device = _device_bytes((*stage.params_in_step, *stage.fixed_state))
     return nbytes(stage.prepared_vars) * of_device // whole if whole else 0
 
 
 def _split_bytes(stage: TracedStage, value: Var) -> int:
-    """A device's part of a value whose layout XLA chooses."""
+    """Bytes per device of a value whose layout XLA chooses."""
     mesh = stage.spec.mesh.shape
     ends: list[Any] = [*stage.x_vars, *(stage.output_vars if not stage.spec.is_last else ())]
     shape = value.aval.shape  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Which rematerialisation each stage takes, so that a step keeps to a memory limit and computes least again."""
+"""Chooses the rematerialisation of each stage: within a memory limit, what recomputes least."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from meshpipe.stage.programs import trace_backward
 from meshpipe.stage.traced import TracedStage
 
 POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "nothing_saveable")
-"""What is tried beside `none` and `full`. The other policies are these by another name, or save everything."""
+"""The policies that are tried besides `none` and `full`. The others are these by another name, or save everything."""
 
 MOST_COMBINATIONS = 1000
 """Of a rank's stages; where there are more, all its stages take the same."""
@@ -25,11 +25,11 @@ MOST_COMBINATIONS = 1000
 
 @dataclass(frozen=True)
 class _Option:
-    """What one rematerialisation would mean for a stage."""
+    """What one rematerialisation costs a stage."""
 
     remat: str
     operations: float
-    """Floating-point operations that it does again for each microbatch."""
+    """Floating-point operations that it recomputes for each microbatch."""
     memory: StageMemory
 
 
@@ -46,11 +46,11 @@ def settle_remat(model: StagedModel, transformation: optax.GradientTransformatio
 def choose_remat(
     model: StagedModel, transformation: optax.GradientTransformation, memory_limit: int
 ) -> tuple[str, ...]:
-    """For every stage `none`, a policy or `full`: what does fewest operations again while every rank fits.
+    """`none`, a policy or `full` for every stage: the combination that recomputes the fewest operations and fits.
 
-    A rank fits if its peak, as `predict_memory` has it, is at most `memory_limit` bytes on each device; so the limit
-    must leave space for what XLA needs inside a program. Operations are counted in the traced programs; nothing is
-    compiled or run. Raises `ValueError` with the least limit that would do when nothing fits.
+    A rank fits if its peak, as `predict_memory` predicts it, is at most `memory_limit` bytes per device; so the limit
+    must leave space for XLA's temporary memory. Operations are counted in the traced programs; nothing is compiled or
+    run. Raises `ValueError` when nothing fits, with the smallest limit that would.
     """
     plain = model.trace(("none",) * model.plan.num_stages)
     always = [kept.total for kept in held_always(model, transformation, plain)]
@@ -86,9 +86,9 @@ def choose_remat(
 
 
 def _options(model: StagedModel, plain: Sequence[TracedStage], memory: Sequence[StageMemory]) -> list[list[_Option]]:
-    """For every stage, what may be worth taking, in the order of operations done again.
+    """The options of every stage that may be worth taking, from the fewest recomputed operations to the most.
 
-    `plain` has the stages with no rematerialisation, and `memory` what they keep then.
+    `plain` has the stages without rematerialisation, and `memory` what they store then.
     """
     splits = splits_backward(model.plan)
     of_policies = {name: model.trace((name,) * len(plain)) for name in POLICIES}
@@ -114,7 +114,7 @@ def _backward_operations(stage: TracedStage) -> float:
 
 
 def _worth_taking(options: Sequence[_Option]) -> list[_Option]:
-    """In the order of operations, those that need less memory in some way than every one before."""
+    """The options, in the order of operations, that need less memory in some way than all those before."""
     kept: list[_Option] = []
     for option in sorted(options, key=lambda option: option.operations):
         sizes = _sizes(option.memory)
@@ -133,7 +133,7 @@ def _sizes(memory: StageMemory) -> tuple[int | float, ...]:
 
 
 def _by_operations(options: Sequence[Sequence[_Option]]) -> Iterator[tuple[_Option, ...]]:
-    """Combinations of an option for each stage, from the fewest operations done again to the most."""
+    """Combinations of one option per stage, from the fewest recomputed operations to the most."""
     if math.prod(map(len, options)) > MOST_COMBINATIONS:
         longest = max(map(len, options))
         same = (tuple(of_stage[min(i, len(of_stage) - 1)] for of_stage in options) for i in range(longest))

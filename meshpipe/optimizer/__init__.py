@@ -1,1 +1,1 @@
-"""Optax on every stage, and what must cross stages: the norm, and tied parameters."""
+"""Optax on every stage, and what crosses stages: the global norm and tied parameters."""

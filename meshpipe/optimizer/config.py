@@ -18,11 +18,11 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 0
-    """Updates over which the learning rate rises linearly from 0."""
+    """Number of updates over which the learning rate rises linearly from 0."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate falls after the warm-up, to 0 (constant: not at all) at the last step."""
+    """How the learning rate falls after the warm-up, to 0 at the last step; `constant` keeps it."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; leaves with fewer than two dims (norms, biases) are left alone."""
+    """Decoupled weight decay. Leaves with fewer than two dims (norms, biases) do not decay."""
     beta1: float = 0.9
     """AdamW's decay rate of the mean gradient."""
     beta2: float = 0.95
@@ -41,7 +41,7 @@ class OptimizerConfig:
             check_number(name, getattr(self, name), below=1)
 
     def schedule(self, steps: int) -> optax.Schedule:
-        """Learning rate of each update of a run of `steps` updates."""
+        """The learning rate of each update, for a run of `steps` updates."""
         after = max(steps - self.warmup_steps, 1)
         decay: optax.Schedule
         if self.decay == "cosine":
@@ -56,7 +56,7 @@ class OptimizerConfig:
         return optax.join_schedules([lambda count: warmup(count + 1), decay], [self.warmup_steps])
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """The transformation; clipping is not part of it, since it must see every stage."""
+        """The Optax transformation, without clipping, which needs the norm over all stages."""
         rate = self.schedule(steps)
         if self.optimizer == "adamw":
             return optax.adamw(rate, self.beta1, self.beta2, weight_decay=self.weight_decay, mask=matrices)
@@ -65,5 +65,5 @@ class OptimizerConfig:
 
 
 def matrices(params: Any) -> Any:
-    """True for the leaves that weight decay is for: those with two or more dims."""
+    """True for the leaves that decay: those with two or more dims."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)

@@ -1,4 +1,4 @@
-"""Optax on every stage, and what must cross stages: the global norm, clipping by it, and tied parameters."""
+"""Optax on every stage, and what crosses stages: the global norm, clipping by it, and tied parameters."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,25 +23,26 @@ Move = Callable[[Arrays | None], Arrays | None]
 
 
 class Scalars(NamedTuple):
-    """What an update found, in every process."""
+    """The scalars of an update, in every process."""
 
     loss: jax.Array
-    """Mean over the whole batch; 0 where nothing counts."""
+    """Mean over the whole batch; 0 if the weight of the batch is 0."""
     norm: jax.Array
-    """Global norm of the gradient before clipping; 0 where nothing counts."""
+    """Global norm of the gradient before clipping; 0 if the weight of the batch is 0."""
     good: jax.Array
     """Whether loss and norm are finite, and those of every update since the last `reset`."""
     applied: jax.Array
-    """Whether the update was made: it is good, and its weight is not 0."""
+    """Whether the update was made: it is good, and the weight of the batch is not 0."""
 
 
 class Optimizer:
-    """Updates every stage's parameters where they live, from gradients of the summed loss.
+    """Updates every stage's parameters on their own devices, from the gradients of the summed loss.
 
     The loss is normalised once, by the weight of the whole batch; the global norm counts every parameter once. A step
     whose loss or gradients are not finite leaves parameters, optimizer and state as they were, and so do all steps
-    after it until `reset`. A step whose weight is 0 has no mean to follow and leaves them as they were, too; the steps
-    after it do not. `name` begins the names of its transfers.
+    after it until `reset`. A step whose weight is 0 has no mean, and leaves them as they were too, but does not affect
+    later steps. `name` is the prefix of the names of its transfers.
+
     Raises `ValueError` for a transformation that mixes gradients of different stages.
     """
 
@@ -74,7 +75,9 @@ class Optimizer:
         """For each local stage, whether the last update left its parameters finite."""
 
     def _links(self, name: str) -> tuple[dict[int, Move], dict[int, Move]]:
-        """What moves sums of squares from each stage to its parent, and scalars back, where one end is here."""
+        """Transfers of sums of squares from each stage to its parent, and of scalars back, where one end is in this
+        process.
+        """
         up: dict[int, Move] = {}
         down: dict[int, Move] = {}
         for i, stage in enumerate(self._stages[:-1]):
@@ -93,7 +96,7 @@ class Optimizer:
         return up, down
 
     def description(self) -> dict[str, str]:
-        """What has to be the same in every process, by name, in words or as a hash."""
+        """What must be the same in every process: by name, in words or as a hash."""
         found = describe_updates(self._transformation, [stage.owned for stage in self._stages], self._kinds)
         for s, shapes in enumerate(self.state_shapes):
             leaves, treedef = jax.tree.flatten(shapes)
@@ -128,8 +131,8 @@ class Optimizer:
     def compile(self, compiler: Compiler | None = None) -> None:
         """Compiles what `init` and `update` run, in threads.
 
-        Programs see leaves without their paths, so that stages of equal shapes that are updated alike share them: the
-        first is traced and compiled, the others get copies.
+        Programs see leaves without their paths, so stages of equal shapes that are updated alike share them: the first
+        stage is traced and compiled, the others get copies.
         """
         programs = compiler or Compiler()
         firsts: dict[Hashable, int] = {}
@@ -181,7 +184,7 @@ class Optimizer:
             list(pool.map(copy_stage, [index for index in self._local if index not in firsts.values()]))
 
     def _kind(self, index: int) -> Hashable:
-        """Equal for stages that one program serves."""
+        """A key that is equal for stages that can share a program."""
         stage = self._stages[index]
         leaves = [*stage.params.values(), *stage.changing.values(), *jax.tree.leaves(self.state_shapes[index])]
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
@@ -198,11 +201,15 @@ class Optimizer:
         after: Mapping[int, Arrays],
         totals: Arrays,
     ) -> tuple[dict[int, Arrays], dict[int, Any], dict[int, Arrays], Scalars]:
-        """New parameters, optimizer state and other state of every local stage, and what was found.
+        """The new parameters, optimizer state and other state of every local stage, and the scalars of the update.
 
-        `params` and `states` are donated; `before` and `after` are the non-parameter state at both ends of the step, of
-        which what forward does not change is handed on as it is.
-        `totals` are those of the last stage, where it is local.
+        Arguments:
+            params: Parameters by local stage; donated.
+            states: Optimizer state by local stage; donated.
+            gradients: Gradients of the summed loss, by local stage.
+            before: Other state at the start of the step. What forward does not change is handed on as it is.
+            after: Other state at the end of the step.
+            totals: The sum of the losses and their weight; read only where the last stage is local.
         """
         last = len(self._stages) - 1
         below: dict[int, Arrays] = dict.fromkeys(self._local, ())
@@ -247,7 +254,7 @@ class Optimizer:
     def _summary(
         self, square: jax.Array, totals: Arrays, good: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Scale of the gradients, whether the update is made, loss, norm, and whether all is finite."""
+        """Scale of the gradients, whether to update, loss, norm, and whether both are finite."""
         total, weight = totals
         counts = weight != 0
         divisor = jnp.where(counts, weight, 1)
@@ -282,16 +289,16 @@ class Optimizer:
 
 
 def parent(stage: int, num_stages: int) -> int:
-    """The stage that takes this one's sum and hands it the scalars of the update: a binary tree below the last stage.
+    """The stage that receives this one's sum, and sends it the scalars of the update: its parent in a binary tree.
 
-    So every stage has at most three others to do with, however many there are, and waits for as many hops as the tree
-    is deep. A parent comes after its children.
+    The last stage is the root, and a parent comes after its children. So every stage communicates with at most three
+    others, and waits for as many transfers as the tree is deep.
     """
     return num_stages - 1 - (num_stages - 2 - stage) // 2
 
 
 def _square(gradient: jax.Array) -> jax.Array:
-    """The sum of the squares of its elements, of complex ones of their absolute values."""
+    """The sum of the squared absolute values of its elements, which may be complex."""
     parts = (gradient.real, gradient.imag) if jnp.iscomplexobj(gradient) else (gradient,)
     wide = scalar_dtype()
     return sum((jnp.sum(jnp.square(part.astype(wide))) for part in parts), start=jnp.zeros((), wide))

@@ -12,15 +12,15 @@ ShapesByPath = Mapping[str, jax.ShapeDtypeStruct]
 
 @dataclass(frozen=True)
 class StageParameters:
-    """What the optimizer knows of a stage: where it is, its parameters and state."""
+    """What the optimizer knows of a stage: its submesh, parameters and state."""
 
     mesh: Mesh
     params: ShapesByPath
     state: ShapesByPath
     borrowed: frozenset[str] = frozenset()
-    """Tied parameters that another leaf owns: they get the owner's value after every update."""
+    """Tied parameters that another leaf owns: they receive its value after every update."""
     fixed: frozenset[str] = frozenset()
-    """State that forward leaves as it is, such as frozen weights and masks: an update does not touch it."""
+    """State that forward does not change, such as frozen weights and masks; updates do not touch it either."""
 
     @property
     def owned(self) -> dict[str, jax.ShapeDtypeStruct]:

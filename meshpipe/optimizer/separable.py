@@ -1,4 +1,4 @@
-"""Whether an Optax transformation can update every stage by itself, and which stages it updates in the same way."""
+"""Finds whether an Optax transformation can update each stage separately, and which stages it updates alike."""
 
 import re
 from collections import defaultdict
@@ -22,11 +22,12 @@ _NUMBER = re.compile(r"(?<![\w.])(-?\d+\.\d*(?:e[+-]?\d+)?)(?=:f)")
 
 
 def kinds_of_updates(transformation: optax.GradientTransformation, stages: Sequence[ShapesByPath]) -> list[Hashable]:
-    """For each stage, something that is equal for those whose states start and change in the same way but for names;
-    None where that cannot be told.
+    """For each stage, a key that is equal for stages whose states start and change alike, apart from the names of
+    leaves.
 
-    Masks and labels may look at names, so this is found in the traced programs of the whole model. Raises `ValueError`
-    when a stage's update would need another stage's gradients, which a stage does not have, or random numbers.
+    None for a stage of which that cannot be told. Masks and labels may depend on names, so the traced programs of the
+    whole model are compared. Raises `ValueError` when the update of a stage needs random numbers, or the gradients of
+    another stage, which are on other devices.
     """
     if len(stages) < 2:
         return [None] * len(stages)
@@ -45,7 +46,7 @@ def kinds_of_updates(transformation: optax.GradientTransformation, stages: Seque
 def describe_updates(
     transformation: optax.GradientTransformation, stages: Sequence[ShapesByPath], kinds: Sequence[Hashable]
 ) -> dict[str, str]:
-    """The traced update of all stages as a hash, and the numbers that stand in it, such as the learning rate.
+    """The traced update of all stages as a hash, and the constants in it, such as the learning rate.
 
     `kinds` are those of `kinds_of_updates`.
     """
@@ -78,7 +79,7 @@ def start_of_optimizer(params: ShapesByPath) -> Iterator[None]:
 
 @contextmanager
 def call_of_optimizer() -> Iterator[None]:
-    """Raises `ValueError` when the transformation asks for more than it is given; other errors of it get a note."""
+    """Raises `ValueError` when the transformation needs arguments that it does not get; its other errors get a note."""
     try:
         yield
     except Exception as error:

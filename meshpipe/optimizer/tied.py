@@ -1,4 +1,4 @@
-"""Parameters that are one although several stages use them, such as the embedding and the head of a language model."""
+"""Shared parameters of several stages, such as the embedding and the head of a language model."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,12 +12,11 @@ from meshpipe.sharding import Arrays, abstract, is_local
 
 
 class TiedLeaves:
-    """Groups of leaf paths that are one parameter.
+    """Groups of leaf paths that are one shared parameter.
 
-    The first of a group owns it: its gradient is the sum over the group, only it is updated and counted in the norm,
-    and the others receive its new value.
+    The first path of a group owns it. Its gradient is the sum over the group, only it is updated and counted in the
+    norm, and the others receive its new value. `name` is the prefix of the names of its transfers.
 
-    `name` begins the names of its transfers.
     Raises `ValueError` for a path that does not exist, is named twice, or has another shape than its owner.
     """
 
@@ -48,9 +47,9 @@ class TiedLeaves:
         self._add = jax.jit(jnp.add, donate_argnums=0)
 
     def sum_gradients(self, gradients: Mapping[int, Arrays]) -> dict[int, Arrays]:
-        """Adds every borrowed leaf's gradient to its owner's, in the order of the groups; the borrowed stays.
+        """Adds the gradient of every borrowed leaf to that of its owner, in the order of the groups.
 
-        By local stage, as everything here: where a pair has one end in another process, both take part.
+        Takes and returns values by local stage. If owner and borrower are in two processes, both must call it.
         """
         result = {s: list(leaves) for s, leaves in gradients.items()}
         for pair in self._pairs:
@@ -62,7 +61,7 @@ class TiedLeaves:
         return {s: tuple(leaves) for s, leaves in result.items()}
 
     def share_values(self, params: Mapping[int, Arrays]) -> dict[int, Arrays]:
-        """Gives every borrowed leaf a copy of its owner's value, so that they stay the same to the bit."""
+        """Gives every borrowed leaf a copy of its owner's value, so both stay equal to the bit."""
         result = {s: list(leaves) for s, leaves in params.items()}
         for pair in self._pairs:
             (s, i), (other, j) = pair.owner, pair.borrower
@@ -74,7 +73,7 @@ class TiedLeaves:
 
 
 class _Pair:
-    """A borrowed leaf and its owner, each as stage and place among its parameters."""
+    """A borrowed leaf and its owner, each as stage and number of the parameter."""
 
     def __init__(self, name: str, owner: tuple[int, int], borrower: tuple[int, int], stages: Sequence[StageParameters]):
         self.owner, self.borrower = owner, borrower
@@ -96,7 +95,7 @@ def _move(
     if jax.process_count() == 1:
         sharding = target.sharding
         return lambda leaf: jnp.copy(jax.device_put(leaf, sharding)) if donated else jax.device_put(leaf, sharding)
-    # Between processes, leaves have to lie on the source as they will on the target.
+    # Between processes, a leaf must have the same layout on the source as on the target.
     copy = jax.jit(jnp.copy, out_shardings=NamedSharding(source, target.sharding.spec))
     between = transfer_between(name, source, (target,))
 
