@@ -1,4 +1,4 @@
-"""Models whose layers are written to be read."""
+"""Example models, whose layers are written to be read."""
 
 from meshpipe.models.language_model import LanguageModelConfig as LanguageModelConfig
 from meshpipe.models.model import LayerConstructor as LayerConstructor

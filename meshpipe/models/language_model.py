@@ -37,27 +37,28 @@ class LanguageModelConfig(ModelConfig):
     input: ClassVar[str] = "inputs"
 
     d_model: int = 64
-    """Features of every position between the layers."""
+    """Number of features of every position between the layers."""
     num_blocks: int = 6
-    """Transformer blocks, each a layer."""
+    """Number of transformer blocks; each is a layer."""
     num_heads: int = 4
-    """Attention heads per block; d_model must be a multiple of twice this."""
+    """Number of attention heads per block; d_model must be a multiple of twice this."""
     num_kv_heads: int = 2
-    """Key and value heads, shared by equal groups of heads; as many as heads for plain multi-head attention."""
+    """Number of key and value heads, shared by equal groups of heads; the number of heads is plain multi-head
+    attention."""
     d_hidden: int = 192
-    """Hidden units of every block's SwiGLU."""
+    """Number of hidden units of every block's SwiGLU."""
     vocab_size: int = 256
-    """Kinds of token; bytes need 256."""
+    """Number of different tokens; bytes need 256."""
     rope_theta: float = 10_000.0
     """Base of the wavelengths of the rotary positions, which reach up to about 6 * theta tokens."""
     tie_embedding: bool = False
     """Whether the head uses the embedding as its weights, or weights of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters are float32. bfloat16 is for accelerators."""
+    """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
 
     @classmethod
     def debug(cls) -> "LanguageModelConfig":
-        """The smallest that has everything: 2 blocks, 2 heads sharing 1 key-value head, 35 thousand parameters."""
+        """The smallest with every part: 2 blocks, 2 heads sharing 1 key-value head, 35 thousand parameters."""
         return cls(d_model=32, num_blocks=2, num_heads=2, num_kv_heads=1, d_hidden=64)
 
     @classmethod
@@ -177,7 +178,7 @@ class SwiGLU(nnx.Module):
 
 
 class LanguageModelHead(nnx.Module):
-    """The last norm, and one logit per token of the vocabulary."""
+    """The final norm, and one logit per token of the vocabulary."""
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
         self.norm = rms_norm(config, rngs)

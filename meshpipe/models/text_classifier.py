@@ -37,19 +37,19 @@ class TextClassifierConfig(ModelConfig):
     input: ClassVar[str] = "inputs"
 
     d_model: int = 256
-    """Features of every position between the layers."""
+    """Number of features of every position between the layers."""
     num_blocks: int = 2
-    """Transformer blocks, each a layer, between the embedding layer and the head layer."""
+    """Number of transformer blocks between the embedding and the head; each is a layer."""
     num_heads: int = 8
-    """Attention heads per block; d_model must be a multiple of twice this."""
+    """Number of attention heads per block; d_model must be a multiple of twice this."""
     num_classes: int = 10
-    """Classes to tell apart."""
+    """Number of classes."""
     vocab_size: int = 256
-    """Kinds of input; 256 for bytes."""
+    """Number of different inputs; 256 for bytes."""
     dropout_rate: float = 0.0
-    """Share of a branch's features zeroed in training; 0 turns dropout off."""
+    """Share of a branch's features that dropout zeroes in training, 0 to 1; 0 turns it off."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters are float32. bfloat16 is for accelerators."""
+    """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
 
     @classmethod
     def small(cls) -> "TextClassifierConfig":
@@ -84,7 +84,7 @@ class TextClassifierConfig(ModelConfig):
 
 
 class ConvolutionEmbedding(nnx.Module):
-    """Byte embeddings, to which two convolutions add what stands next to each byte."""
+    """Byte embeddings, to which two convolutions add the neighbourhood of each byte."""
 
     def __init__(self, config: TextClassifierConfig, *, rngs: nnx.Rngs) -> None:
         width, dtype = config.d_model, config.dtype

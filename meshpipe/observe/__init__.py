@@ -1,1 +1,1 @@
-"""What really happened in a step: times, hangs, numbers that are not finite."""
+"""What happened in a step: times, hangs, numbers that are not finite."""

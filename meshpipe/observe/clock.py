@@ -1,4 +1,4 @@
-"""When each action and transfer of a real step ran."""
+"""Measures when each action and transfer of a step ran."""
 
 import time
 from collections import deque
@@ -17,12 +17,13 @@ from meshpipe.plan.simulate import Timeline
 from meshpipe.sharding import Arrays
 
 MOST_WAITING = 8
-"""Results of one rank that are waited for at once: enough that its devices have work, and few to hold in memory."""
+"""Most results of one rank that may be unfinished at once: enough to keep its devices busy, and few to hold in
+memory."""
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """One step as it ran, in seconds from its first dispatch."""
+    """One measured step, in seconds from its first dispatch."""
 
     timeline: Timeline
     """Of the ranks that live here."""
@@ -33,15 +34,17 @@ class MeasuredStep:
 
 
 class StepClock:
-    """Observes a step and times it without holding it up: a thread for every rank waits for its results in turn.
+    """Observes a step and times it without delaying it: one thread per rank waits for its results in turn.
 
-    JAX tells when an array is ready, not when its computation began. So an action starts when the one before it on its
-    rank has ended, when what it reads has arrived, or when it was dispatched, whichever is last; that is its true start
-    wherever a device runs one program at a time.
+    JAX reports when an array is ready, not when its computation began. So an action counts as started once the action
+    before it on its rank has ended, its inputs have arrived, and it has been dispatched. That is its true start where a
+    device runs one program at a time.
     """
 
     def __init__(self, plan: Plan, added: Iterable[Arrays]):
-        """`added` has examples of the arrays that actions add to, for which a probe is compiled before the step."""
+        """`added` has examples of the arrays that actions accumulate into; probes for them are compiled before the
+        step.
+        """
         self._plan = plan
         for arrays in added:
             if arrays:
@@ -59,7 +62,7 @@ class StepClock:
         self._dispatch = time.perf_counter()
 
     def finish(self) -> MeasuredStep:
-        """Waits for the end of the step."""
+        """Waits until the step has ended."""
         starts: dict[Action, float] = {}
         ends: dict[Action, float] = {}
         transfers: dict[Transfer, tuple[float, float]] = {}
@@ -96,7 +99,7 @@ class StepClock:
 def measure_step(
     executor: Executor, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
 ) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays, MeasuredStep]:
-    """What `Executor.run` gives, after waiting for it, and when each action and transfer ran."""
+    """Runs a step, waits for it, and returns what `Executor.run` returns and when each action and transfer ran."""
     examples = executor.accumulators()
     jax.block_until_ready((params, state, inputs, examples))
     clock = StepClock(executor.plan, examples)
@@ -109,7 +112,7 @@ def _side(transfer: Transfer) -> tuple[int, int, str]:
 
 
 class _Lane:
-    """A thread that notes in turn when arrays are ready, and holds few of them."""
+    """A thread that records in turn when arrays are ready, and holds few of them."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "clock")

@@ -1,4 +1,4 @@
-"""Finding where a step first stopped being finite, by running it again layer by layer."""
+"""Finds where a step first stopped being finite, by running it again layer by layer."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,10 +15,10 @@ from meshpipe.sharding import replicated, scalar_dtype, widened
 def first_non_finite(
     model: StagedModel, params: Leaves, state: Leaves, seed: int, step: int, batch: Mapping[str, Any]
 ) -> str:
-    """What was not finite first, in words, with stage, microbatch and layer.
+    """The first value that was not finite, in words, with stage, microbatch and layer.
 
-    Forward is run again microbatch by microbatch and layer by layer on the submeshes, then backward from the loss down.
-    Slow, and only for a step that has failed; `params` and `state` are those before it.
+    Runs forward again on the submeshes, microbatch by microbatch and layer by layer, then backward from the loss down.
+    It is slow, and meant for a step that has failed. `params` and `state` are those before that step.
     """
     for path, leaf in params.items():
         if not _all_finite([leaf]):

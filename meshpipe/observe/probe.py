@@ -1,11 +1,11 @@
-"""A few bytes that are there as soon as an array is, so that whoever waits for it does not hold it."""
+"""A few bytes that are ready as soon as an array is, so that waiting for the array does not keep it alive."""
 
 from collections.abc import Sequence
 
 import jax
 
 SMALL = 4096
-"""Bytes of an array that may be held as it is."""
+"""Arrays of at most this many bytes are held as they are."""
 
 
 def smallest(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -13,10 +13,10 @@ def smallest(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def probe(arrays: Sequence[jax.Array]) -> jax.Array | None:
-    """What is ready when the arrays of one program are; None where there are none.
+    """An array that is ready when the arrays of one program are; None if there are none.
 
-    The smallest of them, or one element of it, from its part on the first device of this process: no device sends
-    anything. A program ends on all devices of a submesh at about the same time.
+    It is the smallest of them, or one element of that, from its shard on the first device of this process, so devices
+    do not communicate. A program ends on all devices of a submesh at about the same time.
     """
     if not arrays:
         return None

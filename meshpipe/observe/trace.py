@@ -1,4 +1,4 @@
-"""A file of measured steps that Perfetto and chrome://tracing can show.
+"""Writes measured steps to a file that Perfetto and chrome://tracing can show.
 
 Format: Trace Event Format, complete (X) and metadata (M) events, times in microseconds.
 """
@@ -14,11 +14,11 @@ from meshpipe.observe.clock import MeasuredStep
 from meshpipe.plan.plan import Action
 
 COMPUTE = 0
-"""Track of a rank's computation; what it receives from rank r stands on track r + 1."""
+"""The track of a rank's computation; what it receives from rank r is on track r + 1."""
 
 
 def check_trace(path: str | None) -> None:
-    """Raises `ValueError` when the file of a trace cannot be written."""
+    """Raises `ValueError` when the trace file cannot be written."""
     if path is None:
         return
     file = Path(path)
@@ -28,7 +28,7 @@ def check_trace(path: str | None) -> None:
 
 
 def write_trace(file: str | Path, steps: Mapping[int, MeasuredStep]) -> None:
-    """Writes the measured steps, by their numbers, at the times at which they ran: a process a rank."""
+    """Writes the measured steps, by step number, at the times when they ran; each rank is a process of the trace."""
     first = min(step.begin for step in steps.values())
     events = [event for number, step in steps.items() for event in _events(number, step, step.begin - first)]
     used = sorted({(event["pid"], event["tid"]) for event in events})

@@ -1,4 +1,4 @@
-"""Ends a run whose step does not, and says what each rank waits for."""
+"""Ends a run whose step does not end, and says what each rank is waiting for."""
 
 import sys
 import threading
@@ -18,10 +18,10 @@ POLL_SECONDS = 0.25
 
 
 class Watchdog:
-    """While entered, calls `fail` with a message when no step has ended for `timeout` seconds.
+    """A context that calls `fail` with a message when no step has ended for `timeout` seconds; 0 watches nothing.
 
-    It observes the steps and keeps a few bytes of every action until the next step, to see which are not there.
-    The first step has no limit: compiling and connecting take their time. A timeout of 0 watches nothing.
+    It observes steps and holds a few bytes of every action until the next step, to see which of them are not ready. The
+    first step has no limit, since compiling and connecting may take long.
     """
 
     def __init__(self, plan: Plan, timeout: float, fail: Callable[[str], object]) -> None:
@@ -51,7 +51,7 @@ class Watchdog:
         self._seen.append((instruction, probe(made)))
 
     def waiting(self) -> list[str]:
-        """For each rank of this process the action that it waits in, and what has not arrived for it."""
+        """For each rank of this process, the action that it is waiting in, and which inputs of it have not arrived."""
         lines: dict[int, str] = {}
         ranks = {instruction.rank for instruction, _ in self._seen if isinstance(instruction, Compute)}
         missing = {i.target: i for i, array in self._seen if isinstance(i, Transfer) and not _is_there(array)}
@@ -76,7 +76,7 @@ class Watchdog:
 
 
 def _is_there(array: Any) -> bool:
-    """What leaves nothing to look at (it only adds to gradients) counts as done with what comes after it."""
+    """An action that leaves nothing to wait for (it only accumulates gradients) counts as done when the next one is."""
     try:
         return array is None or bool(array.is_ready())
     except RuntimeError:  # deleted, so somebody has taken it over

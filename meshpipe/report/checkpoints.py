@@ -1,4 +1,4 @@
-"""What is known of saved checkpoints, as tables."""
+"""Tables of saved checkpoints."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from meshpipe.report.tables import format_bytes, make_table
 
 
 def checkpoint_table(checkpoints: Sequence[CheckpointInfo]) -> Table:
-    """A row a checkpoint: its step, size, time, and the layout it was saved from."""
+    """One row per checkpoint: step, size, time, and the layout that it was saved from."""
     table = make_table("step", "bytes", "saved", "recipe", "layout", right=("step", "bytes"))
     for info in checkpoints:
         recipe = _plain(info.metadata.get("recipe", ""))
@@ -25,7 +25,7 @@ def checkpoint_table(checkpoints: Sequence[CheckpointInfo]) -> Table:
 
 
 def print_checkpoint(console: Console, info: CheckpointInfo) -> None:
-    """What a checkpoint says of its run, and a row for each of its leaves."""
+    """What a checkpoint says about its run, and one row per leaf."""
     console.print(f"step {info.step}, {format_bytes(info.bytes)}, saved {_time(info)}")
     console.print(_plain(f"layout: {_layout(info)}"))
     for name, value in info.metadata.items():
@@ -57,5 +57,5 @@ def _time(info: CheckpointInfo) -> str:
 
 
 def _plain(text: Any) -> Text:
-    """Text from a file, as it is: no markup, and nothing that moves a terminal's cursor."""
+    """Text from a file, made safe to print: without markup, and without control characters."""
     return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)))

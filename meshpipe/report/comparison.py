@@ -1,4 +1,4 @@
-"""Every schedule on one model, side by side, in simulation."""
+"""Compares all schedules on one model, in simulation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,16 +18,16 @@ class Comparison:
     schedule: str
     stages_per_rank: int | None
     timeline: Timeline | None
-    """With memory; in seconds if costs are known, else in forwards of all layers of a rank. None where the schedule
-    does not fit."""
+    """Its timeline, with memory; in seconds if costs are known, else in forwards of all layers of a rank. None where
+    the schedule does not fit."""
     reason: str = ""
     """Why it does not fit."""
 
 
 def compare_schedules(chooser: Chooser, costs: ModelCosts | None) -> Iterator[Comparison]:
-    """Every training schedule with the fewest stages per rank that it takes, or with those asked for if it takes them.
+    """Every training schedule, with the requested number of stages per rank if it allows that, else with the fewest.
 
-    With costs, that are given or that the chooser's config asks for, also `auto`.
+    With costs, given or asked for by the chooser's config, `auto` is compared too.
     """
     config = chooser.config
     if costs is None and config.needs_costs:

@@ -1,4 +1,4 @@
-"""Pictures of timelines: a row a rank, time to the right, and below them what each rank holds."""
+"""Draws timelines: one row per rank, time to the right, and below them the memory of each rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Panel:
 
 
 def check_picture(file: Path, flag: str = "--plot") -> None:
-    """Raises `ValueError` when a picture cannot be drawn into that file."""
+    """Raises `ValueError` when a picture cannot be written to that file."""
     if not has_matplotlib():
         raise ValueError(f"{flag} needs matplotlib. Install it by: pip install 'meshpipe[plot]'.")
     from matplotlib.backend_bases import FigureCanvasBase
@@ -55,9 +55,9 @@ def has_matplotlib() -> bool:
 
 
 def draw_timelines(panels: Sequence[Panel], file: Path) -> None:
-    """Draws timelines below each other, each with its memory where that is known; call `check_picture` first.
+    """Draws timelines below each other, each with its memory if that is known; call `check_picture` first.
 
-    Panels of one unit share their time axis, so that lengths compare.
+    Panels with the same unit share their time axis, so lengths can be compared.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -79,7 +79,7 @@ def draw_timelines(panels: Sequence[Panel], file: Path) -> None:
 
 
 def _heights(timeline: Timeline) -> list[float]:
-    """Inches of the rows of ranks, and of the curve of memory."""
+    """Heights in inches of the rows of ranks, and of the memory curve."""
     rows = 0.7 + 0.42 * timeline.plan.num_ranks
     return [rows, 1.6] if timeline.memory else [rows]
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of a run for people: layout, stages, plan, memory."""
+"""Tables and pictures of a run: layout, stages, plan, memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from meshpipe.report.tables import count_of, describe_layers, format_bytes, make
 
 @runtime_checkable
 class Stage(Protocol):
-    """What the tables need of a stage."""
+    """What the tables show of a stage."""
 
     @property
     def index(self) -> int: ...
@@ -36,7 +36,7 @@ class Stage(Protocol):
 
 
 def layout_lines(recipe: str, model: StagedModel) -> list[str]:
-    """What runs where, in three lines, and what else there is to say of the model."""
+    """What runs where, in three lines, and the notes about the model."""
     parameters = sum(stage.parameter_count for stage in model.stages)
     stages = "  ".join(f"{s.index} (rank {s.rank}) {describe_layers(s.layers)}" for s in _abridge(model.stages))
     return [
@@ -49,14 +49,14 @@ def layout_lines(recipe: str, model: StagedModel) -> list[str]:
 
 
 def _how_chosen(model: StagedModel) -> str:
-    """How stages were cut, unless evenly, and where the costs are from, if there are any."""
+    """How stages were cut, unless evenly, and where costs come from, if there are any."""
     partition = model.config.partition
     cut = "" if partition == "even" else f", partition {partition}"
     return cut if model.layer_costs is None else f"{cut}, {model.layer_costs.describe()}"
 
 
 def _remat(model: StagedModel) -> str:
-    """One name where all stages have the same, else one for each; after `auto` where they were chosen."""
+    """One name if all stages have the same, else one per stage; preceded by `auto` if they were chosen."""
     names = model.remat or ()
     text = names[0] if len(set(names)) == 1 else " ".join(names)
     return f"auto ({text})" if model.config.remat == "auto" else text
@@ -69,7 +69,7 @@ def _microbatches(model: StagedModel) -> str:
 
 
 def _mesh_sizes(model: StagedModel) -> str:
-    """The axes without the platform, since a plan is for whatever devices there will be."""
+    """The axes without the platform: a plan is for whatever devices will run it."""
     count = model.mesh.devices.size
     return " x ".join(f"{axis} {size}" for axis, size in model.mesh.shape.items()) + f" = {count_of(count, 'device')}"
 
@@ -79,9 +79,9 @@ def _abridge(stages: Sequence[Stage], longest: int = 8) -> Sequence[Stage]:
 
 
 def stage_table(stages: Sequence[Stage], layer_names: Sequence[str], remat: Sequence[str] = ()) -> Table:
-    """A row a stage: its rank, its layers by class, parameters and their bytes over the whole submesh.
+    """One row per stage: rank, layers by class, number of parameters, and their bytes over the whole submesh.
 
-    `remat` has the rematerialisation of every stage, or is left out.
+    `remat` has the rematerialisation of every stage; without it, that column is left out.
     """
     names = ("stage", "rank", "layers", "kinds", "parameters", "bytes", *(("remat",) if remat else ()))
     table = make_table(*names, right=("stage", "rank", "parameters", "bytes"))
@@ -115,7 +115,7 @@ def _run_lengths(names: Sequence[str]) -> str:
 
 
 def memory_table(ranks: Sequence[RankMemory]) -> Table:
-    """A row a rank: what each of its devices holds at the peak of a step."""
+    """One row per rank: what each of its devices holds at the peak of a step."""
     names = ("parameters", "gradients", "optimizer", "batch", "activations", "sum", "live microbatches")
     table = make_table("rank", *names, right=("rank", *names))
     for rank in ranks:
@@ -141,7 +141,7 @@ class Difference(Protocol):
 
 
 def difference_table(differences: Iterable[Difference]) -> Table:
-    """A row a layer and quantity: its largest difference and what is allowed."""
+    """One row per layer and quantity: the largest difference, and what is allowed."""
     table = make_table("layer", "quantity", "difference", "allowed", "", right=("difference", "allowed"))
     for d in differences:
         mark = "" if d.ok else "differs"
@@ -152,7 +152,7 @@ def difference_table(differences: Iterable[Difference]) -> Table:
 def print_plan(
     console: Console, recipe: str, model: StagedModel, transformation: optax.GradientTransformation, plot: Path | None
 ) -> None:
-    """Everything that is known of a step before it runs: mesh, stages, order of work, bubble and memory."""
+    """Everything known about a step before it runs: mesh, stages, order of work, bubble and memory."""
     costs = model.layer_costs
     times = model.stage_costs or Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
     memory = stage_memory(model, transformation)
@@ -177,7 +177,7 @@ def print_plan(
 
 
 def _unsplit(model: StagedModel, memory: Sequence[StageMemory]) -> Iterator[str]:
-    """Says where a plan splits a backward that cannot be split, so that its weight part is left with nothing."""
+    """Says where a plan splits a backward that cannot be split, so that its weight part is empty."""
     splits = any(action.op is Op.BACKWARD_WEIGHT for action in model.plan.actions)
     whole = [s for s, kept in enumerate(memory) if splits and kept.kept_for_weights + kept.made_for_weights == 0]
     if whole:
@@ -201,7 +201,7 @@ def print_comparison(console: Console, recipe: str, config: PipelineConfig, comp
 
 
 def comparison_table(comparisons: Iterable[Comparison], *, in_seconds: bool = False) -> Table:
-    """A row a schedule: its step, bubble and memory in simulation, or why it does not fit."""
+    """One row per schedule: step, bubble and memory in simulation, or why it does not fit."""
     step = "step, s" if in_seconds else "step"
     names = ("stages per rank", step, "bubble", "bubble between steps", "live activations", "memory")
     table = make_table("schedule", *names, "", right=names)

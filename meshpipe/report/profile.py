@@ -1,4 +1,4 @@
-"""What layers cost, and what cutting them by it would bring, as tables."""
+"""Tables of what layers cost, and of what cutting by these costs would gain."""
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +11,7 @@ from meshpipe.report.tables import describe_layers, format_bytes, make_table
 
 
 def print_profile(console: Console, costs: ModelCosts, before: StagedModel, after: StagedModel) -> None:
-    """The costs of every layer, and the stages and predicted steps of the cut that there is and of the proposed one."""
+    """The costs of every layer, and the stages and predicted steps of the current and of the proposed cut."""
     setting = costs.setting
     console.print(
         f"Measured on {costs.device} (data {setting.data} x tensor {setting.tensor}) in {costs.seconds:.1f} s: "
@@ -35,7 +35,7 @@ def print_profile(console: Console, costs: ModelCosts, before: StagedModel, afte
 
 
 def layer_table(costs: ModelCosts) -> Table:
-    """A row a layer: the milliseconds of its programs, and its bytes."""
+    """One row per layer: milliseconds of its programs, and bytes."""
     names = ("F", "B", "I", "W", "transfer", "parameters", "activations")
     table = make_table("layer", "kind", *names, right=("layer", *names))
     for index, layer in enumerate(costs.layers):
@@ -46,7 +46,7 @@ def layer_table(costs: ModelCosts) -> Table:
 
 
 def cut_table(models: dict[str, StagedModel]) -> Table:
-    """A row for each stage of each cut: milliseconds of one microbatch, and of all the work of its rank in a step."""
+    """One row per stage of each cut: milliseconds of one microbatch, and of all work of its rank in a step."""
     right = ("stage", "rank", "a microbatch", "rank busy a step", "step", "bubble")
     table = make_table("cut", "stage", "rank", "layers", *right[2:], right=right)
     for name, model in models.items():

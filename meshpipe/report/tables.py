@@ -1,4 +1,4 @@
-"""What every table and line for people is made with."""
+"""What all tables and printed lines are made with."""
 
 from collections.abc import Iterable
 
@@ -6,11 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 PLAIN_WIDTH = 240
-"""Characters of a line where the output is no terminal, so that no row is folded in a file or a pipe."""
+"""Width in characters where the output is not a terminal, so that no row is wrapped in a file or a pipe."""
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Standard output, or error, or none: as wide as the terminal, or wide enough for any table."""
+    """A console for standard output, standard error or nothing: as wide as the terminal, or wide enough for any
+    table.
+    """
     console = Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet)
     if console.is_terminal:
         return console
@@ -18,7 +20,7 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def make_table(*columns: str, right: Iterable[str] = ()) -> Table:
-    """An empty table that stays readable in a file: columns apart by spaces, numbers to the right."""
+    """An empty table that stays readable in a file: columns separated by spaces, numbers to the right."""
     right = set(right)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for name in columns:
@@ -35,7 +37,7 @@ def count_of(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def format_bytes(count: int | float) -> str:
-    """Bytes in three digits and a unit of 1000: `1.5 GB`."""
+    """Bytes with two or three digits and a decimal unit: `1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
