@@ -1,14 +1,14 @@
-"""Draws orders of work as text: a row a rank, a column a unit of time."""
+"""Draws the orders of ranks as text: one row per rank, one column per unit of time."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 Cell = TypeVar("Cell")
-"""What prints as the text of a cell: an action."""
+"""Anything that prints as the text of a cell, such as an action."""
 
 
 def time_columns(orders: Sequence[Sequence[Cell]], starts: Mapping[Cell, float]) -> list[list[int]]:
-    """The column of every cell: its whole time; cells that never start follow each other after all that do."""
+    """The column of every cell: its start in whole units. Cells that never start come after all that do."""
     stuck_from = int(max(starts.values(), default=-1)) + 1
     columns = []
     for order in orders:
@@ -25,10 +25,10 @@ def draw(
     place: tuple[int, int] | None = None,
     width: int | None = None,
 ) -> str:
-    """Draws each rank's cells at the given columns and dots between them.
+    """Draws the cells of each rank at the given columns, with dots between them.
 
     `place` is a rank and an index in its order: that cell is put in brackets. `width` is the most characters in a row:
-    of longer rows only the part around the place, or else the beginning, is drawn.
+    of longer rows, only the part around the place is drawn, or else the beginning.
     """
     cell = max((len(str(action)) for order in orders for action in order), default=1)
     label = len(f"rank {max(len(orders) - 1, 0)}")

@@ -1,4 +1,4 @@
-"""What each layer of a model costs: times and bytes that were measured or given, as plain data with a JSON form."""
+"""Costs of the layers of a model, times and bytes, measured or given: plain data with a JSON form."""
 
 import json
 import math
@@ -15,22 +15,24 @@ from meshpipe.plan.simulate import Costs
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """One layer as a stage of its own; the last one with the loss. Times are of one microbatch, in seconds."""
+    """The costs of one layer as a stage of its own; the last layer with the loss. Times are per microbatch, in
+    seconds.
+    """
 
     kind: str
     """Name of its class."""
     forward: float
     backward: float
     backward_input: float
-    """The first part of a backward in two: the gradient of the input."""
+    """The first part of a split backward: the gradient of the input."""
     backward_weight: float
     """The second part: the gradients of the parameters."""
     transfer: float
-    """Until its output is on the next rank; 0 where there is none to move it to."""
+    """The time to move its output to the next rank; 0 if there is no other rank."""
     parameter_bytes: int
     """On each device of the rank."""
     activation_bytes: int
-    """What its forward keeps of one microbatch, on each device of the rank."""
+    """Bytes that its forward stores of one microbatch, on each device of the rank."""
 
     def time(self, op: Op) -> float:
         return {
@@ -47,10 +49,10 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the costs of layers depend on, beside the layers."""
+    """What the costs depend on, besides the layers."""
 
     microbatch_size: int
-    """Examples, over the whole data axis."""
+    """Number of examples, over the whole data axis."""
     data: int
     tensor: int
     remat: str
@@ -58,25 +60,25 @@ class Setting:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """The costs of all layers, in order, and where they are from."""
+    """The costs of all layers, in order, and where they come from."""
 
     layers: tuple[LayerCosts, ...]
     setting: Setting
     device: str
-    """What they were measured on, e.g. `cpu`."""
+    """The platform that they were measured on, e.g. `cpu`."""
     seconds: float
-    """How long measuring took."""
+    """How long measuring took, in seconds."""
     file: str | None = None
-    """Where they were read from; None where they were measured by this process."""
+    """The file that they were read from; None if this process measured them."""
 
     def describe(self) -> str:
-        """Where the costs are from, in a few words."""
+        """Where the costs come from, in a few words."""
         if self.file is not None:
             return f"costs of {self.file}, measured on {self.device}"
         return f"costs measured on {self.device} in {self.seconds:.1f} s"
 
     def of_stages(self, cuts: Sequence[range]) -> Costs:
-        """The times of stages made of these layers, sums over them; of the transfers between stages the longest."""
+        """The times of stages, as sums over their layers; the longest of the transfers between stages."""
         times: dict[Op | tuple[int, Op], float] = {
             (stage, op): sum(self.layers[layer].time(op) for layer in cut)
             for stage, cut in enumerate(cuts)
@@ -85,7 +87,7 @@ class ModelCosts:
         return Costs(times, max((self.layers[cut[-1]].transfer for cut in cuts[:-1]), default=0.0))
 
     def check(self, kinds: Sequence[str], setting: Setting) -> None:
-        """Raises `ValueError` when they are the costs of other layers, or were taken in another setting."""
+        """Raises `ValueError` for the costs of other layers, or of another setting."""
         found = [layer.kind for layer in self.layers]
         source = self.file or "measuring"
         if len(found) != len(kinds):

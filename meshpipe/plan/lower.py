@@ -1,4 +1,4 @@
-"""From a plan to the program that carries it out: which buffers move and die when, in one order for every process."""
+"""Turns a plan into a program: when buffers move and when they are freed, in one order for all processes."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import Literal, TypeAlias
 from meshpipe.plan.plan import Action, Op, Plan
 
 Kind: TypeAlias = Literal["x", "y", "r", "dy", "dx", "w"]
-"""What a buffer holds: `x` the input of a stage (of every stage but 0, which reads the batch), `y` an output that is to
-move to another rank, `r` what forward leaves for backward, `dy` the gradient of a stage's output, `dx` the gradient of
-its input that is to move, `w` what the backward of the input leaves for the backward of the weights."""
+"""What a buffer holds. `x`: the input of a stage (stage 0 reads the batch instead). `y`: an output that is to move to
+another rank. `r`: what forward stores for backward. `dy`: the gradient of a stage's output. `dx`: the gradient of its
+input, which is to move. `w`: what the input part of a split backward stores for the weight part."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Buffer:
-    """The name of one value of one microbatch at a stage; prints as `x2.0` for stage 2 and microbatch 0."""
+    """The name of a value of one microbatch at a stage; prints as `x2.0` for stage 2 and microbatch 0."""
 
     kind: Kind
     stage: int
@@ -27,7 +27,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run an action on its rank; the batch, parameters, loss and gradients that it also touches are not buffers."""
+    """Run an action on its rank. Batch, parameters, loss and gradients, which it uses too, are not buffers."""
 
     rank: int
     action: Action
@@ -53,7 +53,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """Let go of buffers of one rank: the instruction before was their last use."""
+    """Free buffers of one rank: the instruction before was their last use."""
 
     rank: int
     buffers: tuple[Buffer, ...]
@@ -64,7 +64,7 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """Sum the gradients of a stage, and in the last stage the loss, over the data axis of its rank."""
+    """All-reduce the gradients of a stage, and in the last stage the loss, over the data axis of its rank."""
 
     rank: int
     stage: int
@@ -80,8 +80,8 @@ Instruction: TypeAlias = Compute | Transfer | Free | Reduce
 class Program:
     """A plan's instructions in one global order, which is the same in every process.
 
-    A process carries out those of its own ranks in this order. As both sides of every transfer meet in the same order,
-    no two processes can wait for each other.
+    A process runs the instructions of its own ranks in this order. Both sides of every transfer then have the same
+    order of transfers, so no two processes can wait for each other.
     """
 
     plan: Plan
@@ -104,10 +104,12 @@ class Program:
 
 
 def lower(plan: Plan, *, reduces: bool = False) -> Program:
-    """The program of a valid plan, in time about linear in the number of its actions.
+    """The program of a valid plan, made in time about linear in the number of its actions.
 
-    `reduces` where ranks split microbatches over several devices: every stage sums over them once, after its last
-    action.
+    Arguments:
+        plan: A valid plan; it is not checked again.
+        reduces: Whether ranks split microbatches over a data axis, so that every stage all-reduces its gradients once,
+            after its last action.
     """
     computes = [name_buffers(plan, action) for action in order_actions(plan)]
     instructions = add_frees(add_transfers(plan, computes))
@@ -124,7 +126,9 @@ def order_actions(plan: Plan) -> list[Action]:
 
 
 def name_buffers(plan: Plan, action: Action) -> Compute:
-    """The action with the buffers it reads and writes; what stays on the rank is written where it will be read."""
+    """The action, with the buffers that it reads and writes. A value that stays on its rank is written where it is
+    read.
+    """
     stage, ranks = action.stage, plan.stage_ranks
     is_first, is_last = stage == 0, stage == plan.num_stages - 1
     reads: list[tuple[Kind, int]] = []
@@ -154,7 +158,9 @@ def _buffers(names: list[tuple[Kind, int]], microbatch: int) -> tuple[Buffer, ..
 
 
 def add_transfers(plan: Plan, computes: Iterable[Compute]) -> Iterator[Compute | Transfer]:
-    """Every output `y` moves to the next stage's `x`, and every `dx` to the previous stage's `dy`, once computed."""
+    """Adds the transfers: as soon as computed, `y` moves to the next stage's `x`, and `dx` to the previous stage's
+    `dy`.
+    """
     for compute in computes:
         yield compute
         for source in compute.writes:
@@ -168,7 +174,7 @@ def add_transfers(plan: Plan, computes: Iterable[Compute]) -> Iterator[Compute |
 
 
 def add_frees(instructions: Iterable[Compute | Transfer]) -> Iterator[Instruction]:
-    """Every buffer is freed directly after the last instruction that reads it."""
+    """Frees every buffer directly after the last instruction that reads it."""
     instructions = list(instructions)
     last_use = {buffer: index for index, instruction in enumerate(instructions) for buffer in _reads(instruction)}
     for index, instruction in enumerate(instructions):
@@ -179,9 +185,9 @@ def add_frees(instructions: Iterable[Compute | Transfer]) -> Iterator[Instructio
 
 
 def add_reductions(instructions: Iterable[Instruction]) -> Iterator[Instruction]:
-    """Every stage reduces once nothing more is added to its gradients, while others are still at work.
+    """Adds the reduction of every stage after its last action, while other stages are still at work.
 
-    What its last action hands to another rank goes first.
+    What the last action sends to another rank goes first, since that rank may wait for it.
     """
     instructions = list(instructions)
     last = {i.action.stage: index for index, i in enumerate(instructions) if isinstance(i, Compute)}

@@ -1,4 +1,4 @@
-"""Cutting the list of layers into stages."""
+"""Cuts the list of layers into stages."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
@@ -6,10 +6,10 @@ from itertools import accumulate, pairwise
 from meshpipe.errors import ArgumentError
 
 CUTS_TRIED = 200_000
-"""Stages placed in each search for a cut of several stages per rank: about half a second."""
+"""How many stages each search for a cut with several stages per rank may place: about half a second."""
 
 ALIKE = 0.01
-"""Share by which times may differ and still count as equal: measurements are no more exact."""
+"""Times that differ by less than this share count as equal: measurements are no more exact."""
 
 
 def partition_evenly(num_layers: int, num_stages: int) -> tuple[range, ...]:
@@ -49,20 +49,24 @@ def partition_at(num_layers: int, num_stages: int, boundaries: Sequence[int]) ->
 
 
 def partition(num_layers: int, num_stages: int, boundaries: Sequence[int] | None = None) -> tuple[range, ...]:
-    """The layers of every stage: at the boundaries where they are given, else evenly."""
+    """The layers of every stage, cut at the boundaries if given, else evenly."""
     if boundaries is None:
         return partition_evenly(num_layers, num_stages)
     return partition_at(num_layers, num_stages, boundaries)
 
 
 def partition_by_cost(costs: Sequence[float], stage_ranks: Sequence[int]) -> tuple[range, ...]:
-    """Contiguous runs such that the slowest rank takes the least time.
+    """Contiguous runs of layers such that the slowest rank takes the least time.
 
-    `costs` has the time of each layer, 0 or more, and `stage_ranks` the rank of each stage. For one stage per rank the
-    cut is exact, and stages below the slowest are made as equal as they can be. For several, of the cuts whose slowest
-    rank is within 1 % of the least, it is one whose slowest stage takes the least time, so that a pipeline fills fast;
-    exact too, unless the search ends first (dozens of layers), and then the best found. Raises `ValueError` when there
-    are fewer layers than stages.
+    With one stage per rank, the cut is exact, and the other stages are as equal as possible. With several, the cut is
+    one whose slowest rank is within 1 % of the least, and whose slowest stage takes the least time, so that a pipeline
+    fills fast. It is exact too, unless the search ends first (dozens of layers); then it is the best that was found.
+
+    Arguments:
+        costs: The time of each layer, 0 or more, in any unit.
+        stage_ranks: The rank of each stage.
+
+    Raises `ValueError` when there are fewer layers than stages.
     """
     partition_evenly(len(costs), len(stage_ranks))
     edges = _edges_for_slowest_stage(costs, len(stage_ranks))
@@ -75,7 +79,9 @@ def partition_by_cost(costs: Sequence[float], stage_ranks: Sequence[int]) -> tup
 
 
 def _edges_for_slowest_stage(costs: Sequence[float], num_stages: int) -> list[int]:
-    """Where to cut so that the slowest stage takes the least time; of such cuts one with the least sum of squares."""
+    """Where to cut so that the slowest stage takes the least time; among such cuts, one with the least sum of
+    squares.
+    """
     ends = [0.0, *accumulate(costs)]
     slowest = _best_edges(ends, num_stages, lambda before, stage: max(before, stage), float("inf"))
     limit = max(ends[b] - ends[a] for a, b in pairwise(slowest))
@@ -131,7 +137,7 @@ class _Search:
         return max(loads), max(stages)
 
     def _step_by_step(self) -> None:
-        """Moves single edges by a layer as long as that helps."""
+        """Moves single boundaries by one layer, as long as that helps."""
         improved = True
         while improved:
             improved = False

@@ -1,4 +1,4 @@
-"""Whether ranks that each follow their own list of instructions can wait for each other for ever."""
+"""Checks that ranks which each follow their own list of instructions cannot wait for each other for ever."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -13,13 +13,13 @@ def check_program(program: Program) -> None:
 
 
 def check_orders(orders: Sequence[Sequence[Instruction]], holders: Mapping[int, int] | None = None) -> None:
-    """Carries out lists of instructions, one for each party, with every transfer as a meeting.
+    """Simulates lists of instructions, one per party, with every transfer as a rendezvous of its two sides.
 
-    No backend asks for more: a party waits in a transfer until the other is in the same one, as NCCL's sends and
-    receives do, whatever order the data itself would allow. Beside that, what an instruction reads must have been
-    written by then. A party is a rank, or where `holders` has the party of each rank, a process of several.
+    This is the most that a backend can require: like NCCL's sends and receives, a party waits in a transfer until the
+    other is in the same one, even if the data would allow another order. What an instruction reads must also have been
+    written before. A party is a rank, or a process of several ranks if `holders` gives the party of each rank.
 
-    Raises `PlanError` naming the instructions that wait for each other, or the one whose input is missing.
+    Raises `PlanError` that names the instructions that wait for each other, or the one whose input is missing.
     """
     holders = {rank: rank for rank in range(len(orders))} if holders is None else holders
     held: list[set[Buffer]] = [set() for _ in orders]
@@ -77,7 +77,7 @@ def _circle(
     holders: Mapping[int, int],
     waits: Mapping[int, Transfer],
 ) -> str:
-    """Who waits for whom, from one that waits until it comes round, or to one that has come to its end."""
+    """The chain of parties that wait for each other, until it closes, or reaches a party that has ended."""
 
     def other_end(party: int) -> int:
         ends = (holders[waits[party].source_rank], holders[waits[party].target_rank])

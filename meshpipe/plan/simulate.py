@@ -1,4 +1,4 @@
-"""What a plan would cost: when each action runs if each kind of work takes a given time, what idles, what is held."""
+"""Simulates a plan for given times of each kind of work: when actions run, how long ranks idle, and what they hold."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +15,17 @@ DEFAULT_TIMES: Mapping[Op, float] = {
     Op.BACKWARD_INPUT: 1.0,
     Op.BACKWARD_WEIGHT: 1.0,
 }
-"""Of layers that are mostly matrix products: backward has two of them for each of forward's."""
+"""Default times, for layers that are mostly matrix products: backward has two for each one of forward."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Times in any one unit. Raises `ValueError` when one is negative or not finite."""
+    """Times, all in the same unit. Raises `ValueError` when one is negative or not finite."""
 
     times: Mapping[Op | tuple[int, Op], float] = field(default_factory=dict)
-    """Time of each (stage, op), or of an op at all other stages; what is left out is taken from `DEFAULT_TIMES`."""
+    """The time of each (stage, op), or of an op at all other stages; `DEFAULT_TIMES` has what is left out."""
     transfer: float = 0.0
-    """From the end of an action until another rank has its result; transfers run beside computation and each other."""
+    """The time from the end of an action until another rank has its result. Transfers overlap with all other work."""
 
     def __post_init__(self) -> None:
         for what, time in (*self.times.items(), ("transfer", self.transfer)):
@@ -47,7 +47,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes that a stage keeps on each device of its rank, each for one microbatch unless it says otherwise."""
+    """Bytes that a stage holds on each device of its rank, per microbatch unless the field says otherwise."""
 
     activation: float
     """From F until B, or until I."""
@@ -56,20 +56,20 @@ class StageMemory:
     made_for_weights: float = 0.0
     """What I adds to it, until W."""
     always: float = 0.0
-    """Of the whole step: parameters, their gradients, optimizer state, the batch."""
+    """For the whole step: parameters, gradients, optimizer state and the batch."""
     input: float = 0.0
-    """The value that comes from the stage before, from its arrival until F ends; the stage before holds it while it
-    makes and sends it."""
+    """The value from the previous stage, from its arrival until F ends. The previous stage holds it while it computes
+    and sends it."""
     kept_input: float = 0.0
     """The part of `input` that stays as a part of `activation`."""
     input_gradient: float = 0.0
-    """The gradient of `input`: it goes to the stage before, which holds it until its B or I ends."""
+    """The gradient of `input`, which goes to the previous stage and is held there until its B or I ends."""
     recomputed: float = 0.0
-    """What B or I computes again (rematerialisation), while it runs."""
+    """What B or I recomputes (rematerialisation), while it runs."""
     found_for_weights: float = 0.0
-    """The part of `made_for_weights` that I finds: gradients of the output, and what is computed again."""
+    """The part of `made_for_weights` that exists when I starts: gradients of the output, and what is recomputed."""
     new_state: float = 0.0
-    """State that F changes, while it runs: until it ends there is the old one too."""
+    """State that F changes, while it runs: until it ends, the old state exists too."""
 
     def __post_init__(self) -> None:
         for what, count in vars(self).items():
@@ -85,9 +85,9 @@ class Timeline:
     starts: Mapping[Action, float]
     ends: Mapping[Action, float]
     memory: Sequence[StageMemory] = ()
-    """What each stage keeps, in order; empty where it was not given."""
+    """What each stage holds, in stage order; empty if it was not given."""
     transfer: float = 0.0
-    """Time until another rank has the result of an action."""
+    """The time until another rank has the result of an action."""
 
     @classmethod
     def of(cls, plan: Plan, costs: Costs, memory: Sequence[StageMemory] = ()) -> "Timeline":
@@ -110,7 +110,7 @@ class Timeline:
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
-        """Time that each rank computes."""
+        """The time that each rank computes."""
         return tuple(
             sum(self.ends[action] - self.starts[action] for action in order if action in self.starts)
             for order in self.plan.orders
@@ -118,17 +118,17 @@ class Timeline:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of which it has times: all, if it was not measured in one process of several."""
+        """The ranks whose times are known: all, unless it was measured in one of several processes."""
         return sum(order[0] in self.starts for order in self.plan.orders)
 
     @property
     def bubble_fraction(self) -> float:
-        """The share of the makespan in which ranks are idle, over all of them; 0 if everything takes no time."""
+        """The idle share of the makespan, over all ranks, 0 to 1; 0 if everything takes no time."""
         return max(0.0, 1 - sum(self.busy) / (self.makespan * self.num_ranks)) if self.makespan else 0.0
 
     @property
     def bubble_between_steps(self) -> float:
-        """The share of `period` in which ranks are idle, where the next step can begin before this one has ended."""
+        """The idle share of `period`, 0 to 1, where the next step can begin before this one has ended."""
         return max(0.0, 1 - sum(self.busy) / (self.period * self.num_ranks)) if self.period else 0.0
 
     @cached_property
@@ -173,7 +173,7 @@ class Timeline:
                     yield self.ends[action], _FROM_LOWER if sender < rank else _FROM_HIGHER, sent
 
     def _sent(self, action: Action) -> tuple[float, int]:
-        """Bytes that an action makes for another stage, and the rank of that stage."""
+        """The bytes that an action makes for another stage, and the rank of that stage."""
         stage, ranks = action.stage, self.plan.stage_ranks
         if action.op is Op.FORWARD:
             return (self.memory[stage + 1].input, ranks[stage + 1]) if stage + 1 < len(ranks) else (0.0, ranks[stage])
@@ -196,7 +196,7 @@ class Timeline:
 
     @cached_property
     def peak_bytes(self) -> tuple[float, ...]:
-        """The most bytes that each device of a rank holds at once."""
+        """The most bytes that a device of the rank holds at once."""
         return tuple(max(held for _, held in self.memory_curve(rank)) for rank in range(self.plan.num_ranks))
 
 
@@ -223,7 +223,12 @@ def bytes_of(memory: StageMemory, action: Action, forward_only: bool = False) ->
 def simulate(plan: Plan, costs: Costs | None = None, memory: Sequence[StageMemory] = ()) -> Timeline:
     """The timeline of a plan whose ranks start each action of their order as early as they can.
 
-    `memory` has what each stage keeps, in order, or is left out. Raises `PlanError` when the plan is not valid.
+    Arguments:
+        plan: The plan; it is checked.
+        costs: The times of actions and transfers.
+        memory: What each stage holds, in stage order; empty predicts no memory.
+
+    Raises `PlanError` when the plan is not valid.
     """
     validate(plan)
     return Timeline.of(plan, costs or Costs(), memory)

@@ -1,4 +1,4 @@
-"""The rules that a plan must obey before anything runs by it; what breaks one is drawn."""
+"""Checks the rules that a plan must obey before anything runs; a violation is drawn."""
 
 from collections.abc import Iterator
 from itertools import pairwise, product
@@ -7,15 +7,16 @@ from meshpipe.plan.grid import draw, time_columns
 from meshpipe.plan.plan import Action, Op, Plan, PlanError
 
 MESSAGE_WIDTH = 110
-"""Characters of a row of a grid drawn in an error message; of a longer plan, the part around the marked cell."""
+"""The most characters in a row of a grid in an error message; of a longer plan, the part around the marked cell."""
 
 
 def validate(plan: Plan) -> None:
-    """Checks a plan before anything is run by it, in time linear in the number of its actions.
+    """Checks a plan before anything runs, in time linear in the number of its actions.
 
-    Every action appears once, on the rank of its stage; no rank waits for ever; forwards, and what adds to gradients,
-    go in microbatch order within a stage, so that state and sums are the same under every plan; and no rank holds more
-    activations than promised. Forward only is a plan too. Raises `PlanError`, a `ValueError`, with the plan drawn.
+    Every action appears once, on the rank of its stage. No rank waits for ever. Within a stage, forwards go in
+    microbatch order, and so do the actions that accumulate gradients; so state and gradients are the same under every
+    plan. No rank holds more activations than promised. A plan of forwards alone is valid too. Raises `PlanError`, a
+    `ValueError`, with the plan drawn.
     """
     _check_sizes(plan)
     _check_cells(plan)

@@ -37,7 +37,7 @@ def count_of(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def format_bytes(count: int | float) -> str:
-    """Bytes with two or three digits and a decimal unit: `1.5 GB`."""
+    """Bytes to three significant digits, with a decimal unit: `1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""A plan of one's own, from a file in the text form that `Plan.to_text` writes."""
+"""Loads a user's plan from a file with the text that `Plan.to_text` writes."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from meshpipe.plan.validate import validate
 
 
 def load_plan(path: str | Path, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Plan:
-    """The valid plan that the file holds; `stages_per_rank` None takes any number of stages.
+    """The valid plan in a file; `stages_per_rank` None allows any number of stages.
 
-    Raises `ValueError` naming the file when it cannot be read, and when the plan in it breaks a rule, which is then
-    drawn, or was made for other sizes.
+    Raises `ValueError` that names the file when it cannot be read, or when its plan breaks a rule, which is then drawn,
+    or has other sizes.
     """
     try:
         text = read_text(path)

@@ -1,4 +1,4 @@
-"""Where a schedule gets its public name and the sizes that it takes: `@schedule(...)` above its function is all."""
+"""Registers schedules: `@schedule(...)` above a function gives it its public name and the sizes that it allows."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from meshpipe.plan.plan import Plan
 
 
 class Schedule(Protocol):
-    """A rule that makes the plan of any sizes; raises `ValueError` for sizes that do not fit it."""
+    """A function that makes the plan for given sizes; raises `ValueError` for sizes that it does not allow."""
 
     def __call__(self, num_ranks: int, num_microbatches: int, stages_per_rank: int = ..., /) -> Plan: ...
 
@@ -17,13 +17,16 @@ SCHEDULES: dict[str, Schedule] = {}
 """The schedules by public name; all but `inference` train."""
 
 STAGES_PER_RANK: dict[str, tuple[int, int | None]] = {}
-"""The fewest and the most stages per rank that a schedule takes, by its name; None is any number."""
+"""The fewest and the most stages per rank that a schedule allows, by its name; None is no limit."""
 
 
 def schedule(name: str, *, stages_per_rank: tuple[int, int | None]) -> Callable[[Schedule], Schedule]:
-    """Registers the decorated function as the schedule `name`, for these numbers of stages per rank, and checks sizes.
+    """Registers the decorated function as a schedule, and checks the sizes that it is called with.
 
-    `stages_per_rank` has the fewest, which is also the default, and the most; None is any number.
+    Arguments:
+        name: Its public name, for `PipelineConfig.schedule` and `--schedule`.
+        stages_per_rank: The fewest stages per rank that it allows, which is also the default, and the most; None is no
+            limit.
     """
     least, _ = stages_per_rank
 

@@ -27,21 +27,21 @@ COUNTED = StageMemory(activation=1.0, kept_for_weights=1.0)
 
 
 class NothingFits(ValueError):
-    """No plan keeps to the memory limit."""
+    """No plan stays within the memory limit."""
 
     def __init__(self, message: str, least: float):
         super().__init__(message)
         self.least = least
-        """Bytes that would do on each device of the fullest rank."""
+        """The bytes per device of the fullest rank that would be enough."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What the stages of one cut of the model cost."""
+    """The costs of the stages of one cut of the model."""
 
     costs: Costs = field(default_factory=Costs)
     memory: Sequence[StageMemory] = ()
-    """What each stage keeps, in order; needed only under a memory limit."""
+    """What each stage holds, in stage order; needed only with a memory limit."""
 
 
 def auto_plan(
@@ -146,7 +146,7 @@ def _joined(plan: Plan) -> Iterator[Plan]:
 
 
 def _space(stage_ranks: Sequence[int], memory: Sequence[StageMemory], memory_limit: float | None) -> list[float]:
-    """What the limit leaves to each rank for activations."""
+    """The bytes that the limit leaves to each rank for activations."""
     limit = math.inf if memory_limit is None else memory_limit
     return [limit - always for always in _sums(stage_ranks, [stage.always for stage in memory])]
 
@@ -180,7 +180,7 @@ def _fits(timeline: Timeline, memory_limit: float | None) -> bool:
 
 
 def _order_of_choice(timeline: Timeline) -> tuple[float, ...]:
-    """Less is better. Times that differ by rounding are equal."""
+    """A sort key: less is better. Times that differ by rounding are equal."""
     held = max(timeline.peak_bytes) if timeline.memory else max(timeline.peak_activations)
     return float(f"{timeline.makespan:.9g}"), float(f"{timeline.period:.9g}"), held, len(timeline.starts)
 

@@ -1,4 +1,4 @@
-"""Makes orders from costs: whenever a rank is free, it takes the work that it prefers of what is there."""
+"""Makes orders from costs: whenever a rank is free, it takes the available work that it prefers."""
 
 import heapq
 import math
@@ -12,7 +12,7 @@ from meshpipe.plan.simulate import Costs, StageMemory
 
 @dataclass(frozen=True)
 class Rule:
-    """What a free rank prefers.
+    """The rule by which a free rank chooses.
 
     Among stages it prefers the deeper, which bring the last results. It takes weights where there is nothing else, and
     of the shallowest stage first, which holds its activations longest.

@@ -1,4 +1,4 @@
-"""Makes a plan better by small changes: one action of one rank earlier or later at a time."""
+"""Improves a plan by small changes, each of which moves one action of one rank earlier or later."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from meshpipe.plan.plan import Action, Op, Plan
 from meshpipe.plan.simulate import Costs, StageMemory, bytes_of
 
 FARTHEST = 6
-"""Places by which a change moves an action at most."""
+"""The most places by which a change moves an action."""
 
 
 def improve(plan: Plan, costs: Costs, memory: Sequence[StageMemory], space: Sequence[float], num_changes: int) -> Plan:
