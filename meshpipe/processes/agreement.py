@@ -1,4 +1,4 @@
-"""Whether the processes of a group would do the same, told before they do it."""
+"""Checks that all processes of a group are about to run the same program, before they run it."""
 
 import contextlib
 import json
@@ -10,18 +10,18 @@ from meshpipe.processes.group import Group
 from meshpipe.processes.printable import printable
 
 AGREE_SECONDS = 3600.0
-"""How long processes wait for each other, one of which may still compile."""
+"""How long a process waits for another, which may still be compiling."""
 PATIENCE_SECONDS = 10.0
-"""After which it is said who is waited for."""
+"""After this long, a message names the process being waited for."""
 HASH = "#"
-"""Begins a value that people cannot read."""
+"""Prefix of a value that is a hash, which messages leave out."""
 
 
 def agree(group: Group, topic: str, description: Mapping[str, str]) -> None:
-    """Compares what the processes have to say under a topic, which is used once in a group.
+    """Compares the descriptions of all processes. Each topic can be used only once per group.
 
-    The first process compares, so that the messages grow with the number of processes and no faster. Raises
-    `ValueError`, in every process, naming what differs where, or which process failed inside `report_failure`.
+    The first process compares, so the number of messages is linear in the number of processes. Raises `ValueError` in
+    every process; it names what differs and where, or the process that failed inside `report_failure`.
     """
     if group.is_alone:
         return
@@ -29,11 +29,13 @@ def agree(group: Group, topic: str, description: Mapping[str, str]) -> None:
     set_key(_own(group, topic), json.dumps({"is": dict(description)}))
     if process_index() == first:
         texts = [_wait_for(_own(group, topic, process), process) for process in group.processes]
-        told = dict(zip(group.processes, map(json.loads, texts), strict=True))
+        reports = dict(zip(group.processes, map(json.loads, texts), strict=True))
         failed = [
-            f"process {process} failed: {found['failed']}" for process, found in told.items() if "failed" in found
+            f"process {process} failed: {found['failed']}" for process, found in reports.items() if "failed" in found
         ]
-        verdict = failed[:1] or differences({process: found["is"] for process, found in told.items() if "is" in found})
+        verdict = failed[:1] or differences(
+            {process: found["is"] for process, found in reports.items() if "is" in found}
+        )
         set_key(_verdict(group, topic), json.dumps(verdict))
     found = json.loads(_wait_for(_verdict(group, topic), first))
     delete_key(_own(group, topic))
@@ -46,13 +48,13 @@ def agree(group: Group, topic: str, description: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def report_failure(group: Group, topic: str) -> Iterator[None]:
-    """Around the work before `agree`: an error in it is told to the others, which would wait for this process."""
+    """Wraps the work before `agree` and reports an error in it to the others, which would otherwise wait."""
     try:
         yield
     except (Exception, SystemExit) as error:
         if not group.is_alone:
             problem = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(Exception):  # nobody is left to tell
+            with contextlib.suppress(Exception):  # the coordinator may be gone
                 if process_index() == group.processes[0]:
                     set_key(_verdict(group, topic), json.dumps([f"process {process_index()} failed: {problem}"]))
                 else:
@@ -61,7 +63,7 @@ def report_failure(group: Group, topic: str) -> Iterator[None]:
 
 
 def differences(descriptions: Mapping[int, Mapping[str, str]] | Sequence[Mapping[str, str]]) -> list[str]:
-    """A sentence for each process that differs from a process before it, in what both have described."""
+    """One sentence for each process that differs from an earlier process in a field that both describe."""
     first: dict[str, tuple[int, str]] = {}
     sentences = []
     by_process = descriptions if isinstance(descriptions, Mapping) else dict(enumerate(descriptions))
@@ -82,11 +84,11 @@ def _wait_for(key: str, process: int) -> str:
     try:
         return wait_for_key(key, PATIENCE_SECONDS)
     except TimeoutError:
-        print(f"meshpipe: process {process_index()} waits for process {process}.", file=sys.stderr, flush=True)
+        print(f"meshpipe: process {process_index()} is waiting for process {process}.", file=sys.stderr, flush=True)
     try:
         return wait_for_key(key, AGREE_SECONDS)
     except TimeoutError as error:
-        raise TimeoutError(f"Process {process} has not come to the same place for {AGREE_SECONDS:.0f} s.") from error
+        raise TimeoutError(f"Process {process} did not reach this point within {AGREE_SECONDS:.0f} s.") from error
 
 
 def _own(group: Group, topic: str, process: int | None = None) -> str:

@@ -2,8 +2,8 @@
 
 COMPLETED = 0
 FAILED = 1
-"""The run failed; its last lines say what, and what was saved."""
+"""The run failed; its last lines name the error and the newest checkpoint."""
 INVALID = 2
 """An invalid request, found before anything was compiled or written."""
 INTERRUPTED = 130
-"""What a shell reports of a process that SIGINT ended."""
+"""The code that a shell reports for a process that SIGINT ended."""

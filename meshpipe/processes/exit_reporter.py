@@ -1,9 +1,9 @@
-"""Says why a process has ended when it could not say so itself: it was killed, or JAX aborted it.
+"""Reports why a process ended when it could not report it itself: it was killed, or JAX aborted it.
 
-The client of `jax.distributed` aborts its process, from a thread of C++, within a quarter of a second after process 0
-is gone; no public option prevents it, and no Python runs any more. So each of several processes starts a small child,
-which reads from a pipe that ends with its parent. This file is the child's program too: it imports no JAX, and takes 10
-MB.
+The client of `jax.distributed` aborts its process from a C++ thread within a quarter of a second after process 0 is
+gone. No public option prevents this, and no Python runs any more. So in a run of several processes, each starts a small
+child, which reads from a pipe that closes when its parent ends. This file is also the child's program: it does not
+import JAX, and takes 10 MB.
 """
 
 import contextlib
@@ -20,21 +20,21 @@ import zlib
 from types import TracebackType
 
 CHECKSUMS = "checksums.json"
-"""The file that every whole checkpoint has: the sizes of all others."""
+"""The file in every complete checkpoint that lists the sizes of all others."""
 LARGEST_LIST = 64 << 20
-"""Bytes that the file may have."""
+"""Largest accepted size of that file, in bytes."""
 CANCEL = b"."
 HEARTBEAT = b" "
 STOPPED_SECONDS = 5.0
-"""A process that did not run for so long was stopped."""
+"""A process without a heartbeat for this long was stopped."""
 PATIENCE_SECONDS = 5.0
-"""How long a coordinator may take to answer before it counts as gone."""
+"""How long the coordinator may take to accept a connection before it counts as gone."""
 
 
 class ExitReporter:
-    """While entered, a child waits, and says on standard error how this process ended unless it was told not to.
+    """While entered, a child process waits, and prints to standard error how this process ended unless cancelled.
 
-    `process` is the number of this process, `coordinator` the HOST:PORT of process 0, `folder` that of the checkpoints.
+    `process` is the number of this process, `coordinator` the HOST:PORT of process 0, `folder` the checkpoint folder.
     """
 
     def __init__(self, process: int, coordinator: str, folder: str | None) -> None:
@@ -42,7 +42,7 @@ class ExitReporter:
 
     def __enter__(self) -> "ExitReporter":
         command = [sys.executable, "-I", "-S", __file__, *self._arguments]
-        # What a terminal sends to all processes in front is not for the child.
+        # In its own session, the child does not receive signals from the terminal.
         self._child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )
@@ -54,12 +54,12 @@ class ExitReporter:
         self.cancel()
 
     def heartbeat(self) -> None:
-        """To be called every now and then, so that the child knows whether this process runs."""
+        """Call this regularly; it shows the child that this process is running."""
         with contextlib.suppress(OSError, ValueError):  # the child has ended, or was cancelled
             os.write(self._child.stdin.fileno(), HEARTBEAT)  # type: ignore[union-attr]
 
     def cancel(self) -> None:
-        """To be called when this process has said itself why it ends, or ends well."""
+        """Call this when the process has reported its exit itself, or succeeds."""
         assert self._child.stdin is not None
         if self._child.stdin.closed:
             return
@@ -67,13 +67,13 @@ class ExitReporter:
             self._child.stdin.write(CANCEL)
             self._child.stdin.close()
             self._child.wait(PATIENCE_SECONDS)
-        except (OSError, subprocess.TimeoutExpired):  # somebody has ended the child, or stopped it
+        except (OSError, subprocess.TimeoutExpired):  # the child was killed or stopped
             pass
 
 
 def saved_sentence(folder: str | None) -> str:
-    """Which checkpoint a run can be resumed from, as far as can be told in an instant: the newest whose files all have
-    their sizes. Whether every byte is right is found when it is resumed.
+    """Names the newest checkpoint whose files all have their listed sizes, which is quick to check. Their contents are
+    checked when the run is resumed.
     """
     names = os.listdir(folder) if folder and os.path.isdir(folder) else []
     steps = sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,15}", name)), reverse=True)
@@ -84,7 +84,7 @@ def saved_sentence(folder: str | None) -> str:
 
 
 def _has_all_files(step: str) -> bool:
-    """Whether a step has its list, and all files on it in their sizes. Nothing that is read is trusted."""
+    """Whether a step has its list of files, and every file has its listed size. The contents are untrusted input."""
     try:
         descriptor = os.open(os.path.join(step, CHECKSUMS), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
@@ -104,12 +104,12 @@ def _has_all_files(step: str) -> bool:
 
 
 def stopped_sentence(seconds: float) -> str:
-    """Why a process did not notice what the others did."""
+    """Explains why a process missed what the others did."""
     return f"it did not run for {seconds:.0f} s itself (stopped, e.g. by SIGSTOP, or without a processor)."
 
 
 def main(process: int, coordinator: str, folder: str | None) -> None:
-    """Waits for the parent to end, and says how, if it has not."""
+    """Waits for the parent to end, and reports how it ended unless cancelled."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     last, stopped = time.monotonic(), 0.0
@@ -126,12 +126,12 @@ def main(process: int, coordinator: str, folder: str | None) -> None:
         why = f"process {process} stops because process 0, which coordinates the run, is gone"
     else:
         why = f"process {process} is gone: it was killed, or it crashed"
-    # One write, so that processes that share a file do not mix their lines.
+    # A single write, so lines of processes that share a file do not interleave.
     os.write(2, f"meshpipe: {why}.\n{saved_sentence(folder)}\n".encode())
 
 
 def _listens(address: str) -> bool:
-    """Whether somebody accepts connections there; one who only takes long to answer counts as gone too."""
+    """Whether the address accepts connections; a slow answer counts as none."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), PATIENCE_SECONDS):

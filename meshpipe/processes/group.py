@@ -1,4 +1,4 @@
-"""The processes that work on one trainer, and what they tell each other."""
+"""The processes of one trainer, and their collective exchange of texts."""
 
 import hashlib
 import itertools
@@ -9,22 +9,22 @@ from functools import cached_property
 from meshpipe.processes.coordination import delete_key, process_count, process_index, set_key, wait_for_key
 
 _numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
-"""How many groups of the same processes this one has made."""
+"""Number of the next group, by the members of the group."""
 
 
 class Group:
-    """The processes with devices of one mesh, and a `name` that no other group has.
+    """The processes with devices in one mesh, with a unique `name`.
 
-    Each of them makes its groups in the same order, so the name is the same in all. It begins the keys and the names of
-    transfers of whatever the group works on, so that two trainers cannot take each other's values.
-    Raises `ValueError` when this process is none of them.
+    All members create their groups in the same order, so they agree on the name. It prefixes the keys and transfer
+    names of the group, so two trainers cannot receive each other's values.
+    Raises `ValueError` when this process is not a member.
     """
 
     def __init__(self, processes: Iterable[int]) -> None:
         self.processes = sorted(set(processes))
         if process_index() not in self.processes:
             raise ValueError(
-                "A process can only work on a mesh that has a device of it. "
+                "A process can only use a mesh that contains at least one of its devices. "
                 f"Got devices of processes {', '.join(map(str, self.processes))}, in process {process_index()}."
             )
         members = ",".join(map(str, self.processes))
@@ -34,33 +34,33 @@ class Group:
             members = hashlib.sha256(members.encode()).hexdigest()[:16]
         self.name = f"group/{members}/{next(_numbers[members])}"
         self.calls = 0
-        """Steps and evaluations that this process has begun, each of which needs all."""
+        """Steps and evaluations that this process has begun; each needs all members."""
         self._rounds: dict[str, int] = defaultdict(int)
 
     @cached_property
     def is_alone(self) -> bool:
-        """Whether this process has nobody to talk to."""
+        """Whether this process is the only member."""
         return self.processes == [process_index()]
 
     def gather(self, topic: str, text: str, timeout: float) -> list[str]:
-        """The texts of all processes, in their order; every process calls it the same number of times.
+        """All-gathers texts, in order of process. Every member must call it the same number of times.
 
-        Raises `TimeoutError` when one does not within `timeout` seconds.
+        Raises `TimeoutError` when a member does not call it within `timeout` seconds.
         """
         if self.is_alone:
             return [text]
         before, key = self._next(topic)
         set_key(f"{key}/{process_index()}", text)
         texts = [wait_for_key(f"{key}/{process}", timeout) for process in self.processes]
-        if before is not None:  # whoever has come to this round has read all of the one before
+        if before is not None:  # every member that reached this round has read all of the previous one
             delete_key(f"{before}/{process_index()}")
         return texts
 
     def broadcast(self, topic: str, text: str | None, source: int, timeout: float) -> str:
-        """The text of process `source`, in all; only that process needs to pass one.
+        """Broadcasts the text of process `source`; the others pass None.
 
-        The source calls it again only after every process has returned from the call before: what it tells has to
-        depend on work that the others do after it.
+        The source may call it again only after every member has returned from the previous call. Its next text must
+        therefore depend on work that the others do after that call.
         """
         before, key = self._next(topic)
         if process_index() == source:
@@ -74,7 +74,7 @@ class Group:
         return wait_for_key(key, timeout)
 
     def _next(self, topic: str) -> tuple[str | None, str]:
-        """The keys of the round before and of this one."""
+        """The keys of the previous round and of this one."""
         number = self._rounds[topic]
         self._rounds[topic] += 1
         key = f"meshpipe/{self.name}/{topic}"

@@ -1,4 +1,4 @@
-"""Several processes of one run: how all of them end when one fails."""
+"""Ends all processes of a run when one fails."""
 
 import contextlib
 import functools
@@ -39,12 +39,12 @@ from meshpipe.processes.uneven_exit import leave_to_guard
 ERROR = "meshpipe/error"
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 8.0
-"""After this long without a sign of life a process counts as dead."""
+"""After this long without a heartbeat, a process counts as dead."""
 COORDINATOR_SILENCE_SECONDS = 15.0
 BLAME_SECONDS = 60.0
-"""How long after this process did not run whatever is wrong with the others is put down to that."""
+"""A problem with the others this soon after a pause of this process is attributed to the pause."""
 CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
-"""Parts of the errors that JAX raises for transfers and collectives whose other end is gone."""
+"""Parts of the errors that JAX raises for transfers and collectives whose peer is gone."""
 TRANSFERS = tuple(
     Path(__file__).parents[1] / "pipeline" / name for name in ("peers.py", "transfer.py", "future_arrays.py")
 )
@@ -54,18 +54,18 @@ TRANSFERS = tuple(
 class Guard:
     """While entered, a failure of one process ends all of them within seconds, each with a message that names it.
 
-    Every process gives a sign of life now and then, and process 0, which coordinates the run, watches for them. Where a
-    process cannot say why it ends, a child of it does. Each message ends with the newest checkpoint of `folder`.
-    An error that leaves the block ends all processes as well, with exit code 2 where it is a `ValueError` about an
-    invalid request. With one process it does nothing. Enter it as soon as the process has joined.
+    Every process sends heartbeats to process 0, the coordinator, which watches them. A child process reports the exit
+    of a process that cannot report it. Each message ends with the newest checkpoint of `folder`.
+    An error that leaves the block ends all processes too; the exit code is 2 for a `ValueError` about an invalid
+    request. With one process it does nothing. Enter it as soon as the process has joined.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         self._folder = folder
         self.progress: Progress | None = None
-        """How far this process is, where it runs steps; the others can read it."""
+        """Progress of this process once it runs steps; heartbeats carry it to the others."""
         self._stopped_until, self._stopped_for = -math.inf, 0.0
-        """When this process was last found not to have run for a while, and for how long."""
+        """The end of this process's last pause (not scheduled, or stopped), and its length in seconds."""
         self._done = threading.Event()
         self._answered = time.monotonic()
         self._exit_reporter: ExitReporter | None = None
@@ -86,11 +86,11 @@ class Guard:
     ) -> None:
         if process_count() > 1 and isinstance(error, Exception | SystemExit):
             lost = is_lost_connection(error)
-            if is_for_the_user(error) and not lost:  # whoever found the same by itself says so itself
+            if is_for_the_user(error) and not lost:  # a process that finds the same error prints it itself
                 with contextlib.suppress(Exception):
                     set_key(ERROR, f"{INVALID} process {process_index()} on {socket.gethostname()} refused it: {error}")
             else:
-                if not lost and not isinstance(error, IntrusionError):  # those are said in a sentence
+                if not lost and not isinstance(error, IntrusionError):  # one sentence explains those
                     traceback.print_exception(error)
                 self.fail(error)
         self._done.set()
@@ -98,10 +98,10 @@ class Guard:
             self._exit_reporter.cancel()
 
     def fail(self, why: BaseException | str) -> NoReturn:
-        """Tells the others that this process fails and why, and ends it.
+        """Reports to the others that this process fails and why, and ends it.
 
-        An error of a connection to another process, which is therefore gone, waits until it is known which process,
-        and ends with that.
+        A lost connection means that another process is gone. Then this process waits until that one is identified, and
+        ends with its name.
         """
         if process_count() == 1:
             leave(FAILED)
@@ -109,24 +109,24 @@ class Guard:
         if isinstance(why, BaseException) and is_lost_connection(why):
             time.sleep(SILENCE_SECONDS + 3 * POLL_SECONDS)
         if not self._done.is_set():
-            told = f"{FAILED} {message}"
+            failure = f"{FAILED} {message}"
             try:
                 set_key(ERROR, f"{FAILED} process {process_index()} on {socket.gethostname()} failed: {message}")
-            except Exception:  # another process was first, or there is nobody left to tell
+            except Exception:  # another process was first, or the coordinator is gone
                 with contextlib.suppress(Exception):
-                    told = try_get_key(ERROR) or told
-            self._stop_as_told(told)
-        while True:  # until another thread, which was first, has ended this process
+                    failure = try_get_key(ERROR) or failure
+            self._stop_with(failure)
+        while True:  # another thread was first and will end this process
             time.sleep(POLL_SECONDS)
 
     def give_up(self, message: str) -> NoReturn:
-        """Ends all processes, or this one if it is alone, with a message that it prints."""
+        """Ends all processes, and prints a message."""
         if process_count() == 1:
             print(f"meshpipe: {message}.\n{saved_sentence(self._folder)}", file=sys.stderr, flush=True)
         self.fail(message)
 
     def end_early(self, received: signal.Signals) -> NoReturn:
-        """Ends all processes because this one was asked to stop when there is nothing to save yet."""
+        """Ends all processes because this one received a signal before there was anything to save."""
         status = 128 + received
         if process_count() > 1:
             with contextlib.suppress(Exception):
@@ -137,41 +137,41 @@ class Guard:
         leave(status)
 
     def steps_of_all(self) -> dict[int, Steps]:
-        """How far each process that runs steps has come, by its last sign of life."""
+        """The progress of each process that runs steps, from its last heartbeat."""
         return {process: Steps.parse(text) for process, (_, text) in heartbeats().items() if text}
 
     def _watch_others(self) -> None:
         seen = dict.fromkeys(range(process_count()), (0, time.monotonic()))
         while not self._done.wait(POLL_SECONDS):
-            told = None
+            failure = None
             try:
                 send_heartbeat("" if self.progress is None else str(self.progress.steps))
-                told = try_get_key(ERROR)
-                if told is None:
+                failure = try_get_key(ERROR)
+                if failure is None:
                     check_own_keys()
-                if told is None and process_index() == 0:
+                if failure is None and process_index() == 0:
                     silent = _silent(seen, max(self._stopped_until, 0.0))
                     if silent is not None:
-                        told = f"{FAILED} process {silent} sends no heartbeat: it was killed, or it hangs"
-                        set_key(ERROR, told)
+                        failure = f"{FAILED} process {silent} sends no heartbeat: it was killed, or it hangs"
+                        set_key(ERROR, failure)
             except IntrusionError as error:
-                told = f"{FAILED} {error}"
+                failure = f"{FAILED} {error}"
                 with contextlib.suppress(Exception):
-                    set_key(ERROR, told)
+                    set_key(ERROR, failure)
             except Exception as error:
-                told = f"{FAILED} process 0, which coordinates the run, is gone: {error}".splitlines()[0]
+                failure = f"{FAILED} process 0, which coordinates the run, is gone: {error}".splitlines()[0]
             self._answered = time.monotonic()
-            if told is not None:
-                self._stop_as_told(told)
+            if failure is not None:
+                self._stop_with(failure)
 
     def _watch_coordinator(self) -> None:
-        """A process that is stopped, not killed, leaves questions to it without an answer."""
+        """Notices a process 0 that was stopped, not killed: calls to it then never return."""
         while True:
             before = time.monotonic()
             if self._done.wait(POLL_SECONDS):
                 return
             now = time.monotonic()
-            if now - before > STOPPED_SECONDS:  # it cannot have heard anything meanwhile
+            if now - before > STOPPED_SECONDS:  # this process was paused and could not receive answers
                 self._stopped_until, self._stopped_for = now, now - before
                 self._answered = now
             if self._exit_reporter is not None:
@@ -179,8 +179,8 @@ class Guard:
             if now - self._answered > COORDINATOR_SILENCE_SECONDS:
                 self._stop_because("process 0, which coordinates the run, does not answer", FAILED)
 
-    def _stop_as_told(self, told: str) -> None:
-        status, _, message = told.partition(" ")
+    def _stop_with(self, failure: str) -> None:
+        status, _, message = failure.partition(" ")
         self._stop_because(message, int(status))
 
     def _stop_because(self, message: str, status: int) -> None:
@@ -198,27 +198,27 @@ class Guard:
 
 
 def _silent(seen: dict[int, tuple[int, float]], since: float) -> int | None:
-    """A process whose last sign of life is too long ago; `seen` has what was seen of each, and when.
+    """A process whose last heartbeat is too old. `seen` holds the last count of each process and its time.
 
-    Nothing was to be seen before `since`.
+    Silence before `since` does not count.
     """
     now = time.monotonic()
     for process, (count, _) in heartbeats().items():
-        if count > seen[process][0]:  # somebody may repeat an old one
+        if count > seen[process][0]:  # an old heartbeat may be replayed
             seen[process] = count, now
     return next((process for process, (_, at) in sorted(seen.items()) if now - max(at, since) > SILENCE_SECONDS), None)
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether JAX raised this error because the other end of a transfer or collective is gone.
+    """Whether JAX raised this error because the peer of a transfer or collective is gone.
 
-    JAX has no type of its own for it, so its words decide, but only where JAX itself raised the error: the same words
-    in an error of the user's code, such as a data source that lost its server, mean something else.
+    JAX has no exception type for this, so the message decides, but only if JAX itself raised the error. The same words
+    in an error of the user's code mean something else, e.g. a data source that lost its server.
     """
     if error.__cause__ is not None and is_lost_connection(error.__cause__):
         return True
     text = str(error)
-    if "Traceback (most recent call last)" in text:  # of a Python function that a program calls back
+    if "Traceback (most recent call last)" in text:  # raised by a Python callback of a program
         return False
     of_jax = isinstance(error, jax.errors.JaxRuntimeError)
     if of_jax and text.startswith("UNAVAILABLE"):  # the coordinator does not answer
@@ -239,9 +239,9 @@ def _jax_folders() -> tuple[Path, ...]:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends a process of several at once, past JAX's shutdown, which aborts processes that it finds without the others.
+    """Exits immediately and skips JAX's shutdown, which aborts a process whose peers are gone.
 
-    Process 0 leaves a little later, since it has the messages that the others may still have to read.
+    Process 0 exits a little later than the others, which may still have to read messages from it.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""How two processes of a run prove to each other, on a new connection, that they have its secret."""
+"""Mutual authentication of two processes on a new connection: each proves that it has the run's secret."""
 
 import hmac
 import os
@@ -9,18 +9,18 @@ import time
 from meshpipe.processes.secret import IntrusionError, Secret
 
 SECONDS = 10.0
-"""For a whole handshake."""
+"""Time-out of the whole handshake."""
 _NONCE = 32
 _HELLO = struct.Struct(f"!I{_NONCE}s32s")
-"""Number of the caller, its nonce, and its proof."""
+"""Process number of the caller, its nonce, and its proof."""
 
 
 def accept(connection: socket.socket, secret: Secret, process: int, seconds: float = SECONDS) -> int:
-    """The number of the process that has called this `process`, once both have proved that they have the secret.
+    """Authenticates a connection to this `process`, and returns the number of the calling process.
 
-    Every proof answers a fresh nonce of the other side, so nothing that was overheard can be used again. Raises
-    `IntrusionError` for anybody else, also for one who says nothing within `seconds`, and sends and reads no more than
-    the handshake.
+    Each proof answers a fresh nonce of the other side, so an overheard handshake cannot be replayed. Raises
+    `IntrusionError` for a caller without the secret, or one that does not answer within `seconds`. Sends and reads
+    nothing beyond the handshake.
     """
     deadline = time.monotonic() + seconds
     nonce = os.urandom(_NONCE)
@@ -37,14 +37,14 @@ def accept(connection: socket.socket, secret: Secret, process: int, seconds: flo
         connection.sendall(secret.mac("accept", *parts))
         connection.settimeout(None)
     except OSError as error:
-        raise IntrusionError(f"it went away ({_reason(error)})") from error
+        raise IntrusionError(f"it closed the connection ({_reason(error)})") from error
     return caller
 
 
 def call(connection: socket.socket, secret: Secret, process: int, other: int, seconds: float = SECONDS) -> None:
-    """The same for the side of `process`, which has called the process `other`.
+    """The calling side of `accept`: this `process` has connected to the process `other`.
 
-    Raises `IntrusionError` when somebody else answers, and `OSError` when nobody does.
+    Raises `IntrusionError` when the listener does not have the secret, and `OSError` when there is no answer.
     """
     deadline = time.monotonic() + seconds
     connection.settimeout(seconds)
@@ -53,12 +53,12 @@ def call(connection: socket.socket, secret: Secret, process: int, other: int, se
     parts = (its_nonce.hex(), nonce.hex(), process, other)
     connection.sendall(_HELLO.pack(process, nonce, secret.mac("call", *parts)))
     if not hmac.compare_digest(_receive(connection, 32, deadline), secret.mac("accept", *parts)):
-        raise IntrusionError(f"whoever listens where process {other} should does not have the run's secret")
+        raise IntrusionError(f"the program that listens in place of process {other} does not have the run's secret")
     connection.settimeout(None)
 
 
 def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
-    """Exactly so many bytes, before the deadline."""
+    """Reads exactly `size` bytes before the deadline."""
     data = b""
     while len(data) < size:
         left = deadline - time.monotonic()

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other."""
+"""How the processes of a run find each other and connect."""
 
 import os
 import secrets
@@ -27,35 +27,35 @@ SHUTDOWN_SECONDS = 30
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """How this process joins others in one run; without any of it, a run has one process unless its cluster says more.
+    """How this process joins the others of its run. By default a run has one process, unless it runs on a cluster.
 
-    Tasks of Slurm (`srun`), Open MPI and Cloud TPU find out everything by themselves, by `jax.distributed.initialize`.
+    Tasks of Slurm (`srun`), Open MPI and Cloud TPU need no settings: `jax.distributed.initialize` detects them.
     """
 
     coordinator: str | None = None
-    """HOST:PORT at which process 0 listens, the same for all processes; HOST is how the others reach its machine."""
+    """HOST:PORT at which process 0 listens, the same for all processes; HOST must be reachable by all of them."""
     process_id: int | None = None
     """Number of this process, from 0."""
     process_count: int | None = None
     """Processes of the run; each is started with the same command and its own number."""
     transfers: Literal["auto", "sockets"] = "auto"
-    """How arrays move between processes: `auto` leaves it to an accelerator's own way (NCCL on GPUs), `sockets` takes
-    them through the memory of the hosts, as on CPU: slower, and also where processes share a GPU."""
+    """How arrays move between processes: `auto` uses the backend's own transport (NCCL on GPUs); `sockets` goes through
+    host memory, as on CPU, which is slower but also works when processes share a GPU."""
     step_timeout: float = 0.0
-    """Seconds without a finished step after which the run fails and says what each rank waits for; 0 waits for ever."""
+    """Seconds without a finished step before the run fails and names what each rank waits for; 0 waits for ever."""
 
     secret_file: str | None = None
-    """File with the secret of the run, the same for all processes: 32 or more random characters that only this user can
-    read. Without it the environment variable MESHPIPE_SECRET counts, which `launch` sets."""
+    """File with the secret of the run, the same for all processes: 32 or more random characters, readable only by this
+    user. By default the environment variable MESHPIPE_SECRET is used, which `launch` sets."""
     allow_any_address: bool = False
-    """Take a --coordinator of 0.0.0.0 or [::], at which process 0 listens to every network of its machine."""
+    """Allow a --coordinator of 0.0.0.0 or [::], so that process 0 listens on all network interfaces."""
 
     def __post_init__(self) -> None:
         check_number("step_timeout", self.step_timeout)
         given = [self.coordinator, self.process_id, self.process_count]
         if any(value is not None for value in given) and any(value is None for value in given):
             raise ArgumentError(
-                "`coordinator`, `process_id` and `process_count` belong together. "
+                "`coordinator`, `process_id` and `process_count` must be given together. "
                 f"Got {self.coordinator}, {self.process_id} and {self.process_count}. Give all three, or none."
             )
         if self.coordinator is None or self.process_id is None or self.process_count is None:
@@ -73,16 +73,16 @@ class DistributedConfig:
 
 
 def join(config: DistributedConfig) -> None:
-    """Meets the other processes of the run; does nothing where there are none.
+    """Connects to the other processes of the run; does nothing in a run of one process.
 
-    From then on, what they tell each other is signed with the run's secret. Where there is none, and the coordinator
-    can be reached from other machines, one line on standard error says so.
+    From then on, their messages are signed with the run's secret. Without a secret, one line on standard error warns if
+    other machines can reach the coordinator.
 
-    Must be called before JAX is first used. When they do not come together in time, JAX can only abort, so this process
-    ends before it would, with a message. Raises `ConnectionError` when it is clear earlier that they cannot, and
-    `ValueError` for a file of the secret that cannot be used.
+    Must be called before JAX is first used. If some processes do not join in time, JAX would abort this process, so it
+    exits with a message just before. Raises `ConnectionError` when joining fails earlier, and `ValueError` for an
+    unusable secret file.
     """
-    from_environment = environment_secret()  # always taken out of it
+    from_environment = environment_secret()  # removed from the environment in any case
     secret = from_environment if config.secret_file is None else read_secret_file(config.secret_file)
     if config.coordinator is None and not _in_cluster(os.environ):
         return
@@ -91,9 +91,9 @@ def join(config: DistributedConfig) -> None:
     if config.coordinator is not None and config.process_id == 0:
         _check_can_listen(config.coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX would abort every process when one is gone; `Guard` ends them with a message and what was saved.
+    # JAX would abort every process when one is gone; `Guard` ends them with a message that names the checkpoint.
     jax.config.update("jax_enable_recoverability", True)
-    # JAX would take SIGTERM for itself, and nobody would hear of it before `StopRequest` is entered.
+    # JAX would handle SIGTERM itself, and the signal would be lost until `StopRequest` is entered.
     jax.config.update("jax_enable_preemption_service", False)
     joined = threading.Event()
     threading.Thread(target=_watch_joining, args=(config, joined), name="join", daemon=True).start()
@@ -122,25 +122,25 @@ def _warn_without(secret: Secret) -> None:
     host = (coordinator_address() or "").rpartition(":")[0].strip("[]")
     if not secret and not is_loopback(host):
         print(
-            f"meshpipe: this run has no secret: whoever reaches {host} can falsify it. Give all processes the same "
-            f"--secret-file FILE or {VARIABLE}, made by openssl rand -hex 32.",
+            f"meshpipe: this run has no secret: anyone who reaches {host} can tamper with it. Give all processes the "
+            f"same --secret-file FILE or {VARIABLE}, made by openssl rand -hex 32.",
             file=sys.stderr,
             flush=True,
         )
 
 
 def _check_can_listen(address: str) -> None:
-    """JAX would wait for ever where somebody else listens."""
+    """Raises `ConnectionError` when the port is in use; JAX would wait for ever."""
     host, _, port = address.rpartition(":")
     try:
         family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not matter
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections in TIME_WAIT
             probe.bind(place)
     except OSError as error:
         raise ConnectionError(
             f"Process 0 must be able to listen at --coordinator. Got {address}: {error.strerror}. "
-            "Name its own machine and a port that is free, and start process 0 once."
+            "Name an address of its own machine and a free port, and start process 0 only once."
         ) from error
 
 
@@ -163,8 +163,8 @@ def _watch_joining(config: DistributedConfig, joined: threading.Event) -> None:
         return
     count = "" if config.process_count is None else f" {config.process_count}"
     print(
-        f"meshpipe: {own} stops because not all{count} processes of the run came together{where} "
-        f"within {JOIN_SECONDS:.0f} s. Look at what the others say, and start all with the same address and count.",
+        f"meshpipe: {own} stops because not all{count} processes of the run joined{where} "
+        f"within {JOIN_SECONDS:.0f} s. Check their messages, and start all with the same address and count.",
         file=sys.stderr,
         flush=True,
     )
@@ -181,6 +181,6 @@ def _others(config: DistributedConfig) -> str:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several tasks of a job for which JAX finds the others."""
+    """Whether this is one of several tasks of a job that JAX can detect."""
     sizes = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     return any(size not in ("", "1") for size in sizes) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")

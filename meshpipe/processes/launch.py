@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine: started, heard, signalled and ended together."""
+"""Starts the processes of one run on this machine, relays their output and signals, and ends them together."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 SECONDS_TO_END = 20.0
 """How long processes may take to end by themselves after one of them failed."""
 SECONDS_TO_JOIN = 3.0
-"""The same for those that had not joined the others, and would wait for the one that failed."""
+"""The same for processes that have not joined yet, which would wait for the one that failed."""
 POLL_SECONDS = 0.05
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
@@ -35,19 +35,19 @@ PASSED_ON = {
     signal.SIGHUP: signal.SIGTERM,
     signal.SIGQUIT: signal.SIGTERM,
 }
-"""What the processes get when the launcher is asked to end: always something that makes them save."""
+"""Signals to the launcher, and those that it forwards to its processes, all of which make them save."""
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-"""Has a folder for each, on Linux."""
+"""Holds one folder per GPU, on Linux."""
 NOT_RESTARTED = (0, 2, 129, 130, 131, 143)
-"""Exit codes of runs that completed, that cannot be, and that were stopped."""
+"""Exit codes of runs that completed, were invalid, or were stopped."""
 
 Command = Callable[[int, int], Sequence[str]]
-"""The command of a process: from its number, and how often the run was restarted."""
+"""Makes the command of a process from its number and the number of restarts so far."""
 
 
 @dataclass
 class Launch:
-    """One run of several processes, started again at most `max_restarts` times after a failure."""
+    """One run of several processes, restarted at most `max_restarts` times after failures."""
 
     num_processes: int
     command: Command
@@ -64,9 +64,9 @@ class Launch:
         self._processes: list[subprocess.Popen[str]] = []
 
     def run(self) -> int:
-        """The exit code of the first process that failed, else 0.
+        """Runs all processes, and returns the exit code of the first that failed, else 0.
 
-        SIGINT, SIGTERM, SIGHUP and SIGQUIT to this process make all of them stop; should it be killed, they stop too.
+        SIGINT, SIGTERM, SIGHUP and SIGQUIT to this process stop all of them; they also stop if it is killed.
         """
         count = _count_gpus(os.environ | dict(self.environment))
         if 0 < count < self.num_processes:
@@ -74,7 +74,7 @@ class Launch:
                 f"{self.num_processes} processes share {count} GPU{'s' if count > 1 else ''}, which NCCL refuses: "
                 "the run needs --transfers sockets, and XLA_PYTHON_CLIENT_PREALLOCATE=false in its environment."
             )
-        # A signal that is ignored, as SIGHUP is under nohup, stays so.
+        # An ignored signal stays ignored, as SIGHUP under nohup.
         taken = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._pass_on) for number in taken}
         try:
@@ -84,13 +84,13 @@ class Launch:
                 if code in NOT_RESTARTED or self._stop is not None or restart == self.max_restarts:
                     return code
                 restart += 1
-                _say(f"Starting the run again ({restart} of {self.max_restarts}).")
+                _say(f"Restarting the run ({restart} of {self.max_restarts}).")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _exit_code(self, code: int) -> int:
-        """That of the run: the code of a process, but of the signal that the launcher got, not the one it passed on."""
+        """A process's exit code, changed to that of the signal that the launcher received, not the forwarded one."""
         if self._stop is not None and code == 128 + PASSED_ON[self._stop]:
             return 128 + self._stop
         return code
@@ -104,7 +104,7 @@ class Launch:
             for number in range(self.num_processes):
                 process = self._start(number, restart)
                 self._processes.append(process)
-                if self._stop is not None:  # it came between two starts
+                if self._stop is not None:  # the signal arrived between two starts
                     process.send_signal(PASSED_ON[self._stop])
                 for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                     assert source is not None
@@ -136,13 +136,13 @@ class Launch:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            # A signal from the terminal goes to the launcher alone, which passes it on once.
+            # A signal from the terminal reaches only the launcher, which forwards it once.
             start_new_session=True,
             pass_fds=(self._pipe.reader, self._pipe.guarded_writer),
         )
 
     def _wait(self) -> int:
-        """Waits for all; once one has failed, the others have a while to end before they are killed."""
+        """Waits for all. After one fails, kills the others if they do not end within `seconds_to_end`."""
         first_failure: tuple[int, int] | None = None
         deadline = until_joined = float("inf")
         while running := [p for p in self._processes if p.poll() is None]:
@@ -168,7 +168,7 @@ class Launch:
         return 0 if first_failure is None else first_failure[1]
 
     def _end_joining(self, running: Sequence["subprocess.Popen[str]"]) -> None:
-        """Ends those that still wait for all to come together, which cannot happen any more."""
+        """Ends processes that are still joining, which can no longer succeed."""
         guarded = self._pipe.guarded()
         waiting = [n for n, process in enumerate(self._processes) if process in running and n not in guarded]
         if waiting:
@@ -177,10 +177,10 @@ class Launch:
             self._processes[number].terminate()
 
     def _failure(self) -> tuple[int, int] | None:
-        """A process that has failed, with its exit code as a shell would say it."""
+        """A process that has failed, with its exit code in a shell's notation."""
         codes = [(number, process.poll()) for number, process in enumerate(self._processes)]
         failed = [(number, code) for number, code in codes if code]
-        # What ended by a signal has not failed by itself if another one told why.
+        # A process ended by a signal is not the cause if another failed with an exit code.
         failed.sort(key=lambda pair: pair[1] < 0)
         return next(((number, 128 - code if code < 0 else code) for number, code in failed), None)
 
@@ -192,10 +192,10 @@ class Launch:
 
 
 def gpus_of(number: int, num_processes: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variable that tells JAX in a process which NVIDIA GPUs of this machine are its own, where there are any.
+    """The environment variable that assigns a process its NVIDIA GPUs of this machine, if there are any.
 
-    Each has as many as the others, in order, and some may be left over; of fewer GPUs than processes each is had by
-    several. Says nothing where the environment already does.
+    All processes get equally many consecutive GPUs, and some may be left over. With fewer GPUs than processes, several
+    processes share each. Empty if the environment already assigns GPUs.
     """
     count = _count_gpus(environment)
     if count == 0:
@@ -206,25 +206,25 @@ def gpus_of(number: int, num_processes: int, environment: Mapping[str, str]) -> 
 
 
 def _count_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs to share out: none where JAX cannot use them, is not to, or was told which to use."""
+    """GPUs to divide among the processes; 0 if JAX cannot or must not use them, or already has its own assigned."""
     if environment.get("JAX_PLATFORMS") == "cpu" or "JAX_LOCAL_DEVICE_IDS" in environment or not _has_plugin():
         return 0
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return len(list(NVIDIA_GPUS.glob("*")))
-    # CUDA reads up to the first that there is not.
+    # CUDA ignores the list from its first invalid entry on.
     return len(list(itertools.takewhile(lambda gpu: gpu and gpu[0] != "-" and gpu != "NoDevFiles", visible.split(","))))
 
 
 def _has_plugin() -> bool:
-    """Whether JAX was installed for any accelerator."""
+    """Whether JAX is installed with an accelerator plugin."""
     return find_spec("jax_plugins") is not None
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now, at an address of this machine.
+    """A free port at an address of this machine.
 
-    Raises `ValueError` where the address is of another machine, or of none.
+    Raises `ValueError` if this machine does not have the address.
     """
     with socket.socket() as probe:
         try:
@@ -238,7 +238,7 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 def _prefix(number: int, source: Iterable[str], target: Any) -> None:
-    """Copies lines with the number of their process in front, in its colour on a terminal."""
+    """Copies lines, prefixed with the number of their process, in its colour on a terminal."""
     console = Console(file=target, highlight=False, soft_wrap=True)
     prefix = Text(f"[{number}] ", style=COLOURS[number % len(COLOURS)])
     for line in source:

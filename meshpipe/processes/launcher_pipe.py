@@ -1,4 +1,4 @@
-"""A process that `launch` started ends with it, however the launcher ends, and says when it needs no help to end."""
+"""Pipes between `launch` and its processes: they end when the launcher ends, and report when they are guarded."""
 
 import contextlib
 import os
@@ -6,16 +6,14 @@ import signal
 import threading
 
 VARIABLE = "MESHPIPE_LAUNCHER"
-"""Holds the number of a file descriptor: the end for reading of a pipe that the launcher alone can write to."""
-
-
+"""Environment variable with a file descriptor: the read end of a pipe whose write end only the launcher holds."""
 GUARDED = "MESHPIPE_GUARDED"
-"""Holds the number of a file descriptor to which the processes write their numbers."""
+"""Environment variable with a file descriptor to which guarded processes write their numbers."""
 
 
 class LauncherPipe:
-    """The launcher's side: a pipe whose end for writing closes when the launcher is gone, even by SIGKILL, and one by
-    which it hears of processes that have joined the others and watch them.
+    """The launcher's side: a pipe that closes when the launcher ends, even by SIGKILL, and one on which processes
+    report that they have joined the others and watch them.
     """
 
     def __init__(self) -> None:
@@ -26,11 +24,11 @@ class LauncherPipe:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For a process that inherits `reader` and `guarded_writer`."""
+        """Environment of a process that inherits `reader` and `guarded_writer`."""
         return {VARIABLE: str(self.reader), GUARDED: str(self.guarded_writer)}
 
     def guarded(self) -> set[int]:
-        """The processes that end by themselves when one of the others has."""
+        """The processes that end by themselves when another one ends."""
         with contextlib.suppress(BlockingIOError):
             while received := os.read(self._guarded_reader, 4096):
                 self._guarded.update(map(int, received.split()))
@@ -42,7 +40,7 @@ class LauncherPipe:
 
 
 def report_guarded(process: int) -> None:
-    """Tells the launcher, where there is one, that this process will notice by itself when another is gone."""
+    """Reports to the launcher, if there is one, that this process notices by itself when another is gone."""
     number = os.environ.pop(GUARDED, None)
     if number is not None:
         with contextlib.suppress(OSError):  # the launcher is gone
@@ -51,9 +49,9 @@ def report_guarded(process: int) -> None:
 
 
 def end_with_launcher() -> None:
-    """Has this process stop as by SIGTERM, with a last save, once the launcher that started it is gone.
+    """Sends this process SIGTERM, after which it saves and ends, when its launcher is gone.
 
-    Does nothing in a process that no launcher started.
+    Does nothing without a launcher.
     """
     number = os.environ.pop(VARIABLE, None)
     if number is None:

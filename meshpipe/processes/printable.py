@@ -1,4 +1,4 @@
-"""Text of other processes as it may be printed."""
+"""Text from other processes, made safe to print."""
 
 import re
 
@@ -7,9 +7,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def printable(text: str, most: int = MOST_CHARACTERS) -> str:
-    """The text with every character escaped that could move a terminal's cursor, hide text or turn its direction.
+    """Escapes every character that could move a terminal's cursor, hide text or reverse its direction.
 
-    Lines and tabs stay. What is longer than `most` characters is cut, and says so.
+    Line breaks and tabs stay. A text longer than `most` characters is cut, and ends with the number of those left out.
     """
     cut = len(text) - most
     if cut > 0:

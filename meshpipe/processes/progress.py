@@ -1,4 +1,4 @@
-"""How far a process has come with its run, for its threads and for the other processes to read."""
+"""The progress of a process in its run, readable by its threads and by other processes."""
 
 import math
 import threading
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from meshpipe.processes.stop import StopRequest
 
 LEAST_SECONDS = 30.0
-"""How long a stop waits for a step, at least."""
+"""Shortest time that a stop waits for a step."""
 FIRST_STEP_SECONDS = 120.0
 """The same for the first step, which opens connections."""
 LONGEST_STEPS = 3.0
-"""How many times the longest step so far it waits otherwise."""
+"""A stop waits for this many times the longest step so far."""
 POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The last step that was handed over to the devices, and the last that has completed."""
+    """The last step dispatched to the devices, and the last completed."""
 
     dispatched: int
     completed: int
@@ -35,14 +35,14 @@ class Steps:
 
 
 class Progress:
-    """What a run is at. Whoever runs it calls `dispatched`, `completed` and `during`."""
+    """The current activity of a run. The training loop calls `dispatched`, `completed` and `during`."""
 
     def __init__(self, step: int = 0) -> None:
         self.steps = Steps(step, step)
         self.since = time.monotonic()
-        """When it last came on."""
+        """Time of the last progress, on the monotonic clock."""
         self.patience = FIRST_STEP_SECONDS
-        """Seconds that it may take to come on again before a stop gives it up."""
+        """Seconds without progress after which a stop gives up."""
         self.doing = "step"
         self._longest = 0.0
 
@@ -60,7 +60,7 @@ class Progress:
 
     @contextmanager
     def during(self, what: str, patience: float = math.inf) -> Iterator[None]:
-        """Around something else than steps, which may take `patience` seconds to come on."""
+        """Wraps an activity other than steps that may take `patience` seconds without progress."""
         before, self.doing, self.patience = (self.doing, self.patience), what, patience
         self.made_progress()
         try:
@@ -71,9 +71,9 @@ class Progress:
 
 
 class StopLimit:
-    """While entered, a stop that was asked for and does not come about ends the process, by `fail` with a message.
+    """While entered, calls `fail` with a message when a requested stop makes no progress for too long.
 
-    `others` tells how far each process has come, if there are several, by number.
+    `others` returns the steps of each process, by its number; it is empty in a run of one process.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class StopLimit:
             self._fail(f"{message}; {behind}" if behind else message)
 
     def _behind(self) -> str:
-        """Which processes are waited for, as far as steps tell."""
+        """Names the processes that hold up the others, judged by their steps."""
         try:
             found = self._others()
-        except Exception:  # nobody is there to ask
+        except Exception:  # the coordinator is gone
             return ""
         if len(found) < 2:
             return ""

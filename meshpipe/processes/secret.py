@@ -1,4 +1,4 @@
-"""The secret of a run: what its processes sign with it, and the names that nobody else can guess."""
+"""The secret of a run, which signs the messages of its processes and makes unguessable names."""
 
 import hashlib
 import hmac
@@ -17,11 +17,11 @@ MOST_CHARACTERS = 4096
 
 
 class IntrusionError(ConnectionError):
-    """Somebody without the run's secret wrote a value or opened a connection of the run; nothing of it was used."""
+    """A value or connection was not authenticated with the run's secret; it was not used."""
 
 
 class Secret:
-    """Signs texts and derives names. The empty key gives no protection: everybody knows it."""
+    """Signs texts and derives names. The empty key gives no protection, since everyone knows it."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -30,15 +30,15 @@ class Secret:
         return bool(self._key)
 
     def mac(self, *parts: object) -> bytes:
-        """The HMAC-SHA256 of some parts, which cannot run into each other."""
+        """The HMAC-SHA256 of the parts, in an unambiguous encoding."""
         return hmac.digest(self._key, json.dumps([str(part) for part in parts]).encode(), "sha256")
 
     def name(self, text: str) -> str:
-        """A name in place of `text`, the same in all processes of the run."""
+        """A name derived from `text`, the same in all processes of the run."""
         return self.mac("name", text)[:16].hex()
 
     def number(self, text: str, *integers: int) -> int:
-        """A number below 2^64 in place of a name and some integers; takes about a microsecond."""
+        """A number below 2^64 derived from a name and integers; takes about a microsecond."""
         data = b"".join(value.to_bytes(8, "big") for value in integers) + text.encode()
         return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=self._number_key).digest(), "big")
 
@@ -47,27 +47,27 @@ class Secret:
         return self.mac("numbers")
 
     def sign(self, key: str, sender: int, text: str) -> str:
-        """The text with its signature, which holds for this key and this sending process alone."""
+        """The text with its signature, which is valid only for this key and this sending process."""
         return f"{self.mac('value', key, sender, text).hex()} {sender} {text}"
 
     def check(self, key: str, signed: str) -> str:
-        """The text of a signed value. Raises `IntrusionError` when it was not signed for this key with this secret."""
+        """The text of a signed value. Raises `IntrusionError` unless it was signed for this key with this secret."""
         mac, _, rest = signed.partition(" ")
         sender, _, text = rest.partition(" ")
         if not hmac.compare_digest(mac.encode(), self.mac("value", key, sender, text).hex().encode()):
             raise IntrusionError(
                 f"someone without the run's secret wrote {key} into the key-value store of the run. The value was not "
-                "used. Keep others out of the run's network, and give all of its processes the same secret."
+                "used. Run on a private network, and give all processes the same secret."
             )
         return text
 
     def derive(self, *parts: str) -> "Secret":
-        """Another secret, for one purpose or one run, from which this one cannot be found."""
+        """Another secret, for one purpose or one run; this one cannot be recovered from it."""
         return Secret(self.mac("derive", *parts) if self._key else b"")
 
 
 def read_secret_file(path: str) -> Secret:
-    """The secret in a file. Raises `ArgumentError` when it is too short, or others can read or replace it."""
+    """The secret in a file. Raises `ArgumentError` when it is too short, or other users can read or replace it."""
     file = Path(path).expanduser()
     try:
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
@@ -75,16 +75,16 @@ def read_secret_file(path: str) -> Secret:
             text = opened.read(MOST_CHARACTERS + 1).strip() if stat.S_ISREG(status.st_mode) else None
     except OSError as error:
         raise ArgumentError(
-            f"`secret_file` must be a file that can be read. Got {path!r}: {error.strerror}. Write one by "
+            f"`secret_file` must be a readable file. Got {path!r}: {error.strerror}. Write one with "
             f"(umask 077; openssl rand -hex 32 > {path})."
         ) from error
     if text is None:
         raise ArgumentError(f"`secret_file` must be a regular file. Got {path!r}. Name another file.")
     if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o077:
         raise ArgumentError(
-            "`secret_file` must belong to this user, and nobody else may read or write it. "
+            "`secret_file` must belong to this user, and other users must not be able to read or write it. "
             f"Got {path!r} with mode {stat.S_IMODE(status.st_mode):03o} and owner {status.st_uid}. "
-            f"Run chmod 600 {path}, and write a new secret into it if others may have read this one."
+            f"Run chmod 600 {path}, and write a new secret if others may have read this one."
         )
     return _of_text(text, "`secret_file`")
 
@@ -93,27 +93,27 @@ def _of_text(text: bytes, source: str) -> Secret:
     if not LEAST_CHARACTERS <= len(text) <= MOST_CHARACTERS:
         raise ArgumentError(
             f"{source} must hold {LEAST_CHARACTERS} to {MOST_CHARACTERS} characters. Got {len(text)}. "
-            "Make one by openssl rand -hex 32."
+            "Make one with openssl rand -hex 32."
         )
     return Secret(hashlib.sha256(text).digest())
 
 
 def environment_secret() -> Secret:
-    """The secret in the environment, from which it is taken out, so that no other program inherits it.
+    """Removes the secret from the environment, so that no other program inherits it, and returns it.
 
-    Empty where there is none. Raises `ArgumentError` when it is too short.
+    Empty if there is none. Raises `ArgumentError` when it is too short.
     """
     text = os.environ.pop(VARIABLE, None)
     return Secret(b"") if text is None else _of_text(text.strip().encode(), VARIABLE)
 
 
 def use(secret: Secret) -> None:
-    """Has everything that this process writes and reads signed with this secret."""
+    """From now on, this process signs and checks messages with this secret."""
     _current[:] = [secret]
 
 
 def current() -> Secret:
-    """The secret in use: that of the environment until `use` was called."""
+    """The secret in use: the one in the environment until `use` is called."""
     if not _current:
         use(environment_secret())
     return _current[0]

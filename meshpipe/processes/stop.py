@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from meshpipe.processes.coordination import process_count, set_key, try_get_key
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that ask a run to stop. SIGHUP comes when a terminal is closed."""
+"""Signals that ask a run to stop. A closed terminal sends SIGHUP."""
 STOP = "meshpipe/stop"
 
 
@@ -22,12 +22,12 @@ def _say(message: str) -> None:
 
 
 class StopRequest:
-    """While entered, the first of the signals is only noted, and a SIGINT after it ends the process at once.
+    """While entered, records the first signal; a later SIGINT ends the process at once.
 
-    Until the first step, when there is nothing to save, the first signal ends the process by `end_early`, where given.
-    A SIGHUP that the process was started to ignore, as by `nohup`, stays ignored.
+    Before the first step there is nothing to save, so the first signal then calls `end_early`, if given, which ends the
+    process. A SIGHUP that was ignored at start-up, as under `nohup`, stays ignored.
 
-    Signals are read by a thread of their own: Python runs handlers in the main thread alone, which may be inside a long
+    A separate thread reads the signals: Python runs handlers only in the main thread, which may be inside a long
     compilation or waiting for a device. Enter it in the main thread.
     """
 
@@ -35,11 +35,11 @@ class StopRequest:
         self, say: Callable[[str], None] = _say, end_early: Callable[[signal.Signals], object] | None = None
     ) -> None:
         self.end_early = end_early
-        """To be taken away when steps begin."""
+        """Set this to None when steps begin."""
         self.signal: signal.Signals | None = None
-        """The first one received; None until then."""
+        """The first signal received; None until then."""
         self.at = 0.0
-        """When, by the monotonic clock."""
+        """Time of that signal, on the monotonic clock."""
         self._say = say
 
     def __bool__(self) -> bool:
@@ -47,7 +47,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """What a shell reports of a process that this signal ended: 130, 143 or 129."""
+        """The exit code that a shell reports for a process ended by this signal: 130, 143 or 129."""
         assert self.signal is not None
         return 128 + self.signal
 
@@ -79,40 +79,40 @@ class StopRequest:
 
     def _note(self, received: signal.Signals) -> None:
         if self.end_early is not None:
-            self._say(f"{received.name}: stopping; nothing was trained yet.")
+            self._say(f"{received.name}: stopping; no step was run yet.")
             self.end_early(received)
         if self.signal is None:
             self.at = time.monotonic()
             self.signal = received
             self._say(f"{received.name}: stopping after the step in progress. Press Ctrl-C to end at once.")
         elif received is signal.SIGINT:
-            # Nothing is cleaned up, which is what was asked for: a checkpoint being written stays unlisted.
+            # No clean-up, on purpose: the user wants to end now. A checkpoint being written stays unlisted.
             os._exit(128 + received)
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Takes the place of the default action; `StopRequest` has seen the signal already."""
+    """Replaces the default action; `StopRequest` receives the signal through its socket."""
 
 
 class StopTogether:
-    """Lets all processes of a run stop after the same step when one of them is asked to, without a barrier.
+    """Makes all processes of a run stop after the same step when one receives a signal, without a barrier.
 
-    It relies on a loop that hands over a step only after it has read the result of the step before the last, which
-    needs all processes to have handed over that one. So whoever is asked after handing over step k can let all stop
-    after step k + 2: nobody has handed over more by then, and everybody looks before handing over the next.
+    It relies on a loop that dispatches step k + 2 only after it has read the result of step k, which requires that all
+    processes have dispatched step k. So a process that gets a signal after dispatching step k can ask all to stop after
+    step k + 2: no process has dispatched more by then, and every process checks before it dispatches the next.
     """
 
     def __init__(self, request: StopRequest) -> None:
         self._request = request
-        self._has_told = False
+        self._has_set_key = False
 
     def after(self, step: int) -> bool:
-        """Whether `step`, the last that was handed over, is the last of the run."""
+        """Whether `step`, the last one dispatched, is the last of the run."""
         if process_count() == 1:
             return bool(self._request)
-        if self._request.signal is not None and not self._has_told:
-            self._has_told = True
-            with contextlib.suppress(RuntimeError):  # another process was asked as well, and was first
+        if self._request.signal is not None and not self._has_set_key:
+            self._has_set_key = True
+            with contextlib.suppress(RuntimeError):  # another process got a signal first
                 set_key(STOP, f"{step + 2} {int(self._request.signal)}")
         agreed = try_get_key(STOP)
         if agreed is None:

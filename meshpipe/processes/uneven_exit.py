@@ -1,4 +1,4 @@
-"""Programs of users that run no `Guard`: a process that ends tells the others, which would wait for it for ever."""
+"""For user programs without a `Guard`: an exiting process notifies the others, which would otherwise wait for ever."""
 
 import atexit
 import contextlib
@@ -15,7 +15,7 @@ from meshpipe.processes.secret import IntrusionError
 
 POLL_SECONDS = 1.0
 END_SECONDS = 300.0
-"""How long a process that has ended waits for the others."""
+"""How long an exiting process waits for the others."""
 _ENDED = "meshpipe/ended"
 _UNEVEN = "meshpipe/uneven"
 _INTRUDED = "meshpipe/intruded"
@@ -39,15 +39,15 @@ def watch_keys() -> None:
 
 
 def watch(group: Group) -> None:
-    """Ends this process, with a message, when one of the group has ended after fewer steps and evaluations than this
-    one has begun, which can then never be done.
+    """Ends this process with a message when another of the group has exited after fewer steps and evaluations than this
+    one has begun; those can then never complete.
 
-    `jax.distributed` has every process wait at its end for all others, so without this both would wait in silence.
+    `jax.distributed` makes an exiting process wait for all others, so without this both would hang silently.
     """
     if group.is_alone:
         return
     if not _groups:
-        atexit.register(_end)  # comes before what JAX has registered
+        atexit.register(_end)  # runs before the handler that JAX has registered
     _groups.append(group)
     watch_keys()
 
@@ -92,7 +92,7 @@ def _leave(process: int, done: int, begun: int) -> None:
 
 
 def _end() -> None:
-    """Tells the others that this process ends, and waits for them as JAX would, but not for those that cannot end."""
+    """Notifies the others of this exit, and waits for them as JAX would, except for those that cannot finish."""
     calls = {group.name: group.calls for group in _groups}
     with contextlib.suppress(Exception):
         number = 0
@@ -125,5 +125,5 @@ def _stop(text: str) -> None:
     print(f"meshpipe: process {process_index()} stops because {text}.", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if process_count() > 1 and process_index() == 0:
-        time.sleep(2 * POLL_SECONDS)  # the others read from it
+        time.sleep(2 * POLL_SECONDS)  # the others still read from its key-value store
     os._exit(FAILED)

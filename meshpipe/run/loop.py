@@ -41,18 +41,18 @@ from meshpipe.sharding import local_value
 from meshpipe.trainer import NonFiniteError, StepResult, Trainer
 
 STEPS_BEFORE_TRACE = 2
-"""The first steps of a run are not like the others."""
-TELL_SECONDS = 60.0
-"""How long processes wait for each other's times of a step."""
+"""The first steps of a run are slower than the rest and are not traced."""
+GATHER_SECONDS = 60.0
+"""How long processes wait for each other's step times."""
 EVALUATION_SECONDS = 600.0
-"""How long a stop waits for the next batch of an evaluation, of which the first one compiles."""
+"""How long a stop waits for the next batch of an evaluation; the first batch compiles."""
 RATES_AT_ONCE = 1024
 """Learning rates that are computed together."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a run writes, and under which name."""
+    """The outputs of a run, and the name of its recipe."""
 
     recipe: str
     metrics: MetricsFile
@@ -60,20 +60,20 @@ class Outputs:
     console: Console
 
 
-class _OnItsWay(NamedTuple):
-    """A step that was handed over and not read yet."""
+class _InFlight(NamedTuple):
+    """A step that was dispatched and whose result was not read yet."""
 
     result: StepResult
     tokens: int | None
     completion: Future[float]
-    """When all of it was there."""
+    """Time at which the devices completed it."""
 
 
 class Loop:
-    """The state of a run between two steps, of which one may be on its way while the next is handed over.
+    """The training loop, which keeps one step in flight while it dispatches the next.
 
-    Reading a loss waits for the devices, so a step is read, checked and reported only after the next one was
-    dispatched; the devices never wait for the host.
+    Reading a loss waits for the devices. So each step is read, checked and reported only after the next one was
+    dispatched, and the devices never wait for the host.
     """
 
     def __init__(
@@ -98,18 +98,18 @@ class Loop:
         self._start = start
         left_out = 0 if start is None else start.left_out
         self._learning_rate(trainer.step_number - left_out)
-        self._on_its_way: _OnItsWay | None = None
+        self._in_flight: _InFlight | None = None
         self._watch = ThreadPoolExecutor(1, "watch")
         self._good_step = trainer.step_number
-        """The last update that is known to be finite."""
+        """The last update known to be finite."""
         self._values: dict[str, Any] = {}
-        """What was reported of it."""
+        """The metrics of that step."""
         self._work = {"step_time_s": 0.0, "examples": 0, "tokens": 0}
         """Sums over the steps of this run."""
         self._left_out = left_out
-        """Updates that were left out, before this run too; the optimizer and its schedule have not counted them."""
+        """Updates left out so far, including earlier runs; the optimizer and its schedule do not count them."""
         self._skipped = 0
-        """Those of this run whose batch was not finite."""
+        """Updates of this run left out because they were not finite."""
         self._warnings = Warnings()
         self._first_step = trainer.step_number + 1
         self._trace = None if config.trace is None else TraceFile(config.trace, self._warnings)
@@ -117,16 +117,16 @@ class Loop:
         self._saved_step = start.step if start is not None and start.is_own else None
         self._evaluated_step: int | None = None
         self.error: BaseException | None = None
-        """What made it fail."""
+        """The error that ended the run."""
         self.progress = Progress(trainer.step_number)
-        """For other threads and processes."""
+        """Read by other threads and processes."""
         self._line = ProgressLine(outputs.console, config.steps, trainer.step_number)
 
     def run(self) -> int:
         started = time.perf_counter()
         error: BaseException | None = None
         try:
-            self._stop.end_early = None  # from now on there is something to finish
+            self._stop.end_early = None  # from now on, a stop finishes the step and saves
             self._out.metrics.write("start", self._start_values())
             status = self._train()
         except (Exception, SystemExit) as exception:  # sys.exit in the user's code does not complete a run
@@ -161,7 +161,7 @@ class Loop:
         return "completed"
 
     def _step(self, batch: Batch) -> None:
-        """Hands over one step, finishes the one before it, and does what is due after this one."""
+        """Dispatches one step, finishes the previous one, and saves or evaluates if due."""
         config, trainer = self._config, self._trainer
         measure = self._is_timed(trainer.step_number + 1)
         if measure:
@@ -171,13 +171,13 @@ class Loop:
         observe = None if self._watchdog is None else self._watchdog.observe
         result = trainer.step(batch, measure=measure, observe=observe)
         self.progress.dispatched(result.step)
-        # A thread notes when it is complete, since this one will look only after handing over the next step.
+        # A separate thread records when it completes; this one looks only after dispatching the next step.
         completion = self._watch.submit(_completion_time, result)
-        if not self._finish_step():  # and therefore this one was left out as well
+        if not self._finish_step():  # then this update was left out as well
             self._batches.put_back(batch)
             return
-        self._on_its_way = _OnItsWay(result, config.model.tokens(batch), completion)
-        if measure:  # writing its trace takes time that is no step's
+        self._in_flight = _InFlight(result, config.model.tokens(batch), completion)
+        if measure:  # the time to write its trace belongs to no step
             self._finish_step()
         if _is_due(result.step, config.checkpoint.checkpoint_every):
             self._finish_step()
@@ -187,13 +187,13 @@ class Loop:
             self._evaluate()
 
     def _finish_step(self) -> bool:
-        """Waits for the step on its way, checks that it is finite, and reports it.
+        """Waits for the step in flight, checks that it is finite, and reports it.
 
-        False when its batch is one of those that may be skipped, so that this update and any after it were left out.
+        Returns False when its batch is skipped; then this update and any dispatched after it were left out.
         """
-        if self._on_its_way is None:
+        if self._in_flight is None:
             return True
-        (result, tokens, completion), self._on_its_way = self._on_its_way, None
+        (result, tokens, completion), self._in_flight = self._in_flight, None
         try:
             self._trainer.check(result)
         except NonFiniteError as error:
@@ -228,27 +228,27 @@ class Loop:
         if good and not applied:
             self._warnings.say_once(
                 "weight 0",
-                f"step {result.step} was left out: the weight of its loss is 0 over the whole batch, so there is no "
-                "mean to follow. The metrics file marks such steps by left_out.",
+                f"step {result.step} was left out: the weight of its loss is 0 over the whole batch, so the mean is "
+                "undefined. The metrics file marks such steps by left_out.",
             )
         self._out.metrics.write("step", self._values)
         self._line.step(self._values)
         return good
 
     def _skip(self, error: NonFiniteError) -> None:
-        """Goes past a step that is not finite and was left out; raises the error where that is not allowed."""
+        """Skips a step that is not finite and was left out; raises the error when no more skips are allowed."""
         allowed = self._config.skip_nonfinite
         if not error.left_out or self._skipped == allowed:
             raise error
         self._skipped += 1
-        # It counts as a step, so that steps and batches stay in line.
+        # It counts as a step, so step numbers stay aligned with batches.
         self._trainer.step_number = error.step
         self._say(f"{error} Its update was left out ({self._skipped} of {allowed} by --skip-nonfinite).")
 
     def _learning_rate(self, updates: int) -> float:
-        """What the schedule says after so many updates.
+        """The schedule's learning rate after `updates` updates.
 
-        It is asked for many at once: on an accelerator, each time waits for all that was handed over before.
+        Computes many at once: on an accelerator, each computation waits for all work dispatched before.
         """
         first, rates = self._rates
         if not first <= updates < first + len(rates):
@@ -283,13 +283,13 @@ class Loop:
         self._line.say(f"step {self._good_step}  held out: {numbers}")
 
     def _counted(self, held_out: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches; each that is asked for is progress."""
+        """The batches; each one requested counts as progress."""
         for batch in held_out:
             self.progress.made_progress()
             yield batch
 
     def _save(self) -> None:
-        """Hands the current step to the checkpointer, which writes it while training goes on."""
+        """Starts saving the current step; the checkpointer writes it while training continues."""
         checkpointer, step = self._out.checkpointer, self._good_step
         if checkpointer is None or step == self._saved_step:
             return
@@ -301,8 +301,8 @@ class Loop:
         self._clock = time.perf_counter()
 
     def _bubble_of_all(self, result: StepResult) -> float:
-        """The idle share of all ranks in a timed step, also of those that live in other processes; NaN where one of
-        those does not tell in time.
+        """The idle share of all ranks in a timed step, across all processes; NaN if a process does not report its times
+        within the limit.
         """
         assert result.measured is not None
         timeline = result.measured.timeline
@@ -310,11 +310,11 @@ class Loop:
             return timeline.bubble_fraction
         own = f"{timeline.makespan!r} {sum(timeline.busy)!r} {timeline.num_ranks}"
         try:
-            told = self._trainer.group.gather("busy", own, TELL_SECONDS)
+            texts = self._trainer.group.gather("busy", own, GATHER_SECONDS)
         except TimeoutError as error:
-            self._warnings.say_once("bubble", f"the bubble of step {result.step} is not known: {error}")
+            self._warnings.say_once("bubble", f"the bubble of step {result.step} is unknown: {error}")
             return math.nan
-        makespans, busy, ranks = zip(*(map(float, text.split()) for text in told), strict=True)
+        makespans, busy, ranks = zip(*(map(float, text.split()) for text in texts), strict=True)
         return max(0.0, 1 - sum(busy) / (max(makespans) * sum(ranks)))
 
     @property
@@ -334,7 +334,7 @@ class Loop:
 
     @property
     def _origin(self) -> dict[str, Any]:
-        """Where a run that began from a checkpoint of another has it from."""
+        """The checkpoint of another run that this run began from, if any."""
         start = self._start
         if start is None or start.is_own:
             return {}
@@ -363,13 +363,13 @@ class Loop:
     def _saved_sentence(self, saved: int | None) -> str:
         if saved is None:
             return "Nothing was saved."
-        rest = "" if saved >= self._config.steps else "; --resume goes on from it"
+        rest = "" if saved >= self._config.steps else "; resume from it with --resume"
         return f"Step {saved} is saved in {self._config.checkpoint.checkpoint_dir}{rest}."
 
     def _explain(self, error: BaseException, saved: int | None) -> None:
-        """Tells a failure on standard error, last what happened, where, and what was saved."""
+        """Prints a failure to standard error; the last lines say what happened, where, and what was saved."""
         if not self._trainer.group.is_alone and is_lost_connection(error):
-            return  # which process is gone is found out, and said, by `Guard`
+            return  # `Guard` finds and prints which process is gone
         advice = advice_on(error)
         if not advice and not isinstance(error, NonFiniteError):
             traceback.print_exception(error)

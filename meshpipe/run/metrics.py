@@ -1,4 +1,4 @@
-"""What a run reports while it trains: a file of JSON lines, and a line for people."""
+"""Reports of a run while it trains: a file of JSON lines, and a progress line for people."""
 
 import json
 import math
@@ -18,18 +18,18 @@ from meshpipe.files import check_file
 from meshpipe.run.warning import Warnings
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Longest silence of a run whose output is not a terminal, as far as its steps allow."""
+"""Longest time between progress lines when the output is not a terminal, if steps are not longer."""
 LONGEST_TIME = 10**9
-"""Seconds that a run is said to take at most."""
+"""Upper limit of the displayed time left, in seconds."""
 LONGEST_LINE = 1 << 20
-"""Bytes; no line of a metrics file comes near it."""
+"""Upper limit of the length of a metrics line, in bytes; real lines are far shorter."""
 
 
 class MetricsFile:
-    """One JSON object a line, written at once, without a buffer. A file of None takes everything and writes nothing.
+    """One JSON object per line, unbuffered. With a path of None, nothing is written.
 
-    Numbers that are not finite become null, which JSON can hold. A line that cannot be written, on a full disk say, is
-    left out as a whole, which is said once on standard error; the next one is tried again.
+    Non-finite numbers become null, since JSON has none. A line that cannot be written (e.g. on a full disk) is left out
+    entirely, with one warning on standard error; later lines are tried again.
     """
 
     def __init__(self, path: str | Path | None, *, append: bool = False) -> None:
@@ -42,7 +42,7 @@ class MetricsFile:
 
     @staticmethod
     def check(path: str | Path | None, *, append: bool = False) -> None:
-        """Raises `ValueError` when the file cannot be written, or holds another run; writes nothing."""
+        """Raises `ValueError` when the file cannot be written or holds another run. Writes nothing."""
         if path is None:
             return
         path = Path(path)
@@ -52,7 +52,7 @@ class MetricsFile:
         if not append and path.exists() and path.stat().st_size:
             raise ValueError(
                 f"--metrics must name a new file, so that two runs do not mix. Got {str(path)!r}, which is not empty. "
-                "Name another file, remove it, or go on with its run by --resume."
+                "Name another file, remove it, or resume its run with --resume."
             )
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ class MetricsFile:
 
 
 def _write_whole(file: FileIO, line: bytes) -> None:
-    """Writes all of a line, or nothing where that is possible. Raises `OSError`."""
+    """Writes a whole line; on an error, truncates a partial line if the file is seekable. Raises `OSError`."""
     rest = memoryview(line)
     try:
         while rest:
@@ -103,7 +103,7 @@ def _finite(value: Any) -> Any:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Removes a last line without an end, which a killed run or a full disk can leave."""
+    """Removes an unterminated last line, which a killed run or a full disk can leave."""
     if not path.is_file():
         return
     with open(path, "r+b") as file:
@@ -113,7 +113,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 class ProgressLine:
-    """Step, loss, speed and time left: a live line on a terminal, else a plain line every few steps."""
+    """Shows step, loss, throughput and time left: a live line on a terminal, else a plain line every few steps."""
 
     def __init__(self, console: Console, steps: int, start: int = 0) -> None:
         self.console = console
@@ -135,7 +135,7 @@ class ProgressLine:
     def step(self, values: Mapping[str, Any]) -> None:
         """Shows the `values` of one step event."""
         step, seconds = values["step"], values["step_time_s"]
-        # The first step of a run is not like the others, so it is soon forgotten.
+        # The first step is slower than the others; the moving average forgets it quickly.
         before = seconds if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = before + 0.3 * (seconds - before)
         left = timedelta(seconds=min(LONGEST_TIME, round(self._seconds_per_step * (self._steps - step))))
@@ -169,6 +169,6 @@ def lines_every(steps: int) -> int:
 
 
 def speed(values: Mapping[str, Any]) -> str:
-    """Tokens per second where there are tokens, else examples."""
+    """The throughput: tokens per second if the model has tokens, else examples per second."""
     unit = "tokens" if "tokens_per_s" in values else "examples"
     return f"{values[f'{unit}_per_s']:,.0f} {unit}/s"

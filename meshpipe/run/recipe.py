@@ -13,16 +13,16 @@ from meshpipe.config import Config
 from meshpipe.errors import errors_name_flags
 
 FOLDER = Path("recipes")
-"""Where short names are looked up, in the current folder."""
+"""Folder, relative to the current one, where short names are looked up."""
 
 
 class RecipeError(ValueError):
-    """A recipe that does not exist or does not work; the message says which, and what to do."""
+    """A recipe does not exist or fails; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A function of a file, not run yet."""
+    """A function in a file, not yet run."""
 
     file: Path
     function: str
@@ -31,7 +31,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """What `find` takes: without folder and suffix for a recipe of `FOLDER`."""
+        """The name for `find`: without folder and suffix for a recipe in `FOLDER`."""
         file = self.file.stem if self.file.parent == FOLDER else str(self.file)
         return f"{file}:{self.function}"
 
@@ -46,8 +46,10 @@ class Recipe:
                 config = function()
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # sys.exit too: no recipe ends a command, and silently least of all
-            raise RecipeError(f"The recipe {self.name} fails{_where(error, self.file)}: {_tell(error)}") from error
+        except BaseException as error:  # including sys.exit: a recipe must not end a command, least of all silently
+            raise RecipeError(
+                f"The recipe {self.name} fails{_where(error, self.file)}: {_message_of(error)}"
+            ) from error
         if not isinstance(config, Config):
             raise RecipeError(
                 f"A recipe returns a meshpipe.Config. Got {type(config).__name__} from {self.name}. "
@@ -57,24 +59,24 @@ class Recipe:
 
 
 def discover(folder: Path = FOLDER) -> list[Recipe]:
-    """The recipes of a folder in the order of their files and lines; nothing is run.
+    """The recipes of a folder in order of file name and line. Runs none of them.
 
     A recipe is a public function without required arguments that is annotated as returning `Config`.
     Raises `RecipeError` when the folder is missing or one of its files is not Python.
     """
     if not folder.is_dir():
         raise RecipeError(
-            f"Recipes are listed from the folder {folder}/ of the current folder. Got none in {Path.cwd()}. "
-            "Change to a folder that has it, or name a recipe as FILE.py:FUNCTION."
+            f"Recipes are listed from the subfolder {folder}/ of the current folder. {Path.cwd()} has none. "
+            "Change to a folder that has one, or name a recipe as FILE.py:FUNCTION."
         )
     files = sorted(file for file in folder.glob("*.py") if not file.name.startswith("_"))
     return [recipe for file in files for recipe in _recipes_in(file)]
 
 
 def find(name: str) -> Recipe:
-    """The recipe of a name: `FILE.py:FUNCTION`, or `FILE:FUNCTION` for a file of `FOLDER`.
+    """The recipe with a name: `FILE.py:FUNCTION`, or `FILE:FUNCTION` for a file in `FOLDER`.
 
-    Raises `RecipeError` with the nearest names when there is none.
+    Raises `RecipeError` with the closest names when there is none.
     """
     file_name, colon, function = name.rpartition(":")
     if not colon or not file_name or not function:
@@ -93,12 +95,12 @@ def find(name: str) -> Recipe:
 
 
 def _short_name(name: str) -> Path:
-    # `recipes/FILE:FUNCTION` is what completion by a shell nearly gives; it can only mean one thing.
+    # Shell completion leads to `recipes/FILE:FUNCTION`, which is unambiguous.
     return Path(f"{name}.py") if Path(name).parent == FOLDER else FOLDER / f"{name}.py"
 
 
 def _suggest(name: str, file: Path | None = None) -> str:
-    """The names that could have been meant, as a sentence: functions of `file`, or else recipes of `FOLDER`."""
+    """A sentence with the likely intended names: functions of `file`, or else recipes of `FOLDER`."""
     try:
         known = [recipe.name for recipe in (_recipes_in(file) if file else discover())]
     except RecipeError:
@@ -110,7 +112,7 @@ def _suggest(name: str, file: Path | None = None) -> str:
         functions = {other.rpartition(":")[2]: other for other in known}
         near = [functions[f] for f in difflib.get_close_matches(wanted.rpartition(":")[2], functions, n=1)]
         return f" Did you mean {near[0]}?" if near else f" It has {', '.join(functions)}."
-    # A file without a function, or a function without a file; else a slip of the keyboard.
+    # A file without a function, or a function without a file; else a typing error.
     near = [other for other in known if wanted.removesuffix(".py") in other.split(":")]
     near = near or difflib.get_close_matches(wanted, known, n=3)
     return f" Did you mean {' or '.join(near)}?" if near else " `meshpipe recipes` lists what there is."
@@ -125,7 +127,7 @@ def _syntax_tree(file: Path) -> ast.Module:
 
 
 def _functions(file: Path) -> dict[str, str]:
-    """The names that can be called without arguments, with the first line of their docstrings."""
+    """The functions callable without arguments, by name, with the first line of their docstrings."""
     return {function.name: _summary(function) for function in _definitions(file)}
 
 
@@ -157,7 +159,7 @@ def _summary(function: ast.FunctionDef) -> str:
 
 
 def _run_file(file: Path) -> ModuleType:
-    """Runs a recipe file as a module of its own, whose neighbours it can import as a script could."""
+    """Runs a recipe file as its own module, which can import neighbouring files like a script."""
     for folder in (str(file.resolve().parent), str(Path.cwd())):
         if folder not in sys.path:
             sys.path.append(folder)
@@ -172,13 +174,13 @@ def _run_file(file: Path) -> ModuleType:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        what = _tell(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        what = _message_of(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         raise RecipeError(f"The recipe file {file} fails{_where(error, file)}: {what}") from error
     return module
 
 
-def _tell(error: BaseException) -> str:
-    """What an error says; its type where that is all there is to say."""
+def _message_of(error: BaseException) -> str:
+    """The message of an error, or its type if it has no message."""
     if isinstance(error, SystemExit):
         return f"it calls sys.exit: {error}" if isinstance(error.code, str) else f"it calls sys.exit({error.code})"
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What is written down about a run, in metrics and checkpoints."""
+"""Metadata of a run, as saved in metrics and checkpoints."""
 
 import dataclasses
 import functools
@@ -20,11 +20,11 @@ MAY_CHANGE: Mapping[str, frozenset[str]] = {
     "model": frozenset(),
     "optimizer": frozenset({"learning_rate", "warmup_steps", "decay", "weight_decay", "clip_norm"}),
 }
-"""Fields that may differ when a run is gone on with: they change what it does next, not what was saved."""
+"""Fields that may change when a run is resumed: they affect future steps, not the saved state."""
 
 
 def config_values(config: Any) -> Any:
-    """A configuration as nested dicts of what JSON can hold; the model and the data also say their `type`."""
+    """A configuration as nested dicts of JSON values; model and data also have their `type`."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         values = {field.name: config_values(getattr(config, field.name)) for field in dataclasses.fields(config)}
         nested = {name: getattr(config, name) for name in ("model", "data") if name in values}
@@ -42,7 +42,7 @@ def config_values(config: Any) -> Any:
 
 
 def _describe(value: Any) -> str:
-    """A value in words that are the same in every run; a function is its name, not its address."""
+    """A textual form of a value that is the same in every run; a function is described by name, not address."""
     if isinstance(value, functools.partial):
         keywords = {name: config_values(part) for name, part in value.keywords.items()}
         return f"{_describe(value.func)}{(*map(config_values, value.args),)}{keywords or ''}"
@@ -52,8 +52,8 @@ def _describe(value: Any) -> str:
 
 
 def check_can_be_saved(config: Config) -> None:
-    """Raises `ArgumentError` when the config would be written down with what is another in every run, so that no
-    checkpoint of it could be gone on with.
+    """Raises `ArgumentError` when the config contains a value whose text differs in every run, so that its checkpoints
+    could not be resumed.
     """
     values = config_values(config)
     for part in MAY_CHANGE:
@@ -68,11 +68,9 @@ def check_can_be_saved(config: Config) -> None:
 def layout_values(
     config: Config, stages: Sequence[range], schedule: str | None = None, remat: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Mesh axes, schedule, rematerialisation and the layers of every stage, as they are where the config leaves them
-    open.
+    """Mesh axes, schedule, rematerialisation and the layers of every stage, with the values chosen for open settings.
 
-    `schedule` is the name of the plan and `remat` has a name for every stage; they are taken where the config says
-    `auto`.
+    `schedule` is the name of the plan and `remat` has a name for every stage; they replace `auto` in the config.
     """
     chosen: dict[str, Any] = {
         "stages_per_rank": len(stages) // config.mesh.pipeline,
@@ -91,7 +89,7 @@ def run_layout(config: Config, model: StagedModel) -> dict[str, Any]:
 
 
 def device_names(devices: Iterable[jax.Device]) -> list[str]:
-    """The devices as `platform:id`, with their kind where it says more than the platform."""
+    """The devices as `platform:id`, with their kind if it differs from the platform."""
     return [
         f"{d.platform}:{d.id}" if d.device_kind.lower() == d.platform else f"{d.platform}:{d.id} {d.device_kind}"
         for d in devices
@@ -106,8 +104,8 @@ def checkpoint_metadata(
     data: Mapping[str, Any],
     left_out: int = 0,
 ) -> dict[str, Any]:
-    """What is saved beside the arrays; `layout` is that of the run, `data` the position in the training data, and
-    `left_out` the number of updates that were left out until then.
+    """The metadata saved with the arrays. `layout` is the layout of the run, `data` the position in the training data,
+    and `left_out` the number of updates left out so far.
     """
     return {
         "step": step,
@@ -122,23 +120,23 @@ def checkpoint_metadata(
 
 
 def check_metadata(metadata: Mapping[str, Any], step: int, folder: str) -> None:
-    """Raises `ValueError` unless the metadata of a step, which are data from a file, are what a run saves."""
+    """Raises `ValueError` unless the metadata of a step, which are untrusted input, are what a run saves."""
     problem = _metadata_problem(metadata, step)
     if problem:
         raise ValueError(
-            f"To be resumed, a step must have been saved by `meshpipe train`. Got step {step} in {folder}, of which "
-            f"{problem}. Name another step."
+            f"A run can only resume from a step that `meshpipe train` saved. Got step {step} in {folder}: {problem}. "
+            "Name another step."
         )
 
 
 def _metadata_problem(metadata: Mapping[str, Any], step: int) -> str | None:
     if metadata.get("step") != step or not is_count(metadata["step"]):
-        return f"the metadata say that it is step {metadata.get('step')!r:.40}"
+        return f"its metadata name step {metadata.get('step')!r:.40}"
     if not is_count(metadata.get("left_out", 0), step + 1):
         return f"the number of updates left out is {metadata.get('left_out')!r:.40}"
     data, config = metadata.get("data"), metadata.get("config")
     if not isinstance(data, dict) or not is_count(data.get("examples")):
         return f"the position in the data is {data.get('examples') if isinstance(data, dict) else data!r:.40}"
     if not isinstance(config, dict) or not all(isinstance(config.get(part) or {}, dict) for part in MAY_CHANGE):
-        return "the config is no config of a run"
+        return "its config is not the config of a run"
     return None

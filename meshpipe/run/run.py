@@ -1,4 +1,4 @@
-"""A run of a recipe from its first check to its exit status."""
+"""A run of a recipe, from its first check to its exit status."""
 
 from contextlib import ExitStack, closing
 
@@ -27,7 +27,7 @@ from meshpipe.run.setup import make_trainer, saved_shapes
 from meshpipe.run.start import find_start
 
 END_SECONDS = 600.0
-"""How long processes wait for each other to come to the end."""
+"""How long processes wait for each other at the end of a run."""
 
 
 def run(
@@ -35,10 +35,10 @@ def run(
 ) -> int:
     """Trains as `config` says; returns the exit status 0, 1, 129, 130 or 143.
 
-    Ends after the step in progress once `stop` is asked for. After `step_timeout` seconds without the end of a step
-    `guard` ends the process with status 1; 0 waits for ever.
+    When `stop` has received a signal, the run ends after the step in progress. When no step completes for
+    `step_timeout` seconds, `guard` ends the process with status 1; 0 waits for ever.
 
-    Raises `ValueError`, before anything is compiled or written, when what the config asks for cannot be.
+    Raises `ValueError` for an invalid config, before anything is compiled or written.
     """
     options, several = config.checkpoint, process_count() > 1
     metrics_file = config.metrics if process_index() == 0 else None
@@ -61,7 +61,7 @@ def run(
         train_batches.set_state(start.metadata["data"])
     held_out = check_source(config.data.eval_source()) if config.eval_batches else None
     if held_out is not None:
-        batches(held_out, config.batch_size).close()  # raises where there is too little
+        batches(held_out, config.batch_size).close()  # raises if there are too few examples
     if several:
         agree(group, "data", describe_source("training", source) | describe_source("held-out", held_out))
     with ExitStack() as files:
@@ -109,5 +109,5 @@ def run(
         if several:
             if loop.error is not None:
                 guard.fail(loop.error)
-            barrier("meshpipe/end", END_SECONDS)  # process 0 answers questions until none are left
+            barrier("meshpipe/end", END_SECONDS)  # process 0 serves the key-value store until all are here
         return status

@@ -1,4 +1,4 @@
-"""Whether all processes of a command were given the same run, told before anything is compiled."""
+"""Descriptions of a run's settings and data, compared across processes before anything is compiled."""
 
 import dataclasses
 import os
@@ -14,13 +14,13 @@ from meshpipe.processes.agreement import HASH
 from meshpipe.run.record import config_values
 
 FILES = {"metrics", "trace", "compile_cache", "checkpoint_dir", "init_from", "costs"}
-"""Fields that name files and folders: what counts is whether there is one, since machines may have their own paths."""
+"""Fields that name files and folders. Only their presence is compared, since paths may differ between machines."""
 WITH_PREFIX = {"mesh", "model", "data"}
-"""Parts of a config whose name begins that of their flags."""
+"""Parts of a config whose name prefixes their flags."""
 
 
 def describe_config(config: Config) -> dict[str, str]:
-    """Every setting of a run, by its flag; those that only say where something lies on a machine are left out."""
+    """Every setting of a run by its flag, except those that only name a place on one machine."""
     found: dict[str, str] = {}
     for field in dataclasses.fields(config):
         part = getattr(config, field.name)
@@ -39,7 +39,7 @@ def describe_config(config: Config) -> dict[str, str]:
 
 
 def describe_source(name: str, source: Source | None) -> dict[str, str]:
-    """What tells the data from other data: how it names itself, its length and some of its examples."""
+    """Identifies the data by its repr, its length and some of its examples."""
     if source is None:
         return {}
     length = len(source)

@@ -1,4 +1,4 @@
-"""A recipe's config made into what runs it."""
+"""Builds the trainer and the chooser of a recipe's config."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from meshpipe.trainer import StateTree, Trainer
 
 
 def make_trainer(config: Config, check: Callable[[StagedModel], None] | None = None) -> Trainer:
-    """The trainer of a recipe, compiled, after `check` has seen its model.
+    """The compiled trainer of a recipe. `check` is called with its model before compilation.
 
     Raises `ValueError` when the parts of the config do not fit together.
     """
@@ -30,7 +30,7 @@ def make_trainer(config: Config, check: Callable[[StagedModel], None] | None = N
 
 
 def make_chooser(config: Config, *, mesh: Mesh | None = None, measure_on: Mesh | None = None) -> Chooser:
-    """What lays a recipe's model out, on the mesh that it asks for unless one is given; allocates nothing.
+    """The chooser of a recipe's layout, on the given mesh or the one in its config. Allocates nothing.
 
     Raises `ValueError` when the devices are too few.
     """

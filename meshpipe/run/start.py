@@ -1,4 +1,4 @@
-"""Where a run starts: from nothing, from its own newest checkpoint, or from one of another run."""
+"""Where a run starts: from scratch, from its own newest checkpoint, or from a checkpoint of another run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,23 +24,23 @@ WAIT_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class Start:
-    """A whole checkpoint that a run starts from."""
+    """A complete checkpoint that a run starts from."""
 
     folder: str
     step: int
     metadata: Mapping[str, Any]
-    """What was written down about it."""
+    """Its saved metadata."""
     is_own: bool
-    """Whether it is of the run's own folder, so that it need not be saved again."""
+    """Whether it lies in the run's own folder, so it need not be saved again."""
     weights_only: bool = False
-    """Whether the run begins at step 0, with the parameters and other state alone."""
+    """Whether the run begins at step 0 and takes only parameters and other model state."""
 
     @property
     def left_out(self) -> int:
         return 0 if self.weights_only else int(self.metadata.get("left_out", 0))
 
     def check(self, model: StagedModel) -> None:
-        """Raises `CheckpointError` when the weights are those of another model; nothing is read but their shapes."""
+        """Raises `CheckpointError` when the weights belong to another model; reads only their shapes."""
         leaves = Checkpointer(self.folder).leaves(self.step)
         found = {f"params/{path}": leaf for stage in model.parameters for path, leaf in stage.params.items()}
         found |= {f"state/{path}": leaf for stage in model.parameters for path, leaf in stage.state.items()}
@@ -49,27 +49,27 @@ class Start:
         more = [key for key in leaves if key.startswith(("params/", "state/")) and key not in found]
         if more:
             raise CheckpointError(
-                f"All weights of a checkpoint must have a place in the model. {more[0]} of step {self.step} in "
-                f"{self.folder} has none. Configure the model as it was when it was saved."
+                f"Every weight of a checkpoint must belong to the model. {more[0]} of step {self.step} in "
+                f"{self.folder} does not. Configure the model as it was when it was saved."
             )
 
     def load(self, trainer: Trainer) -> str:
-        """Puts what was saved into the trainer; returns a sentence about it."""
+        """Loads the checkpoint into the trainer, and returns a sentence about it."""
         shapes = trainer.abstract_state_tree(optimizer=not self.weights_only)
         trees = Checkpointer(self.folder).restore(self.step, shapes)
         trainer.load_state_tree(trees, 0 if self.weights_only else self.step, donate=True)
         if self.is_own:
             return f"Resumed after step {self.step} of {self.folder}."
         if self.weights_only:
-            return f"Began with the weights of step {self.step} of {self.folder}."
+            return f"Started with the weights of step {self.step} of {self.folder}."
         return f"Continued after step {self.step} of {self.folder}."
 
 
 def find_start(config: Config) -> Start | None:
-    """The checkpoint that the config asks to start from, read and found whole; None for a run from nothing.
+    """The checkpoint that the config asks to start from, after a check of all its bytes; None to start from scratch.
 
-    Raises `ValueError` when there is none but has to be, when it is of another run, and when a new run would mix with
-    it. Of a run of several processes, all raise the same.
+    Raises `ValueError` when a required checkpoint is missing, belongs to another run, or would mix with a new run. All
+    processes raise the same error.
     """
     own = _own_start(config)
     if own is not None or config.checkpoint.init_from is None:
@@ -78,7 +78,9 @@ def find_start(config: Config) -> Start | None:
     steps = Checkpointer(folder).steps()
     _check_shared("init_from", folder, steps)
     if not steps:
-        raise ArgumentError(f"`init_from` must name a folder with a whole checkpoint. Got {folder!r}, which has none.")
+        raise ArgumentError(
+            f"`init_from` must name a folder with a complete checkpoint. Got {folder!r}, which has none."
+        )
     step = steps[-1] if options.init_step is None else options.init_step
     metadata = _read(folder, step, steps, "init_step")
     if options.init_what == "all":
@@ -103,16 +105,16 @@ def _own_start(config: Config) -> Start | None:
     if steps and not options.may_continue:
         raise ArgumentError(
             "A new run needs a `checkpoint_dir` without checkpoints, so that two runs do not mix. "
-            f"Got {folder!r}, which holds steps up to {steps[-1]}. Pass `resume` to go on, or name another folder."
+            f"Got {folder!r}, which holds steps up to {steps[-1]}. Pass `resume` to continue, or name another folder."
         )
     if not steps and (options.auto_resume or not options.may_continue):
         return None
     name = "resume" if options.resume_from is None else "resume_from"
     if not steps:
         raise ArgumentError(
-            f"`{name}` needs a whole checkpoint in `checkpoint_dir`. Got {folder!r}, which has none. "
-            f"Name the folder of the run to go on with, or leave `{name}` out to start a new one; "
-            "`init_from` begins from a checkpoint of another folder."
+            f"`{name}` needs a complete checkpoint in `checkpoint_dir`. Got {folder!r}, which has none. "
+            f"Name the folder of the run to resume, or leave `{name}` out to start a new one; "
+            "`init_from` starts from a checkpoint in another folder."
         )
     step = steps[-1] if options.resume_from is None else options.resume_from
     metadata = _read(folder, step, steps, "resume_from")
@@ -122,7 +124,7 @@ def _own_start(config: Config) -> Start | None:
 
 
 def _read(folder: str, step: int, steps: Sequence[int], argument: str) -> dict[str, Any]:
-    """What is written down about a step, after every byte of it was found good."""
+    """The metadata of a step, after all its bytes were checked."""
     if step not in steps:
         raise ArgumentError(
             f"`{argument}` must name a step that is saved in {folder}. Got {step}. "
@@ -141,35 +143,35 @@ def _check_shared(argument: str, folder: str, steps: Sequence[int]) -> None:
         found = "; ".join(f"steps {text} in process {process}" for process, text in enumerate(seen))
         raise ArgumentError(
             f"All processes must see the same `{argument}`. Got {found}. "
-            "Name a folder of a file system that they share."
+            "Name a folder on a file system that they share."
         )
 
 
 def _check_whole(folder: str, step: int, steps: Sequence[int], argument: str) -> None:
-    """Reads every byte of a step, each process its share, since a damaged one should not be found only after a long
-    compilation.
+    """Checks every byte of a step, a share in each process. Damage is thus found before a long compilation, not
+    after it.
     """
     problems = verify_checkpoint(folder, step, share=(process_index(), process_count()))
     if process_count() > 1:
-        told = all_gather(f"meshpipe/{argument}/problems", json.dumps(problems), WAIT_SECONDS)
-        problems = sorted({problem for text in told for problem in json.loads(text)})
+        failures = all_gather(f"meshpipe/{argument}/problems", json.dumps(problems), WAIT_SECONDS)
+        problems = sorted({problem for text in failures for problem in json.loads(text)})
     if not problems:
         return
     good = next((other for other in reversed(steps) if other != step and not verify_checkpoint(folder, other)), None)
     way_out = (
-        "No other step there is good." if good is None else f"Pass `{argument}` {good}, the newest step that is good."
+        "All other steps there are damaged." if good is None else f"Pass `{argument}` {good}, the newest intact step."
     )
     raise ArgumentError(
-        f"To go on, a run needs a whole checkpoint. Got step {step} in {folder}, which is damaged: "
+        f"A run can only start from an intact checkpoint. Got step {step} in {folder}, which is damaged: "
         f"{printable('; '.join(problems[:3]))}. {way_out}"
     )
 
 
 def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) -> None:
-    """Raises `ValueError` when what is asked is another run than the saved one, so that it could not go on with it.
+    """Raises `ValueError` when the config describes another run than the saved one, so it cannot continue it.
 
     Layout, schedule, partition, microbatches, number of steps, learning rate and how often to save may change. Model,
-    kind of optimizer, seed and batch size may not. Whether the data fits, its own saved position says.
+    kind of optimizer, seed and batch size may not. The data is checked later, by its saved position.
     """
     saved = metadata.get("config", {})
     asked = json.loads(json.dumps(config_values(config)))
@@ -177,7 +179,7 @@ def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) ->
         if saved.get(name) != asked[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"A resumed run must keep its {flag}, so that its next batch is the one that would have come. "
+                f"A resumed run must keep its {flag}, so that it continues with the right batch. "
                 f"Got {asked[name]}, and {folder} was saved with {saved.get(name)}. "
                 f"Pass {flag} {saved.get(name)}, or start a new run in another --checkpoint-dir."
             )

@@ -1,4 +1,4 @@
-"""The trace of a run: the last timed steps in a file, and a picture of the first beside it."""
+"""The trace file of a run: its last timed steps, with a picture of the first next to it."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from meshpipe.report.picture import Panel, draw_timelines, has_matplotlib
 from meshpipe.run.warning import Warnings
 
 LONGEST_TRACE = 10
-"""Timed steps that a trace holds, the last ones."""
+"""Number of timed steps in a trace; older ones are dropped."""
 
 
 class TraceFile:
-    """Written anew with each timed step; of several processes each has a file, of its own ranks."""
+    """Rewritten after each timed step. Each process writes its own file, for its own ranks."""
 
     def __init__(self, path: str, warnings: Warnings) -> None:
         self._file = Path(path)
@@ -23,7 +23,7 @@ class TraceFile:
         self._warnings = warnings
 
     def add(self, step: int, measured: MeasuredStep) -> None:
-        """Never raises: a trace that cannot be written is said once."""
+        """Never raises; warns once if the trace cannot be written."""
         is_first = not self._steps
         self._steps[step] = measured
         if len(self._steps) > LONGEST_TRACE:
@@ -34,5 +34,5 @@ class TraceFile:
                 timeline = measured.timeline
                 panel = Panel(timeline, f"{timeline.plan.schedule}, step {step}", in_seconds=True)
                 draw_timelines([panel], self._file.with_suffix(".png"))
-        except Exception as error:  # of the file system, or of Matplotlib
+        except Exception as error:  # from the file system, or from Matplotlib
             self._warnings.say_once("trace", f"the trace could not be written: {error}. The run continues without it.")

@@ -1,10 +1,10 @@
-"""What a run says once and goes on: its reports are for people, and never end the work."""
+"""Warnings of a run, each printed once; they never end the run."""
 
 import sys
 
 
 class Warnings:
-    """Sentences for standard error, each kind of them once."""
+    """Prints to standard error, once per kind of warning."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()

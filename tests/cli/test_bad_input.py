@@ -399,7 +399,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(
 ) -> None:
     damage(saved / "4", item)
     resume = "train TINY --steps 9 --metrics new.jsonl --resume --checkpoint-dir saved"
-    refuse(resume, "Pass --resume-from 2, the newest step that is good.", folder, capsys)
+    refuse(resume, "Pass --resume-from 2, the newest intact step.", folder, capsys)
     assert main(["checkpoint", "verify", "saved"]) == 1
     assert "step 2: every byte is good" in capsys.readouterr().out
     assert main(["checkpoint", "verify", "saved", "--step", "2"]) == 0

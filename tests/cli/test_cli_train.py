@@ -249,7 +249,7 @@ def test_a_run_that_is_not_finite_fails_and_says_where(workplace: Workplace) -> 
     *_, failure, saved = result.error.splitlines()
     assert failure.startswith(f"meshpipe: the run failed: Step {end['step'] + 1} is not finite")
     assert "microbatch" in failure
-    assert saved == f"Step {end['step']} is saved in poisoned; --resume goes on from it."
+    assert saved == f"Step {end['step']} is saved in poisoned; resume from it with --resume."
     assert "Traceback" not in result.error
 
 

@@ -1,4 +1,4 @@
-"""A run that begins from a checkpoint of another: with its weights alone, or going on where it ended."""
+"""A run that starts from a checkpoint of another, with its weights only or continuing where it ended."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_weights_alone_begin_a_new_run(here: Path, runs: Path, capsys: pytest.Ca
     before = contents(runs / "a")
     flags = "--steps 0 --seed 7 --optimizer sgd --checkpoint-dir b --init-from a --init-step 2 --metrics m.jsonl"
     assert main(f"{TINY} {flags}".split()) == 0
-    assert "Began with the weights of step 2 of a." in capsys.readouterr().out
+    assert "Started with the weights of step 2 of a." in capsys.readouterr().out
     new, old = arrays("b", 0), arrays("a", 2)
     weights = [key for key in old if key.startswith(("params/", "state/"))]
     assert weights
@@ -95,7 +95,7 @@ def test_all_goes_on_as_the_run_itself(here: Path, runs: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("flags", "phrase"),
     [
-        ("--init-from empty", "--init-from must name a folder with a whole checkpoint. Got 'empty'"),
+        ("--init-from empty", "--init-from must name a folder with a complete checkpoint. Got 'empty'"),
         (
             "--init-from a --init-step 3",
             "--init-step must name a step that is saved in a. Got 3. Whole steps there: 2, 4",
@@ -107,11 +107,11 @@ def test_all_goes_on_as_the_run_itself(here: Path, runs: Path, capsys: pytest.Ca
         ("--init-from a --model.depth 5", "Every leaf to restore must be in the checkpoint. params/layers/4/"),
         (
             "--init-from a --model.depth 3",
-            "All weights of a checkpoint must have a place in the model. params/layers/3/",
+            "Every weight of a checkpoint must belong to the model. params/layers/3/",
         ),
         ("--init-from a --init-what all --seed 3", "A resumed run must keep its --seed"),
         ("--init-from a --init-what all --steps 4", "--steps must be above the step that a run continues from."),
-        ("--init-from a --resume", "--resume needs a whole checkpoint in --checkpoint-dir."),
+        ("--init-from a --resume", "--resume needs a complete checkpoint in --checkpoint-dir."),
         ("--init-from a/4/meta/metadata", "--init-from"),
     ],
 )

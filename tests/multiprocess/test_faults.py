@@ -138,7 +138,7 @@ def test_a_run_that_is_started_again_has_the_losses_of_one_that_was_not(tmp_path
     flags = ("--steps", "300", "--metrics", "metrics.jsonl")
     code, output, _ = launch(tmp_path, send(signal.SIGKILL), 0, *flags, *SAVED, restarts=1)
     assert code == 0, output
-    assert "Starting the run again (1 of 1)." in output
+    assert "Restarting the run (1 of 1)." in output
     assert "[0] Completed after step 300 of 300" in output
     (tmp_path / "alone").mkdir()
     ended = run_processes(1, ["-m", "meshpipe", "train", RECIPE, "--eval-batches", "0", *flags], tmp_path / "alone")

@@ -23,7 +23,7 @@ def future_arrays() -> FutureArrays:
 def test_values_come_later_from_another_thread(future_arrays: FutureArrays) -> None:
     for spec in (PartitionSpec(), PartitionSpec("data")):
         sharding = NamedSharding(MESH, spec)
-        number, (array,) = future_arrays.make([jax.ShapeDtypeStruct((4,), np.int32, sharding=sharding)])
+        number, (array,) = future_arrays.make((jax.ShapeDtypeStruct((4,), np.int32, sharding=sharding),))
         assert not array.is_ready()
         value = np.arange(4, dtype=np.int32)
         threading.Timer(
@@ -34,7 +34,7 @@ def test_values_come_later_from_another_thread(future_arrays: FutureArrays) -> N
 
 
 def test_whoever_waits_is_told_why_there_is_nothing(future_arrays: FutureArrays) -> None:
-    shapes = [jax.ShapeDtypeStruct((4,), np.int32, sharding=NamedSharding(MESH, PartitionSpec()))] * 2
+    shapes = (jax.ShapeDtypeStruct((4,), np.int32, sharding=NamedSharding(MESH, PartitionSpec())),) * 2
     number, arrays = future_arrays.make(shapes)
     future_arrays.fail(number, shapes, "Connection to process 1 is gone")
     for array in arrays:

@@ -7,7 +7,7 @@ from meshpipe.processes.addresses import check_one_address, is_loopback, own_add
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "0", "0x0", "::", "[::]", "0:0:0:0:0:0:0:0", "::ffff:0.0.0.0"])
 def test_an_address_of_all_networks_is_refused_however_it_is_written(host: str) -> None:
-    with pytest.raises(ValueError, match=r"`address` must name one interface .* or pass `allow_any_address`"):
+    with pytest.raises(ValueError, match=r"`address` must name one network interface .* or pass `allow_any_address`"):
         check_one_address("address", host)
 
 

@@ -92,5 +92,5 @@ def test_a_caller_notices_that_somebody_else_answers() -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             theirs.sendall(answer)
-            with pytest.raises(IntrusionError, match="where process 1 should does not have the run's secret"):
+            with pytest.raises(IntrusionError, match="in place of process 1 does not have the run's secret"):
                 call(ours, SECRET, 0, 1)

@@ -17,13 +17,13 @@ from meshpipe.processes.stop import StopRequest, StopTogether
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"coordinator": "a:1"}, "belong together"),
-        ({"process_id": 0}, "belong together"),
+        ({"coordinator": "a:1"}, "must be given together"),
+        ({"process_id": 0}, "must be given together"),
         ({"coordinator": "nowhere", "process_id": 0, "process_count": 2}, "must be HOST:PORT"),
         ({"coordinator": "a:70000", "process_id": 0, "process_count": 2}, "must be HOST:PORT"),
         ({"coordinator": "a:1", "process_id": 2, "process_count": 2}, "below `process_count`. Got 2 of 2"),
         ({"step_timeout": -1.0}, "`step_timeout` must be a number of at least 0"),
-        ({"coordinator": "0.0.0.0:1", "process_id": 0, "process_count": 2}, "one interface .* Got 0.0.0.0"),
+        ({"coordinator": "0.0.0.0:1", "process_id": 0, "process_count": 2}, "one network interface .* Got 0.0.0.0"),
         ({"coordinator": "[::]:1", "process_id": 1, "process_count": 2}, "pass `allow_any_address`"),
     ],
 )
@@ -100,4 +100,4 @@ join.join(join.DistributedConfig(**place))
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1, ended
     assert ended.stderr.count("process 0 is waiting for 1 of 2 processes to join at 127.0.0.1:") == 2, ended
-    assert "process 0 stops because not all 2 processes of the run came together at 127.0.0.1:" in ended.stderr
+    assert "process 0 stops because not all 2 processes of the run joined at 127.0.0.1:" in ended.stderr

@@ -98,7 +98,7 @@ def test_others_may_end_by_themselves_after_a_failure(tmp_path: Path) -> None:
 def test_a_failed_run_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = "sys.exit(0 if int(sys.argv[1]) == 2 else 1)"
     assert Launch(2, lambda number, restart: [*script(text), str(restart)], max_restarts=3).run() == 0
-    assert "Starting the run again (2 of 3)." in capfd.readouterr().err
+    assert "Restarting the run (2 of 3)." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("code", "starts"), [(1, 3), (2, 1)])

@@ -62,7 +62,7 @@ def test_a_file_is_read_when_only_its_owner_can(tmp_path: Path) -> None:
     file.write_text("0123456789abcdef" * 4 + "\n")
     for mode in (0o604, 0o640, 0o620, 0o602):
         file.chmod(mode)
-        with pytest.raises(ValueError, match=rf"nobody else may read or write it. .* mode {mode:03o}"):
+        with pytest.raises(ValueError, match=rf"other users must not be able to read or write it. .* mode {mode:03o}"):
             read_secret_file(str(file))
     file.chmod(0o400)
     same = tmp_path / "copy"

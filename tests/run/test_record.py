@@ -102,7 +102,7 @@ def test_functions_are_written_down_by_name_and_not_by_address() -> None:
 
 @pytest.mark.parametrize("step", [4, 10**9, 5.0, "5", None])
 def test_metadata_of_another_step_are_refused(step: Any) -> None:
-    with pytest.raises(ValueError, match=r"the metadata say that it is step .*Name another step"):
+    with pytest.raises(ValueError, match=r"its metadata name step .*Name another step"):
         check_metadata(saved(tiny_recipes.pipeline()) | {"step": step}, 5, "runs/a")
 
 
@@ -115,7 +115,7 @@ def test_positions_in_the_data_that_cannot_be_are_refused(position: Any) -> None
 
 @pytest.mark.parametrize("config", [None, [], "config", {"model": 3}, {"optimizer": ["adam"]}])
 def test_a_config_that_is_none_is_refused(config: Any) -> None:
-    with pytest.raises(ValueError, match="the config is no config of a run"):
+    with pytest.raises(ValueError, match="its config is not the config of a run"):
         check_metadata(saved(tiny_recipes.pipeline()) | {"config": config}, 5, "runs/a")
 
 
