@@ -1,4 +1,4 @@
-"""From the arguments of a command to a recipe, its configuration and the command's own flags."""
+"""Parses the arguments of a command into a recipe, its configuration and the command's own flags."""
 
 import difflib
 import sysconfig
@@ -13,7 +13,7 @@ import tyro
 from meshpipe.errors import advice_on
 from meshpipe.processes.exit_codes import COMPLETED
 
-# JAX and what builds on it takes seconds to import, so a command imports what it needs once it knows that it does.
+# JAX and the packages built on it take seconds to import, so commands import them only when they need them.
 if TYPE_CHECKING:
     from meshpipe.config import Config
 
@@ -31,7 +31,7 @@ def choose(name: str, commands: dict[str, Command], program: str) -> Command:
 
 
 class ParserExit(Exception):
-    """The parser has said all there is to say: help, or what is wrong with the flags."""
+    """The parser has printed help or an error; the command exits with `code`."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -39,9 +39,9 @@ class ParserExit(Exception):
 
 
 def parse(flags: Any, arguments: list[str], program: str, description: str | None) -> Any:
-    """An instance of `flags`, a dataclass, from arguments. Raises `ParserExit` after `--help` or a wrong flag.
+    """Parses arguments into an instance of the dataclass `flags`. Raises `ParserExit` after `--help` or a wrong flag.
 
-    The parser's own `SystemExit` could not be told from one of a user's code.
+    The parser's own `SystemExit` could be mistaken for one of the user's code.
     """
     try:
         return tyro.cli(flags, args=arguments, prog=program, description=description)
@@ -56,12 +56,13 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
     """
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: meshpipe {command} RECIPE [flags]\n\n{description}")
-        print("`meshpipe recipes` lists the recipes of this folder; a recipe followed by --help shows its flags.")
+        print("`meshpipe recipes` lists the recipes of this folder; add --help after a recipe to see its flags.")
         raise ParserExit(COMPLETED)
     if not arguments or arguments[0].startswith("-"):
         got = f"Got {arguments[0]!r} in its place." if arguments else "Got none."
         raise ValueError(
-            f"A recipe comes first: meshpipe {command} RECIPE [flags]. {got} `meshpipe recipes` lists what there is."
+            f"The first argument must be a recipe: meshpipe {command} RECIPE [flags]. {got} "
+            "`meshpipe recipes` lists them."
         )
     from meshpipe.config import Config
     from meshpipe.run.recipe import find
@@ -83,13 +84,13 @@ def call_of_exit(end: SystemExit) -> str:
 
 
 def explanation(error: Exception) -> str:
-    """What an error says, where it comes from, and the notes on it."""
+    """The message of an error, its origin, and its notes."""
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     return "\n".join((f"{kind}{error}{_origin(error)}", *advice_on(error)))
 
 
 def _origin(error: Exception) -> str:
-    """The user's line that a library complains of: such a message knows neither meshpipe nor the layer."""
+    """The user's line that made a library raise the error; the library's message does not name it."""
     paths = sysconfig.get_paths()
     libraries = ("<", paths["stdlib"], paths["purelib"], paths["platlib"])
     own = Path(__file__).parent

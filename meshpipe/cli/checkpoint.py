@@ -14,8 +14,8 @@ USAGE = """usage: meshpipe checkpoint list DIR
        meshpipe checkpoint show DIR [--step N]
        meshpipe checkpoint verify DIR [--step N]
 
-list shows what is saved, and from which layout; show everything that is written down about one checkpoint;
-verify whether every byte is good."""
+list shows all checkpoints and their layouts; show prints the full metadata of one checkpoint; verify checks
+every byte against its checksum."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class _FolderAndStep:
     directory: tyro.conf.Positional[Path]
     """Folder of a run's checkpoints."""
     step: int | None = None
-    """One step; without it, the newest to show, and all to verify."""
+    """One step; by default, show takes the newest and verify takes all."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "directory")
 
 
 def checkpoint_list(arguments: list[str]) -> int:
-    flags = parse(_Folder, arguments, "meshpipe checkpoint list", "Lists whole checkpoints.")
+    flags = parse(_Folder, arguments, "meshpipe checkpoint list", "Lists complete checkpoints.")
     from meshpipe.checkpoint import (
         CheckpointError,
         CheckpointGoneError,
@@ -55,7 +55,7 @@ def checkpoint_list(arguments: list[str]) -> int:
     for step in list_checkpoints(flags.directory):
         try:
             whole.append(describe_checkpoint(flags.directory, step))
-        except CheckpointGoneError:  # a run that saves removes old steps
+        except CheckpointGoneError:  # a run in progress removes old steps
             continue
         except CheckpointError as error:
             damaged.append(str(error))
@@ -66,7 +66,7 @@ def checkpoint_list(arguments: list[str]) -> int:
 
 
 def checkpoint_show(arguments: list[str]) -> int:
-    description = "Shows everything that is written down about one checkpoint."
+    description = "Shows the full metadata of one checkpoint."
     flags = parse(_FolderAndStep, arguments, "meshpipe checkpoint show", description)
     from meshpipe.checkpoint import CheckpointGoneError, describe_checkpoint, list_checkpoints
     from meshpipe.report.checkpoints import print_checkpoint
@@ -79,7 +79,7 @@ def checkpoint_show(arguments: list[str]) -> int:
         except CheckpointGoneError:
             if flags.step is not None:
                 raise
-            continue  # a run that saves has a newer one by now
+            continue  # a run in progress has saved a newer one
         print_checkpoint(make_console(), info)
         return COMPLETED
 

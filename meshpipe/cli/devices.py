@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from meshpipe.config import Config
 
 DEVICES = "MESHPIPE_CPU_DEVICES"
-"""Variable by which `launch` tells its processes how many virtual CPU devices each takes."""
+"""Environment variable in which `launch` passes each process its number of virtual CPU devices."""
 
 
 def take_devices(config: "Config", console: "Console") -> None:
-    """Without an accelerator, gives JAX as many virtual CPU devices as the mesh needs, and says so."""
+    """Without an accelerator, gives JAX as many virtual CPU devices as the mesh needs, and prints a line about it."""
     import jax
 
     from meshpipe.mesh import use_cpu_devices
@@ -25,7 +25,7 @@ def take_devices(config: "Config", console: "Console") -> None:
     if jax.default_backend() == "cpu":
         if per_process * processes != count:
             raise ValueError(
-                "On CPU, the devices of all processes must be those of the mesh. "
+                "On CPU, the processes must have exactly as many devices as the mesh. "
                 f"Got {processes} processes of {per_process} for a mesh of {count}. Choose a divisor of {count}."
             )
         shared = f" of {processes} processes" if processes > 1 else ""

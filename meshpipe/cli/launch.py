@@ -8,19 +8,19 @@ from meshpipe.cli.devices import DEVICES
 from meshpipe.errors import check_whole
 
 PROCESS_LIMIT = 1025
-"""More processes than any one machine runs at a time."""
+"""The number of processes must be below this, far more than one machine runs."""
 
 
 @dataclass(frozen=True)
 class _LaunchFlags:
     processes: int
-    """Processes of the run."""
+    """Number of processes."""
     devices_per_process: int | None = None
-    """Virtual CPU devices of each; without it, those of the mesh are shared out evenly."""
+    """Virtual CPU devices per process; by default, the devices of the mesh are divided evenly."""
     max_restarts: int = 0
-    """How often a run that failed is started again, from its newest checkpoint if there is one by then."""
+    """How often a failed run is restarted, from its newest checkpoint if there is one."""
     address: str = "127.0.0.1"
-    """Address of this machine that the processes listen at."""
+    """Address of this machine on which the processes listen."""
 
     def __post_init__(self) -> None:
         check_whole("processes", self.processes, below=PROCESS_LIMIT)
@@ -30,14 +30,14 @@ class _LaunchFlags:
 
 
 def launch(arguments: list[str]) -> int:
-    """Starts the processes of one run on this machine; what follows `--` is the command of each."""
+    """Starts the processes of one run on this machine; the command of each follows `--`."""
     own, separator, command = arguments, "--", []
     if separator in arguments:
         place = arguments.index(separator)
         own, command = arguments[:place], arguments[place + 1 :]
     elif "train" in arguments:
         raise ValueError(
-            "-- must stand before the command of the processes. Got train without it. "
+            "The command of the processes must follow --. Got train without it. "
             "Write meshpipe launch --processes N -- train RECIPE."
         )
     flags = parse(_LaunchFlags, own, "meshpipe launch", launch.__doc__)
@@ -48,7 +48,7 @@ def launch(arguments: list[str]) -> int:
         raise ValueError("A recipe comes after train: meshpipe launch --processes N -- train RECIPE. Got none.")
     if flags.max_restarts and not any(argument.startswith("--checkpoint-dir") for argument in command):
         raise ValueError(
-            f"A run is started again from its newest checkpoint. Got --max-restarts {flags.max_restarts} without "
+            f"A run is restarted from its newest checkpoint. Got --max-restarts {flags.max_restarts} without "
             "--checkpoint-dir. Add --checkpoint-dir DIR after train RECIPE."
         )
     from meshpipe.processes.addresses import check_one_address
@@ -66,7 +66,7 @@ def launch(arguments: list[str]) -> int:
         place = ["--coordinator", f"{flags.address}:{port}", "--process-id", str(number)]
         place += ["--process-count", str(flags.processes)]
         again = []
-        if restart and "--resume" not in command:  # of flags that are given twice, the last counts
+        if restart and "--resume" not in command:  # a repeated flag overrides the earlier one
             again = ["--auto-resume", "--resume-from", "None"]
         return [sys.executable, "-m", "meshpipe", *command, *place, *again]
 

@@ -19,18 +19,18 @@ from meshpipe.processes.exit_codes import COMPLETED, FAILED, INTERRUPTED, INVALI
 
 USAGE = """usage: meshpipe COMMAND ...
 
-  recipes                                   what the folder recipes/ offers
+  recipes                                   list the recipes in the folder recipes/
   train RECIPE [flags]                      train
   verify RECIPE [flags]                     compare with plain training on one device
-  plan RECIPE [flags] [--plot FILE.png]     stages, schedule, bubble and memory; runs no step
-  plan RECIPE [flags] --compare             what every schedule would cost
-  plan RECIPE --profile [flags]             what each layer costs on this machine, and a better cut
-  launch --processes N [flags] -- train RECIPE [flags]   a run of N processes on this machine
-  checkpoint list DIR                       what is saved, and from which layout
-  checkpoint show DIR [--step N]            everything that is written down about one checkpoint
-  checkpoint verify DIR                     whether every byte of it is good
+  plan RECIPE [flags] [--plot FILE.png]     show stages, schedule, bubble and memory; runs no step
+  plan RECIPE [flags] --compare             compare the costs of all schedules
+  plan RECIPE --profile [flags]             measure each layer on this machine, and suggest a better partition
+  launch --processes N [flags] -- train RECIPE [flags]   run N processes on this machine
+  checkpoint list DIR                       list checkpoints and their layouts
+  checkpoint show DIR [--step N]            show the full metadata of one checkpoint
+  checkpoint verify DIR                     check every byte against its checksum
 
-RECIPE is FILE.py:FUNCTION, or FILE:FUNCTION for a file of the folder recipes/.
+RECIPE is FILE.py:FUNCTION, or FILE:FUNCTION for a file in the folder recipes/.
 meshpipe COMMAND RECIPE --help shows the flags with their types, defaults and units.
 Exit codes: 0 completed, 1 failed, 2 invalid request; 130, 143 and 129 stopped by SIGINT, SIGTERM and SIGHUP."""
 
@@ -45,11 +45,11 @@ COMMANDS: dict[str, Command] = {
 
 
 RUNS = ("train", "launch")
-"""Commands that continue without standard output, and say so; what the others do is their output."""
+"""Commands that continue without standard output, with a warning; the other commands exist only for their output."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
+    """Runs one command and returns its exit code."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     with lasting_output(say=command in RUNS):
         return _run(command, rest)
@@ -65,7 +65,7 @@ def _run(command: str, rest: list[str]) -> int:
             return choose(command, COMMANDS, "meshpipe")(rest)
     except ParserExit as end:
         return end.code
-    except SystemExit as end:  # of the user's code
+    except SystemExit as end:  # from the user's code
         print(f"meshpipe: {command} was ended by sys.exit{call_of_exit(end)}.", file=sys.stderr)
         return end.code if isinstance(end.code, int) and end.code else FAILED
     except KeyboardInterrupt:
@@ -78,8 +78,8 @@ def _run(command: str, rest: list[str]) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Hides what libraries say to their own developers; an error still comes up as one."""
-    # JAX sets 1 where the user has set nothing.
+    """Hides log messages of libraries that are meant for their developers; errors are still raised."""
+    # JAX sets 1 by default.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     for library in ("absl", "orbax", "grain", "flax", "optax", "jax", "etils", "tensorstore"):

@@ -1,4 +1,4 @@
-"""Standard output and error of a command, which may go away while it runs."""
+"""Standard output and error of a command, which may become unwritable while it runs."""
 
 import contextlib
 import errno
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class _Lasting:
-    """A stream whose failures end nothing: once it cannot be written, it is closed off, and what follows is dropped.
+    """A stream that never raises: after a write fails, `say` is called once and later output is dropped.
 
-    A reader that has gone (`| head`), a full disk, a terminal that was closed. `say` tells about it.
-    `stream` is whatever stands in the place of `sys.stdout`.
+    Writes fail when the reader has exited (`| head`), the disk is full or the terminal was closed.
+    `stream` is the current `sys.stdout` or its replacement.
     """
 
     def __init__(self, stream: Any, say: Callable[[Exception], None]) -> None:
@@ -23,7 +23,7 @@ class _Lasting:
         if not self._is_gone:
             try:
                 self._stream.write(text)
-            except UnicodeEncodeError as error:  # a terminal or file that has not all characters
+            except UnicodeEncodeError as error:  # the encoding of the terminal or file lacks a character
                 known = text.encode(error.encoding, "replace").decode(error.encoding)
                 self._stream.write(known)
             except (OSError, ValueError) as error:  # ValueError: it was closed
@@ -42,7 +42,7 @@ class _Lasting:
 
     def _give_up(self, error: Exception) -> None:
         self._is_gone = True
-        # What is still in its buffer goes nowhere, so that Python does not fail on it at its end.
+        # Redirect its buffered output to /dev/null, so that Python does not fail to flush it at exit.
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -52,22 +52,22 @@ class _Lasting:
 
 @contextlib.contextmanager
 def lasting_output(*, say: bool) -> Iterator[None]:
-    """While entered, no failure to write to standard output or error is an error of whoever writes.
+    """While entered, writes to standard output and error never raise.
 
-    With `say`, the loss of standard output is told on standard error, once.
+    With `say`, one message on standard error reports the loss of standard output.
     """
     _open_standard_files()
     before = sys.stdout, sys.stderr
     error_stream = None if sys.stderr is None else _Lasting(sys.stderr, lambda error: None)
 
-    def tell(error: Exception) -> None:
+    def report(error: Exception) -> None:
         if say and error_stream is not None:
-            why = error.strerror if isinstance(error, OSError) and error.errno != errno.EPIPE else "its reader has gone"
+            why = error.strerror if isinstance(error, OSError) and error.errno != errno.EPIPE else "its reader is gone"
             error_stream.write(f"meshpipe: standard output cannot be written ({why}). The run continues without it.\n")
             error_stream.flush()
 
     if sys.stdout is not None:
-        sys.stdout = _Lasting(sys.stdout, tell)
+        sys.stdout = _Lasting(sys.stdout, report)
     sys.stderr = error_stream
     try:
         yield
@@ -79,8 +79,8 @@ def lasting_output(*, say: bool) -> Iterator[None]:
 
 
 def _open_standard_files() -> None:
-    """Where standard input, output or error was closed by the caller, the next file to be opened would take its place,
-    and get what libraries print.
+    """Opens /dev/null for each standard stream that the caller has closed. Otherwise the next file opened would take
+    its descriptor, and receive the output of libraries.
     """
     for number in range(3):
         try:

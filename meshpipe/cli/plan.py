@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _PlanFlags:
     plot: Path | None = None
-    """Picture of the plan's timeline and memory to draw; its suffix says the format."""
+    """Draw the plan's timeline and memory to this file; the suffix selects the format."""
     save_schedule: Path | None = None
-    """File (.txt) to write the plan to, which --schedule takes, also after changes."""
+    """File (.txt) to write the plan to; edit it if you like, and pass it as --schedule."""
     compare: bool = False
-    """Instead of one plan, show what every schedule would cost; by measured costs with --profile or --costs."""
+    """Show the cost of every schedule instead of one plan; with --profile or --costs, from measured costs."""
     profile: bool = False
-    """Measure each layer on this machine, and show the cut that makes the slowest stage fastest."""
+    """Measure each layer on this machine, and show the partition that makes the slowest stage fastest."""
     save_costs: Path | None = None
-    """JSON file for what `--profile` measures, which `--costs` reads."""
+    """JSON file for the costs that `--profile` measures, for use with `--costs`."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "plot", "save_schedule", "save_costs")
@@ -33,13 +33,13 @@ class _PlanFlags:
         """Raises `ValueError` when the flags do not fit together, or a file cannot be written."""
         if self.profile and config.pipeline.costs is not None:
             raise ValueError(
-                "--profile measures what --costs reads from a file. "
+                "--profile measures costs, and --costs reads them from a file. "
                 f"Got both, with {config.pipeline.costs!r}. Leave one of them out."
             )
         if self.save_costs is not None and not self.profile:
-            raise ValueError(f"--save-costs saves what --profile measures. Got {str(self.save_costs)!r} without it.")
+            raise ValueError(f"--save-costs needs --profile, whose costs it saves. Got {str(self.save_costs)!r} alone.")
         if self.compare and (self.plot or self.save_schedule):
-            raise ValueError("--compare shows all schedules; --plot and --save-schedule show one. Give either.")
+            raise ValueError("--compare shows all schedules; --plot and --save-schedule are for one. Choose one.")
         if self.save_schedule is not None and self.save_schedule.suffix != ".txt":
             raise ValueError(
                 "--save-schedule must name a file that ends in .txt, as --schedule does. "
@@ -51,7 +51,7 @@ class _PlanFlags:
 
 
 def plan(arguments: list[str]) -> int:
-    """Shows what a recipe would do; virtual CPU devices stand for any number of real ones, and hold nothing."""
+    """Shows the plan of a recipe. Virtual CPU devices stand in for any number of real ones; nothing is allocated."""
     recipe, config, extra = configure(
         "plan", arguments, "Shows stages, schedule, bubble and memory; runs no step.", _PlanFlags()
     )
@@ -72,7 +72,7 @@ def plan(arguments: list[str]) -> int:
         check_picture(extra.plot)
     measures = extra.profile or (config.pipeline.needs_costs and config.pipeline.costs is None)
     platforms = os.environ.get("JAX_PLATFORMS", "") if measures else "cpu"
-    if platforms:  # else JAX finds all there are
+    if platforms:  # otherwise JAX detects all platforms
         jax.config.update("jax_platforms", platforms if "cpu" in platforms else f"{platforms},cpu")
     use_cpu_devices(config.mesh.num_devices)
     mesh = config.mesh.build(jax.devices("cpu"))
@@ -87,7 +87,7 @@ def plan(arguments: list[str]) -> int:
         print_profile(console, costs, *chooser.before_and_after(costs))
         if extra.save_costs is not None:
             costs.save(extra.save_costs)
-            console.print(f"Saved in {extra.save_costs}; --costs {extra.save_costs} takes them.\n")
+            console.print(f"Saved to {extra.save_costs}; use them with --costs {extra.save_costs}.\n")
     if extra.compare:
         print_comparison(console, recipe, config.pipeline, compare_schedules(chooser, costs))
         return COMPLETED
@@ -95,5 +95,5 @@ def plan(arguments: list[str]) -> int:
     print_plan(console, recipe, model, chooser.transformation, extra.plot)
     if extra.save_schedule is not None:
         extra.save_schedule.write_text(model.plan.to_text())
-        console.print(f"\nWritten to {extra.save_schedule}; --schedule {extra.save_schedule} runs it.")
+        console.print(f"\nSaved to {extra.save_schedule}; run it with --schedule {extra.save_schedule}.")
     return COMPLETED

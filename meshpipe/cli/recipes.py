@@ -13,8 +13,8 @@ class _Nothing:
 
 
 def recipes(arguments: list[str]) -> int:
-    """Lists the recipes of the current folder; one that fails is told on standard error, with exit code 2."""
-    parse(_Nothing, arguments, "meshpipe recipes", "Lists what the folder recipes/ offers.")
+    """Lists the recipes of the current folder; reports those that fail on standard error, with exit code 2."""
+    parse(_Nothing, arguments, "meshpipe recipes", "Lists the recipes in the folder recipes/.")
     from meshpipe.report.tables import make_console, make_table
     from meshpipe.run.recipe import RecipeError, discover
 

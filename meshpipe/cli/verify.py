@@ -12,7 +12,7 @@ from meshpipe.processes.exit_codes import COMPLETED, FAILED
 @dataclass(frozen=True)
 class _VerifyFlags:
     updates: int = 3
-    """Updates to compare, each on a batch of its own."""
+    """Updates to compare, each on its own batch."""
 
     def __post_init__(self) -> None:
         check_whole("updates", self.updates, below=100_001)

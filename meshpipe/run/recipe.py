@@ -115,7 +115,7 @@ def _suggest(name: str, file: Path | None = None) -> str:
     # A file without a function, or a function without a file; else a typing error.
     near = [other for other in known if wanted.removesuffix(".py") in other.split(":")]
     near = near or difflib.get_close_matches(wanted, known, n=3)
-    return f" Did you mean {' or '.join(near)}?" if near else " `meshpipe recipes` lists what there is."
+    return f" Did you mean {' or '.join(near)}?" if near else " `meshpipe recipes` lists all recipes."
 
 
 def _syntax_tree(file: Path) -> ast.Module:

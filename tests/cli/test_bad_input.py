@@ -97,8 +97,8 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     # Commands and recipes.
     "no command": ("", "The command must be one of recipes, train, verify, plan, launch, checkpoint. Got none."),
     "unknown command": ("trian TINY", "Did you mean train?"),
-    "no recipe": ("train", "A recipe comes first: meshpipe train RECIPE [flags]. Got none."),
-    "flag before the recipe": ("train --steps 3 TINY", "A recipe comes first"),
+    "no recipe": ("train", "The first argument must be a recipe: meshpipe train RECIPE [flags]. Got none."),
+    "flag before the recipe": ("train --steps 3 TINY", "The first argument must be a recipe"),
     "recipe without a function": ("train tiny_recipes", "A recipe is FILE.py:FUNCTION, or FILE:FUNCTION."),
     "recipe of a missing file": ("plan nowhere.py:single", "There is no file nowhere.py"),
     "recipe of a missing function": ("verify TINYs", "Did you mean"),
@@ -160,7 +160,10 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
         "Got microbatch size 4 in costs.json, and 8 he",
     ),
     "costs read and measured": ("plan TINY --profile COSTS", "Leave one of them out."),
-    "costs saved unmeasured": ("plan TINY --save-costs new.json", "--save-costs saves what --profile measures."),
+    "costs saved unmeasured": (
+        "plan TINY --save-costs new.json",
+        "--save-costs needs --profile, whose costs it saves.",
+    ),
     "costs into a missing folder": ("plan TINY --profile --save-costs missing/new.json", "a folder that exists"),
     "unknown schedule": ("train TINY --schedule 1f1", "Did you mean 1f1b?"),
     "schedule of one stage per rank": ("train TINY --stages-per-rank 2", "a schedule that takes several: gpipe"),

@@ -55,7 +55,7 @@ def test_plan_shows_stages_grid_bubble_and_memory(in_process: Path, capsys: pyte
 
 def test_a_saved_schedule_can_be_run(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny:pipeline", "--schedule", "zb-h1", "--save-schedule", "mine.txt"]) == 0
-    assert "Written to mine.txt" in capsys.readouterr().out
+    assert "Saved to mine.txt" in capsys.readouterr().out
     assert main(["plan", "tiny:pipeline", "--schedule", "mine.txt"]) == 0
     assert "0I0" in capsys.readouterr().out
 

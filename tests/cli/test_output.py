@@ -56,7 +56,7 @@ def test_a_run_survives_a_reader_that_goes(tmp_path: Path) -> None:
 
     code, error = train(tmp_path, write, lose)
     assert (code, list_checkpoints(tmp_path / "ck")) == (0, [40]), error
-    assert error == "meshpipe: standard output cannot be written (its reader has gone). The run continues without it.\n"
+    assert error == "meshpipe: standard output cannot be written (its reader is gone). The run continues without it.\n"
     assert (tmp_path / "m.jsonl").read_text().count('"event": "step"') == 40
 
 

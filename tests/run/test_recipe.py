@@ -106,7 +106,7 @@ def test_unknown_names_suggest_the_nearest(folder: Path, name: str, phrase: str)
 
 def test_no_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="Change to a folder that has it"):
+    with pytest.raises(RecipeError, match="Change to a folder that has one"):
         discover()
 
 
