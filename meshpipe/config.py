@@ -1,4 +1,4 @@
-"""The complete description of one training run, as a recipe returns it."""
+"""The complete configuration of one training run, as returned by a recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.sharding import PRESETS
 
 COUNT_LIMIT = 2**31
-"""Steps and examples are below it: Optax counts updates in 32 bits."""
+"""Steps and examples must be below this: Optax counts updates in 32 bits."""
 PARTS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -31,7 +31,7 @@ PARTS: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run: what is trained, on what, how it is laid out, and what is written.
+    """One run: its model, data, layout and outputs.
 
     Raises `ValueError` when the batch does not divide into microbatches, or a microbatch over the data axis.
     """
@@ -39,39 +39,39 @@ class Config:
     model: ModelConfig
     """The layers and their loss."""
     data: DataConfig
-    """Where the examples come from."""
+    """The source of the examples."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Sizes of the mesh axes."""
     sharding: Literal["replicated", "fully-sharded"] = "replicated"
-    """How the data axis holds parameters and optimizer state: `replicated`, whole on every part of it, or
-    `fully-sharded`, split over it between steps."""
+    """How the data axis holds parameters and optimizer state: `replicated` on every part of it, or `fully-sharded`
+    over it between steps."""
     pipeline: Annotated[PipelineConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=PipelineConfig)
-    """Schedule, microbatches, rematerialisation and how layers are cut into stages."""
+    """Schedule, microbatches, rematerialisation and partition of layers into stages."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=OptimizerConfig)
     """Optimizer and learning-rate schedule."""
     checkpoint: Annotated[CheckpointConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CheckpointConfig)
     """Where and how often to save, and whether to resume."""
     steps: int = 100
-    """Updates in total, counted from step 0 also after a resume."""
+    """Total number of updates, counted from step 0 even after a resume."""
     batch_size: int = 64
     """Examples per update, over the whole mesh."""
     seed: int = 0
     """Seed of the parameters, the dropout masks and the order of the data."""
     skip_nonfinite: int = 0
-    """Batches with a loss or gradient that is not finite that a run may go past, each time leaving out the update; one
-    more ends it. 0 ends it at the first."""
+    """Batches with a non-finite loss or gradient that a run may skip, leaving out their updates; one more ends the run.
+    0 ends it at the first."""
     compile_cache: str | None = None
-    """Folder where compiled programs are kept for the next run; None keeps none."""
+    """Folder that keeps compiled programs for later runs; None keeps none."""
     metrics: str | None = None
     """JSON-lines file for the metrics; appended to on resume. None writes none."""
     measure_every: int = 0
-    """Steps between those whose actions are timed for `bubble_fraction` in the metrics; 0 times none. A timed step does
-    not overlap with its neighbours; the others are as fast as ever."""
+    """Every so many steps, time the actions of a step for `bubble_fraction` in the metrics; 0 times none. A timed step
+    does not overlap with its neighbours; other steps are not slowed down."""
     trace: str | None = None
-    """File (.json) for the times of the timed steps, which Perfetto can show, with a picture of the first beside it;
-    without --measure-every the third step of the run is timed. None writes none."""
+    """Trace file (.json) of the timed steps, for Perfetto, with a picture of the first next to it. Without
+    --measure-every, the third step of the run is timed. None writes none."""
     eval_every: int = 0
-    """Updates between evaluations on held-out data; 0 evaluates once, after the last update."""
+    """Updates between evaluations on held-out data; 0 evaluates only after the last update."""
     eval_batches: int = 8
     """Batches per evaluation; 0 turns evaluation off."""
 
@@ -101,7 +101,7 @@ class Config:
             )
 
     def task(self) -> Task:
-        """What the run trains. Raises `ValueError` when the data cannot be read, or the model has no list of layers."""
+        """The task of the run. Raises `ValueError` when the data cannot be read, or the model has no list of layers."""
         return Task(
             _as_list("layers", self.model.layers()),
             self.model.loss,

@@ -1,6 +1,6 @@
-"""Errors in what a caller wrote, in the words of that caller: arguments in the library, flags on the command line.
+"""Errors about the caller's input, named as the caller knows it: arguments in the library, flags on the command line.
 
-One place checks a value, whoever gave it.
+The same check serves both callers.
 """
 
 import math
@@ -14,14 +14,14 @@ _NAME = re.compile(r"`([a-z_][a-z0-9_]*(?:\.[a-z_][a-z0-9_]*)?)`")
 _caller = {"writes flags": False}
 
 SEED_LIMIT = 2**32
-"""Seeds are below it: JAX drops the higher bits of a seed, so that two seeds would be one."""
+"""Seeds must be below this: JAX drops higher bits, so two larger seeds could be equal."""
 
 
 class ArgumentError(ValueError):
-    """A value that its caller has to change.
+    """A value that the caller must change.
 
-    The message has the names of arguments in backticks, such as `clip_norm`, or `mesh.data` for an argument of an
-    argument; the command line turns them into its flags. `section` is that of the flags of names without one.
+    The message has names of arguments in backticks, such as `clip_norm`, or `mesh.data` for a nested argument; the
+    command line turns them into flags. `section` is the flag prefix for names without one.
     """
 
     def __init__(self, message: str, section: str = "") -> None:
@@ -29,11 +29,11 @@ class ArgumentError(ValueError):
 
 
 class Advice(str):
-    """A note on an error of the user's own code: where in the model it comes from, and what to do."""
+    """A note on an error in the user's code: its place in the model, and the remedy."""
 
 
 def advise(error: BaseException, text: str) -> None:
-    """Adds a note to an error, unless it has one from closer to its origin or is meshpipe's own, which says it all."""
+    """Adds a note to an error, unless it already has one from closer to its origin, or is meshpipe's own."""
     if type(error).__module__.partition(".")[0] != "meshpipe" and not advice_on(error):
         error.add_note(Advice(text))
 
@@ -43,13 +43,13 @@ def advice_on(error: BaseException) -> list[str]:
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """Whether the user has to change something of his: then the message says it, and no traceback is needed."""
+    """Whether the user must change something; then the message suffices, and no traceback is needed."""
     return isinstance(error, ValueError) or bool(advice_on(error))
 
 
 @contextmanager
 def errors_name_flags(flags: bool = True) -> Iterator[None]:
-    """Has errors name flags, or arguments, in the whole process."""
+    """While entered, errors in the whole process name flags, or arguments."""
     before, _caller["writes flags"] = _caller["writes flags"], flags
     try:
         yield
@@ -66,7 +66,7 @@ def _with_flags(message: str, section: str) -> str:
 
 
 def check_whole(name: str, value: object, least: int = 1, below: int | None = None, *, section: str = "") -> None:
-    """Raises `ArgumentError` for what is no whole number, less than `least`, or not below `below`."""
+    """Raises `ArgumentError` unless the value is a whole number, at least `least`, and below `below`."""
     rule = f"at least {least}" if below is None else f"at least {least} and below {below}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentError(f"`{name}` must be a whole number of {rule}. Got {_spell(value)}.", section)
@@ -78,25 +78,27 @@ def check_whole(name: str, value: object, least: int = 1, below: int | None = No
 
 
 def check_number(name: str, value: object, below: int | float = math.inf, *, section: str = "") -> None:
-    """Raises `ArgumentError` for what is no number, negative, infinite, NaN, or not below `below`."""
+    """Raises `ArgumentError` unless the value is a finite number, at least 0, and below `below`."""
     rule = "a number of at least 0" if below == math.inf else f"a number of at least 0 and below {below:g}"
     if not _is_real(value) or not 0 <= value < below:  # type: ignore[operator]
         raise ArgumentError(f"`{name}` must be {rule}. Got {_spell(value)}.", section)
 
 
 def check_positive(name: str, value: object, otherwise: str = "", *, section: str = "") -> None:
-    """Raises `ArgumentError` for what is no number above 0; `otherwise` says what else the argument may be."""
+    """Raises `ArgumentError` unless the value is a number above 0; `otherwise` names alternatives in the message."""
     if not _is_real(value) or not value > 0:  # type: ignore[operator]
         raise ArgumentError(f"`{name}` must be above 0{otherwise}. Got {_spell(value)}.", section)
 
 
 def check_seed(seed: object) -> None:
-    """Raises `ArgumentError` for what is no seed: a whole number of 32 bits."""
+    """Raises `ArgumentError` unless the value is an unsigned integer of 32 bits."""
     check_whole("seed", seed, 0, SEED_LIMIT)
 
 
 def check_clip_norm(clip_norm: object) -> None:
-    """Raises `ArgumentError` for a norm that would train nothing, or uphill; None clips nothing."""
+    """Raises `ArgumentError` for a norm that is not above 0, with which training would stall or ascend; None means no
+    clipping.
+    """
     if clip_norm is not None:
         check_positive("clip_norm", clip_norm, ", or None to clip nothing")
 
@@ -110,6 +112,6 @@ def _spell(value: object) -> str:
 
 
 def kind_of(value: object) -> str:
-    """The name of its type with an article."""
+    """The name of the value's type, with an article."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

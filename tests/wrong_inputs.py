@@ -216,15 +216,18 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "true microbatches": (lambda: meshpipe.PipelineConfig(num_microbatches=True), r"at least 1.* Got True, a bool."),
     "no microbatches": (lambda: meshpipe.PipelineConfig(num_microbatches=None), r"Got None, a NoneType."),
-    "first layers": (lambda: meshpipe.PipelineConfig(partition=(0, 2)), r"`partition` must be a text. .* Write '0,2'."),
+    "first layers": (
+        lambda: meshpipe.PipelineConfig(partition=(0, 2)),
+        r"`partition` must be a string. .* Write '0,2'.",
+    ),
     "bytes": (
         lambda: meshpipe.PipelineConfig(remat="auto", memory_limit=800),
-        r"`memory_limit` must be a text. .* '800'",
+        r"`memory_limit` must be a string. .* '800'",
     ),
-    "remat": (lambda: meshpipe.PipelineConfig(remat=None), r"`remat` must be a text. Got None, a NoneType."),
+    "remat": (lambda: meshpipe.PipelineConfig(remat=None), r"`remat` must be a string. Got None, a NoneType."),
     "schedule of a function": (
         lambda: meshpipe.PipelineConfig(schedule=meshpipe.make_plan),
-        r"`schedule` must be a text",
+        r"`schedule` must be a string",
     ),
     "warm-up": (
         lambda: meshpipe.OptimizerConfig(warmup_steps=2.5),

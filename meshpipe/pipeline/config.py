@@ -76,11 +76,11 @@ class PipelineConfig:
     def _check_text(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, str) and not (value is None and name in ("memory_limit", "costs")):
-            raise ArgumentError(f"`{name}` must be a text. Got {value!r}, {kind_of(value)}.{_as_text(value)}")
+            raise ArgumentError(f"`{name}` must be a string. Got {value!r}, {kind_of(value)}.{_as_text(value)}")
 
     @property
     def needs_costs(self) -> bool:
-        """Whether the plan or the cut depends on how long layers take."""
+        """Whether the plan or the partition depends on the execution times of layers."""
         return self.schedule == "auto" or self.partition == "measured"
 
     @property
@@ -114,10 +114,10 @@ class PipelineConfig:
                 f"stage, or auto. Got {unknown[0]!r}."
             )
         if self.remat == "auto" and self.memory_limit is None:
-            raise ArgumentError("`remat` auto needs to know how much memory there is. Add e.g. `memory_limit` 12GiB.")
+            raise ArgumentError("`remat` auto needs a memory limit. Add e.g. `memory_limit` 12GiB.")
         if self.memory_limit is not None and "auto" not in (self.remat, self.schedule):
             raise ArgumentError(
-                f"`memory_limit` is for `schedule` auto and `remat` auto, which keep to it. Got {self.memory_limit} "
+                f"`memory_limit` is only for `schedule` auto and `remat` auto. Got {self.memory_limit} "
                 f"with `schedule` {self.schedule} and `remat` {self.remat}. Leave it out, or pass one of the two."
             )
 
@@ -135,9 +135,9 @@ UNITS = {prefix + "B": 1000**power for power, prefix in enumerate(("", "k", "M",
 
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes that a text such as `12GiB`, `1.5 GB` or `800000` stands for.
+    """Parses a number of bytes such as `12GiB`, `1.5 GB` or `800000`.
 
-    Units are those of 1000 (kB, MB, GB, TB) and of 1024 (KiB, MiB, GiB, TiB), in upper or lower case. Raises
+    Units are powers of 1000 (kB, MB, GB, TB) or of 1024 (KiB, MiB, GiB, TiB), in upper or lower case. Raises
     `ValueError` for any other text, and for less than one byte.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*", text)

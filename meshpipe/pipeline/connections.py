@@ -1,4 +1,4 @@
-"""Connections between the processes of a run: only processes with its secret get one, and bytes go one way on each."""
+"""Authenticated one-way connections between the processes of a run."""
 
 import contextlib
 import socket
@@ -15,26 +15,27 @@ from meshpipe.processes.handshake import accept, call
 from meshpipe.processes.secret import IntrusionError, Secret, current
 
 CONNECT_SECONDS = 300.0
-"""How long a process may wait for another to open its socket."""
+"""How long a process waits for another to open its socket."""
 RETRY_SECONDS = 0.2
 MOST_HANDSHAKES = 64
-"""At once; what comes beyond that is turned away, and a process of the run calls again."""
+"""Handshakes in progress at a time. Further connections are closed; a process of the run retries."""
 MOST_COMPLAINTS = 10
 SMALL = 1 << 16
-"""Bytes that are sent together with their header."""
+"""Messages up to this many bytes are sent together with their header."""
 LONGEST_ERROR = 1 << 14
 _HEADER = struct.Struct("!Q?Q")
-"""Number of a message, whether it is an error, and its length in bytes."""
+"""Message number, whether it is an error, and its length in bytes."""
 
 Message = np.ndarray | str
-"""The bytes of arrays, or why there are none."""
+"""The bytes of arrays, or an error message in their place."""
 Reader = Callable[[int, socket.socket], None]
 
 
 class Listener:
-    """Accepts calls of the other processes at one address of this machine; every caller gets its own thread.
+    """Accepts connections of the other processes at one address of this machine, with a thread for each.
 
-    `serve` is called with the number of each process that has proved itself, and its connection, until it returns.
+    For each authenticated connection, it calls `serve` with the number of the process and the connection, and closes
+    the connection when `serve` returns.
     """
 
     def __init__(self, address: str, serve: Reader) -> None:
@@ -52,7 +53,7 @@ class Listener:
         while True:
             try:
                 connection, address = self._socket.accept()
-            except OSError:  # no descriptor is left, or the caller has gone already
+            except OSError:  # out of file descriptors, or the caller has already closed the connection
                 time.sleep(RETRY_SECONDS)
                 continue
             if not self._handshakes.acquire(blocking=False):
@@ -76,15 +77,17 @@ class Listener:
     def _complain(self, message: str) -> None:
         self._complaints += 1
         if self._complaints <= MOST_COMPLAINTS:
-            more = " More of the kind are not told." if self._complaints == MOST_COMPLAINTS else ""
+            more = " Further ones are not reported." if self._complaints == MOST_COMPLAINTS else ""
             print(f"meshpipe: process {process_index()} {message}.{more}", file=sys.stderr, flush=True)
 
 
 class Connection:
-    """The way from this process to another; may be used by several threads."""
+    """A connection from this process to another; thread-safe."""
 
     def __init__(self, process: int) -> None:
-        """Calls the process. Raises `ConnectionError` when it does not answer, `IntrusionError` when another does."""
+        """Connects to the process. Raises `ConnectionError` if it does not answer, and `IntrusionError` if an impostor
+        does.
+        """
         host, port = wait_for_key(_key(process), CONNECT_SECONDS).split()
         self._lock = threading.Lock()
         deadline = time.monotonic() + CONNECT_SECONDS
@@ -107,7 +110,7 @@ class Connection:
                 return
 
     def send(self, number: int, message: Sequence[np.ndarray] | str) -> None:
-        """Sends bytes, one array after the other, or an error. Raises `OSError` when the other end is gone."""
+        """Sends the bytes of arrays in order, or an error message. Raises `OSError` when the peer is gone."""
         is_error = isinstance(message, str)
         parts = [np.frombuffer(message.encode()[:LONGEST_ERROR], np.uint8)] if isinstance(message, str) else message
         size = sum(part.nbytes for part in parts)
@@ -122,7 +125,7 @@ class Connection:
 
 
 def receive_message(connection: socket.socket) -> tuple[int, Message]:
-    """The next message with its number. Raises `OSError` when the other end is gone."""
+    """Receives the next message and its number. Raises `OSError` when the peer is gone."""
     number, is_error, size = _HEADER.unpack(_receive(connection, _HEADER.size).data)
     if is_error:
         return number, _receive(connection, min(size, LONGEST_ERROR)).tobytes().decode(errors="replace")

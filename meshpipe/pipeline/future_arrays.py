@@ -1,4 +1,4 @@
-"""Arrays that are handed out before their values are there, and filled in later by another thread."""
+"""Arrays that are returned before their values are known; another thread fills them in later."""
 
 import itertools
 import os
@@ -14,16 +14,16 @@ from meshpipe.sharding import Shapes
 
 
 class FutureArrays:
-    """Makes such arrays, for the devices of this process.
+    """Creates such arrays for the devices of this process.
 
-    JAX has one public way to them, the server of `jax.experimental.transfer`, here connected with itself. That server
-    listens at a port where four bytes of anybody abort the process, and nothing can be asked to prove who it is. So it
-    listens at the loopback address, for the milliseconds until it has its own connection: then its port is closed, and
-    whoever else came in is thrown out.
+    The only public way to make them is the server of `jax.experimental.transfer`, here connected to itself. The server
+    does not authenticate connections, and four bytes from any client abort the process. So it listens only on the
+    loopback address, and only for the milliseconds until its own connection exists. Then its port is closed, and all
+    other connections are shut down.
     """
 
     def __init__(self) -> None:
-        from jax.experimental import transfer  # late: one process does not depend on what is experimental in JAX
+        from jax.experimental import transfer  # imported late: a run of one process needs no experimental JAX API
 
         self._make_error = transfer.make_error_array
         self._server = transfer.start_transfer_server(get_backend(), "127.0.0.1:0", [])
@@ -34,20 +34,20 @@ class FutureArrays:
         self._close_port(int(self._server.address().rpartition(":")[2]))
 
     def make(self, shapes: Shapes) -> tuple[int, list[jax.Array]]:
-        """Arrays of these shapes and shardings, and the number by which they are filled in, once."""
+        """Creates arrays of these shapes and shardings, and the number by which to fill them, once."""
         number = next(self._numbers)
         return number, self._connection.pull(number, list(shapes))
 
     def fill(self, number: int, arrays: Sequence[jax.Array]) -> None:
-        """Gives the arrays of that number their values."""
+        """Sets the values of the arrays with this number."""
         self._server.await_pull(number, list(arrays))
 
     def fail(self, number: int, shapes: Shapes, message: str) -> None:
-        """Has whoever waits for the arrays of that number get an error with this message."""
+        """Fails the arrays with this number: waiting for them raises an error with this message."""
         self.fill(number, [self._make_error(shape, message) for shape in shapes])
 
     def _check(self) -> None:
-        """Waits for the connection."""
+        """Sends one array through the connection, and waits for it."""
         device = jax.local_devices()[0]
         ready = jax.device_put(0, device)
         number, arrays = self.make((jax.ShapeDtypeStruct(ready.shape, ready.dtype, sharding=ready.sharding),))
@@ -55,7 +55,7 @@ class FutureArrays:
         jax.block_until_ready(arrays)
 
     def _close_port(self, port: int) -> None:
-        # In place of the listening socket the server keeps one at which nobody can ever call.
+        # Replace the server's listening socket by one that cannot be reached.
         own = []
         for descriptor, found in _sockets():
             if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -63,7 +63,7 @@ class FutureArrays:
                     os.dup2(self._nobody[0].fileno(), descriptor, inheritable=False)
             elif _port(found.getpeername()) == port:
                 own.append(found.getsockname())
-        self._check()  # the server looks at its sockets anew
+        self._check()  # makes the server poll its sockets again
         for _, found in _sockets():
             is_accepted = _port(found.getsockname()) == port and found.getpeername() not in own
             if is_accepted:
@@ -71,7 +71,7 @@ class FutureArrays:
 
 
 def _sockets() -> Iterator[tuple[int, socket.socket]]:
-    """The TCP sockets of this process with the numbers of their descriptors, each open while it is looked at."""
+    """The TCP sockets of this process with their descriptors. Each socket object is a copy, closed after its turn."""
     for name in os.listdir("/dev/fd"):
         try:
             descriptor = int(name)

@@ -1,4 +1,4 @@
-"""Arrays that move from the devices of one process of a run to those of another."""
+"""Sends arrays from the devices of one process of a run to those of another, over sockets."""
 
 import atexit
 import contextlib
@@ -21,14 +21,14 @@ from meshpipe.processes.secret import current
 from meshpipe.sharding import Shapes
 
 SENDERS = 8
-"""Threads that send, so that arrays which are there need not wait for as many that are not."""
+"""Sender threads, so that arrays that are ready do not wait behind arrays that are not."""
 DRAIN_SECONDS = 30.0
-"""For what is still to be sent when Python ends."""
+"""How long Python's exit waits for pending sends."""
 
 
 @dataclass(frozen=True)
 class _Expected:
-    """Arrays that were promised."""
+    """Arrays that are yet to be received."""
 
     process: int
     future: int
@@ -36,10 +36,10 @@ class _Expected:
 
 
 class Peers:
-    """Sockets of one process for arrays. Only the two processes of a transfer take part in it, in no global order.
+    """The sockets of one process for arrays. Each transfer involves only its two processes; there is no global order.
 
-    `address` is the one of this machine at which the others reach it; ports are chosen by the system. `accelerators`
-    has those use the sockets too, through the memory of their hosts.
+    The others reach this process at `address`; the system chooses the port. With `accelerators`, arrays on accelerators
+    use the sockets too, through host memory.
     """
 
     def __init__(self, address: str, accelerators: bool = False):
@@ -49,7 +49,7 @@ class Peers:
         self._lock = threading.Lock()
         self._expected: dict[int, _Expected] = {}
         self._early: dict[int, Message] = {}
-        """What has come before it was asked for."""
+        """Messages that arrived before `receive` was called for them."""
         self._gone: set[int] = set()
         self._connections: dict[int, Connection] = {}
         self._idle = threading.Condition()
@@ -61,27 +61,27 @@ class Peers:
         Listener(address, self._read)
 
     def connect(self, process: int) -> None:
-        """Opens the connection to a process before something is sent there."""
+        """Opens the connection to a process; call it before `send`."""
         if process not in self._connections:
             self._connections[process] = Connection(process)
 
     def number_of(self, name: str, receiver: int, count: int) -> int:
-        """That of the `count`-th transfer of a name to a process: the same in both, and not to be guessed."""
+        """The number of the `count`-th transfer of a name to a process: the same in both, and unguessable."""
         return self._secret.number(name, receiver, count)
 
     def send(self, process: int, number: int, arrays: Sequence[jax.Array]) -> None:
-        """Sends arrays, which must not be donated afterwards, once they are there; returns at once.
+        """Sends arrays as soon as they are ready; returns at once. They must not be donated afterwards.
 
-        `number` is one that this process uses once.
+        This process may use each `number` only once.
         """
         with self._idle:
             self._unsent += 1
         self._work.put((self._connections[process], number, arrays))
 
     def receive(self, process: int, number: int, shapes: Shapes) -> list[jax.Array]:
-        """What the process sends under that number; the arrays are there once it has.
+        """Receives the arrays that a process sends under a number. Returns at once; they become ready on arrival.
 
-        Waiting for them raises JAX's own error when the process could not make them, or is gone.
+        Waiting for them raises JAX's own error if the process could not compute them, or is gone.
         """
         with self._lock:
             early = self._early.pop(number, None)
@@ -100,7 +100,7 @@ class Peers:
     def _send_all(self) -> None:
         while True:
             connection, number, arrays = self._work.get()
-            with contextlib.suppress(OSError):  # the other end is gone, which its reader here notices
+            with contextlib.suppress(OSError):  # the peer is gone, which the thread that reads from it notices
                 _send(connection, number, arrays)
             del arrays
             with self._idle:
@@ -112,7 +112,7 @@ class Peers:
             self._idle.wait_for(lambda: self._unsent == 0, DRAIN_SECONDS)
 
     def _read(self, process: int, connection: socket.socket) -> None:
-        """Takes what a process sends, until it is gone."""
+        """Receives all messages of a process until it is gone."""
         with contextlib.suppress(OSError):
             while True:
                 number, message = receive_message(connection)
@@ -144,17 +144,17 @@ class Peers:
 def _send(connection: Connection, number: int, arrays: Sequence[jax.Array]) -> None:
     try:
         parts = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
-    except Exception as error:  # of the program that should have made them
+    except Exception as error:  # raised by the program that computes them
         connection.send(number, f"{type(error).__name__}: {error}")
     else:
         connection.send(number, parts)
 
 
 def _on_devices(data: np.ndarray, shapes: Shapes) -> list[jax.Array]:
-    """The bytes of arrays, one after the other, as arrays."""
+    """Arrays on devices from their concatenated bytes."""
     sizes = [shape.size * shape.dtype.itemsize for shape in shapes]
     if data.nbytes != sum(sizes):
-        raise ValueError(f"{sum(sizes)} bytes were expected, and {data.nbytes} came")
+        raise ValueError(f"expected {sum(sizes)} bytes, received {data.nbytes}")
     ends = list(itertools.accumulate(sizes))
     arrays = [
         data[end - size : end].view(shape.dtype).reshape(shape.shape)
@@ -173,12 +173,12 @@ def open_peers(address: str, accelerators: bool = False) -> None:
 
 
 def by_sockets() -> bool:
-    """Whether arrays on the devices of this process move to others by sockets, and not by what its backend has."""
+    """Whether arrays move between processes over sockets, rather than by the backend's own transport."""
     return jax.default_backend() == "cpu" or (bool(_peers) and _peers[0].accelerators)
 
 
 def peers() -> Peers:
-    """Those of this process, at the address that leads to the coordinator if they were not opened before."""
+    """The sockets of this process; opens them on the interface towards the coordinator if they are not open yet."""
     if not _peers:
         open_peers(own_address(coordinator_address()))
     return _peers[0]

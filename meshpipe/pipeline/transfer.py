@@ -1,4 +1,4 @@
-"""Moving the arrays of one boundary from a submesh to another, within a process or across processes."""
+"""Moves the arrays of one boundary from a submesh to another, within a process or between processes."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ from meshpipe.sharding import Arrays, Shapes, is_local
 
 
 def transfer_to(shardings: tuple[Sharding, ...]) -> Callable[[Any], Any]:
-    """A function that moves flat arrays onto the shardings, all in this process, asynchronously.
+    """A function that asynchronously moves flat arrays onto the shardings, which are all in this process.
 
-    One `jax.device_put` for all of them: nearly all of its cost is Python and per call. A submesh of one device is
-    named by that device, which takes half as long as a sharding. The arrays that are sent must not be donated
+    It calls `jax.device_put` once for all arrays, since nearly all of its cost is Python, per call. For a submesh of
+    one device it passes the device, which takes half as long as a sharding. Arrays that are sent must not be donated
     afterwards; the engine donates only accumulators, which never move.
     """
     devices = {device for sharding in shardings for device in sharding.device_set}
@@ -26,12 +26,11 @@ def transfer_to(shardings: tuple[Sharding, ...]) -> Callable[[Any], Any]:
 
 
 def transfer_between(name: str, source: Mesh, shapes: Shapes) -> Callable[[Arrays | None], Arrays | None]:
-    """A function that moves flat arrays from submesh `source` to where `shapes` say, asynchronously.
+    """A function that asynchronously moves flat arrays from submesh `source` to the shardings of `shapes`.
 
-    It is made and called, in the same order for the same `name`, by the processes of both submeshes and by no others; a
-    process without a device of the source passes None, and one without a device of the target gets None. Arrays lie on
-    the source as they will on the target: same shape of submesh, same specs. `name` is used once, and is the same in
-    all processes.
+    Exactly the processes of both submeshes must create it and call it, in the same order for the same `name`. A process
+    without a device of the source passes None, and one without a device of the target gets None. Both submeshes have
+    the same shape, and the arrays the same specs on both. `name` is unique, and the same in all processes.
     """
     here = jax.process_index()
     target = _mesh_of(shapes[0]) if shapes else source
@@ -43,7 +42,7 @@ def transfer_between(name: str, source: Mesh, shapes: Shapes) -> Callable[[Array
 
 
 def _native(source: Mesh, shapes: Shapes) -> Callable[[Arrays | None], Arrays | None]:
-    """By the backend's own transfers, which `jax.device_put` uses where it can (GPU, TPU)."""
+    """Uses the backend's own transport, through `jax.device_put` (GPU, TPU)."""
     shardings = tuple(map(_sharding_of, shapes))
     receives, sends = is_local(_mesh_of(shapes[0])), is_local(source)
     elsewhere = tuple(
@@ -62,13 +61,13 @@ def _native(source: Mesh, shapes: Shapes) -> Callable[[Arrays | None], Arrays | 
 
 
 class _Sockets:
-    """By sockets between the two processes of each pair of devices, at the same place in both submeshes."""
+    """Uses sockets between the two processes of each pair of devices at the same position in both submeshes."""
 
     def __init__(self, name: str, pairs: Sequence[tuple[jax.Device, jax.Device]], shapes: Shapes):
         if any(shape.size == 0 for shape in shapes):
             raise ValueError(
                 f"Arrays that move between processes must not be empty. Got shapes {[shape.shape for shape in shapes]} "
-                f"for {name}. Leave the empty ones out of what layers hand on."
+                f"for {name}. Do not pass empty arrays between layers."
             )
         here = jax.process_index()
         self._shapes = shapes
@@ -84,7 +83,7 @@ class _Sockets:
                 receives[a.process_index].append(b)
         self._sends, self._receives = dict(sends), dict(receives)
         self._is_target = any(b.process_index == here for _, b in pairs)
-        # Where one process hands over all to one other, arrays move whole.
+        # Between exactly one process and one other, arrays move whole.
         self._whole = len({a.process_index for a, _ in pairs}) == len({b.process_index for _, b in pairs}) == 1
         for process in sends:
             peers().connect(process)
@@ -123,7 +122,7 @@ class _Sockets:
         return None
 
     def _number_for(self, receiver: int) -> int:
-        """One that the sender uses once: by name, receiver and how often this was called."""
+        """A number unique at the sender: derived from name, receiver and the number of calls."""
         return peers().number_of(self._name, receiver, self._count)
 
     @staticmethod

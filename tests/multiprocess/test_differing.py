@@ -39,7 +39,7 @@ def test_trainers_that_differ_are_refused_in_every_process(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("--steps 4", "process 1 has another --steps (4, not 6)"),
+        ("--steps 4", "process 1 differs in --steps (4, not 6)"),
         ("--learning-rate 0.5 --clip-norm 0.1", "--clip-norm (0.1, not None)"),
         pytest.param("--eval-every 2", "another --eval-every (2, not 0)", marks=pytest.mark.slow),
         pytest.param("--checkpoint-dir run", "another --checkpoint-dir (a path, not none)", marks=pytest.mark.slow),

@@ -53,7 +53,7 @@ def test_processes_with_different_flags_say_so_before_anything_moves(tmp_path: P
     ended = run_processes(2, ["-m", "meshpipe", "train", recipe], tmp_path, own)
     assert ended.codes == [2, 2], ended
     for log in ended.logs:
-        assert "process 1 has another --num-microbatches (8, not 4)" in log
+        assert "process 1 differs in --num-microbatches (8, not 4)" in log
         assert "Traceback" not in log
 
 
