@@ -1,6 +1,4 @@
-"""Names of files and folders that a caller gives: `~` is the home folder, and whether something can be written there is
-known before any work is done.
-"""
+"""Paths given by a caller: expands `~`, and checks before any work is done that files can be written there."""
 
 import errno
 import os
@@ -11,18 +9,18 @@ from typing import Any
 from meshpipe.errors import ArgumentError
 
 NAME_MAX = 255
-"""Bytes in a name, on the file systems of all systems that JAX runs on."""
+"""Longest file name in bytes, on all systems that JAX supports."""
 
 
 def expand(name: str, path: str, *, section: str = "") -> str:
-    """The path with `~` as the home folder, which no shell does in `--flag=~/x`.
+    """Expands `~` to the home folder, which shells do not do in `--flag=~/x`.
 
-    Raises `ArgumentError`, naming the argument `name`, for an empty path and an unknown user.
+    Raises `ArgumentError`, naming the argument `name`, for an invalid or empty path and an unknown user.
     """
     if not path.strip():
         raise ArgumentError(f"`{name}` must name a file or folder. Got an empty name. Leave it out for none.", section)
     if "\0" in path:
-        raise ArgumentError(f"`{name}` must name a file or folder. Got {path!r}, which no name can be.", section)
+        raise ArgumentError(f"`{name}` must name a file or folder. Got {path!r}, which is not a valid name.", section)
     if max(len(os.fsencode(part)) for part in path.split("/")) > NAME_MAX:
         raise ArgumentError(f"`{name}` must name a file or folder. Got {_shorten(path)}: File name too long.", section)
     expanded = os.path.expanduser(path)
@@ -33,7 +31,7 @@ def expand(name: str, path: str, *, section: str = "") -> str:
 
 
 def expand_fields(config: Any, *names: str, section: str = "") -> None:
-    """Expands these fields of a frozen dataclass, from its `__post_init__`; those of None stay."""
+    """Expands these fields of a frozen dataclass, in its `__post_init__`; None stays None."""
     for name in names:
         path = getattr(config, name)
         if path is not None:
@@ -41,11 +39,11 @@ def expand_fields(config: Any, *names: str, section: str = "") -> None:
 
 
 def check_file(name: str, path: str | Path) -> None:
-    """Raises `ArgumentError`, naming the argument `name`, when the file cannot be written; leaves no trace."""
+    """Raises `ArgumentError`, naming the argument `name`, when the file cannot be written. Changes nothing on disk."""
     path = Path(path)
     problem = None
     try:
-        # Neither made nor cut short; a named pipe without a reader is no problem yet.
+        # Neither creates nor truncates; a named pipe may still get a reader.
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
         problem = error
@@ -57,40 +55,39 @@ def check_file(name: str, path: str | Path) -> None:
         if not path.parent.is_dir():
             raise ArgumentError(
                 f"`{name}` must name a file in a folder that exists. Got {str(path)!r}, and there is no folder "
-                f"{path.parent}. Make it, or name another file."
+                f"{path.parent}. Create it, or name another file."
             )
         problem = _why_nothing_can_be_made(path.parent)
     if problem is not None:
         raise ArgumentError(
-            f"`{name}` must name a file that can be written. Got {_shorten(path)}: {problem.strerror}. Name another "
+            f"`{name}` must name a writable file. Got {_shorten(path)}: {problem.strerror}. Name another "
             "file, or change its permissions."
         )
 
 
 def check_folder(name: str, path: str | Path) -> None:
-    """Raises `ArgumentError`, naming the argument `name`, when files cannot be written to the folder, which may be
-    missing and is not made here.
+    """Raises `ArgumentError`, naming the argument `name`, when files cannot be written to the folder. A missing folder
+    is allowed, and not created.
     """
     path = Path(path).absolute()
     try:
         nearest = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
         problem = None if nearest.is_dir() or not nearest.exists() else OSError(errno.ENOTDIR, f"{nearest} is a file")
         problem = problem or _why_nothing_can_be_made(nearest)
-        for part in path.relative_to(nearest).parts:  # what would be made
+        for part in path.relative_to(nearest).parts:  # folders to be created later
             if len(os.fsencode(part)) > os.pathconf(nearest, "PC_NAME_MAX"):
                 problem = OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except OSError as error:  # a name that is too long, a circle of links
         problem = error
     if problem is not None:
         raise ArgumentError(
-            f"`{name}` must name a folder that can be written. Got {_shorten(path)}: {problem.strerror}. "
-            "Name another folder."
+            f"`{name}` must name a writable folder. Got {_shorten(path)}: {problem.strerror}. Name another folder."
         )
 
 
 def read_text(path: str | Path, limit: int = 1 << 26) -> str:
-    """A file of text that people write or keep. Raises `OSError` for one of more than `limit` bytes (`/dev/zero`) and
-    `UnicodeDecodeError`, a `ValueError`, for what is no text.
+    """Reads a text file. Raises `OSError` for one of more than `limit` bytes (e.g. `/dev/zero`), and
+    `UnicodeDecodeError`, a `ValueError`, if it is not UTF-8 text.
     """
     with open(Path(path).expanduser(), "rb") as file:
         content = file.read(limit + 1)

@@ -1,5 +1,5 @@
-"""What changes the whole process, memory that the C library keeps and garbage collection put off: commands ask for it,
-and the library by itself does not.
+"""Settings of the whole process: memory kept by the C library, and garbage collection. Only commands change them; the
+library itself does not.
 """
 
 import ctypes
@@ -18,16 +18,16 @@ _SETTINGS = {
     "MALLOC_TOP_PAD_": (-2, 64 * 2**20),  # bytes by which a heap grows or stays larger than needed: a whole heap
     "MALLOC_MMAP_MAX_": (-4, 0),  # arrays with a mapping of their own, unmapped when they are freed
 }
-"""By variable of the environment: the number that `mallopt` has for it, and the value."""
+"""By environment variable: the parameter number for `mallopt`, and the value."""
 
 
 def keep_freed_memory(mesh: Mesh | None = None) -> None:
-    """Has the C library keep memory that is freed, if the mesh is of CPU devices, or JAX's default devices are where
-    there is none; it has an effect with glibc alone, and for the whole process.
+    """Makes the C library keep freed memory, if the mesh (by default, JAX's default backend) uses CPU devices. It
+    affects the whole process, and has an effect only with glibc.
 
-    XLA takes memory for every result of every program. The C library gives large pieces back to the operating system
-    as soon as they are free, which then has to find, clear and map the same pages over again for each microbatch.
-    Environment variables that set the same (see `man mallopt`) take precedence.
+    XLA allocates memory for every result of every program. By default the C library returns large blocks to the
+    operating system as soon as they are freed, which then must find, clear and map the same pages again for each
+    microbatch. Environment variables for the same settings (see `man mallopt`) take precedence.
     """
     if not (jax.default_backend() == "cpu" if mesh is None else on_cpu(mesh)):
         return
@@ -41,8 +41,8 @@ def keep_freed_memory(mesh: Mesh | None = None) -> None:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """For work that makes many objects and hardly any garbage, such as the construction of a trainer: collections would
-    walk them again and again.
+    """Disables garbage collection while many objects and little garbage are created, as when a trainer is made;
+    collections would scan the objects again and again.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -19,7 +19,7 @@ from meshpipe.environment import check_settings
     ],
 )
 def test_what_cannot_be_trained_with_is_refused(name: str, setting: AbstractContextManager) -> None:
-    with setting, pytest.raises(ValueError, match=f"Got the setting {name}, under which that fails. Unset it"):
+    with setting, pytest.raises(ValueError, match=f"Got the setting {name}, which prevents that. Unset it"):
         check_settings()
 
 

@@ -1,1 +1,1 @@
-"""Equal programs compiled once, copied to other submeshes, and kept for later runs."""
+"""Compiles equal programs once, copies them to other submeshes, and caches them for later runs."""

@@ -1,4 +1,4 @@
-"""Compiled programs kept in a folder for later runs, whatever the devices that they ran on."""
+"""A cache of compiled programs in a folder, independent of the devices that they ran on."""
 
 import contextlib
 import functools
@@ -20,19 +20,19 @@ from meshpipe.compiler.reload import Serialised
 from meshpipe.errors import ArgumentError
 
 _SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "PJRT_NPROC")
-"""Variables of the environment that change what is compiled."""
+"""Environment variables that affect compilation."""
 
 
 JAX_SUBFOLDER = "meshpipe"
-"""Where programs are kept below the folder of JAX's own cache."""
+"""Subfolder of JAX's own cache in which programs are kept."""
 
 
 class CompileCache:
-    """A folder of programs that belongs to this user alone: loading a program can execute anything that its file says.
+    """A folder of programs that only this user may write to, since loading a program can execute arbitrary code.
 
-    Made if it is missing, with access for nobody else. Raises `ValueError` where that is not possible, and for a folder
-    of another user or one that others may write to. Programs of other versions, machines or settings of JAX are left
-    alone, and so are files that are not whole, are links, or could have been written by others.
+    A missing folder is created, with access only for this user. Raises `ValueError` if that fails, or if the folder
+    belongs to another user or others may write to it. Ignores programs from other versions, machines or JAX settings,
+    and files that are incomplete, symbolic links, or possibly written by others.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -40,8 +40,8 @@ class CompileCache:
         self._has_warned = False
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # All files are opened by this descriptor, so they are in the folder that is checked here, even if somebody
-            # gives its name to another.
+            # All files are opened relative to this descriptor, so they lie in the folder checked here, even if another
+            # folder takes its name later.
             self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._descriptor)
             problem = _open_to_others(os.fstat(self._descriptor))
@@ -55,12 +55,12 @@ class CompileCache:
                 pass
         except OSError as error:
             raise ArgumentError(
-                "`compile_cache` must be a folder that can be written to. "
+                "`compile_cache` must be a writable folder. "
                 f"Got {str(folder)!r}: {error.strerror}. Choose another, or leave it out."
             ) from error
 
     def read(self, key: str) -> Serialised | None:
-        """What was written under this key, by a run that compiles the same in the same way."""
+        """The program with this key, written by a run with the same versions, machine and settings; None if absent."""
         name = _file_name(key)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
@@ -77,7 +77,7 @@ class CompileCache:
         return Serialised(data, tuple(json.loads(ids))) if checksum == _checksum(ids + data) else None
 
     def write(self, key: str, program: Serialised) -> None:
-        """A write that fails (a full disk) only costs the next run its time."""
+        """Stores a program. A failed write (e.g. a full disk) is ignored; the next run compiles again."""
         ids = json.dumps(program.device_ids).encode()
         name = _file_name(key)
         part = f"{name}.{uuid.uuid4().hex}"
@@ -95,16 +95,16 @@ class CompileCache:
             self._has_warned = True
             print(
                 f"meshpipe: a compiled program is not loaded, since {self._folder / name} {problem}. It and others "
-                "like it are compiled anew.",
+                "like it are recompiled.",
                 file=sys.stderr,
                 flush=True,
             )
 
 
 def open_cache(folder: str | None) -> CompileCache | None:
-    """The cache in this folder; without one, a subfolder of JAX's own cache, where that is in use and can be one.
+    """The cache in this folder. By default, a subfolder of JAX's own cache, if JAX uses one and it is suitable.
 
-    JAX keeps a program for each place that it runs at, and what it loads cannot be copied to others.
+    JAX's own cache stores a program per device assignment, and a program that it loads cannot be copied to others.
     """
     if folder is not None:
         return CompileCache(folder)
@@ -117,7 +117,7 @@ def open_cache(folder: str | None) -> CompileCache | None:
 
 
 def _open_to_others(status: os.stat_result) -> str | None:
-    """How somebody else than this user could have written a file or folder; None where nobody could."""
+    """How another user could have written a file or folder; None if none could."""
     if status.st_uid != os.geteuid():
         return f"belongs to another user ({status.st_uid}, and this is {os.geteuid()})"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -135,7 +135,7 @@ def _checksum(data: bytes) -> bytes:
 
 @functools.cache
 def _surroundings() -> str:
-    """All that a compiled program depends on beside its text: versions, machine, settings."""
+    """Everything besides its text that a compiled program depends on: versions, machine, settings."""
     settings = {name: os.environ.get(name) for name in _SETTINGS}
     backend = jax.devices()[0].client
     versions = (jax.__version__, version("jaxlib"), backend.platform_version)
@@ -144,11 +144,11 @@ def _surroundings() -> str:
 
 
 _ELSEWHERE = ("jax_num_cpu_devices", "jax_compilation_cache_dir")
-"""Settings that do not change a program, or that its key has."""
+"""Settings that do not affect a program, or that are part of its key."""
 
 
 def _processor() -> tuple[str, ...]:
-    """Programs for the CPU use what this processor can do."""
+    """Identifies the processor; programs for the CPU use its instruction set."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

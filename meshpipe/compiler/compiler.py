@@ -18,7 +18,7 @@ Options = Mapping[str, Any] | None
 
 @dataclass(frozen=True)
 class _Program:
-    """A program as it was first had; `serialised` is None where it cannot be copied."""
+    """A program as first compiled or loaded; `serialised` is None if it cannot be copied."""
 
     compiled: jax.stages.Compiled
     mesh: Mesh
@@ -34,21 +34,21 @@ class _Program:
 
 
 class Compiler:
-    """Remembers what it has compiled, by the text that XLA gets; keep one for as long as equal programs may come.
+    """Compiles equal programs once; they are equal if XLA gets the same text. Keep one while equal programs may follow.
 
-    Safe to use from several threads: the first that asks for a program compiles it, the others wait for it. With a
-    cache, programs also come from runs before this one.
+    Thread-safe: the first thread that requests a program compiles it, and the others wait for it. With a cache,
+    programs also come from earlier runs.
     """
 
     def __init__(self, cache: CompileCache | None = None) -> None:
         self.cache = cache
         self._programs: dict[Hashable, Future[_Program]] = {}
         self._origins: dict[int, tuple[jax.stages.Compiled, _Program]] = {}
-        """By the id of what was handed out."""
+        """By the id of the returned program."""
         self._lock = Lock()
 
     def compile(self, lowered: jax.stages.Lowered, mesh: Mesh, options: Options = None) -> jax.stages.Compiled:
-        """The program compiled for all devices of `mesh`, as it was lowered; a copy of an equal one where possible."""
+        """Compiles a lowered program for all devices of `mesh`, or copies an equal one if possible."""
         key = _key(lowered, mesh, options)
         if key is None:
             return _compile(lowered, options)[0]
@@ -64,7 +64,7 @@ class Compiler:
         return self._noted(program.copy_to(mesh), program) or _compile(lowered, options)[0]
 
     def copy(self, compiled: jax.stages.Compiled, mesh: Mesh) -> jax.stages.Compiled | None:
-        """What `compile` returned, for a submesh of the same shape; None where that is not possible."""
+        """Copies a program returned by `compile` to a submesh of the same shape; None if that is impossible."""
         _, program = self._origins.get(id(compiled), (None, None))
         return None if program is None else self._noted(program.copy_to(mesh), program)
 
@@ -91,9 +91,9 @@ def _compile(lowered: jax.stages.Lowered, options: Options) -> tuple[jax.stages.
 
 
 def _key(lowered: jax.stages.Lowered, mesh: Mesh, options: Options) -> str | None:
-    """What tells a program from others; None where that is unknown.
+    """A key that identifies a program; None if it cannot be determined.
 
-    The text has constants, shardings and donation in it, but says nothing of arguments that the program does not read.
+    The text contains constants, shardings and donation, but nothing about arguments that the program does not read.
     """
     kept = kept_arguments(lowered)
     if kept is None:
@@ -114,6 +114,6 @@ def _key(lowered: jax.stages.Lowered, mesh: Mesh, options: Options) -> str | Non
 
 
 def _place(mesh: Mesh) -> tuple[Any, ...]:
-    """What a program knows of its submesh."""
+    """The properties of the submesh that a program depends on."""
     devices = {(d.platform, d.device_kind, d.process_index) for d in mesh.devices.flat}
     return tuple(mesh.shape.items()), tuple(map(str, mesh.axis_types)), tuple(sorted(devices))

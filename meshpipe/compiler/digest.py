@@ -1,6 +1,6 @@
-"""A short text for a value, equal in two processes only where the same code and values made it.
+"""Hashes of values that can be compared between processes: equal only for the same code and values.
 
-`fingerprint` compares objects of one process, by identity where content cannot be had; this is for comparing processes.
+`fingerprint` compares objects within one process, by identity if their content is inaccessible.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 
 _PLAIN = (bool, int, complex, str, bytes, type(None), type(Ellipsis), np.dtype, jax.sharding.PartitionSpec)
 _SHARED_AT_WILL = (*_PLAIN, float, tuple, frozenset)
-"""Equal ones may be one object or several, as Python likes."""
+"""Types whose equal values may or may not be the same object, at Python's discretion."""
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
 ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -26,13 +26,13 @@ Parts: TypeAlias = tuple[str | bytes, Sequence[Any]]
 
 
 def digest(value: Any) -> str:
-    """Of plain values and containers the content counts, of functions and classes the code with what it captured and
-    the functions and classes that it names, of objects of other kinds their type, and their attributes where the class
-    is the user's. Code of installed packages is told by name and version.
+    """A short hash of a value. It covers the content of plain values and containers; the code of functions and classes,
+    with captured values and the functions and classes that they name; and the type of other objects, with their
+    attributes if the class is the user's. Code of installed packages is identified by name and version.
     """
     hashed = hashlib.sha256()
     seen: dict[int, tuple[int, Any]] = {}
-    """By id, when a value was met; the values are kept, so that no id is used twice."""
+    """By id, the position at which a value was first visited; values are kept alive so that no id is reused."""
     waiting = [value]
     text: str | bytes
     inside: Sequence[Any]
@@ -50,12 +50,12 @@ def digest(value: Any) -> str:
 
 
 def digest_of_text(text: str) -> str:
-    """Of a printed program; addresses of objects in it do not count."""
+    """A short hash of a printed program that ignores addresses of objects."""
     return hashlib.sha256(ADDRESS.sub("", text).encode()).hexdigest()[:16]
 
 
 def _parts(value: Any) -> Parts:
-    """What a value says of itself, and the values inside it."""
+    """A description of the value itself, and the values inside it."""
     kind = type(value)
     if kind is float:
         return f"float {value.hex()}", ()
@@ -111,7 +111,7 @@ def _of_class(value: type) -> Parts:
 def _of_function(value: types.FunctionType) -> Parts:
     cells = [_content(cell) for cell in value.__closure__ or ()]
     library = _library(value)
-    if library is not None:  # what it captured may be the user's
+    if library is not None:  # captured values may still be the user's
         return f"function {library}.{value.__qualname__}", cells
     inside: list[Any] = [value.__code__, value.__defaults__, value.__kwdefaults__, *cells]
     if hasattr(value, "__wrapped__"):
@@ -142,14 +142,14 @@ def _of_array(value: Any) -> bytes:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """The names that code looks up, also in functions inside it."""
+    """The names that code looks up, including those in nested functions."""
     inside = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     return set(code.co_names).union(*map(_names, inside))
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether a global or an attribute of a class is part of the code. Whole numbers are not: often they are counters,
-    or the number of the process.
+    """Whether a global or class attribute counts as part of the code. Integers do not: they are often counters, or the
+    process index.
     """
     if isinstance(value, tuple):
         return all(map(_is_constant, value))
@@ -157,7 +157,7 @@ def _is_constant(value: Any) -> bool:
 
 
 def _library(value: Any) -> str | None:
-    """Module and version of an installed package, or of Python's own library, that code comes from; else None."""
+    """Module and version of the installed package, or standard library module, that defines a value; else None."""
     name = getattr(value, "__module__", None) or "builtins"
     top = name.partition(".")[0]
     if top in sys.stdlib_module_names and top != "__main__":

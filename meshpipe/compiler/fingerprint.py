@@ -1,4 +1,4 @@
-"""Whether two values would make the same program, told before tracing: by exact type and content, or by identity."""
+"""Decides before tracing whether two values lead to the same program: by exact type and content, or by identity."""
 
 import dataclasses
 import functools
@@ -15,17 +15,17 @@ _BUILT_IN = (int, float, complex, str, bytes, tuple, list, dict, set, frozenset,
 
 
 def fingerprint(value: Any) -> Hashable:
-    """Something hashable that is equal for two values only if a pure function cannot tell them apart.
+    """A hashable value, equal for two values only if no pure function can distinguish them.
 
-    Content counts where it is all that there is: numbers (1, 1.0 and True differ, and so do 0.0 and -0.0), strings,
-    containers, dataclasses, and functions with what they captured. Of anything else only the same object is equal.
+    Numbers (1, 1.0 and True differ, and so do 0.0 and -0.0), strings, containers, dataclasses, and functions with their
+    captured values are compared by content; everything else by identity.
     """
     return _of(value, ())
 
 
 @dataclasses.dataclass(frozen=True)
 class _Object:
-    """Stands for one object and keeps it alive, so that its id is not used again."""
+    """Represents one object by identity, and keeps it alive so that its id is not reused."""
 
     value: Any
 

@@ -1,8 +1,8 @@
-"""A compiled program as bytes, and loaded from them for other devices: milliseconds where compiling takes seconds.
+"""Serialises a compiled program and loads it for other devices, which takes milliseconds; compiling takes seconds.
 
-It uses what JAX keeps private, because `jax.experimental.serialize_executable` loads a program only for the devices
-that it was compiled for. Where a part has moved in another version of JAX, or the backend cannot do it, functions
-return None and callers compile instead; `tests/test_reload.py` fails where that happens on the CPU.
+It uses private API of JAX, because `jax.experimental.serialize_executable` loads a program only for the devices that it
+was compiled for. If another version of JAX has moved a part, or the backend does not support it, functions return None
+and callers compile instead; `tests/compiler/test_reload.py` fails if that happens on CPU.
 """
 
 import io
@@ -18,18 +18,18 @@ from jax.sharding import Mesh
 
 @dataclass(frozen=True)
 class Serialised:
-    """A compiled program as bytes, which only the machine and versions that it comes from can load."""
+    """A compiled program as bytes, which can be loaded only on the same machine with the same versions."""
 
     data: bytes
     device_ids: tuple[int, ...]
-    """The devices that it speaks of."""
+    """The devices that it refers to."""
 
 
 def serialise(compiled: jax.stages.Compiled, mesh: Mesh) -> Serialised | None:
-    """A program that XLA compiled in this process for the devices of `mesh`.
+    """Serialises a program that XLA compiled in this process for the devices of `mesh`.
 
-    None for Python callbacks and constants that JAX passes as arguments. It must not be given a program that JAX loaded
-    from its own cache (see `compile_noting_origin`): XLA's CPU backend loses parts of those, and cannot tell.
+    None for programs with Python callbacks, or with constants that JAX passes as arguments. Do not pass a program that
+    JAX loaded from its own cache (see `compile_noting_origin`): XLA's CPU backend silently loses parts of those.
     """
     try:
         unloaded = compiled._executable._unloaded_executable  # type: ignore[attr-defined]
@@ -42,17 +42,17 @@ def serialise(compiled: jax.stages.Compiled, mesh: Mesh) -> Serialised | None:
 
 
 def compile_noting_origin(lowered: jax.stages.Lowered, options: dict[str, Any] | None) -> tuple[Any, bool]:
-    """The compiled program, and whether XLA has compiled it just now: JAX may have loaded it from its own cache."""
+    """The compiled program, and whether XLA compiled it now; otherwise JAX loaded it from its own cache."""
     _seen.requests = _seen.hits = 0
     compiled = lowered.compile(compiler_options=options)
     settings = jax.config.values
     if not settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return compiled, True
-    return compiled, _seen.requests > _seen.hits  # no word of a request says nothing
+    return compiled, _seen.requests > _seen.hits  # without any event, assume that JAX loaded it
 
 
 class _Seen(threading.local):
-    """What JAX's cache was asked for in this thread, and had."""
+    """Requests and hits of JAX's cache in this thread."""
 
     requests = 0
     hits = 0
@@ -72,7 +72,7 @@ jax.monitoring.register_event_listener(_count)
 def load(program: Serialised, target: Mesh, in_tree: Any, out_tree: Any) -> jax.stages.Compiled | None:
     """The program for `target`, a mesh of the same shape with devices of the same kind.
 
-    `in_tree` and `out_tree` are the structures of its arguments and results, which bytes do not have.
+    `in_tree` and `out_tree` are the structures of its arguments and results, which the bytes do not contain.
     """
     try:
         executable, arguments, no_keywords = _unpickler(program, list(target.devices.flat)).load()
@@ -83,7 +83,7 @@ def load(program: Serialised, target: Mesh, in_tree: Any, out_tree: Any) -> jax.
 
 
 def kept_arguments(lowered: jax.stages.Lowered) -> Hashable:
-    """Which arguments the program reads; JAX drops the others. None where that cannot be found out."""
+    """The indices of the arguments that the program reads; JAX drops the others. None if they are unknown."""
     try:
         return tuple(sorted(lowered._lowering.compile_args["kept_var_idx"]))
     except (AttributeError, KeyError, TypeError):
@@ -91,7 +91,7 @@ def kept_arguments(lowered: jax.stages.Lowered) -> Hashable:
 
 
 def _unpickler(program: Serialised, devices: list[jax.Device]) -> Any:
-    """Puts `devices` in place of those that the bytes speak of: in the shardings of arguments and results as well."""
+    """Replaces the devices in the bytes by `devices`, including those in the shardings of arguments and results."""
     from jax._src import compiler
     from jax._src.lib import xla_client
 

@@ -1,4 +1,4 @@
-"""The fields of examples and batches as arrays: the one reader of NumPy arrays, JAX arrays, lists and numbers."""
+"""Reads the fields of examples and batches as arrays, from NumPy arrays, JAX arrays, lists and numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,13 @@ import numpy as np
 from meshpipe.errors import ArgumentError
 
 ALIGNMENT = 64
-"""XLA's CPU backend reads host memory that begins at a multiple of this in place, and copies other memory."""
+"""XLA's CPU backend reads host memory in place if it starts at a multiple of this; otherwise it copies."""
 
 
 def read_field(name: str, value: Any) -> np.ndarray:
-    """The field as NumPy reads it, which may share memory with the value: a list of lists is a matrix.
+    """The field as a NumPy array, which may share memory with the value. A list of lists is a matrix.
 
-    Raises `ValueError` for what is not an array of numbers: strings, objects, lists of unequal lengths.
+    Raises `ValueError` if it is not an array of numbers: strings, objects, lists of unequal lengths.
     """
     try:
         array = np.asarray(value)
@@ -33,7 +33,7 @@ def read_field(name: str, value: Any) -> np.ndarray:
 
 
 def field_shape(name: str, value: Any) -> jax.ShapeDtypeStruct:
-    """The shape of a field, and the dtype that it has on devices: JAX cuts 64 bits to 32 unless told otherwise.
+    """The shape of a field, and its dtype on devices: JAX truncates 64 bits to 32 by default.
 
     Raises `ValueError` as `read_field` does.
     """
@@ -45,15 +45,15 @@ def field_shape(name: str, value: Any) -> jax.ShapeDtypeStruct:
 
 
 def own_field(name: str, value: Any, dtype: Any) -> np.ndarray:
-    """The field in memory that nobody else writes to, with a dtype of devices.
+    """The field in memory of its own, with its dtype on devices.
 
-    It is copied once, to where XLA's CPU backend can read it in place; JAX arrays do not change and are not copied.
-    Raises `ValueError` where the dtypes differ or numbers do not fit.
+    It is copied once, aligned so that XLA's CPU backend can read it in place. JAX arrays are immutable and not copied.
+    Raises `ValueError` if the dtypes differ, or numbers do not fit.
     """
     array = read_field(name, value)
     if array.dtype == dtype and isinstance(value, jax.Array):
         return array
-    # Lists and numbers have no dtype of their own: whole numbers may stand for floats.
+    # Lists and numbers have no dtype of their own, so integers may stand for floats.
     like = _on_devices(array.dtype) == dtype or (
         not hasattr(value, "dtype") and np.can_cast(array.dtype, dtype, "same_kind")
     )
@@ -74,7 +74,7 @@ def own_field(name: str, value: Any, dtype: Any) -> np.ndarray:
 
 
 def copy_batch(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The batch in arrays that nobody else writes to."""
+    """A copy of the batch as NumPy arrays."""
     return {name: np.array(read_field(name, value)) for name, value in batch.items()}
 
 
@@ -87,7 +87,7 @@ def _on_devices(dtype: Any) -> np.dtype:
 
 
 def _fits(array: np.ndarray, cast: np.ndarray) -> bool:
-    """Whether no whole number changed, and no number became infinite."""
+    """Whether the cast changed no integer, and made no number infinite."""
     if jnp.issubdtype(array.dtype, np.inexact):
         return bool(np.isfinite(cast).all()) or not (np.isinf(cast) & np.isfinite(array)).any()
     return bool((cast == array).all())

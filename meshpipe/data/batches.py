@@ -15,15 +15,15 @@ from meshpipe.errors import ArgumentError, check_whole
 
 Batch = dict[str, np.ndarray]
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]{4,}")
-"""Of an object in memory, in the `repr` that Python gives to what has none of its own."""
+"""The memory address in Python's default `repr` of an object."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A random-access data set: the example of an index is the same in every process and run.
+    """A random-access data set: each index gives the same example in every process and run.
 
-    Every example is a dict of arrays, lists or numbers whose shapes and dtypes do not depend on the index. `repr` names
-    the data and does not change from run to run: a resumed run compares it with the one that was saved.
+    Every example is a dict of arrays, lists or numbers whose shapes and dtypes do not depend on the index. `repr`
+    identifies the data and is the same in every run: a resumed run compares it with the saved one.
     """
 
     def __len__(self) -> int: ...
@@ -33,7 +33,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(abc.ABC):
-    """What is trained on; subclass it for data of your own."""
+    """The training data; subclass it for your own data."""
 
     @abc.abstractmethod
     def train_source(self) -> Source:
@@ -41,14 +41,14 @@ class DataConfig(abc.ABC):
 
     @abc.abstractmethod
     def eval_source(self) -> Source:
-        """Held-out examples, in an order of which any beginning is a fair sample."""
+        """Held-out examples, in an order such that the first n are a fair sample for any n."""
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches of one source in the order of `seed`; made by `batches`.
+    """Batches of one source in the order given by `seed`; created by `batches`.
 
-    Its state is the number of examples handed out, not of those prefetched, so a run that resumes from it gets exactly
-    the batch that would have come next. The batch size may differ from the one of the run that saved it.
+    Its state is the number of examples returned, not prefetched, so a resumed run gets exactly the next batch. The
+    batch size may differ from that of the run that saved the state.
     """
 
     def __init__(self, source: Source, batch_size: int, seed: int, shuffle: bool, epochs: int | None) -> None:
@@ -63,7 +63,7 @@ class BatchIterator(Iterator[Batch]):
         self._start(0)
 
     def read_only(self, rows: Iterable[int]) -> None:
-        """From now on reads the examples of these rows of every batch alone; the other rows are zeros."""
+        """From now on reads only the examples of these rows of every batch; the other rows are zeros."""
         self._rows = frozenset(map(int, rows))
         self._start(self._examples)
 
@@ -73,7 +73,7 @@ class BatchIterator(Iterator[Batch]):
             dataset = dataset.shuffle()  # a new order in every epoch
         dataset = dataset.repeat(self._epochs)[examples:].map_with_index(self._read)
         dataset = dataset.batch(self._batch_size, drop_remainder=True)
-        # Two threads read ahead: examples are cheap slices, and the cores belong to the training.
+        # Only two threads read ahead: examples are cheap slices, and training needs the cores.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         self._examples = examples
         self._returned.clear()
@@ -81,7 +81,7 @@ class BatchIterator(Iterator[Batch]):
         self._iterator = iter(dataset.to_iter_dataset(options))
 
     def close(self) -> None:
-        """Ends the threads that read ahead; nothing can be read after it."""
+        """Ends the prefetching threads; nothing can be read afterwards."""
         if self._iterator is not None:
             self._iterator.close()
 
@@ -100,33 +100,33 @@ class BatchIterator(Iterator[Batch]):
         return batch
 
     def put_back(self, batch: Batch) -> None:
-        """Takes back the last batch that was handed out, which is handed out again next."""
+        """Takes back the last batch, which is then returned again next."""
         self._returned.append(batch)
         self._examples -= self._batch_size
 
     def get_state(self) -> dict[str, Any]:
-        """The position as values that JSON can hold.
+        """The position in the data, as JSON values.
 
-        Raises `ArgumentError` when the `repr` of the source is another in every run, so that none could be resumed.
+        Raises `ArgumentError` when the `repr` of the source differs in every run, so that no run could be resumed.
         """
         source = repr(self._source)
         if ADDRESS.search(source):
             raise ArgumentError(
-                "A data source must have a repr that names its data and is the same in every run, since a resumed run "
-                f"is compared by it. Got {source[:200]}. Give {type(self._source).__name__} a __repr__ with what its "
-                "data depends on, or save no checkpoints."
+                "A data source must have a repr that identifies its data and is the same in every run, since a resumed "
+                f"run compares it. Got {source[:200]}. Give {type(self._source).__name__} a __repr__ with everything "
+                "that its data depends on, or save no checkpoints."
             )
         return {"examples": self._examples, "source": source, **self._order}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues with the example after the last one that the saved iterator handed out.
+        """Continues after the last example that the saved iterator returned.
 
-        Raises `ValueError` when the state is from other data or another order, where that example has no meaning.
+        Raises `ValueError` when the state belongs to other data or another order.
         """
         for name, got in self.get_state().items():
             if name != "examples" and state.get(name) != got:
                 raise ValueError(
-                    f"A saved data position fits only the data and order it came from. Got {name} {got!r}, "
+                    f"A saved data position is valid only for the same data and order. Got {name} {got!r}, "
                     f"saved with {state.get(name)!r}. Restore the old {name}, or start a new run."
                 )
         self._start(int(state["examples"]))
@@ -135,10 +135,10 @@ class BatchIterator(Iterator[Batch]):
 def batches(
     source: Source, batch_size: int, seed: int = 0, *, shuffle: bool = True, epochs: int | None = None
 ) -> BatchIterator:
-    """Full batches of a source, stacked along a new first axis; without `epochs` they never end.
+    """Full batches of a source, stacked along a new first axis; endless without `epochs`.
 
-    Each epoch has an order of its own. Batches run on across the end of an epoch, so that no example is left out; the
-    examples after the last full batch of the last epoch are.
+    Each epoch has its own order. A batch may span two epochs, so no example is left out, except those after the last
+    full batch of the last epoch.
     Raises `ValueError` when the source is smaller than one batch.
     """
     check_whole("batch_size", batch_size)
@@ -151,7 +151,7 @@ def batches(
 
 
 def example_batch(source: Source, batch_size: int) -> Batch:
-    """A batch with the shapes and dtypes that training will see: the first example, `batch_size` times.
+    """A batch with the shapes and dtypes of training: the first example, repeated `batch_size` times.
 
     Raises `ValueError` when the source is empty.
     """
@@ -161,5 +161,5 @@ def example_batch(source: Source, batch_size: int) -> Batch:
 
 
 def _arrays(example: Mapping[str, Any]) -> Batch:
-    """Every field as one array: a list is a row of a batch, and not one field for each of its elements."""
+    """Every field as one array: a list is one field, not one field per element."""
     return {name: read_field(name, value) for name, value in example.items()}

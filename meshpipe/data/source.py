@@ -1,4 +1,4 @@
-"""Whether what a recipe gives as data can be trained on, told before anything is compiled."""
+"""Checks the data of a recipe before anything is compiled."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,11 @@ import numpy as np
 from meshpipe.errors import ArgumentError
 
 SAMPLES = 64
-"""Examples that are looked at, spread over the data."""
+"""Number of examples to check, spread over the data."""
 
 
 def check_source(source: Any) -> Any:
-    """The source, if it has a length and its first example is a dict of fields. Raises `ArgumentError` otherwise."""
+    """Returns the source if it has a length and its first example is a dict of fields; else raises `ArgumentError`."""
     kind = type(source).__name__
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise ArgumentError(
@@ -32,8 +32,8 @@ def check_source(source: Any) -> Any:
 
 
 def check_limits(source: Any, limits: Mapping[str, int]) -> None:
-    """Raises `ArgumentError` when one of some examples has a value of a field that is not below its limit, such as a
-    label beyond the classes of a model.
+    """Raises `ArgumentError` when a sampled example has a field value that is not below its limit, e.g. a label beyond
+    the classes of a model.
     """
     if not limits:
         return
@@ -43,6 +43,6 @@ def check_limits(source: Any, limits: Mapping[str, int]) -> None:
         for name, limit in limits.items():
             if name in example and (largest := int(np.max(example[name], initial=0))) >= limit:
                 raise ArgumentError(
-                    f"Every value of {name} must be below {limit}, which the model is made for. Got {largest} in "
-                    f"example {index}. Give the model more classes or a larger vocabulary, or other data."
+                    f"Every value of {name} must be below {limit}, the limit of the model. Got {largest} in example "
+                    f"{index}. Give the model more classes or a larger vocabulary, or use other data."
                 )

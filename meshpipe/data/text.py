@@ -16,13 +16,13 @@ from meshpipe.files import expand_fields
 Example = dict[str, np.ndarray]
 
 MAX_BYTES_PER_PACKAGE = {False: 256 * 1024, True: 64 * 1024}
-"""Bytes read of one package, to learn from (False) and held out (True)."""
+"""Bytes read per package, for training (False) and held out (True)."""
 
 
 class LabelledWindows:
-    """Windows of bytes that follow each other without overlap; the label says which text a window comes from.
+    """Consecutive windows of bytes without overlap; the label identifies the text of a window.
 
-    Labels take turns, and all have as many windows as the shortest text.
+    Labels alternate, and each has as many windows as the shortest text.
     Fields: `inputs` int32 [seq], `labels` int32 [].
     """
 
@@ -48,15 +48,15 @@ class LabelledWindows:
 
 
 class PackedWindows:
-    """Windows of files that lie one after the other; every byte is the target of exactly one position.
+    """Windows of concatenated files; every byte is the target of exactly one position.
 
-    Fields, each [seq]: `inputs` and `targets` (the byte after each input) int32; `segment_ids` int32, which differ
-    where the files do; `weights` float32, 0 where the target is in another file than its input or is padding, else 1.
-    Only the last window has padding.
+    Fields, each [seq]: `inputs` and `targets` (the byte after each input) int32; `segment_ids` int32, different for
+    each file; `weights` float32, 0 if the target is padding or in another file than its input, else 1. Only the last
+    window has padding.
     """
 
     def __init__(self, texts: Sequence[Text], sequence_length: int) -> None:
-        # A lone text stays as it is: it may be a memory map of a file larger than memory.
+        # A single text is not copied: it may be a memory map of a file larger than memory.
         self._text = texts[0] if len(texts) == 1 else np.concatenate(texts)
         self._ends = np.cumsum([text.size for text in texts])
         self._sequence_length = sequence_length
@@ -69,7 +69,7 @@ class PackedWindows:
         text = np.zeros(positions.size, np.int32)
         available = self._text[positions[0] : positions[0] + positions.size]
         text[: available.size] = available
-        # Padding lies behind the last end and so counts as one more file.
+        # Padding lies beyond the last end, so it counts as one more file.
         files = np.searchsorted(self._ends, positions, side="right")
         counted = (files[1:] == files[:-1]) & (files[1:] < self._ends.size)
         return {
@@ -86,14 +86,14 @@ class PackedWindows:
         )
 
     def unigram_entropy(self) -> float:
-        """Nats per byte of the best guess that knows only how frequent each byte is."""
+        """The loss, in nats per byte, of the best prediction that uses only the frequency of each byte."""
         counts = np.bincount(self._text, minlength=256)
         share = counts[counts > 0] / counts.sum()
         return float(-(share * np.log(share)).sum())
 
 
 def _checksum(arrays: Sequence[np.ndarray]) -> str:
-    """Tells data apart at a fixed cost: long arrays are sampled at about a million places."""
+    """A checksum at bounded cost: long arrays are sampled at about a million positions."""
     total = 0
     for array in arrays:
         sample = np.ascontiguousarray(array[:: max(1, array.size >> 20)])
@@ -103,16 +103,16 @@ def _checksum(arrays: Sequence[np.ndarray]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PackageWindowsConfig(DataConfig):
-    """Which of several Python packages does a piece of source text come from?
+    """Classifies pieces of source text by the Python package that they come from.
 
-    The text is what is installed on this machine, so other versions of the packages give other windows. About a
-    seventh of the files of each package is held out.
+    The text is that of the installed packages, so other versions give other windows. About a seventh of the files of
+    each package is held out.
     """
 
     sequence_length: int = 128
     """Bytes per window."""
     packages: tuple[str, ...] = PACKAGES
-    """Packages to tell apart, each a class; no more than the model has classes."""
+    """Packages, each of which is one class; no more than the model has classes."""
 
     def __post_init__(self) -> None:
         _check_sequence_length(self.sequence_length)
@@ -135,15 +135,16 @@ class PackageWindowsConfig(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TextFilesConfig(DataConfig):
-    """Text, byte by byte: Python source that every machine has, or files of your own.
+    """Text, byte by byte: Python source that every machine has, or your own files.
 
-    About a seventh of the files is held out; where that leaves one side without a file, as with a single file, the last
-    tenth of the text is.
+    About a seventh of the files is held out. If that leaves either part without a file, as with a single file, the last
+    tenth of the text is held out.
     """
 
     path: str | None = None
-    """A text file, or a folder whose text files are taken with those of its subfolders (not hidden ones, nor files with
-    zero bytes). A file is read where needed, a folder is held in memory. None takes the source of installed packages.
+    """A text file, or a folder whose text files are used, including subfolders (but no hidden files or folders, and no
+    files that contain zero bytes). A file is read on demand; a folder is held in memory. None uses the source of
+    installed packages.
     """
     sequence_length: int = 128
     """Bytes that the model reads per window."""

@@ -1,4 +1,4 @@
-"""Text files in a fixed order, split into those to learn from and those held out."""
+"""Text files in a fixed order, split into training files and held-out files."""
 
 import functools
 import hashlib
@@ -20,7 +20,7 @@ PACKAGES = ("asyncio", "email", "encodings", "jax", "numpy", "optax", "orbax", "
 """Four packages of the standard library and six that meshpipe depends on: every machine that runs it has them."""
 
 MAX_BYTES_PER_FILE = 32 * 1024
-"""Of a package file; so that no class is mostly one long file."""
+"""Bytes read per package file, so that no class consists mostly of one long file."""
 
 
 class TextFile(NamedTuple):
@@ -40,13 +40,13 @@ class TextFile(NamedTuple):
 
 
 def split(files: Iterable[TextFile], *, held_out: bool) -> list[TextFile]:
-    """The files of one side, mixed by the hash of their names, so that any beginning is a fair sample."""
+    """The training or held-out files, ordered by the hash of their names: any first n are a fair sample."""
     return sorted((file for file in files if file.held_out == held_out), key=lambda file: file.digest)
 
 
 @functools.cache
 def package_files(package: str) -> tuple[TextFile, ...]:
-    """All Python files of an installed package, which is found without being imported.
+    """All Python files of an installed package, found without importing it.
 
     Raises `ValueError` when there is no such package, or it is not a folder of source files.
     """
@@ -70,7 +70,7 @@ def package_files(package: str) -> tuple[TextFile, ...]:
 
 
 def folder_files(root: Path) -> list[TextFile]:
-    """The text files under a folder: not hidden, and without a zero byte in their first 8 KiB."""
+    """The text files below a folder: not hidden, and without a zero byte in their first 8 KiB."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -87,9 +87,9 @@ def _is_text(path: Path) -> bool:
 
 
 def read(files: Iterable[TextFile], *, max_file_bytes: int = -1, max_bytes: int | None = None) -> list[Text]:
-    """The bytes of the files in order, up to the one with which `max_bytes` is reached; empty files are left out.
+    """The bytes of the files in order, up to and including the one that reaches `max_bytes`; skips empty files.
 
-    Of each file no more than `max_file_bytes` are read; -1 reads all.
+    Reads at most `max_file_bytes` of each file; -1 reads all.
     """
     texts, size = [], 0
     for file in files:

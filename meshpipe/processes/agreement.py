@@ -74,7 +74,7 @@ def differences(descriptions: Mapping[int, Mapping[str, str]] | Sequence[Mapping
             if value != expected:
                 parts.append(name if value.startswith(HASH) else f"{name} ({value}, not {expected})")
                 if other:
-                    parts[-1] += f" from process {other}"
+                    parts[-1] += f" (compared with process {other})"
         if parts:
             sentences.append(f"process {process} differs in {', '.join(parts)}")
     return sentences

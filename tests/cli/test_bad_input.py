@@ -105,7 +105,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "recipe that is not a Config": ("train broken.py:number", "Return a Config from number"),
     "recipe that fails": ("train broken.py:fails", "fails on line 5: no such layout"),
     "recipe that is not Python": ("train notes.txt.py:f", "Correct the file."),
-    "no recipes folder": ("recipes", "Change to a folder that has it"),
+    "no recipes folder": ("recipes", "Change to a folder that has one"),
     "layer that fails": (
         "train failing.py:fails",
         "KeyError: 'labels' This comes from layers/4 (lookup, stage 1), calle",
@@ -179,7 +179,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "heads that do not divide the width": ("train LANGUAGE --model.num-heads 3", "--model.num-heads"),
     "heads that do not divide by tensor": ("plan LANGUAGE --mesh.tensor 4", "Choose a divisor of"),
     # Files.
-    "metrics in a missing folder": ("train TINY --metrics missing/m.jsonl", "Make it, or name another file."),
+    "metrics in a missing folder": ("train TINY --metrics missing/m.jsonl", "Create it, or name another file."),
     "compiled programs into a file": ("train TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
     "verify with programs in a file": ("verify TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
     **{
@@ -207,10 +207,10 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "text without a name": (["train", "LANGUAGE", "--data.path", ""], "--data.path must name a file or folder."),
     "home of nobody": ("train TINY --metrics ~nobody-of-that-name/m.jsonl", "there is no ~nobody-of-that-name"),
     "trace where nothing can be made": ("train TINY --trace /proc/t.json", "--trace must name a file that can be"),
-    "plot where nothing can be made": ("plan TINY --plot /proc/t.png", "--plot must name a file that can be written"),
+    "plot where nothing can be made": ("plan TINY --plot /proc/t.png", "--plot must name a writable file"),
     "checkpoints where nothing can be made": (
         "train TINY --checkpoint-dir /proc/t/u",
-        "that can be written. Got '/proc",
+        "writable file. Got '/proc",
     ),
     "costs of deep nesting": ("plan TINY --schedule auto --costs deep.json", "must name a JSON file of layer costs"),
     "costs that are not finite": ("plan TINY --schedule auto --costs infinite.json", "forward is inf"),
@@ -281,7 +281,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
 
 # Of a folder `saved`, in which a run of four steps has saved steps 2 and 4.
 CALLS_WITH_CHECKPOINTS = {
-    "new run in the folder of another": ("train TINY --checkpoint-dir saved", "Pass --resume to go on"),
+    "new run in the folder of another": ("train TINY --checkpoint-dir saved", "Pass --resume to continue"),
     "another seed": ("train TINY --seed 1 RESUME", "Got 1, and saved was saved with 0. Pass --seed 0"),
     "another batch size": ("train TINY --batch-size 32 RESUME", "Pass --batch-size 16"),
     "another model": ("train TINY --model.depth 3 RESUME", "Got depth 3, and saved was saved with 4."),

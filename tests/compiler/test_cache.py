@@ -27,7 +27,7 @@ def test_other_settings_read_nothing(tmp_path, monkeypatch):
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=r"`compile_cache` must be a folder that can be written to. Got '.*file"):
+        with pytest.raises(ValueError, match=r"`compile_cache` must be a writable folder. Got '.*file"):
             CompileCache(path)
 
 

@@ -17,10 +17,10 @@ def test_the_sentence_says_both_values_where_people_can_read_them() -> None:
 def test_neighbours_that_process_0_knows_nothing_of_are_compared_with_each_other() -> None:
     boundary = "values from stage 1 to 2"
     assert differences([{}, {boundary: "#1"}, {boundary: "#2"}]) == [
-        "process 2 differs in values from stage 1 to 2 from process 1"
+        "process 2 differs in values from stage 1 to 2 (compared with process 1)"
     ]
     assert differences({4: {boundary: "#1"}, 6: {boundary: "#2"}}) == [
-        "process 6 differs in values from stage 1 to 2 from process 4"
+        "process 6 differs in values from stage 1 to 2 (compared with process 4)"
     ]
 
 

@@ -82,7 +82,11 @@ def test_no_file_takes_everything() -> None:
 
 @pytest.mark.parametrize(
     ("name", "phrase"),
-    [("missing/m.jsonl", "Make it, or name another file"), (".", "Name a file in it"), ("old.jsonl", "with --resume")],
+    [
+        ("missing/m.jsonl", "Create it, or name another file"),
+        (".", "Name a file in it"),
+        ("old.jsonl", "with --resume"),
+    ],
 )
 def test_check_refuses_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, phrase: str
