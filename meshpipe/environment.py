@@ -1,4 +1,4 @@
-"""What a run finds: the versions of packages, and settings of JAX that do not suit it."""
+"""The environment of a run: package versions, and unsuitable JAX settings."""
 
 import importlib.metadata
 import platform
@@ -16,11 +16,11 @@ _UNFIT = {
         for direction in ("", "_host_to_device", "_device_to_device", "_device_to_host")
     },
 }
-"""Settings of JAX under which programs cannot be compiled ahead of time, or Optax and transfers between stages fail."""
+"""JAX settings that prevent ahead-of-time compilation, or make Optax or transfers between stages fail."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the packages that decide the numbers of a run."""
+    """Versions of Python and of the packages that affect the results of a run."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
@@ -32,11 +32,11 @@ def _version(package: str) -> str:
 
 
 def check_settings() -> None:
-    """Raises `ValueError` for settings of JAX with which nothing can be trained, before they fail somewhere inside."""
+    """Raises `ValueError` for JAX settings that make training impossible, before they cause an obscure error."""
     for name, values in _UNFIT.items():
         value = getattr(jax.config, name, None)
         if value in values:
             raise ValueError(
                 "A trainer compiles its programs ahead of time and moves values between devices. "
-                f"Got the setting {name}={value}, under which that fails. Unset it, or debug a layer with it by itself."
+                f"Got the setting {name}={value}, which prevents that. Unset it, or use it to debug a layer alone."
             )

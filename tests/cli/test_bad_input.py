@@ -210,7 +210,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "plot where nothing can be made": ("plan TINY --plot /proc/t.png", "--plot must name a writable file"),
     "checkpoints where nothing can be made": (
         "train TINY --checkpoint-dir /proc/t/u",
-        "writable file. Got '/proc",
+        "writable folder. Got '/proc",
     ),
     "costs of deep nesting": ("plan TINY --schedule auto --costs deep.json", "must name a JSON file of layer costs"),
     "costs that are not finite": ("plan TINY --schedule auto --costs infinite.json", "forward is inf"),
