@@ -180,8 +180,8 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "heads that do not divide by tensor": ("plan LANGUAGE --mesh.tensor 4", "Choose a divisor of"),
     # Files.
     "metrics in a missing folder": ("train TINY --metrics missing/m.jsonl", "Create it, or name another file."),
-    "compiled programs into a file": ("train TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
-    "verify with programs in a file": ("verify TINY --compile-cache old.jsonl", "--compile-cache must be a folder"),
+    "compiled programs into a file": ("train TINY --compile-cache old.jsonl", "--compile-cache must be a writable folder"),
+    "verify with programs in a file": ("verify TINY --compile-cache old.jsonl", "--compile-cache must be a writable folder"),
     **{
         f"{flag} of a name that is too long": (f"{command} TINY {flag} LONG{suffix}", "File name too long")
         for command, flag, suffix in (
@@ -206,7 +206,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     },
     "text without a name": (["train", "LANGUAGE", "--data.path", ""], "--data.path must name a file or folder."),
     "home of nobody": ("train TINY --metrics ~nobody-of-that-name/m.jsonl", "there is no ~nobody-of-that-name"),
-    "trace where nothing can be made": ("train TINY --trace /proc/t.json", "--trace must name a file that can be"),
+    "trace where nothing can be made": ("train TINY --trace /proc/t.json", "--trace must name a writable file"),
     "plot where nothing can be made": ("plan TINY --plot /proc/t.png", "--plot must name a writable file"),
     "checkpoints where nothing can be made": (
         "train TINY --checkpoint-dir /proc/t/u",

@@ -87,7 +87,7 @@ def test_a_position_fits_another_batch_size():
     ],
 )
 def test_a_position_of_other_data_or_another_order_is_refused(other: BatchIterator, name: str):
-    with pytest.raises(ValueError, match=rf"only the data and order it came from. Got {name} "):
+    with pytest.raises(ValueError, match=rf"only for the same data and order. Got {name} "):
         other.set_state(batches(Numbers(10), 4).get_state())
 
 
