@@ -35,7 +35,7 @@ SBATCH_OPTIONS = {
 
 
 def parsed(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, DistributedConfig]:
-    """The config and the place among processes that a line `... meshpipe train RECIPE flags` asks for."""
+    """The config and the process settings of a line `... meshpipe train RECIPE flags`."""
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     program = next(index for index, word in enumerate(words) if word.endswith("meshpipe"))
@@ -50,7 +50,7 @@ def line_with(text: str, part: str) -> str:
 
 
 def check_sbatch(text: str) -> dict[str, str]:
-    """The options of a batch script; fails on one that sbatch does not have, or would not look at."""
+    """The options of a batch script; fails on one that sbatch does not have, or would ignore."""
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     lines = text.splitlines()
     assert lines[0].startswith("#!"), "sbatch needs the name of an interpreter"

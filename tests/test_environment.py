@@ -1,4 +1,4 @@
-"""Settings of JAX with which nothing can be trained are refused in a sentence."""
+"""JAX settings that make training impossible are refused with a clear message."""
 
 from contextlib import AbstractContextManager
 
@@ -18,7 +18,7 @@ from meshpipe.environment import check_settings
         ("jax_check_tracer_leaks=True", jax.checking_leaks()),
     ],
 )
-def test_what_cannot_be_trained_with_is_refused(name: str, setting: AbstractContextManager) -> None:
+def test_unsuitable_settings_are_refused(name: str, setting: AbstractContextManager) -> None:
     with setting, pytest.raises(ValueError, match=f"Got the setting {name}, which prevents that. Unset it"):
         check_settings()
 

@@ -1,4 +1,4 @@
-"""What a caller wrote is checked in one place; the error names arguments, and flags on the command line."""
+"""One check per value; its error names arguments in the library and flags on the command line."""
 
 import math
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def test_a_seed_that_jax_would_cut_is_refused(seed: object) -> None:
         check_seed(seed)
 
 
-def test_what_numpy_counts_is_a_number() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     check_seed(np.int64(2**32 - 1))
     check_clip_norm(np.float32(0.5))
     check_number("x", np.float64(0))

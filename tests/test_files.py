@@ -1,4 +1,4 @@
-"""Names of files and folders that a caller gives."""
+"""Paths given by a caller."""
 
 import os
 from dataclasses import fields
@@ -22,7 +22,7 @@ TINY = f"{Path(__file__).parent / 'tiny_recipes.py'}:pipeline"
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder, and another current one in which nothing may be made."""
+    """A home folder, and a different current folder in which nothing may be created."""
     (tmp_path / "home").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -49,7 +49,7 @@ def test_every_path_of_a_config_is_expanded(home: Path) -> None:
 
 
 def test_every_text_of_a_config_that_names_a_path_is_one_of_those() -> None:
-    """A new field of a path has to be expanded as well."""
+    """A new field that holds a path must be expanded too."""
     named = {
         field.name
         for config in (Config, CheckpointConfig, PipelineConfig)
@@ -70,12 +70,12 @@ def test_files_of_plan_and_folders_of_checkpoint_are_expanded(home: Path, capsys
 
 
 @pytest.mark.parametrize("path", ["", " ", "~nobody-of-that-name/x", "a\0b"])
-def test_what_names_nothing_is_refused(path: str) -> None:
+def test_an_invalid_name_is_refused(path: str) -> None:
     with pytest.raises(ArgumentError, match="`trace` "):
         expand("trace", path)
 
 
-def test_checks_leave_no_trace(tmp_path: Path) -> None:
+def test_checks_change_nothing_on_disk(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("kept")
     os.mkfifo(tmp_path / "pipe")
     before = os.stat(tmp_path / "old")
@@ -100,7 +100,7 @@ def test_checks_leave_no_trace(tmp_path: Path) -> None:
         (check_folder, "dangling", "No such file"),
     ],
 )
-def test_what_cannot_be_written_is_refused(check: Any, name: str, message: str, tmp_path: Path) -> None:
+def test_an_unwritable_path_is_refused(check: Any, name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "circle").symlink_to("circle")

@@ -180,8 +180,14 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "heads that do not divide by tensor": ("plan LANGUAGE --mesh.tensor 4", "Choose a divisor of"),
     # Files.
     "metrics in a missing folder": ("train TINY --metrics missing/m.jsonl", "Create it, or name another file."),
-    "compiled programs into a file": ("train TINY --compile-cache old.jsonl", "--compile-cache must be a writable folder"),
-    "verify with programs in a file": ("verify TINY --compile-cache old.jsonl", "--compile-cache must be a writable folder"),
+    "compiled programs into a file": (
+        "train TINY --compile-cache old.jsonl",
+        "--compile-cache must be a writable folder",
+    ),
+    "verify with programs in a file": (
+        "verify TINY --compile-cache old.jsonl",
+        "--compile-cache must be a writable folder",
+    ),
     **{
         f"{flag} of a name that is too long": (f"{command} TINY {flag} LONG{suffix}", "File name too long")
         for command, flag, suffix in (
@@ -227,7 +233,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "examples that are numbers": ("train wrong.py:source --data.kind 1", "An example must be a dict of arrays by the"),
     "fields without names": ("train wrong.py:source --data.kind 2", "An example must be a dict of arrays by the names"),
     "data of endless length": ("train wrong.py:source --data.kind 3", "A data source must have a length. len() of"),
-    # Sizes that nothing can have.
+    # Impossible sizes.
     "mesh of very many devices": ("plan TINY --mesh.pipeline 100000000", "at most 4096 virtual CPU devices"),
     "very wide layers": ("train TINY --model.width 1000000000000", "cannot take"),
     "very many microbatches": (
@@ -279,7 +285,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "no update to verify": ("verify TINY --updates 0", "--updates must be at least 1. Got 0."),
 }
 
-# Of a folder `saved`, in which a run of four steps has saved steps 2 and 4.
+# With a folder `saved`, in which a run of four steps has saved steps 2 and 4.
 CALLS_WITH_CHECKPOINTS = {
     "new run in the folder of another": ("train TINY --checkpoint-dir saved", "Pass --resume to continue"),
     "another seed": ("train TINY --seed 1 RESUME", "Got 1, and saved was saved with 0. Pass --seed 0"),
@@ -307,7 +313,7 @@ CALLS_WITH_CHECKPOINTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def started() -> None:
-    """JAX with the devices of the tests, before a command asks for others."""
+    """Starts JAX with the devices of the tests, before a command requests others."""
     assert jax.device_count() == 8
 
 
@@ -397,7 +403,7 @@ def damage(step: Path, item: str) -> None:
 
 
 @pytest.mark.parametrize("item", ["stage_0", "stage_1", "meta"])
-def test_a_damaged_checkpoint_is_not_gone_on_with(
+def test_a_damaged_checkpoint_is_not_resumed(
     item: str, saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(saved / "4", item)
@@ -408,7 +414,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(
     assert main(["checkpoint", "verify", "saved", "--step", "2"]) == 0
 
 
-def test_a_checkpoint_without_one_of_its_files_is_not_gone_on_with(
+def test_a_checkpoint_with_a_missing_file_is_not_resumed(
     saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     max(

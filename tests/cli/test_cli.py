@@ -1,4 +1,4 @@
-"""The commands that end soon, called in this process: what they print and the exit codes."""
+"""The output and exit codes of the quick commands, called in this process."""
 
 import re
 from dataclasses import replace
@@ -15,7 +15,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "tiny_recipes.py"
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder for commands that are called in this process, where JAX has eight devices."""
+    """The current folder for commands called in this process, where JAX has eight devices."""
     assert jax.device_count() == 8
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
@@ -70,7 +70,7 @@ def test_all_schedules_are_compared(in_process: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "flags", ["--save-schedule plan.json", "--save-schedule no/plan.txt", "--compare --plot a.png"]
 )
-def test_flags_of_plan_that_cannot_be(in_process: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_flags_of_plan(in_process: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny:pipeline", *flags.split()]) == 2
     assert "Traceback" not in capsys.readouterr().err
 

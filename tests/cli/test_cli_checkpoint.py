@@ -1,4 +1,4 @@
-"""What a run finds out about its checkpoints before its first step."""
+"""Checks of checkpoints before the first step of a run."""
 
 import os
 from pathlib import Path

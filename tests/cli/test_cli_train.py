@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TINY = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
 TIMEOUT = 120
-"""Seconds that a process may take at most; machines of continuous integration can be slow."""
+"""Time-out of a process in seconds; CI machines can be slow."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Workplace:
-    """A current folder, and compiled programs that later processes find again."""
+    """The current folder, and a compile cache shared by later processes."""
 
     folder: Path
 
@@ -75,7 +75,7 @@ class Workplace:
         return [line for line in lines if kind in (None, line["event"])]
 
     def losses(self, name: str) -> dict[int, float]:
-        """The loss of each step; of a step that was made twice, the one made last."""
+        """The loss of each step; for a repeated step, the last one."""
         return {line["step"]: line["loss"] for line in self.events(name, "step")}
 
     def wait_until(self, process: "subprocess.Popen[str]", condition: Callable[[], bool]) -> None:
@@ -106,7 +106,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture(scope="module")
 def whole(workplace: Workplace) -> Result:
-    """A run of 12 steps that nothing interrupts."""
+    """An uninterrupted run of 12 steps."""
     flags = "--steps 12 --metrics whole.jsonl --eval-every 5 --checkpoint-dir whole --checkpoint-every 4 "
     flags += "--measure-every 6 --trace whole.json"
     return workplace.train(*flags.split())
@@ -114,7 +114,7 @@ def whole(workplace: Workplace) -> Result:
 
 @pytest.fixture(scope="module")
 def stopped(workplace: Workplace) -> Result:
-    """A run without end that SIGTERM stopped."""
+    """An endless run, stopped by SIGTERM."""
     flags = "--steps 1000000 --metrics stopped.jsonl --checkpoint-dir stopped --eval-batches 0"
     process = workplace.start("train", TINY, *flags.split())
     workplace.wait_until(process, workplace.has_steps("stopped.jsonl", 5))
@@ -122,7 +122,7 @@ def stopped(workplace: Workplace) -> Result:
     return workplace.finish(process)
 
 
-def test_a_run_says_what_it_does(whole: Result) -> None:
+def test_the_output_of_a_run(whole: Result) -> None:
     lines = whole.out.splitlines()
     assert whole.error == "", whole  # libraries keep quiet
     assert lines[0] == "No accelerator: running on 2 virtual CPU devices."
@@ -135,7 +135,7 @@ def test_a_run_says_what_it_does(whole: Result) -> None:
     assert lines[-1].endswith("Step 12 is saved in whole.")
 
 
-def test_the_metrics_file_tells_the_whole_run(whole: Result, workplace: Workplace) -> None:
+def test_the_metrics_file_covers_the_whole_run(whole: Result, workplace: Workplace) -> None:
     start, *middle, end = workplace.events("whole.jsonl")
     assert start["event"] == "start"
     assert start["step"] == 0
@@ -172,7 +172,7 @@ def test_checkpoints_are_saved_as_asked(whole: Result, workplace: Workplace) -> 
     assert workplace.checkpoints("whole") == [4, 8, 12]
 
 
-def test_a_resumed_run_makes_the_same_losses(whole: Result, workplace: Workplace) -> None:
+def test_a_resumed_run_reproduces_the_losses(whole: Result, workplace: Workplace) -> None:
     flags = ("--metrics", "parts.jsonl", "--checkpoint-dir", "parts")
     workplace.train(*flags, "--steps", "5")
     result = workplace.train(*flags, "--steps", "12", "--resume")
@@ -190,7 +190,7 @@ def test_a_resumed_run_may_have_another_layout(whole: Result, workplace: Workpla
     assert workplace.losses("moved.jsonl") == pytest.approx(workplace.losses("whole.jsonl"), rel=1e-5)
 
 
-def test_resuming_a_finished_run_only_says_so(whole: Result, workplace: Workplace) -> None:
+def test_resuming_a_finished_run_only_prints_a_message(whole: Result, workplace: Workplace) -> None:
     before = (workplace.folder / "whole.jsonl").read_bytes()
     flags = ("--steps", "12", "--metrics", "whole.jsonl", "--checkpoint-dir", "whole")
     result = workplace.train(*flags, "--resume")
@@ -208,7 +208,7 @@ def test_sigterm_saves_and_gives_143(stopped: Result, workplace: Workplace) -> N
     assert f"Stopped after step {end['step']} of 1000000" in stopped.out
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(stopped: Result, workplace: Workplace) -> None:
+def test_a_stopped_run_resumes_with_the_same_losses(stopped: Result, workplace: Workplace) -> None:
     last = workplace.events("stopped.jsonl")[-1]["step"]
     steps = ("--steps", str(last + 5), "--eval-batches", "0")
     workplace.train(*steps, "--metrics", "stopped.jsonl", "--checkpoint-dir", "stopped", "--resume")
@@ -241,7 +241,7 @@ def test_a_second_sigint_ends_at_once(workplace: Workplace) -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_run_that_is_not_finite_fails_and_says_where(workplace: Workplace) -> None:
+def test_a_non_finite_run_fails_and_names_the_place(workplace: Workplace) -> None:
     flags = "--metrics poisoned.jsonl --checkpoint-dir poisoned --checkpoint-every 1 --steps 40 --data.poisoned 17"
     result = workplace.train(*flags.split(), code=1)
     end = workplace.events("poisoned.jsonl")[-1]
@@ -254,7 +254,7 @@ def test_a_run_that_is_not_finite_fails_and_says_where(workplace: Workplace) -> 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_run_whose_metrics_cannot_be_written_goes_on(workplace: Workplace) -> None:
+def test_a_run_continues_when_metrics_cannot_be_written(workplace: Workplace) -> None:
     result = workplace.train("--metrics", "/dev/full", "--checkpoint-dir", "full")
     assert result.error.count("No space left on device") == 1
     assert result.out.splitlines()[-1].endswith("Step 6 is saved in full.")

@@ -74,7 +74,7 @@ def test_data_that_exits_fails_the_run(folder: Path, capsys: pytest.CaptureFixtu
     assert (end["event"], end["status"]) == ("end", "failed")
 
 
-def test_a_layer_that_exits_is_told_with_its_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layer_that_exits_is_reported_with_its_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "exits.py:layer"]) == 1
     error = capsys.readouterr().err
     assert f"plan was ended by sys.exit() in {folder / 'exits.py'}, line 17" in error

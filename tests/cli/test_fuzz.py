@@ -1,4 +1,4 @@
-"""Hundreds of wrong calls: exit code 2, one message, no traceback, nothing compiled or written, and soon."""
+"""Hundreds of wrong calls: each quickly gives exit code 2 and one message, without traceback, compilation or output."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def contents(folder: Path) -> dict[str, bytes | str]:
 
 
 def complaint(code: object, error: str, seconds: float, changed: bool) -> str | None:
-    """What is wrong with the answer to a wrong call; None where it is right."""
+    """The fault in the answer to a wrong call; None if there is none."""
     messages = error.count("meshpipe: ") + error.count("For full helptext")
     if code != 2:
         return f"exit code {code}"
@@ -84,7 +84,7 @@ def test_wrong_calls_of_the_program_itself(seed: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["model=3", "data=None", "optimizer='adam'", "pipeline={}", "checkpoint='ck'"])
 def test_parts_of_a_config_of_the_wrong_type(part: str, tmp_path: Path) -> None:
-    """In a process of its own: the tests' checks of types would complain first."""
+    """In a separate process, since the type checks of the tests would raise first."""
     recipe = f"from tests.tiny_recipes import *\ndef f() -> Config: return replace(pipeline(), {part})\n"
     (tmp_path / "wrong.py").write_text(recipe)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -94,7 +94,7 @@ def test_parts_of_a_config_of_the_wrong_type(part: str, tmp_path: Path) -> None:
     assert f"{part.partition('=')[0]} of a Config must be a" in result.stderr
 
 
-def test_a_call_that_is_taken_or_answered_badly_is_noticed() -> None:
+def test_an_accepted_or_badly_answered_call_is_noticed() -> None:
     assert complaint(2, "meshpipe: --steps must be at least 0. Got -1.\n", 0.1, False) is None
     assert complaint(0, "", 0.1, False)
     assert complaint(2, "meshpipe: a\nmeshpipe: b\n", 0.1, False)

@@ -58,7 +58,7 @@ def steps_of(file: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
 
 
-def test_weights_alone_begin_a_new_run(here: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_only_start_a_new_run(here: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(runs / "a")
     flags = "--steps 0 --seed 7 --optimizer sgd --checkpoint-dir b --init-from a --init-step 2 --metrics m.jsonl"
     assert main(f"{TINY} {flags}".split()) == 0
@@ -74,15 +74,17 @@ def test_weights_alone_begin_a_new_run(here: Path, runs: Path, capsys: pytest.Ca
     assert contents(runs / "a") == before
 
 
-def test_weights_alone_begin_with_a_new_optimizer(here: Path) -> None:
+def test_weights_only_start_with_a_new_optimizer(here: Path) -> None:
     assert main(f"{TINY} --steps 0 --checkpoint-dir b --init-from a".split()) == 0
     moments = {key: leaf for key, leaf in arrays("b", 0).items() if key.startswith("optimizer/")}
     assert moments
     assert not any(leaf.any() for leaf in moments.values())
 
 
-def test_all_goes_on_as_the_run_itself(here: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Then its own checkpoints are taken, by the same flags."""
+def test_init_from_all_continues_like_the_run_itself(
+    here: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Afterwards, the same flags resume from its own checkpoints."""
     begin = f"{TINY} --checkpoint-dir c --init-from a --init-what all --metrics m.jsonl --auto-resume"
     assert main(f"{begin} --steps 6".split()) == 0
     assert "Continued after step 4 of a." in capsys.readouterr().out
@@ -115,7 +117,7 @@ def test_all_goes_on_as_the_run_itself(here: Path, runs: Path, capsys: pytest.Ca
         ("--init-from a/4/meta/metadata", "--init-from"),
     ],
 )
-def test_what_cannot_be_begun_from(
+def test_invalid_starts_are_refused(
     flags: str, phrase: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def must_not_compile(*arguments: Any, **keywords: Any) -> None:
@@ -128,7 +130,7 @@ def test_what_cannot_be_begun_from(
     assert not (here / "new").exists()
 
 
-def test_weights_in_a_loop_of_ones_own(here: Path) -> None:
+def test_weights_in_a_custom_loop(here: Path) -> None:
     trainer = make_trainer(tiny_recipes.pipeline())
     trainer.check(trainer.step(tiny_recipes_batch()))
     trees = Checkpointer("a").restore(4, trainer.abstract_state_tree(optimizer=False))

@@ -1,4 +1,4 @@
-"""Batches that cannot make an update: nothing counts in them, or they are not finite."""
+"""Batches whose updates are left out: their weight is 0, or they are not finite."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def steps_of(folder: Path, name: str = "m.jsonl") -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "step"]
 
 
-def test_updates_in_which_nothing_counts_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_updates_with_weight_0_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--steps 8 --eval-batches 0 --metrics m.jsonl --checkpoint-dir ck --decay linear"
     assert main(f"train masked.py:masked {flags}".split()) == 0
     captured = capsys.readouterr()
@@ -66,9 +66,7 @@ def test_updates_in_which_nothing_counts_are_left_out(folder: Path, capsys: pyte
     assert Checkpointer("ck").metadata(8)["left_out"] == 6
 
 
-def test_a_number_of_batches_that_are_not_finite_may_be_skipped(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_some_non_finite_batches_may_be_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One point in 64 is not finite, so one batch in each epoch of four is not."""
     command = f"train {TINY}:pipeline --eval-batches 0 --data.count 64 --data.poisoned 3"
     saving = "--metrics m.jsonl --checkpoint-dir ck --checkpoint-every 3"
@@ -79,7 +77,7 @@ def test_a_number_of_batches_that_are_not_finite_may_be_skipped(
     assert f"Step {bad[0]} is not finite: batch field 'inputs' is not finite in microbatch" in captured.out
     assert "(1 of 1 by --skip-nonfinite)" in captured.out
     assert "meshpipe: the run failed: Step" in captured.err
-    # A resume meets the second one again, and goes past it.
+    # A resumed run sees the second one again, and skips it.
     assert main(f"{command} --steps 12 {saving} --resume --skip-nonfinite 2".split()) == 0
     capsys.readouterr()
     # A run in which nothing went wrong in between: the same steps, batches and losses.

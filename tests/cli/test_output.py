@@ -1,4 +1,4 @@
-"""Standard output that goes away while a run trains: the run goes on, saves, and ends with its own exit code."""
+"""When standard output becomes unwritable, a run continues, saves, and ends with its own exit code."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ TIMEOUT = 120
 
 
 def train(folder: Path, stdout: int, lose: Callable[[], None]) -> tuple[int, str]:
-    """A run of 40 steps that loses its output after the first of them; its exit code and standard error."""
+    """The exit code and standard error of a run of 40 steps that loses its output after the first."""
     flags = "--steps 40 --metrics m.jsonl --checkpoint-dir ck --eval-batches 0 --data.seconds 0.005"
     process = subprocess.Popen(
         [sys.executable, "-m", "meshpipe", "train", TINY, *flags.split()],
@@ -47,7 +47,7 @@ def read_until(file: int, text: bytes) -> None:
         seen += part
 
 
-def test_a_run_survives_a_reader_that_goes(tmp_path: Path) -> None:
+def test_a_run_survives_a_reader_that_exits(tmp_path: Path) -> None:
     read, write = os.pipe()
 
     def lose() -> None:

@@ -25,7 +25,7 @@ Call = list[str]
 
 
 def wrong_call(seed: int, folder: Path) -> Call:
-    """The arguments of `meshpipe` in a wrong call; what it reads is written to the folder."""
+    """The arguments of a wrong call of `meshpipe`; its input files are written to the folder."""
     rng = Random(seed)
     return rng.choice(MISTAKES)(rng, folder)
 

@@ -1,4 +1,4 @@
-"""The folder of compiled programs: what can be a folder, and what is read from it."""
+"""The compile cache: which folders are accepted, and which files are read."""
 
 import os
 import stat
@@ -24,7 +24,7 @@ def test_other_settings_read_nothing(tmp_path, monkeypatch):
     assert CompileCache(tmp_path).read("key") is None
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"`compile_cache` must be a writable folder. Got '.*file"):
@@ -38,7 +38,7 @@ def open_umask():
     os.umask(before)
 
 
-def test_what_is_made_is_for_this_user_alone(tmp_path, open_umask):
+def test_new_files_are_private_to_this_user(tmp_path, open_umask):
     CompileCache(tmp_path / "new" / "cache").write("key", Serialised(b"program", (0,)))
     (file,) = (tmp_path / "new" / "cache").iterdir()
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
@@ -75,7 +75,7 @@ def written(folder):
     return file
 
 
-def test_a_file_that_others_may_have_written_is_not_read_and_said_once(tmp_path, capsys):
+def test_a_file_writable_by_others_is_not_read_with_one_warning(tmp_path, capsys):
     written(tmp_path / "cache").chmod(0o666)
     cache = CompileCache(tmp_path / "cache")
     assert cache.read("key") is None
@@ -87,15 +87,15 @@ def test_a_file_that_others_may_have_written_is_not_read_and_said_once(tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
-def test_what_is_no_file_is_not_read(tmp_path, kind):
+def test_other_kinds_of_files_are_not_read(tmp_path, kind):
     file = written(tmp_path / "cache")
     moved = file.rename(tmp_path / "elsewhere")
     {"link": lambda: file.symlink_to(moved), "fifo": lambda: os.mkfifo(file), "folder": file.mkdir}[kind]()
     assert CompileCache(tmp_path / "cache").read("key") is None
 
 
-def test_a_folder_that_is_exchanged_is_not_read(tmp_path):
-    """Whoever may write to the folder above can give its name to another."""
+def test_a_replaced_folder_is_not_read(tmp_path):
+    """A user with write access to the parent folder can put another folder in its place."""
     file = written(tmp_path / "cache")
     cache = CompileCache(tmp_path / "cache")
     (tmp_path / "cache").rename(tmp_path / "before")
@@ -104,7 +104,7 @@ def test_a_folder_that_is_exchanged_is_not_read(tmp_path):
     assert cache.read("key") == Serialised(b"program", (0,))
 
 
-def test_a_folder_that_has_gone_costs_nothing(tmp_path):
+def test_a_removed_folder_is_harmless(tmp_path):
     cache = CompileCache(tmp_path / "cache")
     (tmp_path / "cache").rmdir()
     cache.write("key", Serialised(b"program", (0,)))

@@ -1,4 +1,4 @@
-"""Equal programs are compiled once; whatever differs in what they compute is not equal."""
+"""Equal programs are compiled once; programs that compute anything different are not equal."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +18,7 @@ MESHES = submeshes(make_mesh(4, 2))
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Counts what XLA compiles."""
+    """Counts XLA's compilations."""
     lowered = []
     compile_it = meshpipe.compiler.compiler._compile
     monkeypatch.setattr(meshpipe.compiler.compiler, "_compile", lambda *a: (lowered.append(a[0]), compile_it(*a))[1])

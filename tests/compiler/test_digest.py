@@ -1,4 +1,4 @@
-"""Values made alike in two processes have one digest; code and values that differ have two."""
+"""Values made alike in two processes have equal digests; different code or values have different digests."""
 
 import functools
 import os
@@ -76,7 +76,7 @@ def test_another_process_with_another_hash_seed_finds_the_same() -> None:
         (nnx.relu, nnx.gelu),
     ],
 )
-def test_what_computes_something_else_differs(one: Any, other: Any) -> None:
+def test_different_computations_have_different_digests(one: Any, other: Any) -> None:
     assert digest(one) == digest(one)
     assert digest(one) != digest(other)
 

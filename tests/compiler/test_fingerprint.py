@@ -1,4 +1,4 @@
-"""Values that a pure function could tell apart never have the same fingerprint."""
+"""Values that a pure function could distinguish never have the same fingerprint."""
 
 import dataclasses
 import functools

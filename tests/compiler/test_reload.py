@@ -1,4 +1,4 @@
-"""A program loaded for other devices does what XLA compiles for them. Fails where private parts of JAX have moved."""
+"""A program loaded for other devices matches one compiled for them. Fails when private parts of JAX have moved."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_a_program_that_calls_python_stays_where_it_is():
 
 @pytest.fixture
 def cache_of_jax(tmp_path):
-    """JAX's own cache of compiled programs in use, as by JAX_COMPILATION_CACHE_DIR."""
+    """Enables JAX's own compilation cache, as JAX_COMPILATION_CACHE_DIR does."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path / "jax"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -83,15 +83,15 @@ def cache_of_jax(tmp_path):
     compilation_cache.reset_cache()
 
 
-def test_what_jax_loads_from_its_cache_is_told_from_what_it_compiles(cache_of_jax):
-    """Fails where JAX no longer says so; programs that it loads must not be copied."""
+def test_cache_hits_of_jax_are_distinguished_from_compilations(cache_of_jax):
+    """Fails if JAX no longer reports it; programs that it loads must not be copied."""
     (mesh,) = submeshes(make_mesh(1))
     assert compile_noting_origin(lower(mesh), None)[1]
     assert not compile_noting_origin(lower(mesh), None)[1]
 
 
 def test_programs_are_copied_where_the_cache_of_jax_is_in_use(cache_of_jax):
-    """In the first run and in later ones, which find what the first left in a subfolder."""
+    """In the first run and in later ones, which find the programs of the first in a subfolder."""
     meshes = submeshes(make_mesh(4))
     for run in range(2):
         compiler = Compiler(open_cache(None))
@@ -104,7 +104,7 @@ def test_programs_are_copied_where_the_cache_of_jax_is_in_use(cache_of_jax):
         assert len(list((cache_of_jax / JAX_SUBFOLDER).iterdir())) == 1
 
 
-def test_bytes_that_are_no_program_give_none():
+def test_invalid_bytes_give_none():
     source, target = submeshes(make_mesh(2))
     lowered = lower(source)
     serialised = serialise(lowered.compile(), source)

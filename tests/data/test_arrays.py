@@ -1,4 +1,4 @@
-"""One reader of fields: what is a number is read as it stands, copied once, and never cut."""
+"""Reading fields: numbers are read unchanged, copied once, and never truncated."""
 
 import array
 from typing import Any
@@ -22,7 +22,7 @@ def test_lists_and_numbers_are_arrays(value: Any, shape: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("value", ["text", ["a", "b"], [[1, 2], [3]], np.array([{}]), np.array(["2020"], "M8[D]")])
-def test_what_is_no_array_of_numbers_is_refused_by_name(value: Any) -> None:
+def test_a_field_that_is_not_numeric_is_refused_by_name(value: Any) -> None:
     with pytest.raises(ValueError, match=r"A field must be an array of numbers\. Got 'words'"):
         read_field("words", value)
 
@@ -49,7 +49,7 @@ def test_a_field_is_copied_to_where_xla_reads_it_in_place(value: Any) -> None:
     assert placed.unsafe_buffer_pointer() == own.ctypes.data, "one copy is made in all"
 
 
-def test_arrays_of_jax_do_not_change_and_are_not_copied() -> None:
+def test_jax_arrays_are_not_copied() -> None:
     value = jnp.arange(1000.0)
     own = own_field("y", value, jnp.float32)
     assert own.ctypes.data == value.unsafe_buffer_pointer()
@@ -79,7 +79,7 @@ def test_numbers_that_do_not_fit_are_refused(value: Any, dtype: Any) -> None:
         own_field("tokens", value, dtype)
 
 
-def test_numbers_that_fit_are_taken() -> None:
+def test_numbers_that_fit_are_accepted() -> None:
     np.testing.assert_array_equal(own_field("y", np.array([2**31 - 1, -(2**31)]), jnp.int32), [2**31 - 1, -(2**31)])
     np.testing.assert_array_equal(own_field("y", np.array([np.inf, np.nan, 1.0]), jnp.float32), [np.inf, np.nan, 1.0])
     np.testing.assert_array_equal(own_field("y", [1, 2], jnp.float32), [1, 2])

@@ -1,4 +1,4 @@
-"""Batches resume exactly, and windows hold what they say."""
+"""Batches resume exactly, and windows hold the promised text."""
 
 import json
 import pickle
@@ -19,7 +19,7 @@ from meshpipe.data import (
 
 
 class Numbers:
-    """Examples that are their own index."""
+    """Each example is its own index."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -114,7 +114,7 @@ def test_an_example_batch_has_the_shapes_of_batches():
         example_batch(Numbers(0), 3)
 
 
-def test_labels_take_turns_and_have_equally_many_windows():
+def test_labels_alternate_and_have_equally_many_windows():
     source = LabelledWindows([text("abcdef"), text("ghijk")], 2)
     windows = [(bytes(source[i]["inputs"].astype(np.uint8)), int(source[i]["labels"])) for i in range(len(source))]
     assert windows == [(b"ab", 0), (b"gh", 1), (b"cd", 0), (b"ij", 1)]
@@ -204,7 +204,7 @@ def test_a_single_file_is_mapped_and_its_last_tenth_held_out(tmp_path):
         (lambda tmp: PackageWindowsConfig(sequence_length=10**6).train_source(), "package 'asyncio', with windows of"),
     ],
 )
-def test_data_that_cannot_be_is_refused(tmp_path, make, message: str):
+def test_invalid_data_is_refused(tmp_path, make, message: str):
     with pytest.raises(ValueError, match=message):
         make(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Trainers of two processes that differ in one thing each; prints what each process hears of it."""
+"""Creates pairs of trainers in two processes that differ in one argument, and prints each process's error."""
 
 import argparse
 import json
@@ -47,7 +47,7 @@ def failing(rngs: nnx.Rngs) -> nnx.Module:
 
 
 def different() -> dict[str, dict[str, Any]]:
-    """What process 1 has in place of the usual arguments."""
+    """Arguments of process 1 that replace the usual ones."""
     return {
         "learning rate": {"optimizer": optax.sgd(0.2)},
         "schedule of rates": {"optimizer": optax.sgd(optax.linear_schedule(0.1, 0.0, 10))},
@@ -65,7 +65,7 @@ def different() -> dict[str, dict[str, Any]]:
 
 
 def same() -> dict[str, dict[str, Any]]:
-    """What process 0 has in place of them."""
+    """Arguments of process 0 that replace the usual ones."""
     return {"ready-made weights": {"layers": other_weights()[::-1]}}
 
 

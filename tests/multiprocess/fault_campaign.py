@@ -45,17 +45,17 @@ class Kill:
 @dataclass(frozen=True)
 class Outcome:
     kill: Kill
-    """With the phase that it was in fact."""
+    """With the phase in which the kill actually happened."""
     seconds: dict[int, float]
-    """Until each of the others had ended."""
+    """Seconds until each of the other processes had ended."""
     problems: list[str]
     megabytes: int
-    """The most memory that one process had taken."""
+    """The highest memory use of any process."""
 
 
 @dataclass
 class Run:
-    """A run in its own folder, which is started, killed and started again."""
+    """A run in its own folder that is started, killed and restarted."""
 
     folder: Path
     processes: int
@@ -108,7 +108,7 @@ class Run:
                     if number != kill.victim and number not in seconds and process.poll() is not None:
                         seconds[number] = time.monotonic() - at
                 time.sleep(POLL_SECONDS)
-            time.sleep(0.3)  # for the children that have the last words
+            time.sleep(0.3)  # until the exit reporters have printed
             problems = [*self._of_processes(kill, started), *self._of_checkpoints(before)]
             if found and "Resumed after" in self.log() and f"Resumed after step {found[-1]} of" not in self.log():
                 problems.append(f"has not resumed after step {found[-1]}")
@@ -117,7 +117,7 @@ class Run:
         return Outcome(Kill(moment, kill.victim), seconds, problems, memory)
 
     def complete(self) -> list[str]:
-        """Lets the run go on to its end, and one that was never killed beside it; what is wrong with it."""
+        """Completes the run and an uninterrupted one, and returns what is wrong."""
         last = self.steps[-1] + MORE_STEPS
         alone = Run(self.folder / "alone", self.processes, self.random)
         alone.folder.mkdir()
@@ -230,7 +230,7 @@ def table(outcomes: Sequence[tuple[int, Outcome]]) -> list[str]:
 
 
 def campaign(folder: Path, processes: int, count: int, seed: int) -> tuple[list[Outcome], list[str]]:
-    """What came of so many kills, and what was wrong; what it does is said as it goes on."""
+    """Performs the kills, with progress messages; returns the outcomes and the faults found."""
     generator = random.Random(f"{seed} {processes}")
     run = Run(folder, processes, generator)
     outcomes, problems = [], []

@@ -1,4 +1,4 @@
-"""What somebody can do who can open TCP connections to a run but does not have its secret.
+"""Attacks by someone who can open TCP connections to a run but does not have its secret.
 
 As a program: reads the coordinator's address from standard input, joins, and overwrites or deletes every key of the
 run, or writes others beside them, until it is ended.
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 PLACE = 1
-"""The coordinator takes anybody for the process with this number."""
+"""The coordinator accepts any client as the process with this number."""
 
 
 def main(deed: str) -> None:
@@ -52,7 +52,7 @@ def listening_ports(process: int) -> set[int]:
 
 
 def knock(port: int, words: bytes) -> socket.socket:
-    """Connects, says something, and stays."""
+    """Connects, sends something, and stays connected."""
     connection = socket.create_connection(("127.0.0.1", port), 5)
     connection.sendall(words)
     return connection

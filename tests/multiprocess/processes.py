@@ -1,4 +1,4 @@
-"""Processes of one run on loopback, each with a time-out; when one fails, the logs of all are shown."""
+"""Runs the processes of one run on loopback, with time-outs; on a failure, shows all logs."""
 
 import os
 import subprocess
@@ -12,12 +12,12 @@ from meshpipe.processes.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
-"""Seconds for all processes of a run; machines of continuous integration can be slow."""
+"""Time-out of a run in seconds; CI machines can be slow."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How the processes of a run ended, by their numbers."""
+    """The exits of the processes of a run, in order of their numbers."""
 
     codes: list[int]
     logs: list[str]
@@ -31,7 +31,7 @@ class Ended:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of a user, without what the tests have set for themselves."""
+    """The environment of a user, without the settings of the tests."""
     kept = {name: value for name, value in os.environ.items() if name not in ("NPROC", "JAX_PLATFORMS")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     return kept | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"} | more

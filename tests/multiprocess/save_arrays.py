@@ -91,7 +91,7 @@ def run(folder: Path) -> None:
 
     checkpointer = Checkpointer(folder)
     trees, shapes = arrays(0)
-    try:  # what only one process finds is told to all
+    try:  # an error in one process is reported to all
         checkpointer.prepare(shapes, {"only here": {1, 2}} if me == 1 else {})
     except CheckpointError as error:
         found["unprepared"] = str(error)

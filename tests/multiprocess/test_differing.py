@@ -1,4 +1,4 @@
-"""Processes that were given different runs say so before anything moves, in the library and on the command line."""
+"""Processes with different programs report it before anything moves, in the library and on the command line."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,19 @@ from processes import ROOT, run_processes
 SCRIPT = str(Path(__file__).parent / "differing_trainers.py")
 RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
 EXPECTED = {
-    "learning rate": ["another update of the optimizer, numbers in it (-0.2, not -0.1)"],
-    "schedule of rates": ["another update of the optimizer"],
-    "clipping": ["another clip norm (1.0, not None)"],
-    "seed": ["another seed (1, not 0)"],
+    "learning rate": ["differs in update of the optimizer, numbers in it (-0.2, not -0.1)"],
+    "schedule of rates": ["differs in update of the optimizer"],
+    "clipping": ["differs in clip norm (1.0, not None)"],
+    "seed": ["differs in seed (1, not 0)"],
     "microbatches": [
-        "another plan (1f1b of 2 stages on 2 ranks, 4 microbatches, not 1f1b of 2 stages on 2 ranks, 2 mi"
+        "differs in plan (1f1b of 2 stages on 2 ranks, 4 microbatches, not 1f1b of 2 stages on 2 ranks, 2 mi"
     ],
-    "schedule": ["another plan (gpipe of 2 stages on 2 ranks, 2 microbatches, not 1f1b of"],
-    "loss": ["another code of the loss"],
-    "number of layers": ["another number of layers (3, not 2)"],
-    "layers": ["another parameters and state of stage 1, code of the layers of stage 1"],
-    "ready-made weights": ["another code of the layers of stage 0, code of the layers of stage 1"],
-    "tied": ['another tied parameters ([["layers/0/kernel", "layers/1/kernel"]], not [])'],
+    "schedule": ["differs in plan (gpipe of 2 stages on 2 ranks, 2 microbatches, not 1f1b of"],
+    "loss": ["differs in code of the loss"],
+    "number of layers": ["differs in number of layers (3, not 2)"],
+    "layers": ["differs in parameters and state of stage 1, code of the layers of stage 1"],
+    "ready-made weights": ["differs in code of the layers of stage 0, code of the layers of stage 1"],
+    "tied": ['differs in tied parameters ([["layers/0/kernel", "layers/1/kernel"]], not [])'],
     "failure": ["no such vocabulary"],
 }
 
@@ -41,9 +41,9 @@ def test_trainers_that_differ_are_refused_in_every_process(tmp_path: Path) -> No
     [
         ("--steps 4", "process 1 differs in --steps (4, not 6)"),
         ("--learning-rate 0.5 --clip-norm 0.1", "--clip-norm (0.1, not None)"),
-        pytest.param("--eval-every 2", "another --eval-every (2, not 0)", marks=pytest.mark.slow),
-        pytest.param("--checkpoint-dir run", "another --checkpoint-dir (a path, not none)", marks=pytest.mark.slow),
-        pytest.param("--data.count 99", "another --data.count (99, not 512)", marks=pytest.mark.slow),
+        pytest.param("--eval-every 2", "differs in --eval-every (2, not 0)", marks=pytest.mark.slow),
+        pytest.param("--checkpoint-dir run", "differs in --checkpoint-dir (a path, not none)", marks=pytest.mark.slow),
+        pytest.param("--data.count 99", "differs in --data.count (99, not 512)", marks=pytest.mark.slow),
     ],
 )
 def test_commands_that_differ_end_with_code_2(flags: str, sentence: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run of several processes computes what one process does, bit for bit, and each has only its own stages."""
+"""A run of several processes matches one process bit for bit, and each process has only its own stages."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("count", "flags"), CASES)
-def test_processes_compute_what_one_does(count: int, flags: str, tmp_path: Path) -> None:
+def test_several_processes_match_one(count: int, flags: str, tmp_path: Path) -> None:
     command = [SCRIPT, *flags.split()]
     (alone,) = results(run_processes(1, command, tmp_path))
     together = results(run_processes(count, command, tmp_path))
@@ -47,7 +47,7 @@ def test_processes_compute_what_one_does(count: int, flags: str, tmp_path: Path)
         assert [result["stages"] for result in together] == [[0], [1]]
 
 
-def test_processes_with_different_flags_say_so_before_anything_moves(tmp_path: Path) -> None:
+def test_different_flags_are_reported_before_anything_moves(tmp_path: Path) -> None:
     recipe = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
     own = [["--num-microbatches", "4"], ["--num-microbatches", "8"]]
     ended = run_processes(2, ["-m", "meshpipe", "train", recipe], tmp_path, own)
@@ -60,7 +60,7 @@ def test_processes_with_different_flags_say_so_before_anything_moves(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["Slurm", "Open MPI"])
 def test_tasks_that_a_cluster_started_find_each_other(cluster: str, tmp_path: Path) -> None:
-    """By the variables of such a task alone, set here in its place."""
+    """Only by the environment variables of such a task, which the test sets."""
 
     job = free_port()  # JAX makes the coordinator's port from the number of the job
 

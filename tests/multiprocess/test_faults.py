@@ -1,4 +1,4 @@
-"""When one process of a run is stopped, killed or hangs, all of them end, and say why."""
+"""When one process of a run is stopped, killed or hangs, all of them end and report why."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def send(number: signal.Signals) -> Callable[[int], object]:
 
 
 def fill_disk(process: int) -> None:
-    """To this process the disk looks full, as soon as a file gets longer than its logs."""
+    """Makes the disk look full to this process once a file grows larger than its logs."""
     resource.prlimit(process, resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
@@ -84,7 +84,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="fi
 
 
 @needs_proc
-def test_a_process_that_is_asked_to_stop_stops_all(tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
     code, output, _ = launch(tmp_path, send(signal.SIGTERM), 1, *FOR_EVER)
     assert code == 143, output
     assert "[0] Stopped after step " in output
@@ -134,7 +134,7 @@ def test_all_end_when_one_is_gone(
 
 @needs_proc
 @pytest.mark.slow
-def test_a_run_that_is_started_again_has_the_losses_of_one_that_was_not(tmp_path: Path) -> None:
+def test_a_restarted_run_reproduces_the_losses(tmp_path: Path) -> None:
     flags = ("--steps", "300", "--metrics", "metrics.jsonl")
     code, output, _ = launch(tmp_path, send(signal.SIGKILL), 0, *flags, *SAVED, restarts=1)
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""Several trainers in one group of processes do not take each other's values."""
+"""Several trainers in one group of processes do not receive each other's values."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from processes import run_processes
 SCRIPT = str(Path(__file__).parent / "two_trainers.py")
 
 
-def test_two_trainers_at_once_have_the_numbers_of_one_process(tmp_path: Path) -> None:
+def test_two_trainers_at_once_match_one_process(tmp_path: Path) -> None:
     ended = run_processes(2, [SCRIPT], tmp_path), run_processes(1, [SCRIPT], tmp_path)
     together, (alone,) = (
         [json.loads(line[7:]) for log in of.logs for line in log.splitlines() if line.startswith("RESULT ")]

@@ -1,4 +1,4 @@
-"""Somebody without the run's secret is refused and named, and changes no number."""
+"""An intruder without the run's secret is refused and reported, and cannot affect results."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="find
 
 @contextmanager
 def intruder(deed: str) -> Iterator[Callable[[str], None]]:
-    """Calling what this yields lets an intruder loose on a coordinator at once."""
+    """Yields a function that starts an intruder against a coordinator immediately."""
     command = [sys.executable, str(Path(__file__).parent / "intruder.py"), deed]
     process = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
@@ -81,7 +81,7 @@ def run_with(
         pytest.param("step 100/", id="in a step", marks=pytest.mark.slow),
     ],
 )
-def test_who_overwrites_what_processes_tell_each_other_is_named(sign: str, tmp_path: Path) -> None:
+def test_overwriting_messages_of_the_run_is_reported(sign: str, tmp_path: Path) -> None:
     with intruder("overwrite") as let_loose:
         logs = run_with(tmp_path, ["--steps", "1000000"], sign, lambda address, ids: let_loose(address), [1, 1])
     for number, log in enumerate(logs):
@@ -112,7 +112,7 @@ def test_nobody_waits_for_a_key_that_was_deleted(tmp_path: Path) -> None:
 
 
 @needs_proc
-def test_who_stays_on_every_port_and_writes_keys_of_his_own_changes_nothing(tmp_path: Path) -> None:
+def test_idle_connections_and_foreign_keys_change_nothing(tmp_path: Path) -> None:
     """Idle connections, garbage, and the four zero bytes at which JAX's own server would abort."""
     visits = []
 
@@ -145,7 +145,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if line["event"] == "step"]
 
 
-def test_processes_with_different_secrets_say_so(tmp_path: Path) -> None:
+def test_different_secrets_are_reported(tmp_path: Path) -> None:
     files = []
     for number in range(2):
         files.append(tmp_path / f"secret-{number}")

@@ -1,4 +1,4 @@
-"""A run ends with its launcher, however that ends, and saves first."""
+"""A run saves and ends with its launcher, however the launcher ends."""
 
 import os
 import signal
@@ -15,11 +15,11 @@ from meshpipe.checkpoint import list_checkpoints, verify_checkpoint
 
 RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
 SECONDS = 30
-"""For all to end after the launcher did: at most a step, its save, and Python's own end."""
+"""Time for all to end after the launcher: at most a step, its save, and Python's shutdown."""
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Those that run in a folder, except for children that only wait for the last words of others."""
+    """The processes that run in a folder, except for exit reporters."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -40,7 +40,7 @@ def processes_of(folder: Path) -> list[int]:
     ],
 )
 def test_a_run_saves_and_ends_with_its_launcher(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """Nobody reads what it prints any more, as after the launcher's terminal was closed."""
+    """Its output has no reader any more, as after the launcher's terminal was closed."""
     command = [sys.executable, "-m", "meshpipe", "launch", "--processes", "2", "--", "train", RECIPE, "--eval-batches"]
     command += ["0", "--steps", "1000000", "--checkpoint-dir", "run"]
     reader, writer = os.pipe()

@@ -67,7 +67,7 @@ def check_damage(folder: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_in_which_a_process_was_killed_is_not_there(tmp_path: Path) -> None:
+def test_a_step_with_a_killed_process_is_not_listed(tmp_path: Path) -> None:
     ended = run_processes(2, [ARRAYS, "--kill"], tmp_path)
     assert ended.codes == [0, -9], ended
     assert "process 1 did not report for 3 s" in results(ended)[0]["failed"], ended
@@ -85,7 +85,7 @@ def train(folder: Path, processes: int, *flags: str) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
 
 
-def test_saved_by_two_processes_and_gone_on_with_by_one(tmp_path: Path) -> None:
+def test_saved_by_two_processes_and_resumed_by_one(tmp_path: Path) -> None:
     together = train(tmp_path, 2, "--steps", "4", "--checkpoint-every", "2")
     assert verify_checkpoint(tmp_path / "run", 2) == []
     alone = train(tmp_path, 1, "--steps", "4", "--resume-from", "2")

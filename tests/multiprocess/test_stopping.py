@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, also where a step cannot come, and runs that one process alone cannot do."""
+"""Runs that are asked to stop, even during a stuck step, and runs that one process refuses."""
 
 import contextlib
 import os
@@ -66,7 +66,7 @@ def test_a_hangup_saves_and_gives_129(tmp_path: Path) -> None:
     assert "SIGHUP: stopping after the step in progress" in logs(tmp_path)
 
 
-def test_a_stop_does_not_wait_for_ever_for_a_process_that_hangs(tmp_path: Path) -> None:
+def test_a_stop_does_not_wait_for_ever_for_a_hanging_process(tmp_path: Path) -> None:
     processes = start_two(tmp_path, [str(HERE / "impatient.py"), "train", f"{UNEVEN}:hangs"])
     wait_for(tmp_path, "Compiled in")
     time.sleep(2)
@@ -77,7 +77,7 @@ def test_a_stop_does_not_wait_for_ever_for_a_process_that_hangs(tmp_path: Path) 
     assert "Traceback" not in logs(tmp_path)
 
 
-def test_what_one_process_alone_refuses_ends_all_with_code_2(tmp_path: Path) -> None:
+def test_a_request_that_one_process_refuses_ends_all_with_code_2(tmp_path: Path) -> None:
     ended = run_processes(2, ["-m", "meshpipe", "train", f"{UNEVEN}:refuses"], tmp_path)
     assert ended.codes == [2, 2], ended
     for log in ended.logs:
@@ -113,7 +113,7 @@ def test_before_the_first_step_a_stop_is_immediate_for_all(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_process_that_was_stopped_says_so_when_it_wakes(stopped: int, tmp_path: Path) -> None:
+def test_a_stopped_process_reports_it_on_waking(stopped: int, tmp_path: Path) -> None:
     other = 1 - stopped
     processes = start_two(tmp_path, ["-m", "meshpipe", "train", TINY, "--steps", "1000000", "--eval-batches", "0"])
     wait_for(tmp_path, "  loss ")
@@ -121,7 +121,7 @@ def test_a_process_that_was_stopped_says_so_when_it_wakes(stopped: int, tmp_path
     assert processes[other].wait(60) != 0
     processes[stopped].send_signal(signal.SIGCONT)
     assert processes[stopped].wait(60) != 0
-    time.sleep(1)  # for the child that has the last words
+    time.sleep(1)  # until the exit reporter has printed
     log = (tmp_path / f"{stopped}.log").read_text()
     assert f"process {stopped} stops because it did not run for " in log, logs(tmp_path)
     assert f"process {stopped} stops because process {other}" not in log, logs(tmp_path)

@@ -1,4 +1,4 @@
-"""A loop of a user whose processes do not take the same number of steps ends, and says so."""
+"""A user's loop whose processes take different numbers of steps ends with a message."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ SCRIPT = str(Path(__file__).parent / "uneven_steps.py")
 
 
 @pytest.mark.parametrize("steps", [(2, 2), (4, 2), pytest.param((2, 4), marks=pytest.mark.slow)])
-def test_processes_that_take_other_numbers_of_steps(steps: tuple[int, int], tmp_path: Path) -> None:
+def test_processes_with_different_numbers_of_steps(steps: tuple[int, int], tmp_path: Path) -> None:
     ended = run_processes(2, [SCRIPT], tmp_path, [["--steps", str(number)] for number in steps])
     assert [log.count("loss") for log in ended.logs] == [2, 2] if steps[0] == steps[1] else True, ended
     if steps[0] == steps[1]:

@@ -1,4 +1,4 @@
-"""Trains a small model in this process, which may be one of several, and prints the bits of what came out."""
+"""Trains a small model in this process, which may be one of several, and prints the bits of the results."""
 
 import argparse
 import json

@@ -30,7 +30,7 @@ def make(seed: int) -> meshpipe.Trainer:
 
 
 def keys(meeting: str) -> int:
-    """How many keys the coordinator holds when all have come here."""
+    """The number of keys at the coordinator when all processes are here."""
     if jax.process_count() == 1:
         return 0
     from jax._src import distributed

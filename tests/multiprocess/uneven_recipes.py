@@ -1,4 +1,4 @@
-"""Recipes of which process 1 sees something else than process 0."""
+"""Recipes that are different in process 1 than in process 0."""
 
 import time
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from meshpipe.processes.coordination import process_index
 
 @dataclass(frozen=True)
 class Hanging(tiny_recipes.Points):
-    """In process 1 nothing can be read after a while."""
+    """A source that blocks in process 1 after a while."""
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         if process_index() == 1 and index % 16 == 7:

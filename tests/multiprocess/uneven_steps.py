@@ -1,4 +1,4 @@
-"""A user's own loop, without `Guard`, of which process 0 takes more steps than process 1."""
+"""A user's own loop, without `Guard`, in which the processes take different numbers of steps."""
 
 import argparse
 

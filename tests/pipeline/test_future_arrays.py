@@ -1,4 +1,4 @@
-"""Arrays whose values come later, at a server that nobody else can reach."""
+"""Arrays whose values come later, through a server that no other program can reach."""
 
 import os
 import socket
@@ -33,7 +33,7 @@ def test_values_come_later_from_another_thread(future_arrays: FutureArrays) -> N
         assert array.sharding == sharding
 
 
-def test_whoever_waits_is_told_why_there_is_nothing(future_arrays: FutureArrays) -> None:
+def test_waiting_for_failed_arrays_raises_the_message(future_arrays: FutureArrays) -> None:
     shapes = (jax.ShapeDtypeStruct((4,), np.int32, sharding=NamedSharding(MESH, PartitionSpec())),) * 2
     number, arrays = future_arrays.make(shapes)
     future_arrays.fail(number, shapes, "Connection to process 1 is gone")
@@ -52,7 +52,7 @@ def test_its_port_is_closed() -> None:
     own._check()  # it still works, without anybody's help
 
 
-def test_no_descriptor_is_left_open_by_looking_at_them() -> None:
+def test_listing_sockets_leaks_no_descriptor() -> None:
     before = os.listdir("/dev/fd")
     list(_sockets())
     assert len(os.listdir("/dev/fd")) == len(before)

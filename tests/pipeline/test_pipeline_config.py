@@ -1,4 +1,4 @@
-"""Sizes of memory as text, and rematerialisation per stage."""
+"""Memory sizes as text, and rematerialisation per stage."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_sizes_are_bytes(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "0", "0.1", "-1GB", "1e9", "12 G", "12 GiBs", "1.GB", "nan", "1,000"])
-def test_other_texts_are_no_sizes(text: str) -> None:
+def test_other_texts_are_not_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="A memory limit must be a number of bytes above 0"):
         parse_bytes(text)
 
@@ -38,6 +38,6 @@ def test_one_name_is_for_all_stages_and_several_are_for_one_each() -> None:
 
 
 @pytest.mark.parametrize("remat", ["", "none,", "none,some", "auto,none", "none, full"])
-def test_a_name_that_is_none_is_an_error(remat: str) -> None:
+def test_an_unknown_name_is_an_error(remat: str) -> None:
     with pytest.raises(ValueError, match="`remat` must be one of none, full, everything_saveable"):
         PipelineConfig(remat=remat, memory_limit="1GB")

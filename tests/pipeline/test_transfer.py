@@ -1,4 +1,4 @@
-"""Arrays that move between submeshes keep their values, and the originals."""
+"""Arrays keep their values when they move between submeshes, and the originals stay."""
 
 from types import SimpleNamespace
 

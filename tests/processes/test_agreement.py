@@ -1,4 +1,4 @@
-"""How processes say what differs; tests/multiprocess has it with real processes."""
+"""Descriptions of what differs between processes; tests/multiprocess tests real processes."""
 
 from meshpipe.processes.agreement import agree, differences, report_failure
 from meshpipe.processes.group import Group
@@ -6,7 +6,7 @@ from meshpipe.processes.group import Group
 DESCRIBED = {"version of jax": "0.10.2", "instructions": "#1"}
 
 
-def test_the_sentence_says_both_values_where_people_can_read_them() -> None:
+def test_a_difference_shows_both_values_if_they_are_readable() -> None:
     other = {"version of jax": "0.0.1", "instructions": "#0"}
     assert differences([DESCRIBED] * 3) == []
     assert differences([DESCRIBED, DESCRIBED, other]) == [
@@ -14,7 +14,7 @@ def test_the_sentence_says_both_values_where_people_can_read_them() -> None:
     ]
 
 
-def test_neighbours_that_process_0_knows_nothing_of_are_compared_with_each_other() -> None:
+def test_fields_that_process_0_lacks_are_compared_between_the_others() -> None:
     boundary = "values from stage 1 to 2"
     assert differences([{}, {boundary: "#1"}, {boundary: "#2"}]) == [
         "process 2 differs in values from stage 1 to 2 (compared with process 1)"

@@ -1,4 +1,4 @@
-"""The names of JAX that coordination relies on; tests/multiprocess uses it in earnest."""
+"""The private names of JAX that coordination relies on; tests/multiprocess tests real processes."""
 
 import sys
 from types import ModuleType
@@ -29,13 +29,13 @@ def test_the_private_names_are_where_they_were() -> None:
     } <= set(names)
 
 
-def test_a_moved_name_is_told_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_name_is_reported_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jax._src.distributed", ModuleType("jax._src.distributed"))
     with pytest.raises(RuntimeError, match=rf"jax {jax.__version__} does not have it .* or run one process"):
         _service()
 
 
-def test_keys_of_a_folder_stand_in_one_folder_of_the_store() -> None:
+def test_keys_of_a_folder_share_one_folder_of_the_store() -> None:
     """Deleting a key deletes those below it."""
     folder, key = _name("meshpipe/checkpoint/0"), _name("meshpipe/checkpoint/0/part/1")
     assert key.startswith(f"{folder}/")

@@ -1,4 +1,4 @@
-"""A process that is killed leaves a sentence about itself and what was saved; one that says why it ends leaves none."""
+"""A killed process leaves a message with the newest checkpoint; one that reports its own exit leaves none."""
 
 import os
 import socket
@@ -38,7 +38,7 @@ def save(folder: Path, *steps: int) -> None:
 
 
 def reported(folder: Path, process: int, coordinator: str, how: str) -> str:
-    """What is on standard error after the process is gone; its child holds that open until it has ended as well."""
+    """The standard error of the process; its child keeps it open until it has ended too."""
     # The child runs this file, so the shorter time must be written into a copy of it.
     program = folder / "exit_reporter.py"
     program.write_text(
@@ -71,11 +71,11 @@ def test_a_process_that_was_stopped_does_not_blame_process_0(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("how", ["cancelled", "well"])
-def test_nothing_is_left_to_say(how: str, tmp_path: Path) -> None:
+def test_a_cancelled_reporter_prints_nothing(how: str, tmp_path: Path) -> None:
     assert reported(tmp_path, 1, f"127.0.0.1:{free_port()}", how) == ""
 
 
-def test_the_newest_checkpoint_is_the_one_that_a_run_would_go_on_from(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_the_one_a_run_would_resume_from(tmp_path: Path) -> None:
     assert saved_sentence(None) == saved_sentence(str(tmp_path / "none")) == "Nothing was saved."
     save(tmp_path, 9, 10)
     assert (

@@ -1,4 +1,4 @@
-"""Names of groups, and what one process tells itself."""
+"""Names of groups, and a group of one process."""
 
 import pytest
 
@@ -11,15 +11,15 @@ def test_every_group_has_a_name_of_its_own() -> None:
     assert max(map(len, names)) < 40
 
 
-def test_groups_of_other_processes_do_not_count() -> None:
-    """A process may have made trainers of its own before one that it shares."""
+def test_groups_of_other_processes_do_not_affect_names() -> None:
+    """A process may have created trainers of its own before a shared one."""
     shared = Group([0, 4])
     Group([0])
     following = Group([0, 4])
     assert int(following.name.rpartition("/")[2]) == int(shared.name.rpartition("/")[2]) + 1
 
 
-def test_a_process_works_on_meshes_that_it_is_part_of() -> None:
+def test_a_process_must_have_a_device_in_the_mesh() -> None:
     with pytest.raises(ValueError, match="Got devices of processes 1, 2, in process 0"):
         Group([1, 2])
 

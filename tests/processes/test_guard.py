@@ -1,4 +1,4 @@
-"""Which errors mean that another process is gone: told by where they come from, not by their words alone."""
+"""Errors that mean that another process is gone, recognised by their origin, not only by their text."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def raised(function: object, *arguments: object) -> Exception:
     return caught.value
 
 
-def test_the_users_own_errors_are_no_lost_connection() -> None:
+def test_user_errors_are_not_lost_connections() -> None:
     def recipe() -> None:
         raise ValueError("Connection string is missing")
 
@@ -24,7 +24,7 @@ def test_the_users_own_errors_are_no_lost_connection() -> None:
     assert not is_lost_connection(raised(source))
 
 
-def test_an_error_that_a_program_calls_back_into_is_no_lost_connection() -> None:
+def test_an_error_in_a_callback_is_not_a_lost_connection() -> None:
     def fails(x: object) -> None:
         raise ValueError("Connection refused by the feature server")
 
@@ -37,13 +37,13 @@ def test_an_error_that_a_program_calls_back_into_is_no_lost_connection() -> None
     assert not is_lost_connection(error)
 
 
-def test_errors_of_jax_itself_are() -> None:
+def test_errors_raised_by_jax_are_lost_connections() -> None:
     assert is_lost_connection(jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"))
     assert not is_lost_connection(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
 
 
-def test_what_was_raised_because_of_a_lost_connection_is_one() -> None:
-    """As where a save fails because process 0 is gone."""
+def test_an_error_caused_by_a_lost_connection_is_one() -> None:
+    """E.g. a save that fails because process 0 is gone."""
     lost = jax.errors.JaxRuntimeError("UNAVAILABLE: failed to ask")
     error = OSError("Step 80 could not be saved")
     error.__cause__ = lost

@@ -1,4 +1,4 @@
-"""Who does not have the secret gets no connection, whatever it says or repeats, and is told apart from who has it."""
+"""Callers without the secret get no connection, whatever they send or replay; callers with it do."""
 
 import contextlib
 import socket
@@ -14,7 +14,7 @@ SECRET, OTHER = Secret(b"that of this run"), Secret(b"that of another")
 
 
 def accepted(visit: Callable[[socket.socket], object], seconds: float = 5.0) -> int:
-    """What process 0 finds out about a visitor."""
+    """The result of `accept` in process 0 for a visitor."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         thread = threading.Thread(target=visit, args=(theirs,))
@@ -34,7 +34,7 @@ def call_with(secret: Secret, process: int = 3, other: int = 0) -> Callable[[soc
     return visit
 
 
-def test_both_know_each_other_afterwards() -> None:
+def test_both_sides_authenticate() -> None:
     assert accepted(lambda connection: call(connection, SECRET, 3, 0)) == 3
 
 
@@ -51,12 +51,12 @@ def test_both_know_each_other_afterwards() -> None:
         pytest.param(lambda connection: None, r"did not prove .*timed out", id="silent"),
     ],
 )
-def test_anybody_else_is_refused(visit: Callable[[socket.socket], object], reason: str) -> None:
+def test_a_caller_without_the_secret_is_refused(visit: Callable[[socket.socket], object], reason: str) -> None:
     with pytest.raises(IntrusionError, match=reason):
         accepted(visit, seconds=0.5)
 
 
-def test_who_sends_a_byte_now_and_then_has_no_more_time() -> None:
+def test_sending_slowly_does_not_extend_the_deadline() -> None:
     def drip(connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
             for _ in range(60):
@@ -68,7 +68,7 @@ def test_who_sends_a_byte_now_and_then_has_no_more_time() -> None:
         accepted(drip, seconds=0.5)
 
 
-def test_what_was_overheard_cannot_be_used_again() -> None:
+def test_an_overheard_handshake_cannot_be_replayed() -> None:
     overheard: list[bytes] = []
 
     class Ear(socket.socket):
@@ -87,7 +87,7 @@ def test_what_was_overheard_cannot_be_used_again() -> None:
         accepted(lambda connection: connection.sendall(b"".join(overheard)))
 
 
-def test_a_caller_notices_that_somebody_else_answers() -> None:
+def test_a_caller_notices_an_impostor() -> None:
     for answer in (bytes(32) * 2, OTHER.mac("x") * 2):
         ours, theirs = socket.socketpair()
         with ours, theirs:

@@ -1,4 +1,4 @@
-"""How processes join, and when they stop together."""
+"""Joining the processes of a run, and stopping them after the same step."""
 
 import signal
 import socket
@@ -27,12 +27,12 @@ from meshpipe.processes.stop import StopRequest, StopTogether
         ({"coordinator": "[::]:1", "process_id": 1, "process_count": 2}, "pass `allow_any_address`"),
     ],
 )
-def test_places_that_cannot_be(given: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_refused(given: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistributedConfig(**given)  # type: ignore[arg-type]
 
 
-def test_process_0_says_when_it_cannot_listen() -> None:
+def test_process_0_reports_a_port_in_use() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -57,7 +57,7 @@ def test_jobs_of_several_tasks_are_recognised(environment: dict[str, str], sever
     assert join_module._in_cluster(environment) == several
 
 
-def test_one_process_stops_when_it_is_asked_to() -> None:
+def test_one_process_stops_on_a_signal() -> None:
     request = StopRequest()
     together = StopTogether(request)
     assert not together.after(3)
@@ -66,7 +66,7 @@ def test_one_process_stops_when_it_is_asked_to() -> None:
 
 
 def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is one step behind or ahead of the one that is asked takes as many steps as all."""
+    """Processes one step behind or ahead of the one with the signal take the same number of steps."""
     told: dict[str, str] = {}
 
     def set_key(key: str, text: str) -> None:
@@ -90,7 +90,7 @@ def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPa
     assert all(request.signal == signal.SIGTERM for request in requests)
 
 
-def test_a_process_whose_others_do_not_come_says_so() -> None:
+def test_a_process_reports_that_the_others_did_not_join() -> None:
     script = f"""
 from meshpipe.processes import join
 join.JOIN_SECONDS, join.WORD_SECONDS = 1.5, 0.6

@@ -1,4 +1,4 @@
-"""Processes of one run live and end together."""
+"""The processes of one run start and end together."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def test_output_names_its_process(capfd: pytest.CaptureFixture[str]) -> None:
         (8, {"JAX_LOCAL_DEVICE_IDS": "3"}, [None, None]),
     ],
 )
-def test_processes_share_out_the_gpus(
+def test_gpus_are_divided_among_processes(
     gpus: int,
     environment: dict[str, str],
     shares: list[str | None],
@@ -58,7 +58,7 @@ def test_processes_share_out_the_gpus(
     assert [gpus_of(number, 2, environment).get("JAX_LOCAL_DEVICE_IDS") for number in range(2)] == shares
 
 
-def test_processes_that_share_a_gpu_are_told_what_that_needs(
+def test_sharing_a_gpu_prints_the_required_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "0000:00:00.0").mkdir()
@@ -85,7 +85,7 @@ def test_the_first_failure_ends_all_and_is_the_result() -> None:
     assert time.monotonic() - begin < 20
 
 
-def test_a_killed_process_counts_as_a_shell_counts_it() -> None:
+def test_a_killed_process_has_the_exit_code_of_a_shell() -> None:
     assert launch(["os.kill(os.getpid(), signal.SIGKILL)"]) == 137
 
 
@@ -95,14 +95,14 @@ def test_others_may_end_by_themselves_after_a_failure(tmp_path: Path) -> None:
     assert file.exists()
 
 
-def test_a_failed_run_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_is_restarted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = "sys.exit(0 if int(sys.argv[1]) == 2 else 1)"
     assert Launch(2, lambda number, restart: [*script(text), str(restart)], max_restarts=3).run() == 0
     assert "Restarting the run (2 of 3)." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("code", "starts"), [(1, 3), (2, 1)])
-def test_restarts_end_and_what_cannot_be_is_not_tried_again(tmp_path: Path, code: int, starts: int) -> None:
+def test_restarts_are_limited_and_invalid_requests_are_not_restarted(tmp_path: Path, code: int, starts: int) -> None:
     file = tmp_path / "starts"
     text = f"open({str(file)!r}, 'a').write('x'); sys.exit({code})"
     assert Launch(1, lambda number, restart: script(text), max_restarts=2).run() == code

@@ -1,4 +1,4 @@
-"""What the launcher started ends when it does, in whatever way."""
+"""Processes end with their launcher, however it ends."""
 
 import os
 import pty
@@ -66,7 +66,7 @@ def start(folder: Path, output: int, **options: bool) -> "subprocess.Popen[bytes
     ("number", "code"),
     [(signal.SIGHUP, 129), (signal.SIGQUIT, 131), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
 )
-def test_a_signal_to_the_launcher_has_all_save_and_end(number: signal.Signals, code: int, folder: Path) -> None:
+def test_a_signal_to_the_launcher_makes_all_save_and_end(number: signal.Signals, code: int, folder: Path) -> None:
     reader, writer = os.pipe()
     parent = start(folder, writer)
     os.close(writer)
@@ -76,7 +76,7 @@ def test_a_signal_to_the_launcher_has_all_save_and_end(number: signal.Signals, c
     wait_for(*(folder / f"saved-{n}" for n in range(2)))
 
 
-def test_a_closed_terminal_has_all_save_and_end(folder: Path) -> None:
+def test_a_closed_terminal_makes_all_save_and_end(folder: Path) -> None:
     terminal, own = pty.openpty()
     script = f"import os, sys; os.setsid(); os.ttyname({own}); os.close(os.open(os.ttyname({own}), os.O_RDWR)); "
     script += "os.execv(sys.executable, [sys.executable, 'parent.py'])"
@@ -98,7 +98,7 @@ def test_a_closed_terminal_has_all_save_and_end(folder: Path) -> None:
 
 
 def test_an_ignored_hangup_stays_ignored(folder: Path) -> None:
-    """As under nohup."""
+    """E.g. under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         parent = start(folder, subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""What another process says cannot move the cursor of this one's terminal."""
+"""Text from another process cannot move the cursor of this one's terminal."""
 
 import pytest
 
@@ -18,5 +18,5 @@ def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
-def test_what_is_too_long_is_cut_and_says_so() -> None:
+def test_a_long_text_is_cut_with_a_note() -> None:
     assert printable("a" * 25, most=5) == "aaaaa... (20 more characters)"

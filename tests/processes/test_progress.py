@@ -1,4 +1,4 @@
-"""A stop that waits for a step that does not come is given up after a while, and says who is waited for."""
+"""A stop gives up on a stuck step after a while, and names the processes that hold it up."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def stuck() -> Progress:
     return found
 
 
-def test_the_step_that_does_not_come_is_named(stuck: Progress) -> None:
+def test_the_stuck_step_is_named(stuck: Progress) -> None:
     (said,) = ended_with(stuck, {}, 1.0)
     assert said.startswith("SIGTERM asked to stop, and step 4 has made no progress for ")
 
@@ -38,20 +38,20 @@ def test_processes_that_are_behind_are_named(stuck: Progress) -> None:
     assert said.endswith("all processes have dispatched step 5 and completed step 4")
 
 
-def test_a_save_has_the_time_that_it_takes(stuck: Progress) -> None:
+def test_a_save_may_take_its_time(stuck: Progress) -> None:
     with stuck.during("save"):
         assert ended_with(stuck, {}, 1.0) == []
     assert stuck.doing == "step"
 
 
-def test_without_a_signal_nothing_is_given_up(stuck: Progress) -> None:
+def test_nothing_fails_without_a_signal(stuck: Progress) -> None:
     said: list[str] = []
     with StopRequest(lambda message: None) as stop, StopLimit(stuck, stop, said.append):
         time.sleep(1.0)
     assert said == []
 
 
-def test_long_steps_have_longer() -> None:
+def test_the_limit_grows_with_the_longest_step() -> None:
     at = Progress()
     assert at.patience == progress.FIRST_STEP_SECONDS
     at.completed(1, 100.0)

@@ -1,4 +1,4 @@
-"""What is signed with the run's secret holds for one key, sender and text; files of it are nobody else's."""
+"""Signatures are valid for one key, sender and text; secret files must be private."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from meshpipe.processes.secret import VARIABLE, IntrusionError, Secret, environm
 SECRET = Secret(b"a secret of this run")
 
 
-def test_a_signed_text_comes_back() -> None:
+def test_a_signed_text_is_verified() -> None:
     for text in ("", "4 15", "two\nlines of ünicode"):
         assert SECRET.check("key", SECRET.sign("key", 1, text)) == text
 
@@ -29,12 +29,12 @@ def test_a_signed_text_comes_back() -> None:
         "é" + SECRET.sign("meshpipe/stop", 1, "5 15")[1:],
     ],
 )
-def test_what_was_not_signed_for_this_key_is_refused_and_named(forged: str) -> None:
+def test_a_value_not_signed_for_its_key_is_refused_and_named(forged: str) -> None:
     with pytest.raises(IntrusionError, match=r"^someone without the run's secret wrote meshpipe/stop"):
         SECRET.check("meshpipe/stop", forged)
 
 
-def test_parts_cannot_run_into_each_other() -> None:
+def test_the_encoding_of_parts_is_unambiguous() -> None:
     assert SECRET.mac("a", "b c") != SECRET.mac("a b", "c")
     assert SECRET.number("a", 1, 2) != SECRET.number("a", 2, 1)
 
@@ -57,7 +57,7 @@ def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         environment_secret()
 
 
-def test_a_file_is_read_when_only_its_owner_can(tmp_path: Path) -> None:
+def test_a_secret_file_must_be_private(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_text("0123456789abcdef" * 4 + "\n")
     for mode in (0o604, 0o640, 0o620, 0o602):
@@ -71,7 +71,7 @@ def test_a_file_is_read_when_only_its_owner_can(tmp_path: Path) -> None:
     assert read_secret_file(str(file)).name("x") == read_secret_file(str(same)).name("x")
 
 
-def test_what_cannot_be_a_secret_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_secret_is_refused(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo, 0o600)
     short = tmp_path / "short"

@@ -1,4 +1,4 @@
-"""The first signal is a request; what was there before is put back."""
+"""The first signal is a request to stop; the previous handlers are restored."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ def send(number: int, stop: StopRequest) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_is_noted_and_said(number: signal.Signals, status: int) -> None:
+def test_a_signal_is_recorded_and_reported(number: signal.Signals, status: int) -> None:
     said: list[str] = []
     before = signal.getsignal(number)
     with StopRequest(said.append) as stop:
@@ -37,14 +37,14 @@ def test_the_first_signal_decides_the_status() -> None:
         assert stop.exit_status == 130
 
 
-def test_handlers_are_put_back_after_an_error() -> None:
+def test_handlers_are_restored_after_an_error() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyError), StopRequest():
         raise KeyError
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_hangup_that_nohup_has_taken_away_stays_ignored() -> None:
+def test_a_hangup_ignored_by_nohup_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequest(lambda message: None) as stop:

@@ -1,4 +1,4 @@
-"""What the loop reports of a step beside what the trainer says."""
+"""Metrics of a step that the loop adds to those of the trainer."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from meshpipe.run.loop import RATES_AT_ONCE, Loop
 
 @pytest.mark.parametrize("optimizer", [OptimizerConfig(warmup_steps=5, decay="cosine"), OptimizerConfig()])
 def test_learning_rates_are_those_of_the_schedule(optimizer: OptimizerConfig) -> None:
-    """Also where a run goes on in the middle of those that are computed together, or goes back."""
+    """Even when a run resumes in the middle of a block of rates, or goes back."""
     steps = 3 * RATES_AT_ONCE
     loop = SimpleNamespace(_rates=(0, np.zeros(0)), _config=SimpleNamespace(optimizer=optimizer, steps=steps))
     schedule = optimizer.schedule(steps)

@@ -1,4 +1,4 @@
-"""The metrics file is JSON a line at a time whatever happens, and the progress line says enough."""
+"""Every line of the metrics file is JSON whatever happens, and the progress line is informative."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
         assert [line["event"] for line in read(path)] == ["start", "step"]
 
 
-def test_appends_on_resume_and_begins_anew_otherwise(tmp_path: Path) -> None:
+def test_appends_on_resume_and_truncates_otherwise(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     for append, events in ((False, ["a"]), (True, ["a", "b"]), (False, ["c"])):
         with MetricsFile(path, append=append) as metrics:
@@ -54,10 +54,10 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     assert read(path) == [{"event": "eval", "loss": None, "config": {"clip_norm": [None, 1.0]}}]
 
 
-def test_a_line_that_cannot_be_written_is_left_out_whole_and_said_once(
+def test_an_unwritable_line_is_left_out_entirely_with_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit on the size of files cuts a write short, as a full disk does, also for root."""
+    """A limit on file sizes cuts a write short like a full disk, even for root."""
     path = tmp_path / "m.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with MetricsFile(path) as metrics:
@@ -75,7 +75,7 @@ def test_a_line_that_cannot_be_written_is_left_out_whole_and_said_once(
     assert f"a line of the metrics file {path} could not be written: File too large" in error
 
 
-def test_no_file_takes_everything() -> None:
+def test_without_a_file_nothing_is_written() -> None:
     with MetricsFile(None) as metrics:
         metrics.write("start", {})
 
@@ -98,7 +98,7 @@ def test_check_refuses_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]
 
 
-def test_check_takes_new_empty_and_resumed_files_and_devices(tmp_path: Path) -> None:
+def test_check_accepts_new_empty_and_resumed_files_and_devices(tmp_path: Path) -> None:
     (tmp_path / "old.jsonl").write_text("{}\n")
     (tmp_path / "empty.jsonl").touch()
     MetricsFile.check(None)
@@ -119,7 +119,7 @@ def test_plain_lines_come_every_few_steps_and_last() -> None:
     assert lines[2] == "step 10/42  loss 2.5000  0.5 s/step  1,234 examples/s  0:00:16 left"
 
 
-def test_speed_is_told_in_tokens_where_there_are_tokens() -> None:
+def test_throughput_is_in_tokens_if_there_are_tokens() -> None:
     output = io.StringIO()
     ProgressLine(Console(file=output, width=200), steps=1).step(step(1, tokens_per_s=99_000.0))
     assert "99,000 tokens/s" in output.getvalue()

@@ -1,4 +1,4 @@
-"""Recipes are found by name, listed without being run, and explain what is wrong with them."""
+"""Recipes are found by name and listed without running them; errors explain what is wrong."""
 
 from pathlib import Path
 
@@ -120,7 +120,7 @@ def test_no_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("def f():\n    raise ValueError('no such layout')", "fails on line 2: no such layout"),
     ],
 )
-def test_a_broken_recipe_is_told_with_its_line(tmp_path: Path, source: str, phrase: str) -> None:
+def test_a_broken_recipe_is_reported_with_its_line(tmp_path: Path, source: str, phrase: str) -> None:
     file = tmp_path / "broken.py"
     file.write_text(source)
     with pytest.raises(RecipeError) as error:

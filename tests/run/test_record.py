@@ -1,4 +1,4 @@
-"""What is written down about a run can be read back, and decides whether it can be gone on with."""
+"""The metadata of a run can be read back, and decides whether the run can be resumed."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from meshpipe.run.start import check_continues, find_start
 
 
 def saved(config: Config) -> dict[str, Any]:
-    """The metadata of a checkpoint as it comes back from disk."""
+    """The metadata of a checkpoint as read from disk."""
     layout = layout_values(config, [range(2), range(2, 4)])
     metadata = checkpoint_metadata(config, "tiny:pipeline", layout, 5, {"examples": 80})
     return json.loads(json.dumps(metadata))
@@ -72,7 +72,7 @@ def test_versions_name_the_packages() -> None:
         {"optimizer": OptimizerConfig(learning_rate=1.0, warmup_steps=3, decay="cosine", clip_norm=1.0)},
     ],
 )
-def test_a_run_goes_on_at_another_layout_and_pace(changes: dict[str, Any]) -> None:
+def test_a_run_resumes_with_another_layout_and_learning_rate(changes: dict[str, Any]) -> None:
     check_continues(replace(tiny_recipes.pipeline(), **changes), saved(tiny_recipes.pipeline()), "runs/a")
 
 
@@ -85,13 +85,13 @@ def test_a_run_goes_on_at_another_layout_and_pace(changes: dict[str, Any]) -> No
         ({"optimizer": OptimizerConfig(momentum=0.9)}, "keep its optimizer. Got momentum 0.9"),
     ],
 )
-def test_another_run_is_not_gone_on_with(changes: dict[str, Any], phrase: str) -> None:
+def test_a_different_run_is_not_resumed(changes: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ValueError, match="A resumed run must keep its") as error:
         check_continues(replace(tiny_recipes.pipeline(), **changes), saved(tiny_recipes.pipeline()), "runs/a")
     assert phrase in str(error.value)
 
 
-def test_functions_are_written_down_by_name_and_not_by_address() -> None:
+def test_functions_are_described_by_name_not_by_address() -> None:
     found = config_values({"act": matrices, "clip": functools.partial(np.clip, a_min=0), "dtype": np.float32})
     assert found == {
         "act": "meshpipe.optimizer.config.matrices",
@@ -107,14 +107,14 @@ def test_metadata_of_another_step_are_refused(step: Any) -> None:
 
 
 @pytest.mark.parametrize("position", [1.5, -1, True, 10**18, "80", None, [80]])
-def test_positions_in_the_data_that_cannot_be_are_refused(position: Any) -> None:
+def test_invalid_data_positions_are_refused(position: Any) -> None:
     for data in ({"examples": position}, {}, position):
         with pytest.raises(ValueError, match="the position in the data is"):
             check_metadata(saved(tiny_recipes.pipeline()) | {"data": data}, 5, "runs/a")
 
 
 @pytest.mark.parametrize("config", [None, [], "config", {"model": 3}, {"optimizer": ["adam"]}])
-def test_a_config_that_is_none_is_refused(config: Any) -> None:
+def test_an_invalid_config_is_refused(config: Any) -> None:
     with pytest.raises(ValueError, match="its config is not the config of a run"):
         check_metadata(saved(tiny_recipes.pipeline()) | {"config": config}, 5, "runs/a")
 
