@@ -1,4 +1,4 @@
-"""Ready-made layers that share a variable, trained in this process, which may be one of several; prints what came out."""
+"""Ready-made layers that share a variable, trained in this process, one of several perhaps; prints what came out."""
 
 import argparse
 import gc
