@@ -208,7 +208,7 @@ class Chooser:
             allowed -= math.ceil(excess)
         assert limit is not None
         raise NothingFits(
-            f"Values on their way between ranks must fit too. Got a memory limit of {limit:,} bytes, for which no plan "
+            f"Values in transit between ranks must fit too. Got a memory limit of {limit:,} bytes, for which no plan "
             f"was found. Raise it by {math.ceil(excess):,} bytes.",
             limit + excess,
         )

@@ -49,7 +49,7 @@ def _check_batch(batch: Any, input: Any) -> None:
             "Pass one of its batches: next(data)." if hasattr(batch, "__iter__") else "Pass {'inputs': array, ...}."
         )
         raise ArgumentError(
-            f"`batch` must be a dict of arrays, an example of what `step` is given. Got {kind_of(batch)}. {way_out}"
+            f"`batch` must be a dict of arrays, an example of what `step` gets. Got {kind_of(batch)}. {way_out}"
         )
     if not isinstance(input, str):
         raise ArgumentError(f"`input` must be the name of a field of the batch. Got {input!r}.")

@@ -89,8 +89,7 @@ def _metrics(metrics: Metrics, value: Any, batch: Mapping[str, Any]) -> Mapping[
         )
     if taken := _RESERVED.intersection(result):
         raise ValueError(
-            f"A metric must have a name of its own, none of {', '.join(sorted(_RESERVED))}. "
-            f"Got {', '.join(sorted(taken))}."
+            f"A metric must not have one of the names {', '.join(sorted(_RESERVED))}. Got {', '.join(sorted(taken))}."
         )
     return result
 

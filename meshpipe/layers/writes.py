@@ -119,7 +119,7 @@ def check_written(kind: str, paths: Sequence[str], shared: Mapping[str, Sequence
             raise WriteError(
                 f"State that a call writes to must belong to one layer. {kind} writes to {path}, the same variable as "
                 f"{others}; the layers may lie on different devices. Give each layer its own (nnx.clone, or a "
-                "constructor in the list), or do not write to it: of a norm, use_running_average=True."
+                "constructor in the list), or do not write to it: for a norm, use_running_average=True."
             )
     if paths:
         raise WriteError(

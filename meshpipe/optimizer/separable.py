@@ -85,8 +85,8 @@ def call_of_optimizer() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, TypeError) and (more := re.search(r"missing \d+ required .*argument.?: (.*)", str(error))):
             raise ValueError(
-                "An optimizer is given gradients, its state and the parameters. Got a transformation that needs more: "
-                f"its update also asks for {more[1]}. Choose one that does without."
+                "An optimizer gets gradients, its state and the parameters. Got a transformation that needs more: "
+                f"its update also asks for {more[1]}. Choose one that does not."
             ) from error
         advise(error, "This comes from the optimizer's update, called with gradients, its state and the parameters.")
         raise

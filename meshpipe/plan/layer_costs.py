@@ -92,13 +92,15 @@ class ModelCosts:
         source = self.file or "measuring"
         if len(found) != len(kinds):
             raise ValueError(
-                f"Costs must be of the model's layers. Got {len(found)} layers in {source}, and the model has "
+                "Costs must belong to the model's layers. "
+                f"Got {len(found)} layers in {source}, and the model has "
                 f"{len(kinds)}. {AGAIN}"
             )
         for index, (kind, expected) in enumerate(zip(found, kinds, strict=True)):
             if kind != expected:
                 raise ValueError(
-                    f"Costs must be of the model's layers. Got {kind} for layer {index} in {source}, and the model has "
+                    "Costs must belong to the model's layers. "
+                    f"Got {kind} for layer {index} in {source}, and the model has "
                     f"{expected}. {AGAIN}"
                 )
         for field in fields(Setting):
@@ -106,7 +108,8 @@ class ModelCosts:
             if before != now:
                 name = field.name.replace("_", " ")
                 raise ValueError(
-                    f"Costs must be taken as they are used. Got {name} {before} in {source}, and {now} here. {AGAIN}"
+                    "Costs must be measured in the setting in which they are used. "
+                    f"Got {name} {before} in {source}, and {now} here. {AGAIN}"
                 )
 
     def save(self, file: Path) -> None:

@@ -35,7 +35,7 @@ def check_orders(orders: Sequence[Sequence[Instruction]], holders: Mapping[int, 
                 ends = {holders[instruction.source_rank], holders[instruction.target_rank]}
                 if party not in ends:
                     raise PlanError(
-                        "A transfer must stand in the lists of its own ranks alone. "
+                        "A transfer may only be in the lists of its own two ranks. "
                         f"Got `{instruction}`, from rank {instruction.source_rank} to {instruction.target_rank}, "
                         f"in list {party}."
                     )
@@ -66,7 +66,8 @@ def _check_reads(instruction: Instruction, party: int, held: set[Buffer], holder
     if not held.issuperset(reads):
         missing = next(buffer for buffer in reads if buffer not in held)
         raise PlanError(
-            f"What an instruction reads must be there before. Got `{instruction}` in list {party}, without {missing}. "
+            "What an instruction reads must have been written before. "
+            f"Got `{instruction}` in list {party}, without {missing}. "
             f"Move it after what writes {missing}."
         )
 

@@ -67,7 +67,7 @@ class StageMemory:
     recomputed: float = 0.0
     """What B or I recomputes (rematerialisation), while it runs."""
     found_for_weights: float = 0.0
-    """The part of `made_for_weights` that exists when I starts: gradients of the output, and what is recomputed."""
+    """The part of `made_for_weights` that other fields count while I runs: output gradients, and what is recomputed."""
     new_state: float = 0.0
     """State that F changes, while it runs: until it ends, the old state exists too."""
 
@@ -207,7 +207,7 @@ _FROM_LOWER, _GIVEN_BACK, _FROM_HIGHER, _TAKEN, _AT_LAST = range(5)
 def bytes_of(memory: StageMemory, action: Action, forward_only: bool = False) -> tuple[float, float]:
     """What an action takes for other actions when it starts, and what it gives back of that when it ends.
 
-    What it needs only while it runs, and values on their way between stages, are not in it.
+    What it needs only while it runs, and boundary values in transit, are not included.
     """
     match action.op:
         case Op.FORWARD:

@@ -21,7 +21,7 @@ def print_profile(console: Console, costs: ModelCosts, before: StagedModel, afte
     console.print()
     console.print(cut_table({_name(before): before, "measured": after}))
     if after.cuts == before.cuts:
-        console.print("\nNo cut has a faster slowest stage than the one there is.\n")
+        console.print("\nNo cut has a faster slowest stage than the current one.\n")
         return
     old, new = (_timeline(model).makespan for model in (before, after))
     console.print(
@@ -29,9 +29,9 @@ def print_profile(console: Console, costs: ModelCosts, before: StagedModel, afte
     )
     if new < old:
         first = ",".join(str(cut.start) for cut in after.cuts)
-        console.print(f"Take it by --partition measured, or without measuring again by --partition {first}.\n")
+        console.print(f"Use it with --partition measured, or without measuring again with --partition {first}.\n")
     else:
-        console.print("The proposed cut has a faster slowest stage, but no shorter step: keep the one there is.\n")
+        console.print("The proposed cut has a faster slowest stage, but no shorter step: keep the current one.\n")
 
 
 def layer_table(costs: ModelCosts) -> Table:

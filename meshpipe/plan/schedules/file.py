@@ -33,6 +33,6 @@ def load_plan(path: str | Path, num_ranks: int, num_microbatches: int, stages_pe
 def _check_size(path: str | Path, what: str, found: int, asked: int, of: str) -> None:
     if found != asked:
         raise ValueError(
-            "The plan in a file must have the sizes that are asked for. "
+            "The plan in a file must have the requested sizes. "
             f"Got {found} {what} in {path}, and {asked} {of}. Change the one or the other."
         )
