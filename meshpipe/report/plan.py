@@ -195,9 +195,8 @@ def print_comparison(console: Console, recipe: str, config: PipelineConfig, comp
     console.print(comparison_table(rows, in_seconds=measured))
     unit = "in seconds" if measured else f"in {FORWARDS}; without a bubble it takes {3 * config.num_microbatches}"
     console.print(
-        f"\nThe length of a step is {unit}. The bubble between steps is what remains when the next step fills the ends
-        of this one. " "Live activations are microbatches of all layers of a rank; memory is that of the fullest
-        device."
+        f"\nThe length of a step is {unit}. The bubble between steps is what remains when the next step fills the ends "
+        "of this one. Live activations are microbatches of all layers of a rank; memory is that of the fullest device."
     )
 
 
