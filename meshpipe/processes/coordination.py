@@ -43,6 +43,8 @@ def share_secret(secret: Secret, nonce: str, timeout: float) -> None:
     """
     use(secret)
     use(secret.derive(*all_gather(_NONCE, nonce, timeout)))
+    # Signed with the user's secret, so it is no longer one of the keys that are checked with that of the run.
+    _own_keys.pop(f"{_NONCE}/{process_index()}", None)
 
 
 def set_key(key: str, text: str) -> None:
