@@ -22,6 +22,6 @@ from meshpipe.plan.schedules import make_plan as make_plan
 from meshpipe.reference.comparison import VerifyReport as VerifyReport
 from meshpipe.reference.verify import verify as verify
 from meshpipe.sharding import ShardingRules as ShardingRules
-from meshpipe.trainer import NonFiniteError as NonFiniteError
-from meshpipe.trainer import StepResult as StepResult
 from meshpipe.trainer import Trainer as Trainer
+from meshpipe.training.result import NonFiniteError as NonFiniteError
+from meshpipe.training.result import StepResult as StepResult

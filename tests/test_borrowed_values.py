@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 from meshpipe import NonFiniteError, PipelineConfig, Trainer, make_mesh
-from meshpipe import trainer as trainer_module
 from meshpipe.data.arrays import _aligned
 from meshpipe.reference.verify import verify
+from meshpipe.training import unchecked
 
 WIDTH, ROWS = 8, 8
 SECONDS = 0.1
@@ -117,7 +117,7 @@ def test_a_step_that_failed_is_run_again_on_the_batch_that_it_had(made: Trainer)
 
 
 def test_steps_remember_few_batches(made: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "STEPS_AHEAD", 2)
+    monkeypatch.setattr(unchecked, "STEPS_AHEAD", 2)
     for _ in range(4):
         result = made.step(fresh())
         assert len(made._unchecked) <= 2

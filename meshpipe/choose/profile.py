@@ -4,12 +4,13 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from meshpipe.layers.staged_model import StagedModel
@@ -17,9 +18,10 @@ from meshpipe.mesh import DATA, TENSOR
 from meshpipe.pipeline.transfer import transfer_to
 from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.plan.plan import Op
-from meshpipe.sharding import Arrays, Shapes, abstract, replicated, scalar_dtype
+from meshpipe.sharding import Arrays, Shapes, abstract, replicated
+from meshpipe.stage.calls import Call, Slots, StageCalls, StageSlots
 from meshpipe.stage.operations import count_operations
-from meshpipe.stage.programs import StagePrograms, compile_stage
+from meshpipe.stage.programs import StagePrograms, compile_stage, trace_backward
 from meshpipe.stage.traced import TracedStage
 
 LEAST_CALLS, MOST_CALLS = 5, 50
@@ -73,21 +75,13 @@ def operations_of_layers(model: StagedModel) -> list[float]:
     return [count_operations(stage.closed) + count_operations(_backward(stage)) for stage in model.trace()]
 
 
-def _backward(stage: TracedStage) -> Any:
+def _backward(stage: TracedStage) -> ClosedJaxpr:
     """Backward of a stage, traced on its own."""
-    shapes: Callable[[Any], Shapes] = lambda values: tuple(  # noqa: E731
+    shapes: Callable[[Sequence[Any]], Shapes] = lambda values: tuple(  # noqa: E731
         abstract(v.aval.shape, v.aval.dtype, replicated(stage.spec.mesh)) for v in values
     )
-    kept = tuple(stage.x[i] for i in stage.kept_x), tuple(stage.state[i] for i in stage.kept_state)
-    boundary = stage.boundary_out
-    seeds = (
-        (jax.ShapeDtypeStruct((), scalar_dtype()),)
-        if boundary is None
-        else boundary.gradients_on(stage.spec.mesh, stage.microbatch_size)
-    )
-    arguments = (stage.params, shapes(stage.hoisted_vars), stage.inputs, stage.microbatch, kept)
     with jax.set_mesh(stage.spec.mesh):
-        return jax.make_jaxpr(stage.pull_back)(*arguments, shapes(stage.residual_vars), seeds)
+        return trace_backward(stage, shapes(stage.hoisted_vars), shapes(stage.residual_vars))
 
 
 def _key(stage: TracedStage) -> str:
@@ -99,30 +93,48 @@ def _key(stage: TracedStage) -> str:
     return f"{program}\n{shardings}\n{stage.input_names}\n{stage.spec.is_last}"
 
 
+_STEP = StageSlots(params=0, hoisted=1, state=2, inputs=3, accumulators=4, totals=5)
+_X, _OUTPUT, _RESIDUALS, _OUTPUT_GRADIENTS, _X_GRADIENTS, _FOR_WEIGHTS = range(6, 12)
+"""Slots of the values of a microbatch."""
+
+
 class _Run:
     """The programs of one stage on values of about the size that they have at the start of training."""
 
     def __init__(self, stage: TracedStage, programs: StagePrograms, x: Arrays, inputs: Arrays):
-        self.stage, self.programs, self.x, self.inputs = stage, programs, x, inputs
-        self.params, self.state, fixed = _place(stage.params), _place(stage.state), _place(stage.fixed_state)
-        self.microbatch = jax.device_put(np.uint32(0), stage.microbatch.sharding)
-        self.hoisted = programs.hoisted(self.params, fixed)
-        self.accumulators, self.totals = programs.zeros()
-        self._forward()
-        self.kept = tuple(x[i] for i in stage.kept_x), tuple(self.state[i] for i in stage.kept_state)
-        from_forward = (*self.kept[0], *self.kept[1], *self.residuals)
-        self.activation_bytes = _device_bytes(from_forward if programs.recompute is None else (*x, *self.state))
-        boundary = stage.boundary_out
-        self.gradients = () if boundary is None else tuple(self.output[i] for i in boundary.differentiable)
+        self._boundary, self._size = stage.boundary_out, stage.microbatch_size
+        self._calls = StageCalls(stage, programs, _STEP)
+        self._slots: Slots = [None] * (_FOR_WEIGHTS + 1)
+        self._calls.begin(self._slots, _place(stage.params), _place(tuple(stage.spec.state.values())), inputs)
+        self._slots[_X] = x
+        self._microbatch = jax.device_put(np.uint32(0), stage.microbatch.sharding)
+        self._forward = self._calls.forward(self._microbatch, x=_X, output=_OUTPUT, residuals=_RESIDUALS)
+        self._forward(self._slots)
+        self.output: Arrays = self._slots[_OUTPUT]
+        self._activation_bytes = _device_bytes(jax.tree.leaves(self._slots[_RESIDUALS]))
+        if self._boundary is not None:
+            self._slots[_OUTPUT_GRADIENTS] = tuple(self.output[i] for i in self._boundary.differentiable)
 
     def measure(self, kind: str, next_rank: Mesh | None) -> LayerCosts:
-        split = self.programs.split
-        assert self.programs.backward is not None
-        assert split is not None
-        calls = [self._forward, lambda: self._back(self.programs.backward), self._back_input]
-        if split.weight is not None:
-            calls.append(self._weight)
-        forward, backward, *parts = _seconds(*calls)
+        calls, microbatch = self._calls, self._microbatch
+        given = None if self._boundary is None else _OUTPUT_GRADIENTS
+        whole = calls.backward(microbatch, residuals=_RESIDUALS, output_gradients=given, x_gradients=_X_GRADIENTS)
+        of_input = calls.backward_input(
+            microbatch,
+            residuals=_RESIDUALS,
+            output_gradients=given,
+            x_gradients=_X_GRADIENTS,
+            for_weights=_FOR_WEIGHTS,
+        )
+        timed = [
+            self._waited_for(self._forward, _OUTPUT, _STEP.state, _RESIDUALS, _STEP.totals),
+            self._waited_for(whole, _STEP.accumulators, _X_GRADIENTS),
+            self._waited_for(of_input, _STEP.accumulators, _X_GRADIENTS, _FOR_WEIGHTS),
+        ]
+        if calls.weight_gradients_apart:
+            of_weights = calls.backward_weight(microbatch, for_weights=_FOR_WEIGHTS)
+            timed.append(self._waited_for(of_weights, _STEP.accumulators))
+        forward, backward, *parts = _seconds(*timed)
         return LayerCosts(
             kind=kind,
             forward=forward,
@@ -130,62 +142,23 @@ class _Run:
             backward_input=parts[0],
             backward_weight=sum(parts[1:], 0.0),
             transfer=0.0 if next_rank is None else self._transfer(next_rank),
-            parameter_bytes=_device_bytes(self.params),
-            activation_bytes=self.activation_bytes,
+            parameter_bytes=_device_bytes(self._slots[_STEP.params]),
+            activation_bytes=self._activation_bytes,
         )
 
-    def _forward(self) -> tuple[Arrays, Arrays, Arrays, Arrays]:
-        assert self.programs.forward is not None
-        results = self.programs.forward(
-            self.params, self.hoisted, self.state, self.x, self.inputs, self.microbatch, self.totals
-        )
-        self.output, _, self.residuals, self.totals = results
-        return results
+    def _waited_for(self, call: Call, *results: int) -> Callable[[], Any]:
+        """The call, with the values of the slots that it leaves its results in."""
 
-    def _again(self) -> Arrays:
-        """What forward handed over, or what a second forward computes where it hands nothing over."""
-        recompute = self.programs.recompute
-        if recompute is None:
-            return self.residuals
-        return recompute(self.params, self.hoisted, self.state, self.x, self.inputs, self.microbatch)
+        def run() -> Any:
+            call(self._slots)
+            return [self._slots[index] for index in results]
 
-    def _back(self, run: Any) -> Any:
-        self.read = self._again()
-        results = run(
-            self.accumulators,
-            self.params,
-            self.hoisted,
-            self.inputs,
-            self.microbatch,
-            self.kept,
-            self.read,
-            self.gradients,
-        )
-        self.accumulators = results[0]
-        return results
-
-    def _back_input(self) -> Any:
-        assert self.programs.split is not None
-        results = self._back(self.programs.split.input)
-        self.crossing = results[2]
-        return results
-
-    def _weight(self) -> Arrays:
-        """On what the last `_back_input` read and handed over."""
-        assert self.programs.split is not None
-        assert self.programs.split.weight is not None
-        of_microbatch = (*self.kept[0], *self.kept[1], *self.read, *self.gradients)
-        carried = tuple(of_microbatch[i] for i in self.programs.split.carried)
-        self.accumulators = self.programs.split.weight(
-            self.accumulators, self.params, self.hoisted, self.inputs, self.microbatch, carried, self.crossing
-        )
-        return self.accumulators
+        return run
 
     def _transfer(self, mesh: Mesh) -> float:
-        boundary = self.stage.boundary_out
-        if boundary is None:
+        if self._boundary is None:
             return 0.0
-        move = transfer_to(tuple(shape.sharding for shape in boundary.on(mesh, self.stage.microbatch_size)))
+        move = transfer_to(tuple(shape.sharding for shape in self._boundary.on(mesh, self._size)))
         (seconds,) = _seconds(lambda: move(self.output))
         return seconds
 
@@ -223,6 +196,6 @@ def _filled(value: Any) -> Any:
     return np.resize(block, value.shape)
 
 
-def _device_bytes(arrays: Arrays) -> int:
+def _device_bytes(arrays: Iterable[jax.Array]) -> int:
     """What one device holds of them."""
     return sum(array.addressable_shards[0].data.nbytes for array in arrays)

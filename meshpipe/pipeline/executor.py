@@ -1,7 +1,8 @@
 """Runs a program: the one stateful class of the engine, owner of the live buffers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import fields
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,11 +12,10 @@ from meshpipe.pipeline.transfer import transfer_between
 from meshpipe.plan.lower import Buffer, Compute, Free, Instruction, Program, Reduce, Transfer
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.sharding import Arrays, place, replicated
+from meshpipe.stage.calls import Call, Slots, StageCalls, StageSlots
 from meshpipe.stage.programs import StagePrograms
-from meshpipe.stage.traced import TracedStage, replaced
+from meshpipe.stage.traced import TracedStage
 
-Slots = list[Any]
-Step = Callable[[Slots], None]
 Observer = Callable[[Compute | Transfer, Arrays, Arrays], None]
 """Called after each local action and transfer was dispatched, with the arrays that it made, and with those that it
 added to, which the next action of its stage takes over (donates)."""
@@ -44,7 +44,7 @@ class Executor:
         self._traced = traced
         self._programs = programs
         self._slots: Slots = []
-        self._named: dict[object, int] = {}
+        self._named: dict[Buffer, int] = {}
         self._free: list[int] = []
         self._microbatches = {
             s: tuple(
@@ -55,12 +55,14 @@ class Executor:
             )
             for s, stage in traced.items()
         }
-        for stage in traced:
-            for name in ("params", "hoisted", "state", "inputs", "accumulators", "totals"):
-                self._named[stage, name] = self._new_slot()
+        names = [field.name for field in fields(StageSlots)]
+        self._calls = {
+            s: StageCalls(stage, programs[s], StageSlots(**{name: self._new_slot() for name in names}))
+            for s, stage in traced.items()
+        }
         local = [instruction for instruction in program.instructions if self._is_local(instruction)]
         reduced = {instruction.stage for instruction in local if isinstance(instruction, Reduce)}
-        if reduced != {s for s, stage_programs in programs.items() if stage_programs.reduce is not None}:
+        if reduced != {s for s, calls in self._calls.items() if calls.reduces}:
             raise ValueError(
                 "A program must reduce the accumulators that its stages leave unreduced over the data axis. "
                 "Got one without these reductions. "
@@ -69,12 +71,10 @@ class Executor:
         self._backwards = {
             (i.action.stage, i.action.microbatch): i
             for i in local
-            if isinstance(i, Compute)
-            and i.action.op is Op.BACKWARD
-            and programs[i.action.stage].forward_backward is not None
+            if isinstance(i, Compute) and i.action.op is Op.BACKWARD and self._calls[i.action.stage].is_fused
         }
         """Those that are done together with their forward, which they follow at once."""
-        self._steps: list[Step] = []
+        self._steps: list[Call] = []
         self._observable: list[tuple[Compute | Transfer, Callable[[Slots], tuple[Arrays, Arrays]]] | None] = []
         for instruction in local:
             self._steps.append(self._resolve(instruction))
@@ -95,13 +95,8 @@ class Executor:
         Everything is dispatched asynchronously. Gradients are of the sum of the losses: divide by the weight.
         """
         slots = self._empty.copy()
-        for s, programs in self._programs.items():
-            slots[self._named[s, "params"]] = params[s]
-            stage = self._traced[s]
-            slots[self._named[s, "hoisted"]] = programs.hoisted(params[s], tuple([state[s][i] for i in stage.fixed]))
-            slots[self._named[s, "state"]] = tuple([state[s][i] for i in stage.changing])
-            slots[self._named[s, "inputs"]] = inputs[s]
-            slots[self._named[s, "accumulators"]], slots[self._named[s, "totals"]] = programs.zeros()
+        for s, calls in self._calls.items():
+            calls.begin(slots, params[s], state[s], inputs[s])
         if observe is None:
             for step in self._steps:
                 step(slots)
@@ -113,12 +108,9 @@ class Executor:
                     observe(instruction, *made(slots))
         last = next((s for s, stage in self._traced.items() if stage.spec.is_last), None)
         return (
-            {s: slots[self._named[s, "accumulators"]] for s in self._traced},
-            {
-                s: replaced(state[s], stage.changing, slots[self._named[s, "state"]])
-                for s, stage in self._traced.items()
-            },
-            () if last is None else slots[self._named[last, "totals"]],
+            {s: slots[calls.slots.accumulators] for s, calls in self._calls.items()},
+            {s: calls.state_after(slots, state[s]) for s, calls in self._calls.items()},
+            () if last is None else slots[self._calls[last].slots.totals],
         )
 
     @property
@@ -133,27 +125,21 @@ class Executor:
         if isinstance(instruction, Compute):
             return instruction.action.stage in self._traced
         if isinstance(instruction, Reduce):
-            return instruction.stage in self._traced and self._programs[instruction.stage].reduce is not None
+            return instruction.stage in self._traced and self._calls[instruction.stage].reduces
         if isinstance(instruction, Transfer):
             return instruction.source.stage in self._traced or instruction.target.stage in self._traced
         return any(buffer.stage in self._traced for buffer in instruction.buffers)
 
-    def _resolve(self, instruction: Instruction) -> Step:
+    def _resolve(self, instruction: Instruction) -> Call:
         if isinstance(instruction, Free):
             return self._freed([self._named.pop(buffer) for buffer in instruction.buffers])
         if isinstance(instruction, Transfer):
             return self._transfer(instruction)
         if isinstance(instruction, Reduce):
-            return self._reduce(instruction.stage)
+            return self._calls[instruction.stage].reduce()
         if (backward := self._backward_done_with(instruction)) is not None:
             return _nothing if instruction is backward else self._forward_backward(instruction, backward)
-        resolve = {
-            Op.FORWARD: self._forward,
-            Op.BACKWARD: self._backward,
-            Op.BACKWARD_INPUT: self._backward_input,
-            Op.BACKWARD_WEIGHT: self._backward_weight,
-        }[instruction.action.op]
-        return resolve(instruction)
+        return self._compute(instruction)
 
     def _made(self, instruction: Compute | Transfer) -> Callable[[Slots], tuple[Arrays, Arrays]]:
         """What an observer is shown of an instruction that was just resolved."""
@@ -168,9 +154,8 @@ class Executor:
             (loss,) = map(self._slot, instruction.writes)
             return lambda slots: (slots[loss], ())
         written = [(self._slot(buffer), buffer.kind in ("r", "w")) for buffer in instruction.writes]
-        added = self._named[
-            instruction.action.stage, "totals" if instruction.action.op is Op.FORWARD else "accumulators"
-        ]
+        at = self._calls[instruction.action.stage].slots
+        added = at.totals if instruction.action.op is Op.FORWARD else at.accumulators
 
         def made(slots: Slots) -> tuple[Arrays, Arrays]:
             # What is kept for backward stands in pairs: arrays that were there before, and new ones.
@@ -191,7 +176,7 @@ class Executor:
             self._named[buffer] = self._new_slot()
         return self._named[buffer]
 
-    def _freed(self, indices: list[int]) -> Step:
+    def _freed(self, indices: list[int]) -> Call:
         self._free += indices
 
         def free(slots: Slots) -> None:
@@ -200,7 +185,7 @@ class Executor:
 
         return free
 
-    def _transfer(self, instruction: Transfer) -> Step:
+    def _transfer(self, instruction: Transfer) -> Call:
         move = self._move(instruction)
         sends, receives = (buffer.stage in self._traced for buffer in (instruction.source, instruction.target))
         source = self._slot(instruction.source) if sends else None
@@ -230,150 +215,42 @@ class Executor:
             self._moves[kind, target] = transfer_between(name, self._meshes[source], on(self._meshes[target], size))
         return self._moves[kind, target]
 
-    def _common(self, instruction: Compute) -> tuple[tuple[int, ...], jax.Array]:
-        stage, microbatch = instruction.action.stage, instruction.action.microbatch
-        names = ("params", "hoisted", "state", "inputs", "accumulators", "totals")
-        return tuple(self._named[stage, name] for name in names), self._microbatches[stage][microbatch]
-
     def _backward_done_with(self, instruction: Compute) -> Compute | None:
         """The backward that is one program with this forward; of such a backward, itself."""
         return self._backwards.get((instruction.action.stage, instruction.action.microbatch))
 
-    def _forward_backward(self, forward: Compute, backward: Compute) -> Step:
-        (params, hoisted, state, inputs, accumulators, totals), microbatch = self._common(forward)
-        run = self._programs[forward.action.stage].forward_backward
-        x = self._one(forward.reads, "x")
-        x_gradients = self._one(backward.writes, "dx", "dy")
+    def _forward_backward(self, forward: Compute, backward: Compute) -> Call:
         (loss,) = map(self._slot, forward.writes)  # where the residuals would be, for who watches
-        assert run is not None
+        return self._calls[forward.action.stage].forward_backward(
+            self._microbatch(forward),
+            x=self._one(forward.reads, "x"),
+            x_gradients=self._one(backward.writes, "dx", "dy"),
+            loss=loss,
+        )
 
-        def forward_backward(slots: Slots) -> None:
-            slots[accumulators], into_x, slots[state], slots[totals], slots[loss] = run(
-                slots[accumulators],
-                slots[params],
-                slots[hoisted],
-                slots[state],
-                () if x is None else slots[x],
-                slots[inputs],
-                microbatch,
-                slots[totals],
+    def _compute(self, instruction: Compute) -> Call:
+        calls, microbatch = self._calls[instruction.action.stage], self._microbatch(instruction)
+        reads, writes = partial(self._one, instruction.reads), partial(self._one, instruction.writes)
+        op = instruction.action.op
+        if op is Op.FORWARD:
+            return calls.forward(microbatch, x=reads("x"), output=writes("y", "x"), residuals=writes("r"))
+        if op is Op.BACKWARD_WEIGHT:
+            return calls.backward_weight(microbatch, for_weights=reads("w"))
+        residuals, output_gradients, x_gradients = reads("r"), reads("dy"), writes("dx", "dy")
+        if op is Op.BACKWARD:
+            return calls.backward(
+                microbatch, residuals=residuals, output_gradients=output_gradients, x_gradients=x_gradients
             )
-            if x_gradients is not None:
-                slots[x_gradients] = into_x
+        return calls.backward_input(
+            microbatch,
+            residuals=residuals,
+            output_gradients=output_gradients,
+            x_gradients=x_gradients,
+            for_weights=writes("w"),
+        )
 
-        return forward_backward
-
-    def _forward(self, instruction: Compute) -> Step:
-        (params, hoisted, state, inputs, _, totals), microbatch = self._common(instruction)
-        stage = self._traced[instruction.action.stage]
-        run = self._programs[stage.spec.index].forward
-        x = self._one(instruction.reads, "x")
-        residuals = self._one(instruction.writes, "r")
-        output = self._one(instruction.writes, "y", "x")
-        keeps_all = self._programs[stage.spec.index].recompute is not None
-        assert run is not None
-        kept_x = tuple(range(len(stage.x))) if keeps_all else stage.kept_x
-        kept_state = tuple(range(len(stage.state))) if keeps_all else stage.kept_state
-
-        def forward(slots: Slots) -> None:
-            before, arrays = slots[state], () if x is None else slots[x]
-            slots_output, slots[state], fresh, slots[totals] = run(
-                slots[params], slots[hoisted], before, arrays, slots[inputs], microbatch, slots[totals]
-            )
-            if output is not None:
-                slots[output] = slots_output
-            if residuals is not None:
-                kept = tuple([arrays[i] for i in kept_x]), tuple([before[i] for i in kept_state])
-                slots[residuals] = (kept, fresh)
-
-        return forward
-
-    def _residuals(self, instruction: Compute) -> Callable[[Slots], tuple[Any, Arrays]]:
-        """What backward needs of forward: read from its slot, or computed again."""
-        (params, hoisted, _, inputs, _, _), microbatch = self._common(instruction)
-        stage = self._traced[instruction.action.stage]
-        recompute = self._programs[stage.spec.index].recompute
-        residuals = self._one(instruction.reads, "r")
-        assert residuals is not None
-        kept_x, kept_state = stage.kept_x, stage.kept_state
-
-        def handed_over(slots: Slots) -> tuple[Any, Arrays]:
-            kept, fresh = slots[residuals]
-            return kept, fresh
-
-        def computed_again(slots: Slots) -> tuple[Any, Arrays]:
-            x, before = slots[residuals][0]
-            fresh = recompute(slots[params], slots[hoisted], before, x, slots[inputs], microbatch)  # type: ignore[misc]
-            return (tuple([x[i] for i in kept_x]), tuple([before[i] for i in kept_state])), fresh
-
-        return handed_over if recompute is None else computed_again
-
-    def _backward(self, instruction: Compute) -> Step:
-        (params, hoisted, _, inputs, accumulators, _), microbatch = self._common(instruction)
-        run = self._programs[instruction.action.stage].backward
-        residuals = self._residuals(instruction)
-        output_gradients = self._one(instruction.reads, "dy")
-        x_gradients = self._one(instruction.writes, "dx", "dy")
-        assert run is not None
-
-        def backward(slots: Slots) -> None:
-            kept, fresh = residuals(slots)
-            gradients = () if output_gradients is None else slots[output_gradients]
-            slots[accumulators], into_x = run(
-                slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, kept, fresh, gradients
-            )
-            if x_gradients is not None:
-                slots[x_gradients] = into_x
-
-        return backward
-
-    def _backward_input(self, instruction: Compute) -> Step:
-        (params, hoisted, _, inputs, accumulators, _), microbatch = self._common(instruction)
-        programs = self._programs[instruction.action.stage].split
-        residuals = self._residuals(instruction)
-        output_gradients = self._one(instruction.reads, "dy")
-        x_gradients = self._one(instruction.writes, "dx", "dy")
-        for_weights = self._one(instruction.writes, "w")
-        assert programs is not None and for_weights is not None
-        run, carried = programs.input, programs.carried
-
-        def backward_input(slots: Slots) -> None:
-            kept, fresh = residuals(slots)
-            gradients = () if output_gradients is None else slots[output_gradients]
-            slots[accumulators], into_x, crossing = run(
-                slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, kept, fresh, gradients
-            )
-            if x_gradients is not None:
-                slots[x_gradients] = into_x
-            of_microbatch = (*kept[0], *kept[1], *fresh, *gradients)
-            slots[for_weights] = (tuple([of_microbatch[i] for i in carried]), crossing)
-
-        return backward_input
-
-    def _backward_weight(self, instruction: Compute) -> Step:
-        (params, hoisted, _, inputs, accumulators, _), microbatch = self._common(instruction)
-        programs = self._programs[instruction.action.stage].split
-        for_weights = self._one(instruction.reads, "w")
-        assert programs is not None and for_weights is not None
-        run = programs.weight
-
-        def backward_weight(slots: Slots) -> None:
-            if run is not None:
-                slots[accumulators] = run(
-                    slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, *slots[for_weights]
-                )
-
-        return backward_weight
-
-    def _reduce(self, stage: int) -> Step:
-        run = self._programs[stage].reduce
-        accumulators, totals = self._named[stage, "accumulators"], self._named[stage, "totals"]
-        assert run is not None
-
-        def reduce(slots: Slots) -> None:
-            slots[accumulators], slots[totals] = run(*slots[accumulators], *slots[totals])
-
-        return reduce
+    def _microbatch(self, instruction: Compute) -> jax.Array:
+        return self._microbatches[instruction.action.stage][instruction.action.microbatch]
 
     def _one(self, buffers: Sequence[Buffer], *kinds: str) -> int | None:
         """The slot of the one buffer of these kinds, if there is one."""

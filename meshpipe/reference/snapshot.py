@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from meshpipe.trainer import StateTree, Trainer
+from meshpipe.trainer import Trainer
+from meshpipe.training.state import StateTree
 
 KeyPath = tuple[Any, ...]
 

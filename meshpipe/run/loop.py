@@ -38,7 +38,8 @@ from meshpipe.run.start import Start
 from meshpipe.run.trace_file import TraceFile
 from meshpipe.run.warning import Warnings
 from meshpipe.sharding import local_value
-from meshpipe.trainer import NonFiniteError, StepResult, Trainer
+from meshpipe.trainer import Trainer
+from meshpipe.training.result import NonFiniteError, StepResult
 
 STEPS_BEFORE_TRACE = 2
 """The first steps of a run are slower than the rest and are not traced."""

@@ -9,10 +9,10 @@ import optax
 import pytest
 from flax import nnx
 
-import meshpipe
 from meshpipe import PipelineConfig, Trainer, make_mesh, verify, with_fields
 from meshpipe.layers.layer import abstract_layers
 from meshpipe.layers.shared import merge_groups
+from meshpipe.optimizer.tied import TiedLeaves
 
 TOKENS, WIDTH, ROWS = 8, 4, 8
 TOLERANCE = 1e-5
@@ -231,7 +231,7 @@ def test_verify_takes_shared_layers_and_finds_them_untied(monkeypatch: pytest.Mo
         ).ok
 
     assert report()
-    monkeypatch.setattr(meshpipe.trainer.TiedLeaves, "share_values", lambda self, params: dict(params))
+    monkeypatch.setattr(TiedLeaves, "share_values", lambda self, params: dict(params))
     assert not report()
 
 

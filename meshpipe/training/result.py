@@ -1,0 +1,38 @@
+"""What an update found: its scalars, or that something is not finite."""
+
+from dataclasses import dataclass
+
+import jax
+
+from meshpipe.observe.clock import MeasuredStep
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss, a gradient or a parameter is not finite."""
+
+    def __init__(self, message: str, step: int, *, left_out: bool) -> None:
+        super().__init__(message)
+        self.step = step
+        """The first step that is not finite."""
+        self.left_out = left_out
+        """Whether the update was left out, so that the trainer is as it was before `step` and can go on."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update's scalars, still on their devices; `float()` waits for them."""
+
+    step: int
+    """Number of the update, from 1."""
+    loss: jax.Array
+    """Mean loss over the whole batch, whose gradient made the update."""
+    grad_norm: jax.Array
+    """Global norm of the gradient before clipping."""
+    good: jax.Array
+    """False when the loss or the norm is not finite, and the update was therefore left out."""
+    applied: jax.Array
+    """False when the update was left out: it was not finite, or the weight of the whole batch is 0."""
+    finite: dict[int, jax.Array]
+    """For each local stage, whether its parameters are finite after the update."""
+    measured: MeasuredStep | None = None
+    """When each action ran, where that was asked for."""

@@ -1,0 +1,120 @@
+"""A trainer set up: what its model is, chosen; what a step runs, compiled; and what training changes, placed.
+
+Several processes compare what each would run before anything moves between them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from meshpipe.choose.chooser import Chooser, check_costs
+from meshpipe.compiler.cache import open_cache
+from meshpipe.compiler.compiler import Compiler
+from meshpipe.environment import check_settings
+from meshpipe.errors import check_clip_norm, check_seed
+from meshpipe.layers.description import describe_model, describe_programs
+from meshpipe.layers.initialise import initialise
+from meshpipe.layers.layer import Leaves
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.task import Task
+from meshpipe.mesh import make_mesh
+from meshpipe.optimizer.optimizer import Optimizer
+from meshpipe.optimizer.tied import TiedLeaves
+from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.plan.rendezvous import check_program
+from meshpipe.processes.agreement import agree, report_failure
+from meshpipe.processes.group import Group
+from meshpipe.processes.uneven_exit import watch, watch_keys
+from meshpipe.stage.target import Target
+from meshpipe.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a trainer is made of."""
+
+    seed: int
+    group: Group
+    """The processes that have a part in it."""
+    model: StagedModel
+    optimizer: Optimizer
+    tied: TiedLeaves
+    state: TrainingState
+    seed_data: dict[int, jax.Array]
+    """The seed's key data on every local stage's submesh."""
+    compile_seconds: float
+    """From the chosen plan to the first values in place."""
+
+
+def set_up(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None,
+    pipeline: PipelineConfig | None,
+    seed: int,
+    clip_norm: float | None,
+    compile_cache: str | None,
+    target: Target | None,
+    check: Callable[[StagedModel], None] | None = None,
+) -> Setup:
+    """Chooses, compiles and places; arguments are those of `Trainer`, and `check` sees the model before it is compiled.
+
+    Raises `ValueError` where a trainer does.
+    """
+    check_settings()
+    check_seed(seed)
+    check_clip_norm(clip_norm)
+    mesh = make_mesh() if mesh is None else mesh
+    pipeline = PipelineConfig() if pipeline is None else pipeline
+    chooser = Chooser(task, optimizer, mesh=mesh, config=pipeline, target=target)
+    group = Group(device.process_index for device in chooser.mesh.devices.flat)
+    if not group.is_alone:
+        watch_keys()
+    with report_failure(group, "model"):
+        if not group.is_alone:
+            check_costs(chooser.config)
+        model = chooser.choose()
+        if check is not None:
+            check(model)
+        check_program(model.program)
+    if not group.is_alone:
+        agree(group, "model", describe_model(model) | {"seed": str(seed), "clip norm": str(clip_norm)})
+    started = time.perf_counter()
+    with report_failure(group, "programs"):
+        updates, tied, made = _compile(model, chooser.transformation, group.name, seed, clip_norm, compile_cache)
+    if not group.is_alone:  # until here nothing has moved
+        agree(group, "programs", describe_programs(model) | updates.description())
+    watch(group)
+    seed_data = model.place_seed(seed)
+    state = TrainingState(model.parameters, model.local, updates, tied, made)
+    return Setup(seed, group, model, updates, tied, state, seed_data, time.perf_counter() - started)
+
+
+def _compile(
+    model: StagedModel,
+    transformation: optax.GradientTransformation,
+    name: str,
+    seed: int,
+    clip_norm: float | None,
+    compile_cache: str | None,
+) -> tuple[Optimizer, TiedLeaves, list[tuple[Leaves, Leaves]]]:
+    """Everything that a step runs, and parameters and state of the local layers, which are made meanwhile."""
+    tied = TiedLeaves(model.tied, model.parameters, f"{name}/tied")
+    compiler = Compiler(open_cache(compile_cache))
+    optimizers: list[Optimizer] = []
+    made: list[tuple[Leaves, Leaves]] = []
+
+    def make_optimizer() -> None:
+        optimizers.append(Optimizer(transformation, model.parameters, clip_norm, name))
+        optimizers[0].compile(compiler)
+
+    def make_parameters() -> None:
+        made.extend(initialise(model.layers_on_submeshes, model.rules, seed, compiler))
+
+    model.compile([make_optimizer, make_parameters], compiler, name)
+    model.release()
+    return optimizers[0], tied, made
