@@ -26,11 +26,11 @@ class StagePrograms:
     """Parameters, fixed state -> values computed once per step, where there are any."""
     zeros: Callable[[], tuple[Arrays, Arrays]]
     """Fresh accumulators of gradients (none for a forward-only stage), and totals (none but for the last stage)."""
-    forward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays]] | None
+    forward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays]] | None = None
     """Parameters, hoisted, changing state, x, inputs, microbatch, totals -> output, state, residuals, totals."""
-    recompute: Callable[..., Arrays] | None
+    recompute: Callable[..., Arrays] | None = None
     """The same up to the microbatch -> residuals, where forward does not hand them over."""
-    backward: Callable[..., tuple[Arrays, Arrays]] | None
+    backward: Callable[..., tuple[Arrays, Arrays]] | None = None
     """Accumulators (donated), parameters, hoisted, inputs, microbatch, kept, residuals, output gradients
     -> accumulators, x gradients."""
     split: "SplitPrograms | None" = None
@@ -78,40 +78,35 @@ def compile_stage(
     two take 1.1 times as long as one.
     """
     compiler = compiler or Compiler()
-    forward_only = ops == {Op.FORWARD}
+    mesh, forward_only = stage.spec.mesh, ops == {Op.FORWARD}
     hand_over = fused or (remat != "full" and not forward_only)
-    mesh = stage.spec.mesh
+    programs: dict[str, Any]
     with jax.set_mesh(mesh):
         prepare, hoisted = _compile_prepare(stage, compiler)
         arguments = (stage.params, hoisted, stage.state, stage.x, stage.inputs, stage.microbatch)
-        forward_part = _forward_part(stage, residuals=hand_over)
-        totals = Accumulators.of(_totals(stage), [forward_part])
-        if forward_only:
-            forward = _compile_forward(stage, forward_part, totals, arguments, compiler)
-            none = Accumulators.of((), [])
-            zeros, reduce = compile_zeros(none, totals, mesh, compiler), compile_reduce(none, totals, mesh, compiler)
-            return StagePrograms(prepare, zeros, forward, None, None, reduce=reduce)
+        forward = _forward_part(stage, residuals=hand_over)
+        totals = Accumulators.of(_totals(stage), [forward])
         if fused:
             parts = _BackwardParts(stage, hoisted, stage.residuals, ops)
-            both = _compile_forward_backward(stage, forward_part, parts, totals, arguments, compiler)
-            zeros = compile_zeros(parts.gradients, totals, mesh, compiler)
-            reduce = compile_reduce(parts.gradients, totals, mesh, compiler)
-            return StagePrograms(prepare, zeros, None, None, None, forward_backward=both, reduce=reduce)
-        forward = _compile_forward(stage, forward_part, totals, arguments, compiler)
-        recompute = None
-        if hand_over:
-            residuals = _like(forward.out_info[2], forward.output_shardings[2])
+            gradients = parts.gradients
+            both = _compile_forward_backward(stage, forward, parts, totals, arguments, compiler)
+            programs = {"forward_backward": both}
         else:
-            run_again = function_of(stage.forward(outputs=False, residuals=True))
-            again = jax.jit(lambda p, h, s, x, i, m: tuple(run_again(*p, *h, *s, *x, *i, m)))
-            recompute = compiler.compile(again.lower(*arguments), mesh)
-            residuals = _like(recompute.out_info, recompute.output_shardings)
-        parts = _BackwardParts(stage, hoisted, residuals, ops)
-        backward = _compile_backward(stage, parts, compiler) if parts.whole is not None else None
-        split_programs = _compile_split(stage, parts, compiler) if parts.split is not None else None
-        zeros = compile_zeros(parts.gradients, totals, mesh, compiler)
-        reduce = compile_reduce(parts.gradients, totals, mesh, compiler)
-        return StagePrograms(prepare, zeros, forward, recompute, backward, split_programs, reduce=reduce)
+            compiled = _compile_forward(stage, forward, totals, arguments, compiler)
+            if forward_only:
+                gradients, programs = Accumulators.of((), []), {}
+            elif hand_over:
+                residuals = _like(compiled.out_info[2], compiled.output_shardings[2])
+                gradients, programs = _compile_backwards(stage, hoisted, residuals, ops, compiler)
+            else:
+                again = _compile_recompute(stage, arguments, compiler)
+                residuals = _like(again.out_info, again.output_shardings)
+                gradients, programs = _compile_backwards(stage, hoisted, residuals, ops, compiler)
+                programs["recompute"] = again
+            programs["forward"] = compiled
+        zeros = compile_zeros(gradients, totals, mesh, compiler)
+        reduce = compile_reduce(gradients, totals, mesh, compiler)
+        return StagePrograms(prepare=prepare, zeros=zeros, reduce=reduce, **programs)
 
 
 def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> StagePrograms | None:
@@ -154,6 +149,24 @@ def _compile_forward(
     results = (_shardings(output), _shardings(stage.state), None, totals.shardings)
     lowered = jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals.shapes)
     return compiler.compile(lowered, mesh)
+
+
+def _compile_recompute(stage: TracedStage, arguments: tuple[Any, ...], compiler: Compiler) -> jax.stages.Compiled:
+    """The forward once more, for its residuals alone."""
+    run = function_of(stage.forward(outputs=False, residuals=True))
+    again = jax.jit(lambda p, h, s, x, i, m: tuple(run(*p, *h, *s, *x, *i, m)))
+    return compiler.compile(again.lower(*arguments), stage.spec.mesh)
+
+
+def _compile_backwards(
+    stage: TracedStage, hoisted: Shapes, residuals: Shapes, ops: Set[Op], compiler: Compiler
+) -> tuple[Accumulators, dict[str, Any]]:
+    """The gradients that they add to, and the backwards that the plan asks for, by their name in `StagePrograms`."""
+    parts = _BackwardParts(stage, hoisted, residuals, ops)
+    return parts.gradients, {
+        "backward": _compile_backward(stage, parts, compiler) if parts.whole is not None else None,
+        "split": _compile_split(stage, parts, compiler) if parts.split is not None else None,
+    }
 
 
 def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> tuple[Any, ...]:
