@@ -9,7 +9,8 @@ from meshpipe.config import Config
 from meshpipe.layers.paths import by_path
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.optimizer.state import state_shapes
-from meshpipe.trainer import StateTree, Trainer
+from meshpipe.trainer import Trainer
+from meshpipe.training.state import StateTree
 
 
 def make_trainer(config: Config, check: Callable[[StagedModel], None] | None = None) -> Trainer:
