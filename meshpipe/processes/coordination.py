@@ -18,11 +18,11 @@ from meshpipe.processes.secret import IntrusionError, Secret, current, use
 
 POLL_SECONDS = 0.02
 CHECK_SECONDS = 1.0
-"""How often a process that waits looks whether its own keys are still there."""
+"""Interval at which a waiting process checks that its own keys still exist."""
 
 
 def process_count() -> int:
-    """Processes of this run; 1 where `jax.distributed` was not started. Does not start JAX's backend."""
+    """The number of processes of this run; 1 without `jax.distributed`. Does not start JAX's backend."""
     return (_service().num_processes or 1) if jax.distributed.is_initialized() else 1
 
 
@@ -78,7 +78,7 @@ def wait_for_key(key: str, timeout: float) -> str:
     """Waits until a key is set and returns its value. Raises `TimeoutError` after `timeout` seconds.
 
     Polls, because a thread inside a blocking call would keep the process from ending. Raises `IntrusionError` when
-    somebody else has written the key, or deleted one of this process meanwhile.
+    someone outside the run has set the key, or has deleted a key of this process in the meantime.
     """
     now = time.monotonic()
     deadline, next_check = now + timeout, now + CHECK_SECONDS
@@ -102,7 +102,7 @@ def all_gather(topic: str, text: str, timeout: float) -> list[str]:
 def delete_key(key: str) -> None:
     """Deletes a key and the keys below it. No process may read them afterwards.
 
-    A process deletes only keys that it has set, or that their own process has deleted already.
+    A process may delete only its own keys, and keys that the process that set them has already deleted.
     """
     for own in tuple(_own_keys):
         if own == key or own.startswith(f"{key}/"):
@@ -111,15 +111,15 @@ def delete_key(key: str) -> None:
 
 
 def check_own_keys() -> None:
-    """Raises `IntrusionError` when somebody else has deleted or replaced a key that this process has set.
+    """Raises `IntrusionError` when someone outside the run has deleted or replaced a key that this process has set.
 
-    A process that waits for a deleted key cannot tell it from one that is not set yet, so its writer checks.
+    A process that waits for a deleted key cannot distinguish it from one not set yet, so the process that set it
+    checks.
     """
     for key in tuple(_own_keys):
         if try_get_key(key) is None and key in _own_keys:  # else this process has deleted it since
             raise IntrusionError(
-                f"someone outside the run deleted {key} from the key-value store of the run. Keep others out of the "
-                "run's network."
+                f"someone outside the run deleted {key} from the key-value store of the run. Run on a private network."
             )
 
 
@@ -159,9 +159,9 @@ _own_keys: dict[str, None] = {}
 
 
 def _name(key: str) -> str:
-    """The name of a key in the store, where keys that begin alike stand in one folder.
+    """The name of a key in the store. Keys with a common path prefix share a folder.
 
-    Those of nonces are plain, so that a process with another secret is noticed.
+    The names of nonces are not derived from the secret, so that a process with a different secret is noticed.
     """
     if key.startswith(f"{_NONCE}/"):
         return key
@@ -175,7 +175,7 @@ def _client() -> Any:
 
 
 def _service() -> Any:
-    """What JAX knows of the other processes: the client of the key-value store, numbers and addresses.
+    """JAX's distributed state: the client of the key-value store, process numbers and addresses.
 
     Raises `RuntimeError` for a version of JAX that keeps it elsewhere.
     """
@@ -186,8 +186,8 @@ def _service() -> Any:
             getattr(global_state, name)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            "Several processes need the key-value store of jax.distributed, which is a private part of JAX. jax "
-            f"{jax.__version__} does not have it where meshpipe looks for it ({error}). Install another version of jax "
+            "Several processes need the key-value store of jax.distributed, which is private API of JAX. jax "
+            f"{jax.__version__} does not have it where meshpipe expects it ({error}). Install another version of jax "
             "or of meshpipe, or run one process."
         ) from error
     return global_state

@@ -20,8 +20,8 @@ from meshpipe.processes.secret import VARIABLE, Secret, environment_secret, read
 
 JOIN_SECONDS = 300.0
 """How long processes wait for each other to join; hosts may start at different times."""
-WORD_SECONDS = 30.0
-"""How often a process that waits for the others says so."""
+REMINDER_SECONDS = 30.0
+"""Interval of the messages of a process that waits for the others."""
 SHUTDOWN_SECONDS = 30
 
 
@@ -145,11 +145,11 @@ def _check_can_listen(address: str) -> None:
 
 
 def _watch_joining(config: DistributedConfig, joined: threading.Event) -> None:
-    """Says now and then that this process waits for the others, and ends it after `JOIN_SECONDS`."""
+    """Prints regularly that this process is waiting for the others, and ends it after `JOIN_SECONDS`."""
     own = "this process" if config.process_id is None else f"process {config.process_id}"
     where = "" if config.coordinator is None else f" at {config.coordinator}"
     started = time.monotonic()
-    while not joined.wait(min(WORD_SECONDS, max(0.0, started + JOIN_SECONDS - time.monotonic()))):
+    while not joined.wait(min(REMINDER_SECONDS, max(0.0, started + JOIN_SECONDS - time.monotonic()))):
         seconds = time.monotonic() - started
         if seconds >= JOIN_SECONDS:
             break
@@ -172,7 +172,7 @@ def _watch_joining(config: DistributedConfig, joined: threading.Event) -> None:
 
 
 def _others(config: DistributedConfig) -> str:
-    """Who is waited for; JAX does not tell how many of them are there already."""
+    """Describes the missing processes; JAX does not report how many have joined."""
     if config.process_count is None:
         return "the other processes of the run"
     if config.process_count == 2:

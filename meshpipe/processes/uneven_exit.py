@@ -25,13 +25,13 @@ _guarded = threading.Event()
 
 
 def leave_to_guard() -> None:
-    """Leaves it to a `Guard` to find and tell that somebody tampers with what the processes tell each other."""
+    """Leaves the detection of tampering with keys to a `Guard`."""
     _guarded.set()
 
 
 def watch_keys() -> None:
-    """From now on ends this process, and the others that watch, with a message when somebody outside the run deletes or
-    replaces one of its keys: whoever waits for it would wait in vain.
+    """From now on, ends this process and the others that watch, with a message, when someone outside the run deletes or
+    replaces one of its keys. A process that waits for that key would otherwise wait in vain.
     """
     if process_count() > 1 and not _watching.is_set():
         _watching.set()

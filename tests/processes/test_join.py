@@ -93,7 +93,7 @@ def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPa
 def test_a_process_reports_that_the_others_did_not_join() -> None:
     script = f"""
 from meshpipe.processes import join
-join.JOIN_SECONDS, join.WORD_SECONDS = 1.5, 0.6
+join.JOIN_SECONDS, join.REMINDER_SECONDS = 1.5, 0.6
 place = dict(coordinator="127.0.0.1:{free_port()}", process_id=0, process_count=2)
 join.join(join.DistributedConfig(**place))
 """
