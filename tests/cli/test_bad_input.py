@@ -235,7 +235,10 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "data of endless length": ("train wrong.py:source --data.kind 3", "A data source must have a length. len() of"),
     # Impossible sizes.
     "mesh of very many devices": ("plan TINY --mesh.pipeline 100000000", "at most 4096 virtual CPU devices"),
-    "very wide layers": ("train TINY --model.width 1000000000000", "cannot take"),
+    "very wide layers": (
+        "train TINY --model.width 1000000000000",
+        "Each layer must take what the one before returns, and the first one the field `input` of the batch.",
+    ),
     "very many microbatches": (
         "plan TINY --num-microbatches 1000000000 --batch-size 1000000000",
         "--num-microbatches must be at least 1 and below 65537",

@@ -30,6 +30,7 @@ def test_recipes_lists_layouts(in_process: Path, capsys: pytest.CaptureFixture[s
     assert rows == [
         ["tiny:single", "1", "1", "1", "1", "One", "device."],
         ["tiny:pipeline", "2", "1", "1", "2", "Two", "ranks."],
+        ["tiny:long_names", "1", "1", "1", "1", *"One device, and paths too long to be saved.".split()],
     ]
 
 
