@@ -33,6 +33,8 @@ class Case:
     loss: Callable[[Any, Mapping[str, Any]], tuple[Any, Any]]
     batches: list[dict[str, np.ndarray]]
     tied: tuple[tuple[str, ...], ...] = ()
+    found_tied: tuple[tuple[str, ...], ...] = ()
+    """What is tied without being named, since the library's layers share a variable."""
     axes: tuple[str, ...] = ()
     """Logical axes that the library's parameters name; none is split."""
     by_microbatch: bool = False
@@ -57,6 +59,7 @@ def check(case: Case) -> None:
     report = verify(case.layers, case.loss, optax.adamw(RATE), batches=case.batches[:2], reference=reference, **common)
     assert report.ok, report.first
     trainer = Trainer(case.layers, case.loss, optax.adamw(RATE), batch=case.batches[0], **common)
+    assert trainer.model.tied == case.tied + case.found_tied
     found = [float(trainer.step(batch).loss) for batch in case.batches]
     expected = uncut_losses(case)
     print(type(case.model).__name__, "largest difference of a loss:", np.abs(np.subtract(found, expected)).max())
@@ -137,7 +140,7 @@ def test_tied_llama3_of_tunix() -> None:
             loss=entropy,
             batches=tokens(positions=positions, attention_mask=mask),
             axes=("tp", "fsdp"),
-            tied=(("layers/0/modules/0/input_embedding", "layers/4/modules/1/input_embedding"),),
+            found_tied=(("layers/0/modules/0/input_embedding", "layers/4/modules/1/input_embedding"),),
         )
     )
 
@@ -203,7 +206,15 @@ def test_diffusion_transformer_of_artifex() -> None:
             x = self.layer(value["x"], value["c"]).reshape(-1, 2, 2, 4, 4, 2)
             return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 8, 8, 2)
 
-    blocks = [Step(lambda value, block: {**value, "x": block(value["x"], value["c"])}, b) for b in model.blocks]
+    class Block(nnx.Module):
+        """Its `deterministic` is filled in, and handed on."""
+
+        def __init__(self, block: nnx.Module):
+            self.block = block
+
+        def __call__(self, value: dict[str, jax.Array], *, deterministic: bool = False) -> dict[str, jax.Array]:
+            return {**value, "x": self.block(value["x"], value["c"], deterministic=deterministic)}
+
     batches = images(
         2,
         t=lambda rng: rng.integers(0, 1000, BATCH).astype(np.float32),
@@ -212,7 +223,7 @@ def test_diffusion_transformer_of_artifex() -> None:
     check(
         Case(
             model=model,
-            layers=[First(model), *blocks, Last(model)],
+            layers=[First(model), *map(Block, model.blocks), Last(model)],
             call=lambda model, batch: model(batch["inputs"], batch["t"], batch["y"]),
             loss=squares,
             batches=batches,
