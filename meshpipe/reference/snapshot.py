@@ -51,12 +51,15 @@ class Snapshot:
 
 def snapshot(trainer: Trainer, device: jax.Device) -> Snapshot:
     """Of a trainer in one process whose optimizer is a chain of `record_gradients` and another."""
+    own_trees = trainer.state_tree()
     # Copied after the move, which may hand on the same buffer, and the next step donates that.
-    trees: list[StateTree] = jax.tree.map(jnp.copy, jax.device_put(trainer.state_tree(), device))
+    trees: list[StateTree] = jax.tree.map(jnp.copy, jax.device_put(own_trees, device))
     gradients: dict[str, jax.Array] = {}
     optimizer = []
-    for tree, shapes in zip(trees, trainer.optimizer.state_shapes, strict=True):
-        recorded, own = jax.tree.unflatten(jax.tree.structure(shapes), list(tree["optimizer"].values()))
+    for own_tree, tree, shapes in zip(own_trees, trees, trainer.optimizer.state_shapes, strict=True):
+        # JAX sorts the keys of dictionaries, so the order of Optax's leaves is that of the trainer's own.
+        leaves = [tree["optimizer"][path] for path in own_tree["optimizer"]]
+        recorded, own = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         gradients |= recorded.gradients
         optimizer.append(dict(jax.tree_util.tree_flatten_with_path(own)[0]))
     return Snapshot(
