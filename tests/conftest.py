@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, taken before JAX starts, and the types and shapes of calls checked."""
 
 import os
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # Not by an environment variable: commands that tests start have to take their own devices.
@@ -23,3 +25,20 @@ install_import_hook(
     ],
     "beartype.beartype",
 )
+
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        help="seconds after which no further test is started: the rest is reported as skipped",
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--time-limit")
+    if time.monotonic() - STARTED > limit:
+        pytest.skip(f"not started: the time limit of {limit:.0f} s was reached")

@@ -155,4 +155,4 @@ def test_different_secrets_are_reported(tmp_path: Path) -> None:
     assert ended.codes == [1, 1], ended
     for number, log in enumerate(ended.logs):
         assert f"someone without the run's secret wrote meshpipe/nonce/{1 - number} " in log, ended
-        assert "give all of its processes the same secret" in log, ended
+        assert "give all processes the same secret" in log, ended

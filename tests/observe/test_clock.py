@@ -89,9 +89,13 @@ def test_a_slow_action_is_seen_to_be_slow() -> None:
         pipeline=meshpipe.PipelineConfig(num_microbatches=2),
     )
     slow.step(batch())
-    measured = slow.step(batch(), measure=True).measured
-    assert measured is not None
-    quick, long = measured.timeline.busy
+    busy = []
+    for _ in range(3):
+        measured = slow.step(batch(), measure=True).measured
+        assert measured is not None
+        busy.append(measured.timeline.busy)
+    # Medians, since a thread that waits for a core makes a single action look long.
+    quick, long = (sorted(times)[1] for times in zip(*busy, strict=True))
     assert long > 5 * quick
 
 
