@@ -9,6 +9,7 @@ import pytest
 
 from meshpipe import MeshConfig, OptimizerConfig, PipelineConfig, make_mesh, use_cpu_devices
 from meshpipe.checkpoint import CheckpointConfig
+from meshpipe.choose.chooser import check_costs
 from meshpipe.errors import ArgumentError, check_clip_norm, check_number, check_seed, check_whole, errors_name_flags
 from meshpipe.models import LanguageModelConfig, TextClassifierConfig
 from meshpipe.processes.join import DistributedConfig
@@ -61,6 +62,14 @@ def test_the_command_line_names_its_flags() -> None:
         )
         with errors_name_flags(False):
             assert str(ArgumentError("`clip_norm` is wrong.")) == "`clip_norm` is wrong."
+
+
+def test_costs_that_processes_would_measure_are_asked_for_as_the_caller_names_them() -> None:
+    config = PipelineConfig(schedule="auto")
+    with pytest.raises(ArgumentError, match="pass that file as `costs` to all"):
+        check_costs(config)
+    with errors_name_flags(), pytest.raises(ArgumentError, match="pass that file as --costs to all"):
+        check_costs(config)
         with pytest.raises(ValueError, match=r"^--clip-norm must be above 0"):
             OptimizerConfig(clip_norm=0.0)
     assert str(ArgumentError("`clip_norm` is wrong.")) == "`clip_norm` is wrong."

@@ -66,7 +66,7 @@ def test_a_leaf_is_placed_by_its_names() -> None:
 def test_a_model_that_names_no_axes_cannot_be_fully_sharded() -> None:
     config = replace(tiny_recipes.pipeline(), mesh=MeshConfig(data=2), sharding="fully-sharded")
     for make in (lambda config: make_chooser(config).choose(), make_trainer, verify_recipe):
-        with pytest.raises(ValueError, match=r"Got a model that names none of embed\. .* leave out --sharding"):
+        with pytest.raises(ValueError, match=r"Got a model that names none of embed\. .* keep parameters replicated"):
             make(config)
 
 

@@ -46,7 +46,7 @@ def list_checkpoints(directory: str | Path) -> list[int]:
     if not steps:
         raise CheckpointError(
             f"The folder must hold checkpoints. Got {str(directory)!r}, which "
-            f"{'has none' if Path(directory).is_dir() else 'is not a folder'}. Name the --checkpoint-dir of a run."
+            f"{'has none' if Path(directory).is_dir() else 'is not a folder'}. Name the folder that a run saves to."
         )
     return steps
 

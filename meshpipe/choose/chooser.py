@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from meshpipe.choose.memory import ONE_UNIT_EACH, stage_memory
 from meshpipe.choose.profile import operations_of_layers, profile_layers, setting_of
 from meshpipe.choose.remat import settle_remat
+from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layout, check_task
 from meshpipe.layers.staged_model import Choice, StagedModel
 from meshpipe.layers.task import Task
@@ -244,10 +245,10 @@ def named_choice(config: PipelineConfig, num_ranks: int, num_layers: int) -> Cho
 def check_costs(config: PipelineConfig) -> None:
     """Raises `ValueError` when several processes would each measure."""
     if config.needs_costs and config.costs is None:
-        raise ValueError(
+        raise ArgumentError(
             "Processes that each measured layers would choose different plans. Got schedule auto or partition "
             "measured without costs. Write them once by `meshpipe plan RECIPE --profile --save-costs FILE.json`, and "
-            "pass --costs FILE.json (in Python: PipelineConfig(costs=...)) to all."
+            "pass that file as `costs` to all."
         )
 
 

@@ -89,7 +89,8 @@ class StagedModel:
         if self.rules.gathered and self._splits_data and not any(self._gathered):
             raise ValueError(
                 "Fully sharded parameters must name an axis for the data axis to split. Got a model that names none of "
-                f"{', '.join(self.rules.gathered)}. Name it with nnx.with_partitioning, or leave out --sharding."
+                f"{', '.join(self.rules.gathered)}. Name it with nnx.with_partitioning, or keep parameters replicated, "
+                "as they are by default."
             )
         self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
 
