@@ -3,6 +3,8 @@
 import errno
 import os
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,18 @@ def check_folder(name: str, path: str | Path) -> None:
         raise ArgumentError(
             f"`{name}` must name a writable folder. Got {_shorten(path)}: {problem.strerror}. Name another folder."
         )
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """The folder and those above it that are not there yet, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes those of the folders that hold nothing; give the innermost first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def read_text(path: str | Path, limit: int = 1 << 26) -> str:

@@ -21,6 +21,7 @@ from meshpipe.checkpoint.reader import CheckpointReader
 from meshpipe.checkpoint.schema import FORMAT
 from meshpipe.checkpoint.shards import Content, HeldShard, all_files, document_files, hold_shards, own_files
 from meshpipe.checkpoint.together import SaveTogether, check_together
+from meshpipe.files import remove_empty
 from meshpipe.processes.coordination import process_index
 
 _LEFTOVER = re.compile(r"([0-9]{1,16})\.(?:partial.*|deleted)")
@@ -63,6 +64,8 @@ class Checkpointer(CheckpointReader):
             raise CheckpointError(f"keep must be at least 0. Got {keep}.")
         self._keep, self._wait_seconds = keep, wait_seconds
         self._lock: WriterLock | None = None
+        self._made: list[Path] = []
+        """The folders that `prepare` made, the innermost first; empty ones are removed when nothing was saved."""
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
         """The save on its way: its step, and whether it is whole."""
@@ -90,7 +93,7 @@ class Checkpointer(CheckpointReader):
             _dump_metadata(metadata or {})
             index = index_shapes(shapes, self.directory)
             if process_index() == 0:
-                make_writable(self.directory)
+                self._made += make_writable(self.directory)
                 try:
                     self._acquire()
                     self._clear()
@@ -106,7 +109,7 @@ class Checkpointer(CheckpointReader):
             if problems:
                 raise CheckpointError("; ".join(problems))
         except CheckpointError:
-            self._release()
+            self._leave()
             raise
 
     def save(
@@ -175,7 +178,7 @@ class Checkpointer(CheckpointReader):
 
     def close(self) -> None:
         """Waits for the last save and for what it removes, lets go of the background thread, and leaves the folder to
-        other runs.
+        other runs. A folder that `prepare` made and that holds nothing is removed.
         """
         try:
             self.wait()
@@ -183,7 +186,7 @@ class Checkpointer(CheckpointReader):
         finally:
             atexit.unregister(self._finish_at_exit)
             self._background.shutdown()
-            self._release()
+            self._leave()
 
     def _acquire(self) -> WriterLock:
         """Takes the folder for this process."""
@@ -207,6 +210,12 @@ class Checkpointer(CheckpointReader):
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()
+
+    def _leave(self) -> None:
+        """Leaves the folder to other runs, and none behind that was made for nothing."""
+        self._release()
+        made, self._made = self._made, []
+        remove_empty(made)
 
     def _begin(self, step: int) -> None:
         """Refuses to save a step that is there, is older than one that is, or whose name is taken."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from meshpipe.checkpoint.index import CheckpointError, Index, Tree, index_bytes, index_leaves
 from meshpipe.checkpoint.names import LONGEST_NAME
 from meshpipe.checkpoint.shards import leaf_files
+from meshpipe.files import missing_folders, remove_empty
 
 _LONGEST_STEP = 16
 """Digits of a step, with room."""
@@ -48,16 +49,22 @@ def check_space(index: Index, directory: Path) -> None:
         )
 
 
-def make_writable(directory: Path) -> None:
-    """Makes the folder if it is missing. Raises `CheckpointError` where nothing can be written."""
+def make_writable(directory: Path) -> list[Path]:
+    """Makes the folder if it is missing; returns the folders that it made, the innermost first.
+
+    Raises `CheckpointError` where nothing can be written; then what it made is gone again.
+    """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"Checkpoints are saved in a folder. Got {directory}, a file. Name another.")
+    made = missing_folders(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        remove_empty(made)
         raise CheckpointError(
             f"Checkpoints need a folder that can be made. Got {directory}: {error.strerror}. Name another folder."
         ) from error
+    return made
 
 
 def nearest_folder(path: Path) -> Path:

@@ -18,6 +18,7 @@ import jax
 
 from meshpipe.compiler.reload import Serialised
 from meshpipe.errors import ArgumentError
+from meshpipe.files import missing_folders, remove_empty
 
 _SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "PJRT_NPROC")
 """Environment variables that affect compilation."""
@@ -38,6 +39,7 @@ class CompileCache:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder).expanduser()
         self._has_warned = False
+        self._made = missing_folders(self._folder)
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # All files are opened relative to this descriptor, so they lie in the folder checked here, even if another
@@ -58,6 +60,10 @@ class CompileCache:
                 "`compile_cache` must be a writable folder. "
                 f"Got {str(folder)!r}: {error.strerror}. Choose another, or leave it out."
             ) from error
+
+    def remove_if_empty(self) -> None:
+        """Removes the folder again if it was made for this cache and nothing was stored."""
+        remove_empty(self._made)
 
     def read(self, key: str) -> Serialised | None:
         """The program with this key, written by a run with the same versions, machine and settings; None if absent."""

@@ -104,7 +104,8 @@ def _compile(
 ) -> tuple[Optimizer, TiedLeaves, list[tuple[Leaves, Leaves]]]:
     """Everything that a step runs, and parameters and state of the local layers, which are made meanwhile."""
     tied = TiedLeaves(model.tied, model.parameters, f"{name}/tied")
-    compiler = Compiler(open_cache(compile_cache))
+    cache = open_cache(compile_cache)
+    compiler = Compiler(cache)
     optimizers: list[Optimizer] = []
     made: list[tuple[Leaves, Leaves]] = []
 
@@ -115,6 +116,11 @@ def _compile(
     def make_parameters() -> None:
         made.extend(initialise(model.layers_on_submeshes, model.rules, seed, compiler))
 
-    model.compile([make_optimizer, make_parameters], compiler, name)
+    try:
+        model.compile([make_optimizer, make_parameters], compiler, name)
+    except BaseException:
+        if cache is not None:
+            cache.remove_if_empty()
+        raise
     model.release()
     return optimizers[0], tied, made

@@ -42,7 +42,23 @@ circle.append(circle)
 def test_what_cannot_be_saved_is_found_first(tmp_path, shapes, metadata, reason):
     with Checkpointer(tmp_path / "run") as checkpointer, pytest.raises(CheckpointError, match=reason):
         checkpointer.prepare(shapes, metadata)
-    assert not (tmp_path / "run").exists() or os.listdir(tmp_path / "run") == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_made_for_nothing_is_removed(tmp_path):
+    """A run that prepares and then fails leaves what was there, and only that."""
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new/run"):
+        with Checkpointer(tmp_path / name) as checkpointer:
+            checkpointer.prepare(paths("a"))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["there"]
+
+
+def test_a_folder_is_kept_for_what_others_put_there(tmp_path):
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.prepare(paths("a"))
+        (tmp_path / "run" / "notes").write_text("mine")
+    assert os.listdir(tmp_path / "run") == ["notes"]
 
 
 def test_a_path_of_a_file_too_long_is_found_first(tmp_path):

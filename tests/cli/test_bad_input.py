@@ -107,12 +107,16 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "recipe that is not Python": ("train notes.txt.py:f", "Correct the file."),
     "no recipes folder": ("recipes", "Change to a folder that has one"),
     "layer that fails": (
-        "train failing.py:fails",
+        "train failing.py:fails --checkpoint-dir new/run --compile-cache new/programs",
         "KeyError: 'labels' This comes from layers/4 (lookup, stage 1), calle",
     ),
     "layer that fails in a plan": (
         "plan failing.py:fails",
         "KeyError: 'labels' This comes from layers/4 (lookup, stage",
+    ),
+    "layer that fails for a folder that is there": (
+        "train failing.py:fails --checkpoint-dir folder --compile-cache folder",
+        "KeyError: 'labels' This comes from layers/4 (lookup, stage 1), calle",
     ),
     "layer that cannot be made": (
         "verify failing.py:unbuilt",
@@ -306,8 +310,8 @@ CALLS_WITH_CHECKPOINTS = {
     "no such step": ("checkpoint show saved --step 3", "Whole steps there: 2, 4."),
     "no such step to verify": ("checkpoint verify saved --step 3", "Whole steps there: 2, 4."),
     "step that is no number": ("checkpoint show saved --step last", "--step"),
-    "no folder to list": ("checkpoint list missing", "Name the --checkpoint-dir of a run."),
-    "folder without checkpoints": ("checkpoint list folder", "Name the --checkpoint-dir of a run."),
+    "no folder to list": ("checkpoint list missing", "Name the folder that a run saves to."),
+    "folder without checkpoints": ("checkpoint list folder", "Name the folder that a run saves to."),
     "no folder named": ("checkpoint list", "Missing"),
     "unknown checkpoint command": ("checkpoint lst saved", "Did you mean list?"),
     "no checkpoint command": ("checkpoint", "The command must be one of list, show, verify. Got none."),
