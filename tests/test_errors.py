@@ -62,6 +62,9 @@ def test_the_command_line_names_its_flags() -> None:
         )
         with errors_name_flags(False):
             assert str(ArgumentError("`clip_norm` is wrong.")) == "`clip_norm` is wrong."
+        with pytest.raises(ValueError, match=r"^--clip-norm must be above 0"):
+            OptimizerConfig(clip_norm=0.0)
+    assert str(ArgumentError("`clip_norm` is wrong.")) == "`clip_norm` is wrong."
 
 
 def test_costs_that_processes_would_measure_are_asked_for_as_the_caller_names_them() -> None:
@@ -70,6 +73,3 @@ def test_costs_that_processes_would_measure_are_asked_for_as_the_caller_names_th
         check_costs(config)
     with errors_name_flags(), pytest.raises(ArgumentError, match="pass that file as --costs to all"):
         check_costs(config)
-        with pytest.raises(ValueError, match=r"^--clip-norm must be above 0"):
-            OptimizerConfig(clip_norm=0.0)
-    assert str(ArgumentError("`clip_norm` is wrong.")) == "`clip_norm` is wrong."
