@@ -72,7 +72,7 @@ class Trainer:
           `1f1b` with one microbatch, and as many layers in every stage.
         - `seed`: what first values, dropout masks and other draws follow from, 0 to 2**32 - 1; by default 0.
         - `clip_norm`: the global norm, in the units of the gradient, to which a larger gradient is scaled down; None,
-          the default, clips nothing.
+          the default, clips nothing. Parameters that the optimizer never moves do not count in it.
         - `metrics`: `metrics(output, microbatch)` returns a dict of further `(sum, weight)` pairs by name, whose means
           `evaluate` gives beside the loss; by default none.
         - `tied`: groups of leaf paths such as `("layers/0/embedding", "layers/5/kernel")`, each one parameter of which

@@ -12,7 +12,7 @@ import optax
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.compiler.digest import digest
 from meshpipe.optimizer.parameters import StageParameters
-from meshpipe.optimizer.separable import call_of_optimizer, describe_updates, kinds_of_updates
+from meshpipe.optimizer.separable import call_of_optimizer, describe_updates, kinds_and_frozen
 from meshpipe.optimizer.state import state_shapes
 from meshpipe.pipeline.transfer import transfer_between
 from meshpipe.processes.agreement import HASH
@@ -38,7 +38,8 @@ class Scalars(NamedTuple):
 class Optimizer:
     """Updates every stage's parameters on their own devices, from the gradients of the summed loss.
 
-    The loss is normalised once, by the weight of the whole batch; the global norm counts every parameter once. A step
+    The loss is normalised once, by the weight of the whole batch; the global norm counts every parameter once,
+    but none that the transformation keeps frozen. A step
     whose loss or gradients are not finite leaves parameters, optimizer and state as they were, and so do all steps
     after it until `reset`. A step whose weight is 0 has no mean, and leaves them as they were too, but does not affect
     later steps. `name` is the prefix of the names of its transfers.
@@ -53,7 +54,7 @@ class Optimizer:
         clip_norm: float | None = None,
         name: str = "optimizer",
     ):
-        self._kinds = kinds_of_updates(transformation, [stage.owned for stage in stages])
+        self._kinds, self._frozen = kinds_and_frozen(transformation, [stage.owned for stage in stages])
         self._transformation = transformation
         self._stages = stages
         self._clip_norm = clip_norm
@@ -190,7 +191,8 @@ class Optimizer:
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
         borrowed = tuple(path in stage.borrowed for path in stage.params)
         alone = index if self._kinds[index] is None else None
-        return self._kinds[index], alone, shapes, borrowed, len(stage.params), len(stage.changing)
+        counted = self._counted(stage)
+        return self._kinds[index], alone, shapes, borrowed, counted, len(stage.params), len(stage.changing)
 
     def update(
         self,
@@ -242,8 +244,12 @@ class Optimizer:
         self.finite = {i: r[3] for i, r in results.items()}
         return new_params, new_states, new_state, Scalars(loss, norm, self.good, applied)
 
+    def _counted(self, stage: StageParameters) -> tuple[bool, ...]:
+        """Which gradients of a stage count in the global norm."""
+        return tuple(path not in stage.borrowed and path not in self._frozen for path in stage.params)
+
     def _sum_of_squares(self, stage: StageParameters) -> Callable[[Arrays, Arrays], jax.Array]:
-        counted = [path not in stage.borrowed for path in stage.params]
+        counted = self._counted(stage)
 
         def sum_of_squares(gradients: Arrays, below: Arrays) -> jax.Array:
             squares = (_square(g) for g, c in zip(gradients, counted, strict=True) if c)

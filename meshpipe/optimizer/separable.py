@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,8 +17,19 @@ from meshpipe.optimizer.parameters import ShapesByPath
 from meshpipe.processes.agreement import HASH
 from meshpipe.stage.jaxpr import MissingInputError, extract, inline, variables
 
+_Source = TypeVar("_Source", bound=Hashable)
 _NUMBER = re.compile(r"(?<![\w.])(-?\d+\.\d*(?:e[+-]?\d+)?)(?=:f)")
 """A constant in a printed program."""
+
+
+def kinds_and_frozen(
+    transformation: optax.GradientTransformation, stages: Sequence[ShapesByPath]
+) -> tuple[list[Hashable], frozenset[str]]:
+    """What `kinds_of_updates` returns, and the paths of parameters whose gradient reaches no update, now or later, as
+    those that `optax.set_to_zero` gets.
+    """
+    start, state, update, shapes = _trace(transformation, stages)
+    return _kinds(start, state, update, shapes, stages), _frozen(update, state, stages)
 
 
 def kinds_of_updates(transformation: optax.GradientTransformation, stages: Sequence[ShapesByPath]) -> list[Hashable]:
@@ -29,13 +40,44 @@ def kinds_of_updates(transformation: optax.GradientTransformation, stages: Seque
     whole model are compared. Raises `ValueError` when the update of a stage needs random numbers, or the gradients of
     another stage, which are on other devices.
     """
-    if len(stages) < 2:
-        return [None] * len(stages)
-    params = {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
+    return _kinds(*_trace(transformation, stages), stages)
+
+
+def _trace(
+    transformation: optax.GradientTransformation, stages: Sequence[ShapesByPath]
+) -> tuple[ClosedJaxpr, Any, ClosedJaxpr, Any]:
+    """Optax on the whole model: its start, the state's shapes, its update, and what that returns."""
+    params = _shapes(stages)
     with start_of_optimizer(params):
         start, state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
     with call_of_optimizer():
         update, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
+    return start, state, update, shapes
+
+
+def _shapes(stages: Sequence[ShapesByPath]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
+
+
+def _frozen(update: ClosedJaxpr, state: Any, stages: Sequence[ShapesByPath]) -> frozenset[str]:
+    paths = sorted(_shapes(stages))  # the order of a dict's leaves
+    own: list[frozenset[str]] = [frozenset((path,)) for path in paths]
+    kept: list[frozenset[str]] = [frozenset()] * len(jax.tree.leaves(state))
+    while True:
+        reached = _dependencies(update.jaxpr, [*own, *kept, *([frozenset()] * len(paths))])
+        updates, after = reached[: len(paths)], reached[len(paths) :]
+        more = [before | now for before, now in zip(kept, after, strict=True)]
+        if more == kept:
+            return frozenset(paths).difference(*updates)
+        kept = more
+
+
+def _kinds(
+    start: ClosedJaxpr, state: Any, update: ClosedJaxpr, shapes: Any, stages: Sequence[ShapesByPath]
+) -> list[Hashable]:
+    if len(stages) < 2:
+        return [None] * len(stages)
+    params = _shapes(stages)
     _check_separable(update, shapes, stages, params, state)
     places = [{path: number for number, path in enumerate(stage)} for stage in stages]
     starts = _parts_of_stages(inline(start), (params,), state, places)
@@ -172,12 +214,12 @@ def _check_separable(
             )
 
 
-def _dependencies(jaxpr: Any, inputs: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+def _dependencies(jaxpr: Any, inputs: Sequence[frozenset[_Source]]) -> list[frozenset[_Source]]:
     """For each output of a traced program, the union of the sources of the inputs that it depends on."""
     known = dict(zip(jaxpr.invars, inputs, strict=True))
-    nothing: frozenset[int] = frozenset()
+    nothing: frozenset[_Source] = frozenset()
 
-    def of(atom: Any) -> frozenset[int]:
+    def of(atom: Any) -> frozenset[_Source]:
         return nothing if hasattr(atom, "val") else known.get(atom, nothing)
 
     for equation in jaxpr.eqns:

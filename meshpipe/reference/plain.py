@@ -1,6 +1,6 @@
 """Training on one device, without stages, schedules or microbatch programs: what the pipeline must equal."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import Var
 
 Leaves = dict[str, jax.Array]
 """Arrays by name. A leaf has the name that it has in the layers, e.g. `layers/3/kernel`."""
@@ -54,7 +55,7 @@ class Gradients:
 
     loss: float
     norm: float
-    """Of the gradient before clipping."""
+    """Of the gradient before clipping, without that of parameters that the optimizer never moves."""
     gradients: dict[str, np.ndarray]
     """Of the mean loss, after clipping."""
     written: Leaves
@@ -84,6 +85,7 @@ class PlainTraining:
         self._model, self._loss, self._optimizer, self._clip_norm = model, loss, optimizer, clip_norm
         self.device = jax.devices()[0]
         self._seed = jax.random.key_data(jax.random.key(seed))
+        self._frozen_names: set[str] | None = None
         self._split = num_microbatches if model.splits else 1
 
     def gradients(self, values: Values, batch: Batch, step: int) -> Gradients:
@@ -103,7 +105,8 @@ class PlainTraining:
             state = {name: after.get(name, leaf) for name, leaf in state.items()}
         total, weight = np.sum(np.asarray(sums, np.float64), axis=0)
         mean = {name: np.asarray(wide(g) / float(weight or 1)) for name, g in (gradients or {}).items()}
-        norm = float(np.sqrt(sum(np.sum(np.square(np.abs(g), dtype=np.float64)) for g in mean.values())))
+        counted = [g for name, g in mean.items() if name not in self._frozen(values, mean)]
+        norm = float(np.sqrt(sum(np.sum(np.square(np.abs(g), dtype=np.float64)) for g in counted)))
         if self._clip_norm is not None and norm > self._clip_norm:
             mean = {name: np.asarray(g * float(self._clip_norm / norm)) for name, g in mean.items()}
         if not weight:
@@ -116,6 +119,22 @@ class PlainTraining:
         moved = jax.device_put({name: np.asarray(g) for name, g in gradients.items()}, self.device)
         new, opt_state = self._update(params, values.opt_state, moved)
         return Values({**values.params, **new}, values.state, opt_state)
+
+    def _frozen(self, values: Values, gradients: Mapping[str, Any]) -> set[str]:
+        """The parameters whose gradients the optimizer ignores for good, which do not count in the norm."""
+        if self._frozen_names is None:
+            params = {name: values.params[name] for name in gradients}
+            update = jax.make_jaxpr(self._optimizer.update)(params, values.opt_state, params).jaxpr
+            names, kept = sorted(params), len(jax.tree.leaves(values.opt_state))
+            wanted = [True] * len(names) + [False] * kept
+            while True:
+                used = _used(update, wanted)
+                more = [True] * len(names) + used[len(names) : len(names) + kept]
+                if more == wanted:
+                    break
+                wanted = more
+            self._frozen_names = {name for name, is_used in zip(names, used, strict=False) if not is_used}
+        return self._frozen_names
 
     @cached_property
     def _sum_and_gradient(self) -> Any:
@@ -135,6 +154,23 @@ class PlainTraining:
             return optax.apply_updates(params, updates), opt_state
 
         return jax.jit(update)
+
+
+def _used(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
+    """Which inputs of a traced function the wanted outputs need."""
+    needed = {v for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted and isinstance(v, Var)}
+    for equation in reversed(jaxpr.eqns):
+        outputs = [v in needed for v in equation.outvars]
+        if not any(outputs):
+            continue
+        used = [True] * len(equation.invars)
+        if equation.primitive.name in ("jit", "pjit"):
+            used = _used(equation.params["jaxpr"].jaxpr, outputs)
+        elif equation.primitive.name == "cond":
+            branches = [_used(branch.jaxpr, outputs) for branch in equation.params["branches"]]
+            used = [True, *map(any, zip(*branches, strict=True))]
+        needed.update(v for v, is_used in zip(equation.invars, used, strict=True) if is_used and isinstance(v, Var))
+    return [v in needed for v in jaxpr.invars]
 
 
 def wide(leaf: Any) -> np.ndarray:

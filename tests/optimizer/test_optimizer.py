@@ -111,6 +111,35 @@ def test_clipping_counts_every_stage_once():
     assert_close(found, expected(wanted))
 
 
+FREEZE = {path: "freeze" if path.endswith("kernel") else "train" for path in VALUES}
+
+
+def frozen(inner):
+    return optax.multi_transform({"train": inner, "freeze": optax.set_to_zero()}, lambda p: {k: FREEZE[k] for k in p})
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        frozen(optax.adam(0.1)),
+        optax.chain(optax.adam(0.1), optax.masked(optax.set_to_zero(), lambda p: {k: k.endswith("kernel") for k in p})),
+        optax.MultiSteps(frozen(optax.sgd(0.1)), every_k_schedule=2).gradient_transformation(),
+    ],
+    ids=["multi_transform", "masked", "MultiSteps"],
+)
+def test_the_norm_counts_no_parameter_that_is_never_moved(transformation):
+    """Clipping by it is then that of the trained parameters alone."""
+    wanted = [float(optax.tree.norm({k: v for k, v in g.items() if FREEZE[k] == "train"})) for g in GRADIENTS]
+    _, scalars = run(transformation)
+    np.testing.assert_allclose([norm for _, norm, _ in scalars], wanted, rtol=1e-6)
+
+
+def test_clipping_counts_trained_parameters_alone():
+    found, _ = run(frozen(optax.sgd(1.0, momentum=0.9)), clip_norm=0.5)
+    clipped = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0, momentum=0.9))
+    assert_close(found, expected(frozen(clipped)))
+
+
 def test_clipping_leaves_small_gradients_alone():
     found, _ = run(optax.sgd(1.0), clip_norm=100.0)
     assert_close(found, expected(optax.sgd(1.0)))

@@ -58,6 +58,18 @@ def test_rounding_that_adam_makes_large_is_not_a_difference():
     assert "layers/1/linear/bias" in judged
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_is_frozen_counts_in_neither_norm(every):
+    """Both sides clip by the norm of the trained parameters alone."""
+
+    def labels(params):
+        return {path: "freeze" if "linear" in path else "train" for path in params}
+
+    frozen = optax.multi_transform({"train": optax.sgd(1e-2), "freeze": optax.set_to_zero()}, labels)
+    found = report(optax.MultiSteps(frozen, every).gradient_transformation(), clip_norm=0.1)
+    assert found.ok, found.first
+
+
 @pytest.mark.parametrize("optimizer", [optax.adam(1e-2), optax.sgd(1e-6)], ids=["adam", "tiny steps"])
 def test_a_lost_update_is_found(monkeypatch, optimizer):
     step = Trainer.step
