@@ -66,6 +66,7 @@ def test_updates_with_weight_0_are_left_out(folder: Path, capsys: pytest.Capture
     assert Checkpointer("ck").metadata(8)["left_out"] == 6
 
 
+@pytest.mark.slow
 def test_some_non_finite_batches_may_be_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One point in 64 is not finite, so one batch in each epoch of four is not."""
     command = f"train {TINY}:pipeline --eval-batches 0 --data.count 64 --data.poisoned 3"

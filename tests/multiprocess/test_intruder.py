@@ -111,6 +111,7 @@ def test_nobody_waits_for_a_key_that_was_deleted(tmp_path: Path) -> None:
         assert "heard" not in log, ended
 
 
+@pytest.mark.slow
 @needs_proc
 def test_idle_connections_and_foreign_keys_change_nothing(tmp_path: Path) -> None:
     """Idle connections, garbage, and the four zero bytes at which JAX's own server would abort."""

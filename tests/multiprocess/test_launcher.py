@@ -34,7 +34,7 @@ def processes_of(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("number", "code"),
     [
-        (signal.SIGKILL, -signal.SIGKILL),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
         pytest.param(signal.SIGQUIT, 131, marks=pytest.mark.slow),
     ],

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from processes import Ended, run_processes
 
 SCRIPT = str(Path(__file__).parent / "ready_made.py")
@@ -16,6 +17,7 @@ def results(ended: Ended) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
+@pytest.mark.slow
 def test_layers_that_share_a_variable_train_as_in_one_process(tmp_path: Path) -> None:
     (alone,) = results(run_processes(1, [SCRIPT], tmp_path))
     together = results(run_processes(2, [SCRIPT], tmp_path))
