@@ -1,6 +1,8 @@
 """Eight virtual CPU devices for every test, taken before JAX starts, and the types and shapes of calls checked."""
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +29,14 @@ install_import_hook(
 )
 
 STARTED = time.monotonic()
+
+# Processes that tests start are to hear signals, also where whoever started the tests ignores them (nohup, a shell's &).
+if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
