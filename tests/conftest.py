@@ -30,7 +30,8 @@ install_import_hook(
 
 STARTED = time.monotonic()
 
-# Processes that tests start are to hear signals, also where whoever started the tests ignores them (nohup, a shell's &).
+# Processes that tests start must hear signals, even where the tests were started by nohup or in the background of a
+# shell script, which ignore them.
 if threading.current_thread() is threading.main_thread():
     for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         if signal.getsignal(number) is signal.SIG_IGN:
