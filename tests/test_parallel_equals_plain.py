@@ -122,7 +122,7 @@ def assert_close(found, expected):
     ("model", "schedule", "remat", "mesh", "num_microbatches"),
     [
         (text_model, "1f1b", "none", (4, 1, 1), 8),
-        (text_model, "gpipe", "full", (2, 2, 2), 4),
+        pytest.param(text_model, "gpipe", "full", (2, 2, 2), 4, marks=pytest.mark.slow),
         (text_model, "1f1b", "full", (1, 2, 1), 1),
         (language_model, "1f1b", "none", (2, 2, 1), 8),
         (language_model, "gpipe", "none", (1, 1, 2), 2),
@@ -131,7 +131,7 @@ def assert_close(found, expected):
         (small, "1f1b", "full", (2, 1, 2), 4),
         (small, "gpipe", "none", (4, 2, 1), 2),  # fewer microbatches than stages
         (small, "zb-h1", "none", (4, 1, 1), 4),
-        (tied_language_model, "zb-h1", "full", (2, 1, 1), 4),
+        pytest.param(tied_language_model, "zb-h1", "full", (2, 1, 1), 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches):
@@ -141,9 +141,9 @@ def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches)
 @pytest.mark.parametrize(
     ("model", "remat", "mesh", "num_microbatches"),
     [
-        (text_model, "none", (1, 2, 1), 4),
+        pytest.param(text_model, "none", (1, 2, 1), 4, marks=pytest.mark.slow),
         (tied_language_model, "none", (2, 1, 1), 4),
-        (language_model, "dots_saveable", (2, 1, 1), 2),
+        pytest.param(language_model, "dots_saveable", (2, 1, 1), 2, marks=pytest.mark.slow),
         (small, "full", (2, 2, 1), 4),
     ],
 )

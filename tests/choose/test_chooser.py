@@ -112,6 +112,7 @@ def test_auto_takes_the_stages_that_it_is_given() -> None:
     assert chosen(schedule="auto", partition="0,2,4,6").cuts == (range(2), range(2, 4), range(4, 6), range(6, 8))
 
 
+@pytest.mark.slow
 def test_auto_takes_fewer_stages_where_more_hardly_pay() -> None:
     """Rank 1 waits for two layers or for one; each rank has 240 to compute, forward and both parts of backward."""
     equal = ModelCosts((replace(layer(1.0), transfer=0.0),) * 8, Setting(2, 1, 1, "none"), "cpu", 1.5)

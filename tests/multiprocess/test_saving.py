@@ -85,6 +85,7 @@ def train(folder: Path, processes: int, *flags: str) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
 
 
+@pytest.mark.slow
 def test_saved_by_two_processes_and_resumed_by_one(tmp_path: Path) -> None:
     together = train(tmp_path, 2, "--steps", "4", "--checkpoint-every", "2")
     assert verify_checkpoint(tmp_path / "run", 2) == []

@@ -36,7 +36,7 @@ def collectives(program):
     return len(re.findall(rf" ({COLLECTIVES})(-start)?\(", program.as_text()))
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("rules", PRESETS.values(), ids=PRESETS)
 def test_the_data_axis_communicates_once_per_step(tensor, rules):
     """The data axis adds no collective to those of the tensor axis, also where it splits parameters."""
