@@ -105,7 +105,8 @@ class PlainTraining:
             state = {name: after.get(name, leaf) for name, leaf in state.items()}
         total, weight = np.sum(np.asarray(sums, np.float64), axis=0)
         mean = {name: np.asarray(wide(g) / float(weight or 1)) for name, g in (gradients or {}).items()}
-        counted = [g for name, g in mean.items() if name not in self._frozen(values, mean)]
+        frozen = self._frozen(values, mean)
+        counted = [g for name, g in mean.items() if name not in frozen]
         norm = float(np.sqrt(sum(np.sum(np.square(np.abs(g), dtype=np.float64)) for g in counted)))
         if self._clip_norm is not None and norm > self._clip_norm:
             mean = {name: np.asarray(g * float(self._clip_norm / norm)) for name, g in mean.items()}
@@ -123,7 +124,8 @@ class PlainTraining:
     def _frozen(self, values: Values, gradients: Mapping[str, Any]) -> set[str]:
         """The parameters whose gradients the optimizer ignores for good, which do not count in the norm."""
         if self._frozen_names is None:
-            params = {name: values.params[name] for name in gradients}
+            # The optimizer knows no parameter that only the uncut model has.
+            params = {name: values.params[name] for name in gradients if name not in self._model.kept}
             update = jax.make_jaxpr(self._optimizer.update)(params, values.opt_state, params).jaxpr
             names, kept = sorted(params), len(jax.tree.leaves(values.opt_state))
             wanted = [True] * len(names) + [False] * kept
