@@ -143,7 +143,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         r"A loss must return two scalars.* Got float32\[\]. W",
     ),
     "loss of arrays": (lambda: train(loss=lambda o, b: (o, o.size)), r"A loss must return two scalars"),
-    "complex loss": (lambda: train(loss=lambda o, b: ((o * 1j).sum(), 1)), r"A loss must return two scalars"),
+    "complex loss": (lambda: train(loss=lambda o, b: ((o * 1j).sum(), 1)), r"A loss and its weight must be real"),
     "loss of one argument": (
         lambda: train(loss=lambda o: o),
         r"TypeError.*\nThis comes from the loss, called with the ou",

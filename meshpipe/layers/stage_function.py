@@ -66,7 +66,7 @@ def streams_of(layers: Sequence[Layer]) -> list[str]:
 def _loss(loss: Loss, value: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
     with call_of_loss("loss", value, batch):
         result = loss(value, batch)
-    if not _is_sum_and_weight(result):
+    if not _is_pair_of_scalars(result):
         raise ValueError(
             "A loss must return two scalars: the sum of the losses over the microbatch, and their weight (how many "
             f"there are). Got {spell(result)}. Write e.g. `return losses.sum(), losses.size`."
@@ -99,10 +99,12 @@ def _is_named_mean(item: tuple[Any, Any]) -> bool:
 
 
 def _is_sum_and_weight(result: Any) -> bool:
+    return _is_pair_of_scalars(result) and not any(jnp.iscomplexobj(v) for v in result)
+
+
+def _is_pair_of_scalars(result: Any) -> bool:
     return (
-        isinstance(result, tuple | list)
-        and len(result) == 2
-        and all(_is_array(v) and not np.shape(v) and not jnp.iscomplexobj(v) for v in result)
+        isinstance(result, tuple | list) and len(result) == 2 and all(_is_array(v) and not np.shape(v) for v in result)
     )
 
 

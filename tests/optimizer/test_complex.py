@@ -65,5 +65,5 @@ def test_a_complex_loss_is_refused() -> None:
     def complex_loss(output: jax.Array, batch: Any) -> Any:
         return jnp.fft.fft(output).sum(), output.size
 
-    with pytest.raises(ValueError, match=r"A loss must return two scalars.* Got \(complex64"):
+    with pytest.raises(ValueError, match=r"A loss and its weight must be real\. Got"):
         Trainer([Fourier], complex_loss, optax.sgd(0.1), batch=BATCH, mesh=make_mesh(1))
