@@ -12,6 +12,7 @@ from meshpipe.layers.initialise import initialise
 from meshpipe.layers.layer import abstract_layers
 from meshpipe.mesh import submeshes
 from meshpipe.sharding import ShardingRules
+from meshpipe.stage.target import CPU
 
 ROWS = small_model.batches(3)
 
@@ -63,7 +64,7 @@ def test_initial_parameters_depend_on_seed_and_path_alone(sizes):
     def made(sizes, seed):
         ranks = submeshes(make_mesh(*sizes))
         places = [(layer, ranks[index % len(ranks)]) for index, layer in enumerate(layers)]
-        return jax.device_get(initialise(places, ShardingRules(), seed))
+        return jax.device_get(initialise(places, ShardingRules(), seed, CPU))
 
     plain, laid_out, other = made((1, 1, 1), 0), made(sizes, 0), made(sizes, 1)
     same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), plain, laid_out)

@@ -33,15 +33,19 @@ def placed(layer: Layer, mesh: Mesh, rules: ShardingRules) -> tuple[Placed, Plac
 
 
 def initialise(
-    layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, seed: int, compiler: Compiler | None = None
+    layers: Sequence[tuple[Layer, Mesh]],
+    rules: ShardingRules,
+    seed: int,
+    target: Target,
+    compiler: Compiler | None = None,
 ) -> list[tuple[Leaves, Leaves]]:
     """Parameters and state of every layer on its submesh.
 
-    What a constructor makes depends on `seed` and the layer's path alone. The values of a ready-made module are copied.
-    Layers that differ only in their path share one program. It runs on the submesh of the first of them, since loading
-    it for another submesh takes longer than drawing the numbers; a layer stays there only until it has been moved.
+    The values that a constructor draws depend only on `seed` and the path of the layer. Those of a ready-made module
+    are copied. Layers that differ only in their path share one program. It runs on the submesh of the first such layer,
+    and the values are then moved to their own submesh: loading the program there would take longer than drawing them.
     """
-    programs = _programs(layers, rules, compiler or Compiler())
+    programs = _programs(layers, rules, target, compiler or Compiler())
     results: list[tuple[Leaves, Leaves]] = []
     for (layer, mesh), found in zip(layers, programs, strict=True):
         params, state = placed(layer, mesh, rules)
@@ -62,7 +66,7 @@ def initialise(
 
 
 def _programs(
-    layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, compiler: Compiler
+    layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, target: Target, compiler: Compiler
 ) -> list[tuple[Any, Mesh] | None]:
     """For every layer with a constructor, the program that runs it, and its submesh; None for ready-made layers."""
     lowered: dict[Hashable, tuple[jax.stages.Lowered, Mesh]] = {}
@@ -74,7 +78,8 @@ def _programs(
         if layer.values is None and kinds[-1] not in lowered:
             lowered[kinds[-1]] = _lower(layer, mesh, rules), mesh
     with ThreadPoolExecutor() as pool:
-        compiled = pool.map(lambda first: _compile(compiler, *first), lowered.values())
+        options = target.initialise_options
+        compiled = pool.map(lambda first: compiler.compile(*first, options), lowered.values())
         programs = {kind: (program, lowered[kind][1]) for kind, program in zip(lowered, compiled, strict=True)}
     return [programs.get(kind) for kind in kinds]
 
@@ -95,10 +100,6 @@ def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered
     seed = abstract(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, everywhere)
     with jax.set_mesh(mesh):
         return jax.jit(build, out_shardings=shardings).lower(seed, abstract((), jnp.uint32, everywhere))
-
-
-def _compile(compiler: Compiler, lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
-    return compiler.compile(lowered, mesh, Target.of(mesh).initialise_options)
 
 
 def _copy(values: Leaves, shapes: Placed) -> Leaves:

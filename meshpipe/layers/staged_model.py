@@ -62,8 +62,8 @@ class Choice:
 class StagedModel:
     """What a step computes: the stages, their compiled programs and the executor. It holds no training state.
 
-    `choice` has the plan and the cut, which `meshpipe.choose` makes; `target` what the programs are written for, which
-    is the platform of the mesh if it is None.
+    `choice` holds the plan and the cut, which `meshpipe.choose` makes. `target` is the platform for which the programs
+    are written; None is the platform of the mesh.
     """
 
     def __init__(self, task: Task, *, mesh: Mesh, config: PipelineConfig, choice: Choice, target: Target | None = None):
@@ -73,17 +73,17 @@ class StagedModel:
         self.microbatches = Microbatches(task.batch, task.input, config.num_microbatches, mesh)
         self.layers = abstract_layers(task.layers, self.microbatches.shapes)
         self.tied = merge_groups(task.tied, shared_parameters(self.layers))
-        """Groups of leaves that are one parameter: those that were named, and those that are one `nnx.Variable`."""
+        """Groups of leaves that are one parameter: the groups that the task names, and leaves of one `nnx.Variable`."""
         ranks = submeshes(mesh)
         self.rules.check((n for layer in self.layers for names in layer.axes.values() for n in names), ranks[0])
         self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
         self.remat = config.remat_of_stages(self.plan.num_stages)
-        """The rematerialisation of every stage; None where it is yet to be chosen, as `choose_remat` does."""
+        """The rematerialisation of every stage; None until `choose_remat` has chosen it."""
         self._cache: CompileCache | None = None
         self._evaluation_traced: dict[int, TracedStage] | None = None
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.local = tuple(s for s, submesh in enumerate(self._meshes) if is_local(submesh))
-        """Stages of which this process has devices; the others are known by their shapes alone."""
+        """Stages on devices of this process. Of the others, only shapes are known."""
         self.parameters = [self._parameters(s, borrowed(self.tied)) for s in range(self.plan.num_stages)]
         self._gathered = [self._gathered_leaves(s) for s in range(self.plan.num_stages)]
         if self.rules.gathered and self._splits_data and not any(self._gathered):
@@ -99,14 +99,14 @@ class StagedModel:
         return self.mesh.shape.get(DATA, 1) > 1
 
     def release(self) -> None:
-        """Lets go of modules that were given ready-made, and of the example batch, once all is set up."""
+        """Drops the references to ready-made modules and to the example batch, which are not needed after set-up."""
         self.task = replace(self.task, layers=(), batch=self.microbatches.shapes)
         for layer in self.layers:
             layer.origin.release()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the model does because of how its layers are written, a sentence each."""
+        """Effects of how the layers are written, one sentence each."""
         named = {frozenset(group) for group in self.task.tied}
         return notes_on(self.layers, [g for g in shared_parameters(self.layers) if frozenset(g) not in named])
 
@@ -126,9 +126,9 @@ class StagedModel:
         return lower(self.plan, reduces=self._splits_data)
 
     def trace(self, remat: Sequence[str] | None = None) -> list[TracedStage]:
-        """Every stage traced for training, without compiling or allocating: the shapes of all that a step keeps.
+        """Traces every stage for training; compiles and allocates nothing. The result has the shapes that a step keeps.
 
-        `remat` has other names for the stages than those of the model.
+        `remat` names the rematerialisation of every stage, in place of the model's.
         """
         names = self.remat if remat is None else remat
         assert names is not None, "remat is to be chosen first"
@@ -138,8 +138,9 @@ class StagedModel:
     def compile(
         self, also: Sequence[Callable[[], None]] = (), compiler: Compiler | None = None, name: str = "model"
     ) -> None:
-        """Traces the local stages one after the other, then compiles them, and `also`, in threads, where XLA runs at
-        once. `name` begins the names of its transfers; no other model has it.
+        """Traces the local stages in turn, then compiles them in threads, beside the functions `also`.
+
+        `name` must be unique among the models of this process; the names of its transfers begin with it.
         """
         self._name = name
         assert self.remat is not None, "remat is to be chosen first"
@@ -156,17 +157,18 @@ class StagedModel:
         self.executor = Executor(f"{name}/train", self.program, self._meshes, self.traced, self.programs)
 
     def _check_metrics(self) -> None:
-        """Raises what metrics, or layers in evaluation mode, would raise at the first evaluation, after hours of work.
+        """Raises now what the metrics, or layers in evaluation mode, would raise at the first evaluation.
 
-        The stages are traced forward for their shapes alone, where the last one is local.
+        Where the last stage is local, all stages are traced forward, for their shapes only.
         """
         if self.task.metrics is not None and self.plan.num_stages - 1 in self.local:
             self._trace((), remat=("none",) * self.plan.num_stages, train=False, names=[])
 
     @cached_property
     def evaluation(self) -> tuple[Executor, tuple[str, ...]]:
-        """A forward-only executor, compiled at its first use, and the names of the means that it sums up, which are
-        known where the last stage is local.
+        """A forward-only executor, compiled when first used, and the names of its means.
+
+        The names are known only where the last stage is local.
         """
         plan = forwards_of(self.plan)
         names: list[str] = []
@@ -182,7 +184,7 @@ class StagedModel:
         return {s: place(data, replicated(self._meshes[s])) for s in self.local}
 
     def inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array], step: int) -> dict[int, Any]:
-        """What every local stage reads of a global batch, split into microbatches on its submesh."""
+        """The fields of a global batch that each local stage reads, split into microbatches on its submesh."""
         return self.microbatches.place(self.traced, batch, step, seed, self._path_hashes)
 
     def evaluation_inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array]) -> dict[int, Any]:
@@ -192,7 +194,7 @@ class StagedModel:
         return self.microbatches.place(self._evaluation_traced, batch, 0, seed, self._path_hashes)
 
     def rows_read(self, *, evaluation: bool = False) -> np.ndarray:
-        """Which rows of a global batch the local stages read, in training or in evaluation."""
+        """Which rows of a global batch the local stages read."""
         traced = self._evaluation_traced if evaluation else self.traced
         assert traced is not None, "compile first"
         return self.microbatches.rows_read(traced)
@@ -200,8 +202,8 @@ class StagedModel:
     def _trace(
         self, wanted: Collection[int], *, remat: Sequence[str], train: bool, names: list[str] | None = None
     ) -> dict[int, TracedStage]:
-        """The wanted stages traced; of others, up to the last wanted one or all if none is, only the shapes of what
-        they hand on are found out.
+        """Traces the wanted stages. Of the other stages before the last wanted one (or of all, if none is wanted), it
+        finds only the shapes of their outputs.
         """
         last = max(wanted, default=self.plan.num_stages - 1)
         fields = self.microbatches.fields
@@ -251,14 +253,14 @@ class StagedModel:
 
     @cached_property
     def _path_hashes(self) -> dict[int, jax.Array]:
-        """On the submesh of every stage with random streams, what tells its draws from those of other stages."""
+        """For every stage with random streams, the hashes on its submesh that make its draws differ from other stages'."""
         hashes = {s: [path_hash(path) for path in self._streams(s)] for s in self.local}
         return {
             s: place(np.array(found, np.uint32), replicated(self._meshes[s])) for s, found in hashes.items() if found
         }
 
     def _kind(self, spec: StageSpec, boundary: Boundary | None, remat: str) -> Hashable:
-        """Equal for stages that one trace serves, among those of one call of `_trace`; their paths may differ."""
+        """A key that is equal for the stages of one `_trace` call that can share a trace; their paths may differ."""
         kinds = tuple(self.layers[i].kind for i in self.cuts[spec.index])
         leaves = [*spec.params.values(), *spec.state.values()]
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
@@ -275,7 +277,7 @@ class StagedModel:
         return StageParameters(self._meshes[stage], params, state, borrowed_leaves.intersection(params))
 
     def _gathered_leaves(self, stage: int) -> frozenset[str]:
-        """The stage's parameters that are split over the data axis between steps alone."""
+        """The parameters of the stage that are split over the data axis only between steps."""
         if not self._splits_data:
             return frozenset()
         axes = {path: names for index in self.cuts[stage] for path, names in self.layers[index].axes.items()}

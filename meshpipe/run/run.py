@@ -19,11 +19,11 @@ from meshpipe.processes.guard import Guard
 from meshpipe.processes.progress import StopLimit
 from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
+from meshpipe.run.build import make_trainer, saved_shapes
 from meshpipe.run.loop import Loop, Outputs
 from meshpipe.run.metrics import MetricsFile
 from meshpipe.run.record import check_can_be_saved, checkpoint_metadata, run_layout
 from meshpipe.run.settings import describe_config, describe_source
-from meshpipe.run.setup import make_trainer, saved_shapes
 from meshpipe.run.start import Start, find_start
 from meshpipe.trainer import Trainer
 

@@ -1,7 +1,7 @@
-"""How programs are written for a platform: the one place where platforms differ.
+"""How programs are written for a platform.
 
-Every choice is between programs that compute the same values, by what XLA runs fastest. The measurements behind them
-are in docs/performance.md.
+The alternatives compute the same values; each choice is the one that XLA runs fastest there. docs/performance.md has
+the measurements.
 """
 
 from collections.abc import Callable, Mapping

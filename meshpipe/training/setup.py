@@ -114,7 +114,7 @@ def _compile(
         optimizers[0].compile(compiler)
 
     def make_parameters() -> None:
-        made.extend(initialise(model.layers_on_submeshes, model.rules, seed, compiler))
+        made.extend(initialise(model.layers_on_submeshes, model.rules, seed, model.target, compiler))
 
     try:
         model.compile([make_optimizer, make_parameters], compiler, name)

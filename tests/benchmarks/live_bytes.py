@@ -46,7 +46,7 @@ def measure_peaks(model: StagedModel, transformation: optax.GradientTransformati
     """
     live = LiveBytes()
     optimizer = Optimizer(transformation, model.parameters)
-    made = initialise(model.layers_on_submeshes, model.rules, seed=0)
+    made = initialise(model.layers_on_submeshes, model.rules, 0, model.target)
     params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
     state = {path: leaf for _, layer in made for path, leaf in layer.items()}
     del made

@@ -11,7 +11,7 @@ import pytest
 
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.cli import main
-from meshpipe.run.setup import make_trainer
+from meshpipe.run.build import make_trainer
 from tests import tiny_recipes
 
 TINY = f"train {Path(__file__).parents[1] / 'tiny_recipes.py'}:pipeline --eval-batches 0"

@@ -19,6 +19,7 @@ from meshpipe.layers.initialise import initialise, placed
 from meshpipe.layers.layer import LayerLike, abstract_layers
 from meshpipe.mesh import make_mesh, submeshes
 from meshpipe.sharding import ShardingRules
+from meshpipe.stage.target import CPU
 
 WIDTH = 8
 RULES = ShardingRules()
@@ -40,7 +41,7 @@ class Block(nnx.Module):
 
 def made(layers: list[LayerLike], meshes: list[Mesh], seed: int = 0) -> dict[str, jax.Array]:
     abstract = abstract_layers(layers, ("inputs",))
-    results = initialise(list(zip(abstract, meshes, strict=True)), RULES, seed)
+    results = initialise(list(zip(abstract, meshes, strict=True)), RULES, seed, CPU)
     return {path: leaf for pair in results for leaves in pair for path, leaf in leaves.items()}
 
 

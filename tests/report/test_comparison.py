@@ -6,7 +6,7 @@ import tiny_recipes
 
 from meshpipe.plan.schedules import SCHEDULES
 from meshpipe.report.comparison import compare_schedules
-from meshpipe.run.setup import make_chooser
+from meshpipe.run.build import make_chooser
 
 
 def test_every_schedule_is_there_with_its_bubble_or_its_reason() -> None:

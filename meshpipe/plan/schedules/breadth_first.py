@@ -9,13 +9,13 @@ from meshpipe.plan.schedules.registry import schedule
 
 @schedule("gpipe", stages_per_rank=(1, None))
 def gpipe(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
-    """All forwards, then all backwards: the fewest changes of direction and the most memory.
+    """All forwards, then all backwards. Simple, and the schedule that holds the most activations.
 
-    With several stages per rank, stage s is on rank s mod R and each stage runs all microbatches before the next
-    stage of the rank, breadth first. With R ranks, V stages per rank and M microbatches, the bubble fraction is
-    (R - 1) / (V M + R - 1) if M >= R, for forwards of equal cost and backwards of equal cost, and every rank holds up
-    to V M activations. With M < R, every rank idles for another (V - 1) (R - M) forwards and backwards. Backward takes
-    microbatches in ascending order too, which costs nothing and lets gradients accumulate as in the other schedules.
+    Stage s is on rank s mod R. A rank runs all microbatches of one stage before those of its next stage (breadth first).
+    With R ranks, V stages per rank and M microbatches, the bubble fraction is (R - 1) / (V M + R - 1) if M >= R, all
+    forwards cost the same and all backwards cost the same. Every rank holds up to V M activations. If M < R, every rank
+    idles for another (V - 1) (R - M) forwards and backwards. Backward also takes microbatches in ascending order, so
+    gradients accumulate in the same order as in the other schedules.
 
     Source: GPipe, arXiv 1811.06965, section 2.3; breadth first: arXiv 2211.05953, section 4.
     """
@@ -24,11 +24,11 @@ def gpipe(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Pl
 
 @schedule("looped-bfs", stages_per_rank=(2, None))
 def looped_bfs(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Plan:
-    """The order of `gpipe` around a loop of at least two stages per rank: a bubble V times shorter.
+    """The order of `gpipe` with at least two stages per rank, which makes the bubble V times shorter.
 
-    Time and memory are those of `gpipe`: a bubble fraction of (R - 1) / (V M + R - 1) if M >= R, and up to V M
-    activations on every rank. As each stage runs all its microbatches without a break, what concerns its parameters as
-    a whole (their gathering, the reduction of their gradients over data-parallel replicas) happens once per step.
+    As in `gpipe`, the bubble fraction is (R - 1) / (V M + R - 1) if M >= R, and every rank holds up to V M activations.
+    Each stage runs all its microbatches without a break. So its parameters are gathered once per step, and its gradients
+    are reduced over data-parallel replicas once per step.
 
     Source: Breadth-first pipeline parallelism, arXiv 2211.05953, section 4.
     """
@@ -37,7 +37,7 @@ def looped_bfs(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) 
 
 @schedule("inference", stages_per_rank=(1, None))
 def inference(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
-    """Forwards alone, with several stages per rank in the order of `gpipe`; holds no activations, and trains nothing.
+    """Only forwards, in the order of `gpipe`. It trains nothing and keeps no activations.
 
     The bubble fraction is that of `gpipe`.
     """
@@ -54,7 +54,7 @@ def inference(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -
 
 
 def forwards_of(plan: Plan) -> Plan:
-    """The forwards of a plan, in its order and on its ranks: evaluation for stages that are placed to be trained."""
+    """The forwards of a training plan, in its order and on its ranks, for evaluation."""
     return replace(
         plan,
         schedule="inference",

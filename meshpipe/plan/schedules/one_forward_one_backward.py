@@ -1,4 +1,4 @@
-"""Schedules that alternate forwards and backwards, so that memory depends on the depth and not on the microbatches."""
+"""Schedules that alternate forwards and backwards. Their memory depends on the number of stages, not of microbatches."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -10,10 +10,10 @@ from meshpipe.plan.schedules.registry import schedule
 
 @schedule("1f1b", stages_per_rank=(1, 1))
 def one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
-    """One forward, one backward in turn once the pipeline is full: the time of `gpipe` in the memory of its depth.
+    """One forward and one backward in turn once the pipeline is full. As fast as `gpipe`, with less memory.
 
-    One stage per rank. With S stages and M microbatches, the bubble fraction is (S - 1) / (M + S - 1) for stages of
-    equal cost, and stage s holds up to min(M, S - s) activations, whatever M is.
+    One stage per rank. With S stages of equal cost and M microbatches, the bubble fraction is (S - 1) / (M + S - 1).
+    Stage s holds up to min(M, S - s) activations, so memory does not grow with M.
 
     Source: PipeDream-Flush, arXiv 2006.09503, section 3; Megatron, arXiv 2104.04473, section 2.2.
     """
@@ -23,12 +23,12 @@ def one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1)
 
 @schedule("eager-1f1b", stages_per_rank=(1, 1))
 def eager_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
-    """`1f1b` with twice the forwards before the first backward, so that transfers pass while ranks compute.
+    """`1f1b` with twice as many forwards before the first backward, so that transfers overlap with computation.
 
-    One stage per rank. The bubble fraction is that of `1f1b`, (S - 1) / (M + S - 1), if transfers take no time. If each
-    takes C, every further microbatch takes `1f1b` another 2 C (S - 1) / S once the pipeline is full, and this schedule
-    nothing as long as 2 C is at most the time of a forward and a backward. Stage s holds up to min(M, 2 (S - s) - 1)
-    activations.
+    One stage per rank. If transfers take no time, the bubble fraction is that of `1f1b`, (S - 1) / (M + S - 1). If a
+    transfer takes C, each further microbatch costs `1f1b` another 2 C (S - 1) / S once the pipeline is full. It costs
+    this schedule nothing, as long as 2 C is at most the time of a forward and a backward. Stage s holds up to
+    min(M, 2 (S - s) - 1) activations.
 
     Source: arXiv 2211.05322, section 4; `OverlapFriendlyPipeDreamSchedule` of Alpa.
     """
@@ -38,13 +38,13 @@ def eager_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: in
 
 @schedule("interleaved-1f1b", stages_per_rank=(2, None))
 def interleaved_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Plan:
-    """`1f1b` around a loop of several stages per rank: a bubble V times shorter, for more activations and transfers.
+    """`1f1b` with V stages per rank: the bubble is V times shorter, with more activations and more transfers.
 
-    Stage s is on rank s mod R. Microbatches go in groups; a rank runs each of its V stages on one group before the
-    next. The source takes groups of R and so multiples of R; here M // R groups share any M >= R, the larger first.
-    With R ranks and M >= R microbatches the bubble fraction is (R - 1) / (V M + R - 1) for stages of equal cost; with
-    M < R, every rank idles for another (V - 1) (R - M) forwards and backwards. Rank r holds up to
-    min(V M, (V - 1) G + 2 (R - 1 - r) + 1) activations, where G is the size of the first group, R if R divides M.
+    Stage s is on rank s mod R. Microbatches are taken in groups, and a rank runs all its V stages on one group before the
+    next group. The source requires M to be a multiple of R, with groups of R. Here any M >= R is divided into M // R
+    groups, larger groups first. With R ranks, M >= R and stages of equal cost, the bubble fraction is
+    (R - 1) / (V M + R - 1). If M < R, every rank idles for another (V - 1) (R - M) forwards and backwards. Rank r holds
+    up to min(V M, (V - 1) G + 2 (R - 1 - r) + 1) activations, where G is the size of the first group.
 
     Source: Megatron, arXiv 2104.04473, section 2.2.
     """
@@ -55,7 +55,7 @@ def interleaved_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_ra
 
 
 def _alternate(name: str, groups: Sequence[range], stages_per_rank: int, warmups: Sequence[int]) -> Plan:
-    """Each rank does the forwards of its warm-up, then a forward and a backward in turn, then the backwards left."""
+    """Each rank runs the forwards of its warm-up, then forwards and backwards in turn, then the remaining backwards."""
     num_ranks = len(warmups)
     cells = [(turn, microbatch) for group in groups for turn in range(stages_per_rank) for microbatch in group]
     orders = []

@@ -1,4 +1,4 @@
-"""Puts together the order of one rank, each stage taking the microbatches in turn."""
+"""Builds the order of one rank. Each stage takes the microbatches in turn."""
 
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from meshpipe.plan.plan import Action, Op
 
 
 class Order:
-    """The actions of a rank, as many as have been added."""
+    """The actions of a rank, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._actions: list[Action] = []
@@ -26,44 +26,44 @@ class Order:
         self._backwards[stage] += 1
 
     def backward_input(self, stage: int) -> None:
-        """Adds the first part of backward on the next microbatch; the other part waits for `backward_weight`."""
+        """Adds the input part of the next backward; its weight part waits for `backward_weight`."""
         microbatch = self._backwards[stage]
         self._actions.append(Action(stage, Op.BACKWARD_INPUT, microbatch))
         self._waiting.setdefault(stage, deque()).append(microbatch)
         self._backwards[stage] += 1
 
     def backward_weight(self, stage: int) -> None:
-        """Adds the other part on the microbatch of the stage that has waited longest for it."""
+        """Adds the weight part that has waited longest."""
         self._actions.append(Action(stage, Op.BACKWARD_WEIGHT, self._waiting[stage].popleft()))
 
     def waiting(self, stage: int) -> int:
-        """How many microbatches of the stage wait for the other part of backward."""
+        """The number of microbatches of the stage whose weight part has not been added."""
         return len(self._waiting.get(stage, ()))
 
     def forwards(self, stage: int) -> int:
-        """How many microbatches have gone forward through the stage."""
+        """The number of forwards of the stage."""
         return self._forwards[stage]
 
     def backwards(self, stage: int) -> int:
-        """How many microbatches have gone back through the stage."""
+        """The number of backwards of the stage, whole or only their input part."""
         return self._backwards[stage]
 
     def up_to(self, num_microbatches: int) -> tuple[Action, ...]:
-        """The order without the microbatches from that number on: what is left needs nothing of what is left out."""
+        """The order without the microbatches from that number on, which no other microbatch depends on."""
         return tuple(action for action in self._actions if action.microbatch < num_microbatches)
 
 
 def loop(num_ranks: int, stages_per_rank: int) -> tuple[int, ...]:
-    """The ranks of stages dealt in turn: stage s on rank s mod R."""
+    """The rank of every stage: stage s is on rank s mod R."""
     return tuple(range(num_ranks)) * stages_per_rank
 
 
 def zigzag(num_ranks: int, stages_per_rank: int) -> tuple[int, ...]:
-    """The ranks of stages that go to the last rank, back to the first, and so on: with two per rank, a V."""
+    """The rank of every stage, from the first rank to the last, back again, and so on; two per rank make a V."""
     down = tuple(range(num_ranks))
     return tuple(rank for turn in range(stages_per_rank) for rank in (down[::-1] if turn % 2 else down))
 
 
 def sweep(op: Op, stages: Iterable[int], num_microbatches: int) -> tuple[Action, ...]:
-    """Every stage in turn, on all microbatches."""
+    """Each stage in turn runs all microbatches."""
     return tuple(Action(stage, op, microbatch) for stage in stages for microbatch in range(num_microbatches))

@@ -1,9 +1,9 @@
-"""Schedules that split backward in two: the gradient of the input, which others wait for, and those of the weights.
+"""Schedules that split backward into the gradient of the input, for which other ranks wait, and those of the weights.
 
-Their papers call these B and W; here they are I and W, and an activation counts as held from F until W. What I frees is
-not seen by that count; give `simulate` the bytes to see it. Of ranks that end one after the other as they have begun,
-the papers do not call the steps down at both ends a bubble, as the next step can fill them; `Timeline.period` counts
-like that, `Timeline.makespan` is the time of a step alone.
+The papers call the two parts B and W; here they are I and W. An activation counts as held from F until W, although I
+frees a part of it; pass bytes to `simulate` to count that too. The papers do not count the staggered start and end of
+the ranks as a bubble, because the next step can fill them. `Timeline.period` follows the papers; `Timeline.makespan` is
+the time of a step by itself.
 """
 
 from meshpipe.plan.plan import Plan
@@ -13,13 +13,12 @@ from meshpipe.plan.schedules.registry import schedule
 
 @schedule("zb-h1", stages_per_rank=(1, 1))
 def zb_h1(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
-    """`1f1b` with a third of its bubble in its memory: weights wait as long as memory that rank 0 needs anyhow allows.
+    """A third of the bubble of `1f1b` in the memory of its first rank: weight parts fill the idle time.
 
-    One stage per rank; on rank r, W follows I by r microbatches. With R ranks, M >= R microbatches and F, I and W the
-    times of the three parts, where W is the least, ranks idle for (R - 1) (F + I - W); that is a bubble fraction of
-    (R - 1) / (3 M + R - 1) if they are equal. With M < R it is another (R - M) W. Every rank holds up to min(M, R)
-    activations: rank 0 as many as in `1f1b`, the others up to that number, of which all but R - r have only what W
-    needs.
+    One stage per rank; on rank r, W follows I by r microbatches. Let F, I and W be the times of the three parts, with W
+    the shortest. With R ranks and M >= R microbatches, a rank idles for (R - 1) (F + I - W). If the three are equal, the
+    bubble fraction is (R - 1) / (3 M + R - 1). If M < R, a rank idles for another (R - M) W. Every rank holds up to
+    min(M, R) activations, as many as rank 0 of `1f1b`. On rank r, all but R - r of them hold only what W needs.
 
     Source: Zero Bubble, arXiv 2401.10241, section 2.1.
     """
@@ -29,13 +28,13 @@ def zb_h1(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Pl
 
 @schedule("zb-h2", stages_per_rank=(1, 1))
 def zb_h2(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
-    """No bubble between steps, in twice the memory: further forwards fill the time until the first backward arrives.
+    """No bubble between steps, in twice the memory: more forwards fill the time until the first backward arrives.
 
-    One stage per rank; on rank r, W follows I by 2 r microbatches. With R ranks, M >= 2 R - 1 microbatches and F, I and
-    W the times of the three parts, a step that follows another takes (R - 1) (F + I - 2 W) longer than its work, or
-    nothing if that is negative: nothing if the three are equal. With M fewer, and equal times, it is 2 R - 1 - M units.
-    A step alone has to wait (R - 1) F for the last rank to begin, and takes no less than `zb-h1` if the times are
-    equal. Every rank holds up to min(M, 2 R - 1) activations.
+    One stage per rank; on rank r, W follows I by 2 r microbatches. Let F, I and W be the times of the three parts. With R
+    ranks and M >= 2 R - 1 microbatches, a step that follows another idles for max(0, (R - 1) (F + I - 2 W)), which is 0
+    if the three are equal. With fewer microbatches and equal times, it idles for 2 R - 1 - M units. A step by itself
+    also waits (R - 1) F until the last rank begins; with equal times it is no shorter than one of `zb-h1`. Every rank
+    holds up to min(M, 2 R - 1) activations.
 
     Source: Zero Bubble, arXiv 2401.10241, section 2.2.
     """
@@ -45,16 +44,17 @@ def zb_h2(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Pl
 
 @schedule("zb-v", stages_per_rank=(2, 2))
 def zb_v(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Plan:
-    """No bubble between steps, in the memory of `1f1b`: stages go to the last rank and back, in the shape of a V.
+    """No bubble between steps, in the memory of `1f1b`: the stages run to the last rank and back, in the shape of a V.
 
-    Two stages per rank, r and 2 R - 1 - r on rank r, so that each has a stage whose activations live long and one whose
-    live shortly. With R ranks, M >= 2 R - 1 microbatches and F = I = W, a step that follows another takes as long as
-    its work; with M fewer, 2 (2 R - 1 - M) units longer. Other times leave a bubble that no formula gives; `auto` fits
-    the order to them. A step alone waits R - 1 units for the last rank to begin, half as long as in `zb-h1` as stages
-    are half as large. Rank r holds up to min(2 M, M + r + 1, 2 R) activations, each of half a rank's layers.
+    Two stages per rank: stages r and 2 R - 1 - r are on rank r. So every rank has one stage whose activations live long
+    and one whose activations live briefly. With R ranks, M >= 2 R - 1 microbatches and F = I = W, a step that follows
+    another has no idle time; with fewer microbatches it idles for 2 (2 R - 1 - M) units. No formula is known for unequal
+    times; the schedule `auto` fits the order to them. A step by itself also waits R - 1 units until the last rank begins.
+    That is half the wait of `zb-h1`, because stages are half as large. Rank r holds up to min(2 M, M + r + 1, 2 R)
+    activations, each of half the layers of a rank. With M < 2 R - 1, the order is that for 2 R - 1 microbatches without
+    the missing ones.
 
-    Source: arXiv 2405.15362 (V-ZB); first in Zero Bubble, arXiv 2401.10241 (ZB-V). Fewer microbatches than 2 R - 1 are
-    those of a longer order, the rest left out.
+    Source: arXiv 2405.15362 (V-ZB); first in Zero Bubble, arXiv 2401.10241 (ZB-V).
     """
     length = max(num_microbatches, 2 * num_ranks - 1)
     return Plan(
@@ -69,7 +69,9 @@ def zb_v(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Pla
 
 
 def _one_stage_per_rank(name: str, num_microbatches: int, warmups: list[int]) -> Plan:
-    """Each rank has its warm-up of forwards in flight; weights wait so that it holds as many activations as rank 0."""
+    """Each rank keeps its warm-up of forwards in flight, and delays weight parts until it holds as many activations as
+    rank 0.
+    """
     orders = []
     for rank, warmup in enumerate(warmups):
         order = Order()
