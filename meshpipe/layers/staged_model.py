@@ -253,7 +253,7 @@ class StagedModel:
 
     @cached_property
     def _path_hashes(self) -> dict[int, jax.Array]:
-        """For every stage with random streams, the hashes on its submesh that make its draws differ from other stages'."""
+        """Hashes, on the submesh of each stage with random streams, that make its draws differ from other stages'."""
         hashes = {s: [path_hash(path) for path in self._streams(s)] for s in self.local}
         return {
             s: place(np.array(found, np.uint32), replicated(self._meshes[s])) for s, found in hashes.items() if found

@@ -11,12 +11,12 @@ from meshpipe.plan.schedules.registry import schedule
 def dualpipe_v(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Plan:
     """Pairs of a forward and a backward of different stages, so that one can compute while the other communicates.
 
-    Two stages per rank in the shape of a V: stages r and 2 R - 1 - r are on rank r. Most backwards are not split. Let F,
-    B and W be the times of a forward, a whole backward and its weight part. With R ranks and M >= 2 R microbatches, a
-    rank idles for at most (R - 1) ((F + B) + B - 3 W), which is the formula of the source without overlap inside a pair.
-    Here the two parts of a pair run one after the other, and the idle time is (R - 1) F if B = 2 F = 2 W. Rank r holds up
-    to min(2 M, M + r + 1, 2 R + 1) activations, each of half the layers of a rank. With M < 2 R, the order is that for
-    2 R microbatches without the missing ones.
+    Two stages per rank in the shape of a V: stages r and 2 R - 1 - r are on rank r. Most backwards are not split. Let
+    F, B and W be the times of a forward, a whole backward and its weight part. With R ranks and M >= 2 R microbatches,
+    a rank idles for at most (R - 1) ((F + B) + B - 3 W), which is the formula of the source without overlap inside a
+    pair. Here the two parts of a pair run one after the other, and the idle time is (R - 1) F if B = 2 F = 2 W. Rank r
+    holds up to min(2 M, M + r + 1, 2 R + 1) activations, each of half the layers of a rank. With M < 2 R, the order is
+    that for 2 R microbatches without the missing ones.
 
     Source: DualPipe, arXiv 2412.19437, section 3.2.1, and its README; the V shape is sail-sg's "cut-in-half".
     """

@@ -1,4 +1,4 @@
-"""Schedules that alternate forwards and backwards. Their memory depends on the number of stages, not of microbatches."""
+"""Schedules that alternate forwards and backwards. Memory grows with stages, not with microbatches."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -40,11 +40,11 @@ def eager_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: in
 def interleaved_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Plan:
     """`1f1b` with V stages per rank: the bubble is V times shorter, with more activations and more transfers.
 
-    Stage s is on rank s mod R. Microbatches are taken in groups, and a rank runs all its V stages on one group before the
-    next group. The source requires M to be a multiple of R, with groups of R. Here any M >= R is divided into M // R
-    groups, larger groups first. With R ranks, M >= R and stages of equal cost, the bubble fraction is
-    (R - 1) / (V M + R - 1). If M < R, every rank idles for another (V - 1) (R - M) forwards and backwards. Rank r holds
-    up to min(V M, (V - 1) G + 2 (R - 1 - r) + 1) activations, where G is the size of the first group.
+    Stage s is on rank s mod R. Microbatches are taken in groups, and a rank runs all its V stages on one group before
+    the next group. The source requires M to be a multiple of R, with groups of R. Here any M >= R is divided into M //
+    R groups, larger groups first. With R ranks, M >= R and stages of equal cost, the bubble fraction is (R - 1) / (V M
+    + R - 1). If M < R, every rank idles for another (V - 1) (R - M) forwards and backwards. Rank r holds up to min(V M,
+    (V - 1) G + 2 (R - 1 - r) + 1) activations, where G is the size of the first group.
 
     Source: Megatron, arXiv 2104.04473, section 2.2.
     """

@@ -16,8 +16,8 @@ def zb_h1(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Pl
     """A third of the bubble of `1f1b` in the memory of its first rank: weight parts fill the idle time.
 
     One stage per rank; on rank r, W follows I by r microbatches. Let F, I and W be the times of the three parts, with W
-    the shortest. With R ranks and M >= R microbatches, a rank idles for (R - 1) (F + I - W). If the three are equal, the
-    bubble fraction is (R - 1) / (3 M + R - 1). If M < R, a rank idles for another (R - M) W. Every rank holds up to
+    the shortest. With R ranks and M >= R microbatches, a rank idles for (R - 1) (F + I - W). If the three are equal,
+    the bubble fraction is (R - 1) / (3 M + R - 1). If M < R, a rank idles for another (R - M) W. Every rank holds up to
     min(M, R) activations, as many as rank 0 of `1f1b`. On rank r, all but R - r of them hold only what W needs.
 
     Source: Zero Bubble, arXiv 2401.10241, section 2.1.
@@ -30,9 +30,9 @@ def zb_h1(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Pl
 def zb_h2(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Plan:
     """No bubble between steps, in twice the memory: more forwards fill the time until the first backward arrives.
 
-    One stage per rank; on rank r, W follows I by 2 r microbatches. Let F, I and W be the times of the three parts. With R
-    ranks and M >= 2 R - 1 microbatches, a step that follows another idles for max(0, (R - 1) (F + I - 2 W)), which is 0
-    if the three are equal. With fewer microbatches and equal times, it idles for 2 R - 1 - M units. A step by itself
+    One stage per rank; on rank r, W follows I by 2 r microbatches. Let F, I and W be the times of the three parts. With
+    R ranks and M >= 2 R - 1 microbatches, a step that follows another idles for max(0, (R - 1) (F + I - 2 W)), which is
+    0 if the three are equal. With fewer microbatches and equal times, it idles for 2 R - 1 - M units. A step by itself
     also waits (R - 1) F until the last rank begins; with equal times it is no shorter than one of `zb-h1`. Every rank
     holds up to min(M, 2 R - 1) activations.
 
@@ -48,11 +48,11 @@ def zb_v(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Pla
 
     Two stages per rank: stages r and 2 R - 1 - r are on rank r. So every rank has one stage whose activations live long
     and one whose activations live briefly. With R ranks, M >= 2 R - 1 microbatches and F = I = W, a step that follows
-    another has no idle time; with fewer microbatches it idles for 2 (2 R - 1 - M) units. No formula is known for unequal
-    times; the schedule `auto` fits the order to them. A step by itself also waits R - 1 units until the last rank begins.
-    That is half the wait of `zb-h1`, because stages are half as large. Rank r holds up to min(2 M, M + r + 1, 2 R)
-    activations, each of half the layers of a rank. With M < 2 R - 1, the order is that for 2 R - 1 microbatches without
-    the missing ones.
+    another has no idle time; with fewer microbatches it idles for 2 (2 R - 1 - M) units. No formula is known for
+    unequal times; the schedule `auto` fits the order to them. A step by itself also waits R - 1 units until the last
+    rank begins. That is half the wait of `zb-h1`, because stages are half as large. Rank r holds up to min(2 M, M + r +
+    1, 2 R) activations, each of half the layers of a rank. With M < 2 R - 1, the order is that for 2 R - 1 microbatches
+    without the missing ones.
 
     Source: arXiv 2405.15362 (V-ZB); first in Zero Bubble, arXiv 2401.10241 (ZB-V).
     """
