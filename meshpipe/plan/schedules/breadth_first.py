@@ -12,10 +12,10 @@ def gpipe(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> Pl
     """All forwards, then all backwards. Simple, and the schedule that holds the most activations.
 
     Stage s is on rank s mod R. A rank runs all microbatches of one stage before those of its next stage (breadth
-    first). With R ranks, V stages per rank and M microbatches, the bubble fraction is (R - 1) / (V M + R - 1) if M >=
-    R, all forwards cost the same and all backwards cost the same. Every rank holds up to V M activations. If M < R,
-    every rank idles for another (V - 1) (R - M) forwards and backwards. Backward also takes microbatches in ascending
-    order, so gradients accumulate in the same order as in the other schedules.
+    first). With R ranks, V stages per rank and M microbatches, the bubble fraction is (R - 1) / (V M + R - 1) if
+    M >= R, all forwards cost the same and all backwards cost the same. Every rank holds up to V M activations. If
+    M < R, every rank idles for another (V - 1) (R - M) forwards and backwards. Backward also takes microbatches in
+    ascending order, so gradients accumulate in the same order as in the other schedules.
 
     Source: GPipe, arXiv 1811.06965, section 2.3; breadth first: arXiv 2211.05953, section 4.
     """

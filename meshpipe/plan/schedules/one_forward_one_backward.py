@@ -27,8 +27,8 @@ def eager_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_rank: in
 
     One stage per rank. If transfers take no time, the bubble fraction is that of `1f1b`, (S - 1) / (M + S - 1). If a
     transfer takes C, each further microbatch costs `1f1b` another 2 C (S - 1) / S once the pipeline is full. It costs
-    this schedule nothing, as long as 2 C is at most the time of a forward and a backward. Stage s holds up to
-    min(M, 2 (S - s) - 1) activations.
+    this schedule nothing, as long as 2 C is at most the time of a forward and a backward. Stage s holds up to min(M,
+    2 (S - s) - 1) activations.
 
     Source: arXiv 2211.05322, section 4; `OverlapFriendlyPipeDreamSchedule` of Alpa.
     """
@@ -41,10 +41,10 @@ def interleaved_one_f_one_b(num_ranks: int, num_microbatches: int, stages_per_ra
     """`1f1b` with V stages per rank: the bubble is V times shorter, with more activations and more transfers.
 
     Stage s is on rank s mod R. Microbatches are taken in groups, and a rank runs all its V stages on one group before
-    the next group. The source requires M to be a multiple of R, with groups of R. Here any M >= R is divided into M //
-    R groups, larger groups first. With R ranks, M >= R and stages of equal cost, the bubble fraction is (R - 1) / (V M
-    + R - 1). If M < R, every rank idles for another (V - 1) (R - M) forwards and backwards. Rank r holds up to min(V M,
-    (V - 1) G + 2 (R - 1 - r) + 1) activations, where G is the size of the first group.
+    the next group. The source requires M to be a multiple of R, with groups of R. Here any M >= R is divided into
+    M // R groups, larger groups first. With R ranks, M >= R and stages of equal cost, the bubble fraction is
+    (R - 1) / (V M + R - 1). If M < R, every rank idles for another (V - 1) (R - M) forwards and backwards. Rank r holds
+    up to min(V M, (V - 1) G + 2 (R - 1 - r) + 1) activations, where G is the size of the first group.
 
     Source: Megatron, arXiv 2104.04473, section 2.2.
     """

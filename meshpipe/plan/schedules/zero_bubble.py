@@ -50,9 +50,9 @@ def zb_v(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Pla
     and one whose activations live briefly. With R ranks, M >= 2 R - 1 microbatches and F = I = W, a step that follows
     another has no idle time; with fewer microbatches it idles for 2 (2 R - 1 - M) units. No formula is known for
     unequal times; the schedule `auto` fits the order to them. A step by itself also waits R - 1 units until the last
-    rank begins. That is half the wait of `zb-h1`, because stages are half as large. Rank r holds up to min(2 M, M + r +
-    1, 2 R) activations, each of half the layers of a rank. With M < 2 R - 1, the order is that for 2 R - 1 microbatches
-    without the missing ones.
+    rank begins. That is half the wait of `zb-h1`, because stages are half as large. Rank r holds up to min(2 M,
+    M + r + 1, 2 R) activations, each of half the layers of a rank. With M < 2 R - 1, the order is that for 2 R - 1
+    microbatches without the missing ones.
 
     Source: arXiv 2405.15362 (V-ZB); first in Zero Bubble, arXiv 2401.10241 (ZB-V).
     """
