@@ -1,11 +1,13 @@
 """Seconds from the start of a process to the end of its first step, for 2 and for 8 equal stages.
 
 Every stage has the same transformer blocks, each run is a process of its own on virtual CPU devices, and the runs of
-all kinds take turns: without a cache, and with one that an earlier run has filled.
+all kinds take turns: without a cache, with one that an earlier run has filled, and with JAX's own persistent cache
+alone, filled likewise.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -63,12 +65,24 @@ def run_once(stages: int, cache: str | None, started: float) -> dict[str, float]
     }
 
 
-def run(stages: int, cache: str | None) -> dict[str, float]:
+def run(stages: int, cache: str | None, of_jax: str | None = None) -> dict[str, float]:
+    environment = os.environ if of_jax is None else os.environ | settings_of_jax(of_jax)
     command = [sys.executable, __file__, "--stages", str(stages), "--started", str(time.time())]
-    output = subprocess.run(
-        command + (["--cache", cache] if cache else []), check=True, capture_output=True, text=True, cwd=ROOT
-    ).stdout
-    return dict(json.loads(output.splitlines()[-1]))
+    command += ["--cache", cache] if cache else []
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def settings_of_jax(folder: str) -> dict[str, str]:
+    """JAX's own cache in this folder, for every program. A file in place of the subfolder keeps ours out of it."""
+    path = Path(folder)
+    path.mkdir(exist_ok=True)
+    (path / "meshpipe").touch()
+    return {
+        "JAX_COMPILATION_CACHE_DIR": folder,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def measure(repeats: int) -> list[dict[str, object]]:
@@ -76,10 +90,15 @@ def measure(repeats: int) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         for stages in STAGES:
             run(stages, f"{folder}/{stages}")
+            run(stages, None, f"{folder}/jax {stages}")
         for _ in range(repeats):
             for stages in STAGES:
-                for kind, cache in (("cold", None), ("warm", f"{folder}/{stages}")):
-                    found.setdefault((stages, kind), []).append(run(stages, cache))
+                for kind, cache, of_jax in (
+                    ("cold", None, None),
+                    ("warm", f"{folder}/{stages}", None),
+                    ("JAX's", None, f"{folder}/jax {stages}"),
+                ):
+                    found.setdefault((stages, kind), []).append(run(stages, cache, of_jax))
     seconds = {key: {part: median(r[part] for r in runs) for part in runs[0]} for key, runs in found.items()}
     rows: list[dict[str, object]] = [{"stages": s, "cache": k, **values} for (s, k), values in seconds.items()]
 
@@ -92,6 +111,7 @@ def measure(repeats: int) -> list[dict[str, object]]:
     for stages in STAGES:
         for part, target in (("all", ""), ("compile", ">= 3")):
             rows.append(ratio(f"{stages} stages, cold / warm", part, (stages, "cold"), (stages, "warm"), target))
+            rows.append(ratio(f"{stages} stages, cold / JAX's cache", part, (stages, "cold"), (stages, "JAX's"), ""))
     return rows
 
 
