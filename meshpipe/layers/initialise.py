@@ -79,7 +79,7 @@ def _programs(
             lowered[kinds[-1]] = _lower(layer, mesh, rules), mesh
     with ThreadPoolExecutor() as pool:
         options = target.initialise_options
-        compiled = pool.map(lambda first: compiler.compile(*first, options), lowered.values())
+        compiled = pool.map(lambda first: compiler.compile(first[0], first[1], options), lowered.values())
         programs = {kind: (program, lowered[kind][1]) for kind, program in zip(lowered, compiled, strict=True)}
     return [programs.get(kind) for kind in kinds]
 
