@@ -73,7 +73,7 @@ class Config:
     eval_every: int = 0
     """Updates between evaluations on held-out data; 0 evaluates only after the last update."""
     eval_batches: int = 8
-    """Batches per evaluation; 0 turns evaluation off."""
+    """Batches per evaluation, of --batch-size examples; the last of the data may be smaller. 0 turns evaluation off."""
 
     def __post_init__(self) -> None:
         for name, kind in PARTS.items():

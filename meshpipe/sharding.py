@@ -138,16 +138,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def splits_microbatch(mesh: Mesh, microbatch_size: int) -> bool:
+    """Whether microbatches of this size are split over `data`.
+
+    Those of training always divide by it. One that does not, such as the rest of held-out data, is replicated: every
+    part of `data` computes all of it.
+    """
+    return DATA in mesh.axis_names and microbatch_size % mesh.shape[DATA] == 0
+
+
 def activation_sharding(mesh: Mesh, shape: Sequence[int], microbatch_size: int) -> NamedSharding:
     """A boundary value is split over `data` along its leading dim where that dim is the microbatch; else replicated."""
-    if DATA in mesh.axis_names and len(shape) > 0 and shape[0] == microbatch_size:
+    if splits_microbatch(mesh, microbatch_size) and len(shape) > 0 and shape[0] == microbatch_size:
         return NamedSharding(mesh, PartitionSpec(DATA))
     return replicated(mesh)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh, microbatch_size: int) -> NamedSharding:
     """Splits every microbatch over `data`, for a batch field of shape `(num_microbatches, microbatch_size, ...)`."""
-    return NamedSharding(mesh, PartitionSpec(None, DATA) if DATA in mesh.axis_names else PartitionSpec())
+    return (
+        NamedSharding(mesh, PartitionSpec(None, DATA)) if splits_microbatch(mesh, microbatch_size) else replicated(mesh)
+    )
 
 
 def abstract(shape: Sequence[int], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

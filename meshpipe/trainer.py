@@ -1,7 +1,7 @@
 """A trainer: layers, a loss and an optimizer on a mesh; one step of it, and evaluation."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from meshpipe.layers.layer import LayerLike, Leaves
+from meshpipe.layers.modules import host_device, local_leaves, modules_with, shared_groups_of, write
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.layers.staged_model import StagedModel, StageInfo
 from meshpipe.layers.task import Task
@@ -20,6 +21,7 @@ from meshpipe.plan.plan import Plan
 from meshpipe.sharding import ShardingRules, local_value, scalar_dtype
 from meshpipe.stage.target import Target
 from meshpipe.training.evaluation import evaluate, from_last_stage
+from meshpipe.training.prediction import Predictor
 from meshpipe.training.result import NonFiniteError, StepResult
 from meshpipe.training.setup import Setup, set_up
 from meshpipe.training.state import StateTree
@@ -117,6 +119,14 @@ class Trainer:
         self.compile_seconds = made.compile_seconds
         self._training, self._seed_data = made.state, made.seed_data
         self._unchecked = UncheckedSteps()
+        self._predictor = Predictor(self.model, self._training, self._seed_data, self.group)
+
+    def __repr__(self) -> str:
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        return (
+            f"Trainer({len(self.model.layers)} layers on {axes}, {self.plan.schedule}, stages={len(self.stages)}, "
+            f"microbatches={self.plan.num_microbatches}, step={self.step_number})"
+        )
 
     @property
     def mesh(self) -> Mesh:
@@ -174,9 +184,60 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over all batches of the loss and the metrics, with layers in evaluation mode; nothing is updated.
 
-        What has a weight of 0 over all batches is NaN. Raises `ValueError` when there is no batch, or `batches` is one.
+        A batch may have fewer or more examples than a step takes; each of them counts once. A number of examples that
+        leaves a rest after whole microbatches takes a short compilation when it first occurs. What has a weight of 0
+        over all batches is NaN. Raises `ValueError` when there is no batch, or `batches` is one.
         """
         return evaluate(self.model, self._training, batches, self._seed_data, self.group)
+
+    @overload
+    def predict(self, batches: Batch) -> Any: ...
+    @overload
+    def predict(self, batches: Iterable[Batch]) -> Iterator[Any]: ...
+    def predict(self, batches: Batch | Iterable[Batch]) -> Any:
+        """The outputs of the last layer, with layers in evaluation mode: of one batch, or of one batch after the other.
+
+        Outputs are NumPy arrays, in the pytree that the last layer returns, with a row for each example of the batch in
+        its order; every process gets all of them. A batch needs the fields that layers read, not those that only the
+        loss reads. It may have any number of examples: larger ones are run in several parts, and smaller ones are
+        filled up with copies of their last example, whose outputs are cut off.
+
+        Batches of an iterable are run when the iterator that is returned is asked for them, with the parameters of that
+        moment; in several processes, all ask for the same ones. The first call compiles. Raises `ValueError` when
+        fields differ from those of the example batch in more than the number of examples, or an array that the last
+        layer returns has not one row for each example.
+        """
+        if isinstance(batches, Mapping):
+            return self._predictor.predict(batches)
+        return map(self._predictor.predict, batches)
+
+    def modules(self, *, device: jax.Device | None = None, train: bool = False) -> list[Any]:
+        """A new NNX module for every layer with the trained values, in evaluation mode unless `train`.
+
+        Called one after the other, with the batch fields that they take, they compute what `predict` returns. The
+        values are copies on one `device`, by default the host's CPU device. Leaves that are tied or shared are one
+        variable. Of several processes, each gets the layers of its own stages, with None in the place of the others;
+        all call it. `meshpipe.load` has all layers of a checkpoint.
+        """
+        device = host_device() if device is None else device
+        values = local_leaves({**self.params, **self.state}, device)
+        held = [i for s in self.model.local for i in self.model.cuts[s]]
+        layers = [self.model.layers[i] for i in held]
+        groups = (*self.model.tied, *shared_groups_of(layers))
+        made = dict(
+            zip(held, modules_with(layers, values, groups, seed=self.seed, device=device, train=train), strict=True)
+        )
+        return [made.get(i) for i in range(len(self.model.layers))]
+
+    def update(self, layers: Sequence[LayerLike]) -> None:
+        """Writes the trained values into modules: those that the trainer was made of, or others with the same leaves.
+
+        Every variable stays where it is, on the same devices; random streams and modes stay as they are. An entry of a
+        layer without leaves may be anything. Of several processes, each writes into the layers of its own stages; all
+        call it. Raises `ValueError`, before anything is written, when an entry is no module, or its leaves are not
+        those of its layer.
+        """
+        write(self.model.layers, layers, local_leaves({**self.params, **self.state}, host_device()))
 
     def check(self, result: StepResult) -> None:
         """Waits for the step. Raises `NonFiniteError`, which names step, stage, microbatch and layer.

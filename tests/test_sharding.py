@@ -72,8 +72,8 @@ def test_a_model_that_names_no_axes_cannot_be_fully_sharded() -> None:
 
 def test_batches_are_split_within_each_microbatch() -> None:
     """Leading dims of a field are the microbatches and their rows; a microbatch must not sit on one device."""
-    assert batch_sharding(MESH).spec == P(None, "data")
-    assert batch_sharding(MESH).shard_shape((3, 8, 5)) == (3, 4, 5)
+    assert batch_sharding(MESH, 8).spec == P(None, "data")
+    assert batch_sharding(MESH, 8).shard_shape((3, 8, 5)) == (3, 4, 5)
 
 
 @pytest.mark.parametrize(

@@ -51,19 +51,21 @@ class BatchIterator(Iterator[Batch]):
     batch size may differ from that of the run that saved the state.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, shuffle: bool, epochs: int | None) -> None:
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, shuffle: bool, epochs: int | None, drop_remainder: bool = True
+    ) -> None:
         self._source = source
         self._batch_size = batch_size
         # Grain takes seeds of 32 bits.
         self._order = {"seed": seed % 2**32, "shuffle": shuffle}
-        self._epochs = epochs
+        self._epochs, self._drop_remainder = epochs, drop_remainder
         self._rows: frozenset[int] | None = None
         self._returned: list[Batch] = []
         self._iterator: Any = None
         self._start(0)
 
     def read_only(self, rows: Iterable[int]) -> None:
-        """From now on reads only the examples of these rows of every batch; the other rows are zeros."""
+        """From now on reads only the examples of these rows of every full batch; the other rows are zeros."""
         self._rows = frozenset(map(int, rows))
         self._start(self._examples)
 
@@ -71,8 +73,10 @@ class BatchIterator(Iterator[Batch]):
         dataset = grain.MapDataset.range(len(self._source)).seed(self._order["seed"])
         if self._order["shuffle"]:
             dataset = dataset.shuffle()  # a new order in every epoch
-        dataset = dataset.repeat(self._epochs)[examples:].map_with_index(self._read)
-        dataset = dataset.batch(self._batch_size, drop_remainder=True)
+        dataset = dataset.repeat(self._epochs)[examples:]
+        self._in_full_batches = len(dataset) // self._batch_size * self._batch_size
+        dataset = dataset.map_with_index(self._read)
+        dataset = dataset.batch(self._batch_size, drop_remainder=self._drop_remainder)
         # Only two threads read ahead: examples are cheap slices, and training needs the cores.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         self._examples = examples
@@ -86,7 +90,8 @@ class BatchIterator(Iterator[Batch]):
             self._iterator.close()
 
     def _read(self, position: int, index: int) -> Mapping[str, Any]:
-        if self._rows is None or position % self._batch_size in self._rows:
+        in_full_batch = position < self._in_full_batches
+        if self._rows is None or not in_full_batch or position % self._batch_size in self._rows:
             return _arrays(self._source[index])
         return self._blank
 
@@ -96,13 +101,13 @@ class BatchIterator(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         batch = self._returned.pop() if self._returned else next(self._iterator)
-        self._examples += self._batch_size
+        self._examples += _rows(batch)
         return batch
 
     def put_back(self, batch: Batch) -> None:
         """Takes back the last batch, which is then returned again next."""
         self._returned.append(batch)
-        self._examples -= self._batch_size
+        self._examples -= _rows(batch)
 
     def get_state(self) -> dict[str, Any]:
         """The position in the data, as JSON values.
@@ -133,21 +138,29 @@ class BatchIterator(Iterator[Batch]):
 
 
 def batches(
-    source: Source, batch_size: int, seed: int = 0, *, shuffle: bool = True, epochs: int | None = None
+    source: Source,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    drop_remainder: bool = True,
 ) -> BatchIterator:
-    """Full batches of a source, stacked along a new first axis; endless without `epochs`.
+    """Batches of a source, stacked along a new first axis; endless without `epochs`.
 
     Each epoch has its own order. A batch may span two epochs, so no example is left out, except those after the last
-    full batch of the last epoch.
-    Raises `ValueError` when the source is smaller than one batch.
+    full batch of the last epoch. Without `drop_remainder`, they are a last, smaller batch.
+    Raises `ValueError` when the source is smaller than one batch, or empty.
     """
     check_whole("batch_size", batch_size)
-    if len(source) < batch_size:
+    if not drop_remainder and not len(source):
+        raise ArgumentError(f"A data set must have at least one example. Got none in {source!r}.")
+    if drop_remainder and len(source) < batch_size:
         raise ArgumentError(
             f"A data set must have at least one batch of examples. Got {len(source)} in {source!r}, with batches of "
             f"{batch_size}. Pass a smaller `batch_size`, shorter windows, or more data."
         )
-    return BatchIterator(source, batch_size, seed, shuffle, epochs)
+    return BatchIterator(source, batch_size, seed, shuffle, epochs, drop_remainder)
 
 
 def example_batch(source: Source, batch_size: int) -> Batch:
@@ -158,6 +171,10 @@ def example_batch(source: Source, batch_size: int) -> Batch:
     if not len(source):
         raise ValueError(f"A data set must have at least one example. Got none in {source!r}.")
     return {name: np.stack([value] * batch_size) for name, value in _arrays(source[0]).items()}
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _arrays(example: Mapping[str, Any]) -> Batch:

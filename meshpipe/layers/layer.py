@@ -143,11 +143,11 @@ class Layer:
             return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module, graph=True))}
 
         def retrace(values: list[Any], paths: Sequence[str]) -> list[Any]:
-            _, after = run(self._module({**before, **dict(zip(paths, values, strict=True))}, randomness, train))
+            _, after = run(self.module({**before, **dict(zip(paths, values, strict=True))}, randomness, train))
             return [_value(after[path]) for path in paths]
 
         before: dict[str, Any] = {**{p: params[p] for p in self.params}, **{p: state[p] for p in self.state}}
-        module = self._module(before, randomness, train)
+        module = self.module(before, randomness, train)
         attributes = attributes_of(self.path, module)
         output, after = run(module)
         name = f"{self.path} ({self.class_name})"
@@ -163,11 +163,23 @@ class Layer:
         flat = nnx.to_flat_state(self.structure)
         return frozenset(join(self.path, key) for key, variable in flat if isinstance(variable, nnx.RngState))
 
-    def _module(self, values: Mapping[str, jax.Array], randomness: Randomness, train: bool) -> nnx.Module:
-        """The module with these values and this mode, with its random streams at the beginning of a microbatch."""
-        variables = []
+    def module(
+        self,
+        values: Mapping[str, jax.Array],
+        randomness: Randomness,
+        train: bool,
+        shared: Mapping[str, nnx.Variable[Any]] | None = None,
+    ) -> nnx.Module:
+        """The module with these values and this mode, with its random streams at the beginning of a microbatch.
+
+        `shared` has variables, by path, that stand in other modules too.
+        """
+        variables: list[tuple[Any, Any]] = []
         for key, variable in nnx.to_flat_state(self.structure):
             path = join(self.path, key)
+            if shared is not None and path in shared:
+                variables.append((key, shared[path]))
+                continue
             random = isinstance(variable, nnx.RngState)
             value = _random_state(path, variable, randomness) if random else values[path]
             variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
@@ -176,13 +188,14 @@ class Layer:
         return module
 
 
-def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str]) -> tuple[Layer, ...]:
-    """Every layer with its shapes, without allocating anything.
+def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str] | None) -> tuple[Layer, ...]:
+    """Every layer with its shapes, without allocating anything. With None for `batch_fields`, what its call takes is
+    left open, and it cannot be called.
 
     Raises `ValueError` when a layer is neither a module, nor a constructor of one, nor a function of the activation, or
     its call needs something that is not a batch field. Errors of constructors get a note that says which it is.
     """
-    fields = tuple(batch_fields)
+    fields = None if batch_fields is None else tuple(batch_fields)
     made: dict[int, Layer] = {}
     """By constructor. Each is called once, however often it is in the list: it makes the same each time, unless it uses
     variables that existed before."""
@@ -227,7 +240,7 @@ def _at(path: str, layer: Layer) -> Layer:
     )
 
 
-def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> tuple[Layer, Variables]:
+def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...] | None) -> tuple[Layer, Variables]:
     """A layer, and those of its variables that existed before it was made."""
     asked = layer.fields if isinstance(layer, WithFields) else None
     given: Any = layer.layer if isinstance(layer, WithFields) else layer
@@ -244,7 +257,7 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...]) -> tup
     with nnx.use_eager_sharding(False):
         structure = jax.eval_shape(build)
     ((module, graphdef),) = built
-    fields = fields_of(path, module, batch_fields, asked)
+    fields = {} if batch_fields is None else fields_of(path, module, batch_fields, asked)
     params: dict[str, jax.ShapeDtypeStruct] = {}
     state: dict[str, jax.ShapeDtypeStruct] = {}
     axes: dict[str, tuple[str | None, ...]] = {}

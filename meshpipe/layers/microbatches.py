@@ -1,14 +1,15 @@
 """The global batch: its fields, cut into microbatches, and which rows of them each stage reads."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from meshpipe.data.arrays import field_shape, own_field
-from meshpipe.errors import kind_of
+from meshpipe.data.arrays import field_shape, own_field, read_field
+from meshpipe.errors import ArgumentError, kind_of
 from meshpipe.mesh import DATA
 from meshpipe.sharding import place
 from meshpipe.stage.spec import Given
@@ -32,6 +33,8 @@ class Microbatches:
     def __init__(self, batch: Mapping[str, Any], input: str, count: int, mesh: Mesh):
         self.shapes, self.count = _batch_shapes(batch, input, count, mesh), count
         """Of the fields of the whole batch, and the number of microbatches."""
+        self._known = frozenset(self.shapes)
+        """The fields that a batch may have; others than those of `shapes` are not read."""
 
     @property
     def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -40,6 +43,24 @@ class Microbatches:
             name: jax.ShapeDtypeStruct((self.count, s.shape[0] // self.count, *s.shape[1:]), s.dtype)
             for name, s in self.shapes.items()
         }
+
+    @property
+    def size(self) -> int:
+        """Examples of a whole batch."""
+        return next(iter(self.shapes.values())).shape[0]
+
+    def resized(self, size: int, count: int, names: Collection[str] | None = None) -> "Microbatches":
+        """Batches of `size` examples in `count` microbatches, with all or some of the fields. It need not divide by the
+        data axis.
+        """
+        other = copy.copy(self)
+        other.count = count
+        other.shapes = {
+            name: jax.ShapeDtypeStruct((size, *shape.shape[1:]), shape.dtype)
+            for name, shape in self.shapes.items()
+            if names is None or name in names
+        }
+        return other
 
     def read(self, batch: Mapping[str, Any]) -> OwnBatch:
         """A copy of the batch that stays valid whatever the caller does with the original.
@@ -50,6 +71,27 @@ class Microbatches:
             return batch
         self._check(batch)
         return OwnBatch({name: own_field(name, value, self.shapes[name].dtype) for name, value in batch.items()})
+
+    def parts(self, batch: Mapping[str, Any]) -> Iterator[OwnBatch]:
+        """A batch of any size in copies of the size of the example, of which the last may be smaller.
+
+        Fields that are not read are left out. Raises `ValueError` when a field is missing or unknown, or differs from
+        that of the example in more than the number of examples.
+        """
+        size = self._count_rows(batch)
+        fields = {name: read_field(name, batch[name]) for name in self.shapes}
+        return (
+            OwnBatch({n: own_field(n, v[at : at + self.size], self.shapes[n].dtype) for n, v in fields.items()})
+            for at in range(0, size, self.size)
+        )
+
+    def padded(self, batch: OwnBatch) -> OwnBatch:
+        """A smaller batch with copies of its last example, up to the size of the example."""
+
+        def pad(value: np.ndarray) -> np.ndarray:
+            return np.concatenate([value, np.repeat(value[-1:], self.size - len(value), axis=0)])
+
+        return OwnBatch({name: pad(value) for name, value in batch.items()})
 
     def place(
         self,
@@ -83,9 +125,8 @@ class Microbatches:
 
     def rows_read(self, traced: Mapping[int, TracedStage]) -> np.ndarray:
         """Which rows of a batch the traced stages read on the devices of this process."""
-        size = next(iter(self.shapes.values())).shape[0]
-        positions = self._split(np.arange(size))
-        needed = np.zeros(size, bool)
+        positions = self._split(np.arange(self.size))
+        needed = np.zeros(self.size, bool)
         for stage in traced.values():
             for name, shape in zip(stage.input_names, stage.inputs, strict=True):
                 if name in self.shapes:
@@ -107,6 +148,26 @@ class Microbatches:
                 f"Every batch must have the fields and shapes of the example batch, {expected}. Got {found}. "
                 "Drop or pad the last, smaller batch (with weight 0 in the loss)."
             )
+
+    def _count_rows(self, batch: Mapping[str, Any]) -> int:
+        """The number of examples in a batch; raises `ValueError` as `parts` does."""
+        if not isinstance(batch, Mapping):
+            raise ArgumentError(f"A batch must be a dict of arrays. Got {kind_of(batch)}.")
+        found = {name: field_shape(name, value).shape for name, value in batch.items() if name in self._known}
+        expected = {name: shape.shape[1:] for name, shape in self.shapes.items()}
+        unknown = [name for name in batch if name not in self._known]
+        sizes = {shape[0] for shape in found.values() if shape}
+        fits = all(name in found and found[name][1:] == shape for name, shape in expected.items())
+        if unknown or not fits or len(sizes) != 1 or 0 in sizes:
+            wanted = ", ".join(
+                f"{name} [examples{''.join(f', {n}' for n in shape)}]" for name, shape in expected.items()
+            )
+            got = ", ".join(f"{name} {list(shape)}" for name, shape in found.items())
+            raise ArgumentError(
+                f"A batch must have the fields of the example batch and at least one example: {wanted}. "
+                f"Got {', '.join([*([got] if got else []), *map(repr, unknown)]) or 'no fields'}."
+            )
+        return sizes.pop()
 
 
 def _batch_shapes(

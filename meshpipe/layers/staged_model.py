@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
+from meshpipe.errors import ArgumentError
+from meshpipe.layers.forwards import Forwards
 from meshpipe.layers.initialise import placed
 from meshpipe.layers.layer import Layer, abstract_layers, path_hash, shared_parameters
 from meshpipe.layers.microbatches import Microbatches
@@ -26,7 +28,6 @@ from meshpipe.pipeline.executor import Executor
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.lower import Program, lower
 from meshpipe.plan.plan import Op, Plan
-from meshpipe.plan.schedules import forwards_of
 from meshpipe.plan.simulate import Costs
 from meshpipe.sharding import is_local, place, replicated
 from meshpipe.stage.compile_stages import compile_stages
@@ -80,7 +81,7 @@ class StagedModel:
         self.remat = config.remat_of_stages(self.plan.num_stages)
         """The rematerialisation of every stage; None until `choose_remat` has chosen it."""
         self._cache: CompileCache | None = None
-        self._evaluation_traced: dict[int, TracedStage] | None = None
+        self._of_rest: dict[int, Forwards] = {}
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.local = tuple(s for s, submesh in enumerate(self._meshes) if is_local(submesh))
         """Stages on devices of this process. Of the others, only shapes are known."""
@@ -132,7 +133,7 @@ class StagedModel:
         """
         names = self.remat if remat is None else remat
         assert names is not None, "remat is to be chosen first"
-        traced = self._trace(range(self.plan.num_stages), remat=names, train=True)
+        traced, _ = self._trace(range(self.plan.num_stages), remat=names, train=True)
         return list(traced.values())
 
     def compile(
@@ -145,7 +146,7 @@ class StagedModel:
         self._name = name
         assert self.remat is not None, "remat is to be chosen first"
         fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
-        self.traced = self._trace(self.local, remat=self.remat, train=True)
+        self.traced, _ = self._trace(self.local, remat=self.remat, train=True)
         self._check_metrics()
         for s, stage in self.traced.items():
             self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths)
@@ -165,18 +166,42 @@ class StagedModel:
             self._trace((), remat=("none",) * self.plan.num_stages, train=False, names=[])
 
     @cached_property
-    def evaluation(self) -> tuple[Executor, tuple[str, ...]]:
-        """A forward-only executor, compiled when first used, and the names of its means.
+    def evaluation(self) -> Forwards:
+        """Sums the loss and the metrics of whole batches; compiled when first used."""
+        return self._forwards("evaluate", self.microbatches)
 
-        The names are known only where the last stage is local.
-        """
-        plan = forwards_of(self.plan)
+    def evaluation_of_rest(self, size: int) -> Forwards:
+        """The same for a batch of one microbatch of `size` examples; the data axis need not divide it."""
+        if size not in self._of_rest:
+            self._of_rest[size] = self._forwards(f"evaluate {size}", self.microbatches.resized(size, 1))
+        return self._of_rest[size]
+
+    @cached_property
+    def prediction(self) -> Forwards:
+        """Keeps the outputs of the last layer, given the fields that layers read; compiled when first used."""
+        read = {self.task.input, *(name for layer in self.layers for name in layer.fields.values())}
+        microbatches = self.microbatches.resized(self.microbatches.size, self.microbatches.count, read)
+        return self._forwards("predict", microbatches, outputs=True)
+
+    def _forwards(self, name: str, microbatches: Microbatches, *, outputs: bool = False) -> Forwards:
         names: list[str] = []
         remat = ("none",) * self.plan.num_stages
-        traced = self._evaluation_traced = self._trace(self.local, remat=remat, train=False, names=names)
-        programs = compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache))
-        program = lower(plan, reduces=self._splits_data)
-        return Executor(f"{self._name}/evaluate", program, self._meshes, traced, programs), ("loss", *names)
+        traced, output = self._trace(
+            self.local, remat=remat, train=False, names=names, fields=microbatches.fields, outputs=outputs
+        )
+        if outputs:
+            _check_rows(output, microbatches.size // microbatches.count)
+        return Forwards(
+            name=f"{self._name}/{name}",
+            plan=self.plan,
+            microbatches=microbatches,
+            meshes=self._meshes,
+            traced=traced,
+            programs=compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache)),
+            path_hashes=self._path_hashes,
+            names=("loss", *names),
+            output=output if outputs else None,
+        )
 
     def place_seed(self, seed: int) -> dict[int, jax.Array]:
         """The seed's key data on every local stage's submesh."""
@@ -187,31 +212,34 @@ class StagedModel:
         """The fields of a global batch that each local stage reads, split into microbatches on its submesh."""
         return self.microbatches.place(self.traced, batch, step, seed, self._path_hashes)
 
-    def evaluation_inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array]) -> dict[int, Any]:
-        """The same for `evaluation`."""
-        _ = self.evaluation
-        assert self._evaluation_traced is not None
-        return self.microbatches.place(self._evaluation_traced, batch, 0, seed, self._path_hashes)
-
     def rows_read(self, *, evaluation: bool = False) -> np.ndarray:
-        """Which rows of a global batch the local stages read."""
-        traced = self._evaluation_traced if evaluation else self.traced
-        assert traced is not None, "compile first"
-        return self.microbatches.rows_read(traced)
+        """Which rows of a global batch of full size the local stages read."""
+        return self.microbatches.rows_read(self.evaluation.traced if evaluation else self.traced)
 
     def _trace(
-        self, wanted: Collection[int], *, remat: Sequence[str], train: bool, names: list[str] | None = None
-    ) -> dict[int, TracedStage]:
+        self,
+        wanted: Collection[int],
+        *,
+        remat: Sequence[str],
+        train: bool,
+        names: list[str] | None = None,
+        fields: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+        outputs: bool = False,
+    ) -> tuple[dict[int, TracedStage], Boundary | None]:
         """Traces the wanted stages. Of the other stages before the last wanted one (or of all, if none is wanted), it
         finds only the shapes of their outputs.
+
+        With `outputs`, the last stage returns the value of the last layer, not a loss, and its shape is always found.
+        The second result is the output of the last stage that was looked at.
         """
-        last = max(wanted, default=self.plan.num_stages - 1)
-        fields = self.microbatches.fields
+        last = self.plan.num_stages - 1 if outputs else max(wanted, default=self.plan.num_stages - 1)
+        fields = self.microbatches.fields if fields is None else fields
         traced: dict[int, TracedStage] = {}
         seen: dict[Hashable, TracedStage] = {}
         handed_on: dict[Hashable, Boundary] = {}
         boundary: Boundary | None = None
         for s, (mesh, owned) in enumerate(zip(self._meshes, self.parameters, strict=True)):
+            has_loss = s == self.plan.num_stages - 1 and not outputs
             spec = StageSpec(
                 index=s,
                 mesh=mesh,
@@ -220,7 +248,7 @@ class StagedModel:
                     s,
                     [self.layers[i] for i in self.cuts[s]],
                     input=self.task.input if s == 0 else None,
-                    loss=self.task.loss if s == self.plan.num_stages - 1 else None,
+                    loss=self.task.loss if has_loss else None,
                     metrics=self.task.metrics if names is not None else None,
                     names=names,
                     train=train,
@@ -228,7 +256,7 @@ class StagedModel:
                 params=owned.params,
                 state=owned.state,
                 is_first=s == 0,
-                is_last=s == self.plan.num_stages - 1,
+                is_last=has_loss,
                 streams=len(self._streams(s)),
                 gathered=self._gathered[s],
                 checkpoint_policy=_policy(remat[s]),
@@ -246,7 +274,7 @@ class StagedModel:
             else:
                 traced[s] = seen[kind] = TracedStage(spec, boundary, fields)
             boundary = traced[s].boundary_out
-        return traced
+        return traced, boundary
 
     def _streams(self, stage: int) -> list[str]:
         return streams_of([self.layers[i] for i in self.cuts[stage]])
@@ -298,3 +326,15 @@ class StagedModel:
 
 def _policy(remat: str) -> Callable[..., bool] | None:
     return getattr(jax.checkpoint_policies, remat) if remat in CHECKPOINT_POLICIES else None
+
+
+def _check_rows(output: Boundary | None, size: int) -> None:
+    """Raises `ArgumentError` unless every array that the last layer puts out has a row for each example."""
+    assert output is not None
+    for leaf in output.leaves:
+        if leaf.shape[:1] != (size,):
+            raise ArgumentError(
+                "To predict, every array that the last layer returns must have one row for each example. Got shape "
+                f"{tuple(leaf.shape)} for a microbatch of {size}. Call the layers themselves: `Trainer.modules` "
+                "returns them."
+            )

@@ -81,6 +81,8 @@ class Executor:
             self._observable.append(
                 None if isinstance(instruction, Free | Reduce) else (instruction, self._made(instruction))
             )
+        outputs = sorted(buffer for buffer in self._named if buffer.kind == "o")
+        self._outputs = [self._named[buffer] for buffer in outputs]
         self._empty: Slots = [None] * len(self._slots)
 
     def run(
@@ -94,6 +96,32 @@ class Executor:
 
         Everything is dispatched asynchronously. Gradients are of the sum of the losses: divide by the weight.
         """
+        slots = self._run(params, state, inputs, observe)
+        last = next((s for s, stage in self._traced.items() if stage.spec.is_last), None)
+        return (
+            {s: slots[calls.slots.accumulators] for s, calls in self._calls.items()},
+            {s: calls.state_after(slots, state[s]) for s, calls in self._calls.items()},
+            () if last is None else slots[self._calls[last].slots.totals],
+        )
+
+    def outputs(
+        self, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
+    ) -> list[Arrays]:
+        """What the last stage puts out for each microbatch, of a program that keeps it; none where it lives elsewhere.
+
+        Everything is dispatched asynchronously.
+        """
+        slots = self._run(params, state, inputs, None)
+        return [slots[index] for index in self._outputs]
+
+    def _run(
+        self,
+        params: Mapping[int, Arrays],
+        state: Mapping[int, Arrays],
+        inputs: Mapping[int, Arrays],
+        observe: Observer | None,
+    ) -> Slots:
+        """The slots at the end of a step."""
         slots = self._empty.copy()
         for s, calls in self._calls.items():
             calls.begin(slots, params[s], state[s], inputs[s])
@@ -106,12 +134,7 @@ class Executor:
                 if observable is not None:
                     instruction, made = observable
                     observe(instruction, *made(slots))
-        last = next((s for s, stage in self._traced.items() if stage.spec.is_last), None)
-        return (
-            {s: slots[calls.slots.accumulators] for s, calls in self._calls.items()},
-            {s: calls.state_after(slots, state[s]) for s, calls in self._calls.items()},
-            () if last is None else slots[self._calls[last].slots.totals],
-        )
+        return slots
 
     @property
     def plan(self) -> Plan:
@@ -233,7 +256,7 @@ class Executor:
         reads, writes = partial(self._one, instruction.reads), partial(self._one, instruction.writes)
         op = instruction.action.op
         if op is Op.FORWARD:
-            return calls.forward(microbatch, x=reads("x"), output=writes("y", "x"), residuals=writes("r"))
+            return calls.forward(microbatch, x=reads("x"), output=writes("y", "x", "o"), residuals=writes("r"))
         if op is Op.BACKWARD_WEIGHT:
             return calls.backward_weight(microbatch, for_weights=reads("w"))
         residuals, output_gradients, x_gradients = reads("r"), reads("dy"), writes("dx", "dy")

@@ -7,10 +7,11 @@ from typing import Literal, TypeAlias
 
 from meshpipe.plan.plan import Action, Op, Plan
 
-Kind: TypeAlias = Literal["x", "y", "r", "dy", "dx", "w"]
+Kind: TypeAlias = Literal["x", "y", "o", "r", "dy", "dx", "w"]
 """What a buffer holds. `x`: the input of a stage (stage 0 reads the batch instead). `y`: an output that is to move to
-another rank. `r`: what forward stores for backward. `dy`: the gradient of a stage's output. `dx`: the gradient of its
-input, which is to move. `w`: what the input part of a split backward stores for the weight part."""
+another rank. `o`: the output of the last stage, where it is asked for; it stays. `r`: what forward stores for backward.
+`dy`: the gradient of a stage's output. `dx`: the gradient of its input, which is to move. `w`: what the input part of a
+split backward stores for the weight part."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -103,15 +104,16 @@ class Program:
         return "".join(f"{instruction}\n" for instruction in self.instructions)
 
 
-def lower(plan: Plan, *, reduces: bool = False) -> Program:
+def lower(plan: Plan, *, reduces: bool = False, outputs: bool = False) -> Program:
     """The program of a valid plan, made in time about linear in the number of its actions.
 
     Arguments:
         plan: A valid plan; it is not checked again.
         reduces: Whether ranks split microbatches over a data axis, so that every stage all-reduces its gradients once,
             after its last action.
+        outputs: Whether the outputs of the last stage are kept, in place of a loss.
     """
-    computes = [name_buffers(plan, action) for action in order_actions(plan)]
+    computes = [name_buffers(plan, action, outputs) for action in order_actions(plan)]
     instructions = add_frees(add_transfers(plan, computes))
     return Program(plan, tuple(add_reductions(instructions) if reduces else instructions))
 
@@ -125,7 +127,7 @@ def order_actions(plan: Plan) -> list[Action]:
     return sorted(starts, key=lambda action: (starts[action], plan.stage_ranks[action.stage]))
 
 
-def name_buffers(plan: Plan, action: Action) -> Compute:
+def name_buffers(plan: Plan, action: Action, outputs: bool = False) -> Compute:
     """The action, with the buffers that it reads and writes. A value that stays on its rank is written where it is
     read.
     """
@@ -140,6 +142,8 @@ def name_buffers(plan: Plan, action: Action) -> Compute:
             writes.append(("r", stage))
         if not is_last:
             writes.append(("x", stage + 1) if ranks[stage + 1] == ranks[stage] else ("y", stage))
+        elif outputs:
+            writes.append(("o", stage))
     elif action.op is Op.BACKWARD_WEIGHT:
         reads.append(("w", stage))
     else:

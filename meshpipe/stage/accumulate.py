@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.mesh import DATA
-from meshpipe.sharding import Arrays, Shapes, abstract
+from meshpipe.sharding import Arrays, Shapes, abstract, splits_microbatch
 from meshpipe.stage.jaxpr import function_of
 from meshpipe.stage.partial_sums import PartialSums
 from meshpipe.stage.traced import TracedStage
@@ -27,7 +27,8 @@ class AccumulatedOutputs:
         """`targets` gives the number of an accumulator by the number of an output."""
         self._closed, self._targets = closed, targets
         parts = stage.spec.mesh.shape.get(DATA, 1)
-        self._partial = PartialSums(closed, parts, stage.microbatch_size) if parts > 1 else None
+        is_split = parts > 1 and splits_microbatch(stage.spec.mesh, stage.microbatch_size)
+        self._partial = PartialSums(closed, parts, stage.microbatch_size) if is_split else None
 
     def can_stay_unreduced(self, target: int) -> bool:
         """Whether what is added to this accumulator, if anything, can be computed as partial sums."""

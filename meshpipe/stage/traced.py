@@ -55,7 +55,7 @@ class TracedStage:
             jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, replicated(mesh)
         )
         paths = abstract((spec.streams,), jnp.uint32, replicated(mesh))
-        batch = (abstract(f.shape, f.dtype, batch_sharding(mesh)) for f in fields.values())
+        batch = (abstract(f.shape, f.dtype, batch_sharding(mesh, self.microbatch_size)) for f in fields.values())
         inputs = (seed, paths, self.microbatch, *batch)
 
         with jax.set_mesh(mesh):

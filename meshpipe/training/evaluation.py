@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from meshpipe.errors import ArgumentError
+from meshpipe.layers.forwards import Forwards
+from meshpipe.layers.microbatches import OwnBatch
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.processes.group import Group
 from meshpipe.sharding import local_value
@@ -31,19 +33,39 @@ def evaluate(
     """
     if isinstance(batches, Mapping):
         raise ArgumentError("`evaluate` takes batches, one after the other. Got one. Write evaluate([batch]).")
-    executor, names = model.evaluation
     sums: list[np.ndarray] = []
     for batch in batches:
-        inputs = model.evaluation_inputs(batch, seed_data)
-        group.calls += 1
-        _, _, totals = executor.run(training.params, training.state, inputs)
-        sums.append(np.asarray([local_value(value) for value in totals], np.float64))
+        for forwards, count, part in _pieces(model, batch):
+            inputs = forwards.inputs(part, seed_data)
+            group.calls += 1
+            _, _, totals = forwards.executor(count).run(training.params, training.state, inputs)
+            sums.append(np.asarray([local_value(value) for value in totals], np.float64))
     if not sums:
         raise ArgumentError("Evaluation needs at least one batch. Got `batches` without any.")
     total = np.sum(sums, axis=0)
-    sums_and_weights = zip(names, total[::2].tolist(), total[1::2].tolist(), strict=bool(len(total)))
+    sums_and_weights = zip(model.evaluation.names, total[::2].tolist(), total[1::2].tolist(), strict=bool(len(total)))
     means = {name: value / weight if weight else math.nan for name, value, weight in sums_and_weights}
     return from_last_stage(model, group, means)
+
+
+def _pieces(model: StagedModel, batch: Mapping[str, Any]) -> Iterator[tuple[Forwards, int, OwnBatch]]:
+    """What computes the sums of a batch of any size, each with the number of microbatches to run and their batch.
+
+    No example is masked, since a loss may have no way to: whole microbatches run through the programs of whole batches,
+    of which the other microbatches are left out, and the rest is one microbatch of its own size, compiled for it.
+    """
+    whole = model.evaluation
+    size = model.microbatches.size // model.microbatches.count
+    for part in model.microbatches.parts(batch):
+        count, rest = divmod(len(next(iter(part.values()))), size)
+        if not rest and count == model.microbatches.count:
+            yield whole, count, part
+            continue
+        if count:
+            yield whole, count, model.microbatches.padded(part)
+        if rest:
+            last = OwnBatch({name: value[-rest:].copy() for name, value in part.items()})
+            yield model.evaluation_of_rest(rest), 1, last
 
 
 def from_last_stage(model: StagedModel, group: Group, value: Any) -> Any:

@@ -100,6 +100,25 @@ def test_finite_epochs_end_also_after_a_resume():
     assert len(list(iterator)) == 2
 
 
+def test_the_examples_after_the_last_full_batch_are_a_smaller_one_if_they_are_kept():
+    def every(size: int, batch_size: int) -> list[list[int]]:
+        iterator = batches(Numbers(size), batch_size, shuffle=False, epochs=1, drop_remainder=False)
+        return [batch["number"].tolist() for batch in iterator]
+
+    assert every(10, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert every(8, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert every(3, 4) == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="at least one example"):
+        every(0, 4)
+
+
+def test_rows_of_other_processes_are_left_out_of_full_batches_alone():
+    iterator = batches(Numbers(10), 4, shuffle=False, epochs=1, drop_remainder=False)
+    iterator.read_only([2, 3])
+    assert [batch["number"].tolist() for batch in iterator] == [[0, 0, 2, 3], [0, 0, 6, 7], [8, 9]]
+    assert iterator.get_state()["examples"] == 10
+
+
 @pytest.mark.parametrize("batch_size", [0, 4])
 def test_a_batch_must_fit_the_data(batch_size: int):
     with pytest.raises(ValueError, match="at least"):

@@ -108,7 +108,10 @@ def test_a_step_sums_gradients_and_losses_and_advances_state(
         {s: (jax.device_put(scales[s], place[s]),) for s in traced},
         {s: (jax.device_put(np.int32(0), place[s]),) for s in traced},
         {
-            s: tuple(jax.device_put(fields[name], batch_sharding(stage.spec.mesh)) for name in stage.input_names)
+            s: tuple(
+                jax.device_put(fields[name], batch_sharding(stage.spec.mesh, stage.microbatch_size))
+                for name in stage.input_names
+            )
             for s, stage in traced.items()
         },
     )

@@ -74,7 +74,7 @@ def test_fixed_state_is_no_output_and_no_residual(remat: str) -> None:
 def test_in_evaluation_batch_statistics_are_fixed_too() -> None:
     made = trainer(Frozen)
     made.evaluate([BATCH])
-    traced = made.model._evaluation_traced
+    traced = made.model.evaluation.traced
     assert traced is not None
     assert [stage.changing for stage in traced.values()] == [(), ()]
     assert all(not stage.new_state_vars for stage in traced.values())

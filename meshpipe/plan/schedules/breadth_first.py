@@ -53,12 +53,20 @@ def inference(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -
     )
 
 
-def forwards_of(plan: Plan) -> Plan:
-    """The forwards of a training plan, in its order and on its ranks, for evaluation."""
+def forwards_of(plan: Plan, num_microbatches: int | None = None) -> Plan:
+    """The forwards of a training plan, in its order and on its ranks, for evaluation and prediction.
+
+    With `num_microbatches`, only those of its first microbatches.
+    """
+    count = plan.num_microbatches if num_microbatches is None else num_microbatches
     return replace(
         plan,
         schedule="inference",
-        orders=tuple(tuple(action for action in order if action.op is Op.FORWARD) for order in plan.orders),
+        num_microbatches=count,
+        orders=tuple(
+            tuple(action for action in order if action.op is Op.FORWARD and action.microbatch < count)
+            for order in plan.orders
+        ),
         peak_activations=(0,) * plan.num_ranks,
     )
 

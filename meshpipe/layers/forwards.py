@@ -1,0 +1,52 @@
+"""The forwards of all stages in evaluation mode, compiled for batches of one size: to sum up losses, or for outputs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from meshpipe.layers.microbatches import Microbatches
+from meshpipe.pipeline.executor import Executor
+from meshpipe.plan.lower import lower
+from meshpipe.plan.plan import Plan
+from meshpipe.plan.schedules import forwards_of
+from meshpipe.stage.programs import StagePrograms
+from meshpipe.stage.spec import Boundary
+from meshpipe.stage.traced import TracedStage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forwards:
+    """What a batch is run through without a backward; `StagedModel.forwards` compiles it."""
+
+    name: str
+    """Begins the names of its transfers; no other forwards have it."""
+    plan: Plan
+    """Of training: the forwards follow its order."""
+    microbatches: Microbatches
+    meshes: Sequence[Mesh]
+    """The submesh of every stage."""
+    traced: Mapping[int, TracedStage]
+    """The stages of this process; likewise the programs."""
+    programs: Mapping[int, StagePrograms]
+    path_hashes: Mapping[int, jax.Array]
+    names: Sequence[str]
+    """Of the means that are summed up, which are known where the last stage is local."""
+    output: Boundary | None
+    """What the last layer puts out for a microbatch, where that is kept in place of a loss."""
+    _executors: dict[int, Executor] = field(default_factory=dict)
+
+    def executor(self, count: int | None = None) -> Executor:
+        """Runs the first `count` microbatches of a batch, or all; made at its first use, without compiling anything."""
+        count = self.microbatches.count if count is None else count
+        if count not in self._executors:
+            program = lower(forwards_of(self.plan, count), reduces=True, outputs=self.output is not None)
+            name = f"{self.name}/{count}"
+            self._executors[count] = Executor(name, program, self.meshes, self.traced, self.programs)
+        return self._executors[count]
+
+    def inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array]) -> dict[int, Any]:
+        """What every local stage reads of a whole batch, split into microbatches on its submesh."""
+        return self.microbatches.place(self.traced, batch, 0, seed, self.path_hashes)
