@@ -18,6 +18,10 @@ Items = dict[str, dict[str, jax.Array]]
 """For each item, `stage_0` and so on, its arrays by leaf."""
 
 
+WEIGHTS = ("params/", "state/")
+"""How the keys of leaves begin that make up a model."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or does not fit what is to be restored; the message gives the way out."""
 
@@ -95,6 +99,18 @@ def check_leaf(step: int, key: str, leaf: Any, leaves: Mapping[str, Any]) -> Non
         raise CheckpointError(
             f"A leaf must be restored with its saved shape and dtype. {key} is {found[1]}{list(found[0])} in "
             f"step {step}; asked for {leaf.dtype}{list(leaf.shape)}. Configure the model as it was when it was saved."
+        )
+
+
+def check_weights(step: int, wanted: Mapping[str, Any], leaves: Mapping[str, Any], directory: object) -> None:
+    """Raises `CheckpointError` unless the parameters and other state of a checkpoint, by key, are those of a model."""
+    for key, leaf in wanted.items():
+        check_leaf(step, key, leaf, leaves)
+    more = [key for key in leaves if key.startswith(WEIGHTS) and key not in wanted]
+    if more:
+        raise CheckpointError(
+            f"Every weight of a checkpoint must belong to the model. {more[0]} of step {step} in {directory} does not. "
+            "Configure the model as it was when it was saved."
         )
 
 

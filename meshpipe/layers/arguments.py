@@ -14,13 +14,14 @@ from meshpipe.sharding import ShardingRules
 
 def check_task(task: Task) -> None:
     """Raises `ValueError` for parts of a task that have the wrong type."""
-    _check_layers(task.layers)
+    check_layers(task.layers)
     _check_functions(task.loss, task.metrics)
     _check_batch(task.batch, task.input)
     _check_parameters(task.tied, task.rules)
 
 
-def _check_layers(layers: Any) -> None:
+def check_layers(layers: Any) -> None:
+    """Raises `ArgumentError` unless the layers are a list."""
     if isinstance(layers, Sequence | nnx.List) and not isinstance(layers, str):
         if not layers:
             raise ArgumentError("A model needs at least one layer. Got an empty list.")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshpipe.checkpoint import Checkpointer, CheckpointError, verify_checkpoint
-from meshpipe.checkpoint.index import check_leaf
+from meshpipe.checkpoint import Checkpointer, verify_checkpoint
+from meshpipe.checkpoint.index import check_weights
 from meshpipe.checkpoint.lock import check_free
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
@@ -44,14 +44,7 @@ class Start:
         leaves = Checkpointer(self.folder).leaves(self.step)
         found = {f"params/{path}": leaf for stage in model.parameters for path, leaf in stage.params.items()}
         found |= {f"state/{path}": leaf for stage in model.parameters for path, leaf in stage.state.items()}
-        for key, leaf in found.items():
-            check_leaf(self.step, key, leaf, leaves)
-        more = [key for key in leaves if key.startswith(("params/", "state/")) and key not in found]
-        if more:
-            raise CheckpointError(
-                f"Every weight of a checkpoint must belong to the model. {more[0]} of step {self.step} in "
-                f"{self.folder} does not. Configure the model as it was when it was saved."
-            )
+        check_weights(self.step, found, leaves, self.folder)
 
     def load(self, trainer: Trainer) -> str:
         """Loads the checkpoint into the trainer, and returns a sentence about it."""
@@ -177,17 +170,16 @@ def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) ->
     asked = json.loads(json.dumps(config_values(config)))
     for name in ("seed", "batch_size"):
         if saved.get(name) != asked[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"A resumed run must keep its {flag}, so that it continues with the right batch. "
+            raise ArgumentError(
+                f"A resumed run must keep its `{name}`, so that it continues with the right batch. "
                 f"Got {asked[name]}, and {folder} was saved with {saved.get(name)}. "
-                f"Pass {flag} {saved.get(name)}, or start a new run in another --checkpoint-dir."
+                f"Pass `{name}` {saved.get(name)}, or start a new run in another `checkpoint_dir`."
             )
     for part, may_change in MAY_CHANGE.items():
         before, now = saved.get(part) or {}, asked[part]
         for name in sorted((before.keys() | now.keys()) - may_change):
             if before.get(name) != now.get(name):
-                raise ValueError(
+                raise ArgumentError(
                     f"A resumed run must keep its {part}. Got {name} {now.get(name)!r}, and {folder} was saved with "
-                    f"{before.get(name)!r}. Restore it, or start a new run in another --checkpoint-dir."
+                    f"{before.get(name)!r}. Restore it, or start a new run in another `checkpoint_dir`."
                 )

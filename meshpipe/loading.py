@@ -1,0 +1,136 @@
+"""Loads what was trained from a checkpoint: its values, or modules with them. It takes neither trainer nor mesh."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from meshpipe.checkpoint import CheckpointError, list_checkpoints
+from meshpipe.checkpoint.index import WEIGHTS, check_weights
+from meshpipe.checkpoint.reader import CheckpointReader
+from meshpipe.errors import ArgumentError
+from meshpipe.layers.arguments import check_layers
+from meshpipe.layers.layer import LayerLike, Leaves, abstract_layers
+from meshpipe.layers.modules import host_device, modules_with, shared_groups_of
+from meshpipe.run.saved_model import saved_model
+
+
+@overload
+def load(directory: str | Path, *, step: int | None = None, device: jax.Device | None = None) -> Leaves: ...
+@overload
+def load(
+    directory: str | Path,
+    *,
+    layers: Sequence[LayerLike] | Literal["recipe"],
+    step: int | None = None,
+    tied: Sequence[Sequence[str]] = (),
+    device: jax.Device | None = None,
+    train: bool = False,
+) -> list[Any]: ...
+def load(
+    directory: str | Path,
+    *,
+    layers: Sequence[LayerLike] | Literal["recipe"] | None = None,
+    step: int | None = None,
+    tied: Sequence[Sequence[str]] = (),
+    device: jax.Device | None = None,
+    train: bool = False,
+) -> Any:
+    """The weights of a checkpoint, saved from any layout: parameters and other state by leaf path, or modules of them.
+
+    Nothing is compiled but what random streams need, and the optimizer's state is not read. Every file that is read is
+    compared with its checksum.
+
+    Arguments:
+        directory: The folder that a run saved to.
+        layers: The layers that were trained, as `Trainer` takes them: then a new module for each is returned. Or
+            `"recipe"`: the layers of the recipe that was trained, with the fields of its model as they were saved. That
+            runs the recipe's Python file, which the checkpoint names: only for checkpoints that you trust.
+        step: The step to load; None takes the newest.
+        tied: Groups of leaf paths that are one parameter, as `Trainer` takes them: they become one variable, like
+            variables that several of the `layers` hold.
+        device: The device that holds the arrays; None takes the host's CPU device.
+        train: Whether the modules are in training mode; by default they are in evaluation mode.
+
+    Raises `CheckpointError`, a `ValueError`, when there is no checkpoint, it is damaged, or a leaf of the layers is
+    missing, has another shape or dtype, or is not one of the layers.
+    """
+    reader = CheckpointReader(directory)
+    _check_is_no_step(reader.directory)
+    step = list_checkpoints(directory)[-1] if step is None else step
+    saved = reader.leaves(step)
+    device = host_device() if device is None else device
+    if layers is None:
+        if tied or train:
+            raise ArgumentError(
+                "`tied` and `train` are for `layers`. Got them alone. Pass `layers`, or leave them out."
+            )
+        return _read(reader, step, _weights(step, saved), device)
+    metadata = reader.metadata(step)
+    if isinstance(layers, str):
+        model = saved_model(metadata, reader.directory, layers)
+        layers, tied = model.layers(), (*model.tied(), *tied)
+    check_layers(layers)
+    found = abstract_layers(layers, None)
+    wanted = {f"params/{path}": leaf for layer in found for path, leaf in layer.params.items()}
+    wanted |= {f"state/{path}": leaf for layer in found for path, leaf in layer.state.items()}
+    check_weights(step, wanted, saved, reader.directory)
+    _check_tied(tied, wanted)
+    values = _read(reader, step, wanted, device)
+    seed = metadata.get("seed")
+    return modules_with(
+        found,
+        values,
+        (*tied, *shared_groups_of(found)),
+        seed=seed if isinstance(seed, int) and 0 <= seed < 2**32 else 0,
+        device=device,
+        train=train,
+    )
+
+
+def _check_is_no_step(directory: Path) -> None:
+    """Raises `CheckpointError` for the folder of one step, which is easily taken for the checkpoint."""
+    name, parent = directory.name, directory.parent
+    if name.isdecimal() and int(name) in CheckpointReader(parent).steps():
+        raise CheckpointError(
+            f"A checkpoint is named by the folder of its run. Got {directory}, a step of it. Pass {str(parent)!r} and "
+            f"step={int(name)}."
+        )
+
+
+def _weights(step: int, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, jax.ShapeDtypeStruct]:
+    weights = {key: leaf for key, leaf in saved.items() if key.startswith(WEIGHTS)}
+    for key, leaf in weights.items():
+        if jax.dtypes.canonicalize_dtype(leaf["dtype"]) != leaf["dtype"]:
+            raise CheckpointError(
+                f"A leaf must be loaded with its saved dtype. {key} of step {step} is {leaf['dtype']}, which JAX "
+                "shortens. Enable jax_enable_x64, as it was when it was saved."
+            )
+    return {key: jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"])) for key, leaf in weights.items()}
+
+
+def _read(
+    reader: CheckpointReader, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], device: jax.Device
+) -> Leaves:
+    """The leaves by path, without the section that they were saved in."""
+    tree: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for key, leaf in wanted.items():
+        section, _, path = key.partition("/")
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
+        tree.setdefault(section, {})[path] = shape
+    (found,) = reader.restore(step, [tree])
+    return {path: leaf for section in found.values() for path, leaf in section.items()}
+
+
+def _check_tied(tied: Sequence[Sequence[str]], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    for group in tied:
+        for path in group:
+            if f"params/{path}" not in wanted:
+                raise ArgumentError(f"`tied` must name parameters of the layers. Got {path!r}, which is none.")
+            if wanted[f"params/{path}"].shape != wanted[f"params/{group[0]}"].shape:
+                raise ArgumentError(
+                    f"Tied parameters must have one shape. Got {group[0]!r} and {path!r}, which differ."
+                )

@@ -1,0 +1,68 @@
+"""The model of a recipe as a run saved it: the recipe's own, with the fields that flags had changed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from meshpipe.checkpoint import CheckpointError
+from meshpipe.errors import ArgumentError
+from meshpipe.models.model import ModelConfig
+from meshpipe.run.recipe import find
+from meshpipe.run.record import config_values
+
+
+def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> ModelConfig:
+    """The model that the metadata of a step describe. Runs the recipe's file, which the metadata name.
+
+    Raises `CheckpointError` when no recipe was saved, or its model cannot be made as it was; `RecipeError` when there
+    is no such recipe or it fails.
+    """
+    if asked != "recipe":
+        raise ArgumentError(f'`layers` must be a list of layers, or "recipe". Got {asked!r}.')
+    recipe, config = metadata.get("recipe"), metadata.get("config")
+    saved = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(recipe, str) or not isinstance(saved, dict):
+        raise CheckpointError(
+            f"The metadata of a checkpoint must name the recipe that was trained. Those in {directory} name none: "
+            "it was not saved by a command. Pass the `layers` themselves."
+        )
+    model = find(recipe).config().model
+    kind = saved.get("type")
+    if kind != type(model).__name__:
+        raise CheckpointError(
+            f"The recipe must have the model that was saved. {recipe} has {type(model).__name__}, and {directory} was "
+            f"saved with {kind!r:.40}. Restore the recipe, or pass the `layers` themselves."
+        )
+    made: ModelConfig = _with_values(model, saved)
+    found = json.loads(json.dumps(config_values(made)))
+    for name in sorted(found.keys() | (saved.keys() - {"type"})):
+        if found.get(name) != saved.get(name):
+            raise CheckpointError(
+                f"The model must have the fields that were saved. {name} of {recipe} is {found.get(name)!r:.60}, and "
+                f"{directory} was saved with {saved.get(name)!r:.60}. Restore the recipe, or pass the `layers` "
+                "themselves."
+            )
+    return made
+
+
+def _with_values(config: Any, saved: Mapping[str, Any]) -> Any:
+    """The config with its numbers, flags and names as they were saved; other values stay, and are compared."""
+    changes = {}
+    for field in fields(config):
+        value, other = getattr(config, field.name), saved.get(field.name)
+        if is_dataclass(value) and isinstance(other, dict):
+            changes[field.name] = _with_values(value, other)
+        elif _is_like(value, other) and value != other:
+            changes[field.name] = other
+    return replace(config, **changes) if changes else config
+
+
+def _is_like(value: Any, saved: Any) -> bool:
+    """Whether JSON holds such a value as it is."""
+    if value is None or saved is None:
+        return isinstance(value, bool | int | float | str | None) and isinstance(saved, bool | int | float | str | None)
+    if isinstance(value, float):
+        return isinstance(saved, int | float) and not isinstance(saved, bool)
+    return isinstance(value, bool | int | str) and type(value) is type(saved)
