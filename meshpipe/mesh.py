@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def make_mesh(
 
 def _way_out(platform: str, needed: int) -> str:
     if platform == "cpu":
-        return f" Call meshpipe.use_cpu_devices({needed}) before anything else uses JAX."
+        return f" {_restart()}Call meshpipe.use_cpu_devices({needed}) before anything else uses JAX."
     return " Choose smaller axes, or add devices."
 
 
@@ -132,8 +133,17 @@ def use_cpu_devices(count: int) -> None:
         if started < count:
             raise ValueError(
                 f"The number of CPU devices is fixed once JAX has started. Got {count}, with {started} started. "
-                "Call meshpipe.use_cpu_devices before anything else uses JAX."
+                f"{_restart()}Call meshpipe.use_cpu_devices before anything else uses JAX."
             ) from None
+
+
+def _restart() -> str:
+    """In a notebook or an IPython shell, where JAX may have started in any cell, how to begin again."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is None:
+        return ""
+    return "Restart the kernel. " if hasattr(shell, "kernel") else "Restart IPython. "
 
 
 def describe(mesh: Mesh) -> str:

@@ -1,6 +1,8 @@
 """Device order, submeshes and what a mesh refuses."""
 
 import os
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -95,3 +97,17 @@ def test_asking_for_devices_that_are_there_changes_nothing(monkeypatch: pytest.M
 def test_describe_says_the_sizes_in_words() -> None:
     assert describe(make_mesh(2, 1, 2)) == "pipeline 2 x data 1 x tensor 2 = 4 cpu devices"
     assert describe(make_mesh()) == "pipeline 1 x data 1 x tensor 1 = 1 cpu device"
+
+
+@pytest.mark.parametrize(("kernel", "advice"), [(True, "Restart the kernel. Call"), (False, "Restart IPython. Call")])
+def test_in_a_notebook_a_late_call_is_told_to_restart(
+    kernel: bool, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = SimpleNamespace(kernel=None) if kernel else SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    for late in (lambda: use_cpu_devices(64), lambda: make_mesh(64)):
+        with pytest.raises(ValueError, match=rf"{advice} meshpipe\.use_cpu_devices"):
+            late()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    with pytest.raises(ValueError, match=r"with 8 started\. Call meshpipe"):
+        use_cpu_devices(64)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Difference:
         return "/".join(self.path.split("/")[:2]) or self.quantity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VerifyReport:
     """All differences between a layout and plain training, of every update."""
 
@@ -69,6 +70,26 @@ class VerifyReport:
             if key not in worst or _ratio(d) > _ratio(worst[key]):
                 worst[key] = d
         return worst
+
+    def __repr__(self) -> str:
+        if self.first is None:
+            return f"VerifyReport(ok: all {len(self.differences)} differences are within their tolerances)"
+        bad, first = sum(not d.ok for d in self.differences), self.first
+        return (
+            f"VerifyReport(failed: {bad} of {len(self.differences)} differences are too large, first {first.quantity} "
+            f"{first.path} of update {first.update}: {first.found:.3g}, allowed {first.allowed:.3g})"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: for each layer and quantity, the difference that comes closest to its tolerance."""
+        columns = ("", "layer", "quantity", "update", "difference", "allowed")
+        head = "".join(f"<th>{name}</th>" for name in columns)
+        rows = []
+        for d in sorted(self.worst_by_layer().values(), key=lambda d: (d.ok, _layer_number(d), d.quantity)):
+            cells = ("ok" if d.ok else "<b>differs</b>", escape(d.layer), escape(d.quantity), d.update)
+            numbers = (f"{d.found:.3g}", f"{d.allowed:.3g}")
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (*cells, *numbers)) + "</tr>")
+        return f"<p>{escape(repr(self))}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 class Comparison:

@@ -59,6 +59,8 @@ class Outputs:
     metrics: MetricsFile
     checkpointer: Checkpointer | None
     console: Console
+    raises: bool = False
+    """Whether the caller raises the error of a run that fails; otherwise it is printed."""
 
 
 class _InFlight(NamedTuple):
@@ -119,6 +121,8 @@ class Loop:
         self._evaluated_step: int | None = None
         self.error: BaseException | None = None
         """The error that ended the run."""
+        self.saved_step: int | None = None
+        """The newest step that its folder holds at the end."""
         self.progress = Progress(trainer.step_number)
         """Read by other threads and processes."""
         self._line = ProgressLine(outputs.console, config.steps, trainer.step_number)
@@ -132,18 +136,31 @@ class Loop:
             status = self._train()
         except (Exception, SystemExit) as exception:  # sys.exit in the user's code does not complete a run
             status, error = "failed", exception
+        except KeyboardInterrupt as exception:  # of a caller who handles signals
+            status, error = "stopped", exception
         finally:
             self._line.close()
             self._watch.shutdown()
-        saved = self._newest_checkpoint()
+        saved = self.saved_step = self._newest_checkpoint()
         end = {"status": status, "step": self._good_step, "saved_step": saved, "seconds": time.perf_counter() - started}
         self._out.metrics.write("end", end if error is None else end | {"error": f"{type(error).__name__}: {error}"})
         if error is not None:
             self.error = error
-            self._explain(error, saved)
+            if not self._out.raises:
+                self._explain(error, saved)
             return FAILED
         self._say(self._last_line(status, saved))
         return COMPLETED if status == "completed" else self._stop.exit_status
+
+    @property
+    def good_step(self) -> int:
+        """The last update known to be finite."""
+        return self._good_step
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The metrics of the last step that was read; empty before the first."""
+        return self._values
 
     def _train(self) -> str:
         config, trainer = self._config, self._trainer
@@ -270,10 +287,9 @@ class Loop:
             return
         started = time.perf_counter()
         config = self._config
-        in_order = batches(self._held_out, config.batch_size, shuffle=False, epochs=1)
+        in_order = batches(self._held_out, config.batch_size, shuffle=False, epochs=1, drop_remainder=False)
         with self.progress.during("evaluation", EVALUATION_SECONDS), closing(in_order):
             if process_count() > 1:
-                _ = self._trainer.model.evaluation
                 in_order.read_only(self._trainer.model.rows_read(evaluation=True))
             values = self._trainer.evaluate(self._counted(itertools.islice(in_order, config.eval_batches)))
         self._evaluated_step = self._good_step

@@ -1,10 +1,11 @@
 """Reports of a run while it trains: a file of JSON lines, and a progress line for people."""
 
+import importlib.util
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from io import FileIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from meshpipe.errors import ArgumentError
 from meshpipe.files import check_file
 from meshpipe.run.warning import Warnings
 
@@ -26,14 +28,20 @@ LONGEST_LINE = 1 << 20
 
 
 class MetricsFile:
-    """One JSON object per line, unbuffered. With a path of None, nothing is written.
+    """One JSON object per line, unbuffered. With a path of None, nothing is written. `also` is called with every event.
 
     Non-finite numbers become null, since JSON has none. A line that cannot be written (e.g. on a full disk) is left out
     entirely, with one warning on standard error; later lines are tried again.
     """
 
-    def __init__(self, path: str | Path | None, *, append: bool = False) -> None:
-        self._path, self._warnings = path, Warnings()
+    def __init__(
+        self,
+        path: str | Path | None,
+        *,
+        append: bool = False,
+        also: Callable[[str, Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        self._path, self._also, self._warnings = path, also, Warnings()
         self._file: FileIO | None = None
         if path is not None:
             if append:
@@ -50,12 +58,14 @@ class MetricsFile:
         if path.exists() and not path.is_file():
             return  # a pipe or /dev/stdout, which cannot hold an earlier run
         if not append and path.exists() and path.stat().st_size:
-            raise ValueError(
-                f"--metrics must name a new file, so that two runs do not mix. Got {str(path)!r}, which is not empty. "
-                "Name another file, remove it, or resume its run with --resume."
+            raise ArgumentError(
+                f"`metrics` must name a new file, so that two runs do not mix. Got {str(path)!r}, which is not empty. "
+                "Name another file, remove it, or resume its run with `resume`."
             )
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
+        if self._also is not None:
+            self._also(event, values)
         if self._file is not None:
             line = json.dumps({"event": event} | _finite(values), allow_nan=False)
             try:
@@ -122,7 +132,7 @@ class ProgressLine:
         self._last_line = time.monotonic()
         self._seconds_per_step: float | None = None
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None):
             columns = (
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(24),

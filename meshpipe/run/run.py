@@ -1,6 +1,9 @@
 """A run of a recipe, from its first check to its exit status."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -20,6 +23,7 @@ from meshpipe.processes.progress import StopLimit
 from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
 from meshpipe.run.build import make_trainer, saved_shapes
+from meshpipe.run.history import History
 from meshpipe.run.loop import Loop, Outputs
 from meshpipe.run.metrics import MetricsFile
 from meshpipe.run.record import check_can_be_saved, checkpoint_metadata, run_layout
@@ -31,13 +35,47 @@ END_SECONDS = 600.0
 """How long processes wait for each other at the end of a run."""
 
 
+class Ended(NamedTuple):
+    """How a run ended."""
+
+    status: int
+    """The exit status of a command."""
+    step: int
+    """The last update known to be finite."""
+    error: BaseException | None = None
+    """The error that ended it."""
+    values: Mapping[str, Any] = MappingProxyType({})
+    """The metrics of the last step."""
+    saved_step: int | None = None
+    """The newest step in the folder of checkpoints."""
+    trainer: Trainer | None = None
+    """The trained model; None where there was nothing left to do."""
+
+
 def run(
     config: Config, recipe: str, console: Console, guard: Guard, stop: StopRequest, step_timeout: float = 0.0
 ) -> int:
-    """Trains as `config` says; returns the exit status 0, 1, 129, 130 or 143.
+    """Trains as `config` says, for a command; returns the exit status 0, 1, 129, 130 or 143.
+
+    Raises `ValueError` for an invalid config, before anything is compiled or written.
+    """
+    return conduct(config, recipe, console, guard, stop, step_timeout).status
+
+
+def conduct(
+    config: Config,
+    recipe: str,
+    console: Console,
+    guard: Guard,
+    stop: StopRequest,
+    step_timeout: float = 0.0,
+    history: History | None = None,
+) -> Ended:
+    """Trains as `config` says.
 
     When `stop` has received a signal, the run ends after the step in progress. When no step completes for
-    `step_timeout` seconds, `guard` ends the process with status 1; 0 waits for ever.
+    `step_timeout` seconds, `guard` ends the process with status 1; 0 waits for ever. With a `history`, which is told
+    every event, an error that ends the run is left to the caller; otherwise it is printed.
 
     Raises `ValueError` for an invalid config, before anything is compiled or written.
     """
@@ -50,7 +88,7 @@ def run(
     start = find_start(config)
     if start is not None and start.is_own and start.step >= config.steps:
         console.print(f"Nothing left to do: {start.folder} holds step {start.step}, and --steps is {config.steps}.")
-        return COMPLETED
+        return Ended(COMPLETED, start.step, saved_step=start.step)
     with ExitStack() as files:
         train_batches, held_out = _open_data(config, start, group)
         files.enter_context(closing(train_batches))
@@ -61,8 +99,9 @@ def run(
         trainer = _make_trainer(config, recipe, start, checkpointer, train_batches, console)
         if start is not None:
             _load(start, trainer, config, checkpointer, console)
-        metrics = files.enter_context(MetricsFile(metrics_file, append=config.checkpoint.may_continue))
-        outputs = Outputs(recipe, metrics, checkpointer, console)
+        also = None if history is None else history.write
+        metrics = files.enter_context(MetricsFile(metrics_file, append=config.checkpoint.may_continue, also=also))
+        outputs = Outputs(recipe, metrics, checkpointer, console, raises=history is not None)
         watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, guard.fail))
         observed = watchdog if step_timeout else None
         loop = Loop(config, trainer, train_batches, held_out, outputs, stop, observed, start)
@@ -73,7 +112,7 @@ def run(
             if loop.error is not None:
                 guard.fail(loop.error)
             barrier("meshpipe/end", END_SECONDS)  # process 0 serves the key-value store until all are here
-        return status
+        return Ended(status, loop.good_step, loop.error, loop.values, loop.saved_step, trainer)
 
 
 def _open_data(config: Config, start: Start | None, group: Group) -> tuple[BatchIterator, Source | None]:
@@ -88,7 +127,7 @@ def _open_data(config: Config, start: Start | None, group: Group) -> tuple[Batch
         train_batches.set_state(start.metadata["data"])
     held_out = check_source(config.data.eval_source()) if config.eval_batches else None
     if held_out is not None:
-        batches(held_out, config.batch_size).close()  # raises if there are too few examples
+        batches(held_out, config.batch_size, drop_remainder=False).close()  # raises if there is no example
     if not group.is_alone:
         agree(group, "data", describe_source("training", source) | describe_source("held-out", held_out))
     return train_batches, held_out

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from meshpipe.observe.clock import MeasuredStep
+from meshpipe.sharding import local_value
 
 
 class NonFiniteError(FloatingPointError):
@@ -18,9 +19,9 @@ class NonFiniteError(FloatingPointError):
         """Whether the update was left out, so that the trainer is as it was before `step` and can go on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepResult:
-    """One update's scalars, still on their devices; `float()` waits for them."""
+    """One update's scalars, still on their devices; `float()` and `repr()` wait for them."""
 
     step: int
     """Number of the update, from 1."""
@@ -36,3 +37,10 @@ class StepResult:
     """For each local stage, whether its parameters are finite after the update."""
     measured: MeasuredStep | None = None
     """When each action ran, where that was asked for."""
+
+    def __repr__(self) -> str:
+        loss, norm = (float(local_value(value)) for value in (self.loss, self.grad_norm))
+        found = f"StepResult(step {self.step}: loss {loss:.6g}, gradient norm {norm:.4g}"
+        if local_value(self.applied):
+            return f"{found})"
+        return f"{found}, left out: {'weight 0' if local_value(self.good) else 'not finite'})"

@@ -138,7 +138,6 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "microbatch over data": ("train TINY --mesh.data 3", "must be a multiple of --num-microbatches * --mesh.data"),
     "empty batch": ("train TINY --batch-size 0", "--batch-size must be at least 1. Got 0."),
     "batch larger than the data": ("train TINY --data.count 15", "Pass a smaller --batch-size"),
-    "held-out data smaller than a batch": ("train TINY --batch-size 80", "Pass a smaller --batch-size"),
     "no microbatch": ("train TINY --num-microbatches 0", "--num-microbatches must be at least 1. Got 0."),
     # Stages and schedules.
     "more stages than layers": ("train TINY --mesh.pipeline 8", "Use fewer pipeline ranks"),

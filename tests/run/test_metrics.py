@@ -85,7 +85,7 @@ def test_without_a_file_nothing_is_written() -> None:
     [
         ("missing/m.jsonl", "Create it, or name another file"),
         (".", "Name a file in it"),
-        ("old.jsonl", "with --resume"),
+        ("old.jsonl", "with `resume`"),
     ],
 )
 def test_check_refuses_before_anything_is_written(

@@ -79,8 +79,8 @@ def test_a_run_resumes_with_another_layout_and_learning_rate(changes: dict[str, 
 @pytest.mark.parametrize(
     ("changes", "phrase"),
     [
-        ({"seed": 3}, "Got 3, and runs/a was saved with 0. Pass --seed 0"),
-        ({"batch_size": 32}, "Got 32, and runs/a was saved with 16. Pass --batch-size 16"),
+        ({"seed": 3}, "Got 3, and runs/a was saved with 0. Pass `seed` 0"),
+        ({"batch_size": 32}, "Got 32, and runs/a was saved with 16. Pass `batch_size` 16"),
         ({"model": tiny_recipes.DenseConfig(depth=5)}, "keep its model. Got depth 5, and runs/a was saved with 4"),
         ({"optimizer": OptimizerConfig(momentum=0.9)}, "keep its optimizer. Got momentum 0.9"),
     ],
