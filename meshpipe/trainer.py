@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from meshpipe.html import html_table
 from meshpipe.layers.layer import LayerLike, Leaves
 from meshpipe.layers.modules import host_device, local_leaves, modules_with, shared_groups_of, write
 from meshpipe.layers.stage_function import Loss, Metrics
@@ -127,6 +128,22 @@ class Trainer:
             f"Trainer({len(self.model.layers)} layers on {axes}, {self.plan.schedule}, stages={len(self.stages)}, "
             f"microbatches={self.plan.num_microbatches}, step={self.step_number})"
         )
+
+    def _repr_html_(self) -> str:
+        """A table of the stages for notebooks."""
+        columns = ("stage", "rank", "layers", "devices", "parameters", "MB")
+        rows = (
+            (
+                stage.index,
+                stage.rank,
+                f"{stage.layers.start} to {stage.layers.stop - 1}",
+                ", ".join(str(device.id) for device in stage.submesh.devices.flat),
+                f"{stage.parameter_count:,}",
+                f"{stage.parameter_bytes / 1e6:.1f}",
+            )
+            for stage in self.stages
+        )
+        return html_table(repr(self), columns, rows)
 
     @property
     def mesh(self) -> Mesh:

@@ -31,7 +31,7 @@ def on_device(leaf: jax.Array, device: jax.Device) -> jax.Array:
         assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
         everywhere = replicated(leaf.sharding.mesh)  # type: ignore[arg-type]
         leaf = jnp.asarray(local_value(jax.jit(lambda array: array, out_shardings=everywhere)(leaf)))
-    # Without the copy, the arrays of a module would be those that the next step donates.
+    # Without the copy, the array of a module could be one that the next step donates; `may_alias=False` does not help.
     return jnp.copy(jax.device_put(leaf, device))
 
 

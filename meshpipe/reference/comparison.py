@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from meshpipe.html import html_table
 from meshpipe.sharding import widened
 
 SMALL = 1e-2
@@ -82,14 +82,13 @@ class VerifyReport:
 
     def _repr_html_(self) -> str:
         """A table for notebooks: for each layer and quantity, the difference that comes closest to its tolerance."""
+        worst = sorted(self.worst_by_layer().values(), key=lambda d: (d.ok, _layer_number(d), d.quantity))
         columns = ("", "layer", "quantity", "update", "difference", "allowed")
-        head = "".join(f"<th>{name}</th>" for name in columns)
-        rows = []
-        for d in sorted(self.worst_by_layer().values(), key=lambda d: (d.ok, _layer_number(d), d.quantity)):
-            cells = ("ok" if d.ok else "<b>differs</b>", escape(d.layer), escape(d.quantity), d.update)
-            numbers = (f"{d.found:.3g}", f"{d.allowed:.3g}")
-            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (*cells, *numbers)) + "</tr>")
-        return f"<p>{escape(repr(self))}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
+        rows = (
+            ("ok" if d.ok else "differs", d.layer, d.quantity, d.update, f"{d.found:.3g}", f"{d.allowed:.3g}")
+            for d in worst
+        )
+        return html_table(repr(self), columns, rows)
 
 
 class Comparison:

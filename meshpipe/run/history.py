@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any, Literal
 
+from meshpipe.html import html_table
 from meshpipe.trainer import Trainer
 
 TIMES = frozenset({"step", "time", "eval_time_s"})
@@ -54,12 +54,6 @@ class RunResult:
 
     def _repr_html_(self) -> str:
         """A table of the evaluations for notebooks."""
-        if not self.evaluations:
-            return f"<p>{escape(repr(self))}</p>"
-        names = list(next(iter(self.evaluations.values())))
-        head = "".join(f"<th>{escape(name)}</th>" for name in ("step", *names))
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{cell}</td>" for cell in (step, *(f"{means[n]:.4f}" for n in names))) + "</tr>"
-            for step, means in self.evaluations.items()
-        )
-        return f"<p>{escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>"
+        names = list(next(iter(self.evaluations.values()), {}))
+        rows = ((step, *(f"{means[name]:.4f}" for name in names)) for step, means in self.evaluations.items())
+        return html_table(repr(self), ("step", *names), rows)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,33 +111,39 @@ def test_failures_are_raised_with_what_was_saved(capsys: pytest.CaptureFixture[s
         meshpipe.run(tiny(data=tiny_recipes.PointsConfig(count=3)), show=False)
 
 
+def when_a_step_is_done(metrics: str, action: Callable[[], object]) -> None:
+    """Calls `action` in another thread once the metrics file has the second step."""
+
+    def wait() -> None:
+        while not os.path.exists(metrics) or b'"step": 2' not in Path(metrics).read_bytes():
+            time.sleep(0.05)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def endless(folder: Path) -> Config:
+    checkpoint = CheckpointConfig(checkpoint_dir=str(folder / "checkpoints"))
+    data = tiny_recipes.PointsConfig(seconds=0.02)
+    return tiny(data=data, steps=10_000, metrics=str(folder / "metrics.jsonl"), checkpoint=checkpoint)
+
+
 def test_an_interrupt_is_the_caller_s(tmp_path: Path) -> None:
-    config = tiny(data=tiny_recipes.PointsConfig(seconds=0.05), steps=10_000, metrics=str(tmp_path / "metrics.jsonl"))
-    timer = threading.Timer(3, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
-    timer.start()
+    config = endless(tmp_path)
+    main = threading.main_thread().ident
+    assert main is not None
+    when_a_step_is_done(config.metrics or "", lambda: signal.pthread_kill(main, signal.SIGINT))
     before = settings()
     with pytest.raises(KeyboardInterrupt):
         meshpipe.run(config, show=False)
     assert settings() == before
-    assert json.loads(Path(config.metrics or "").read_text().splitlines()[-1])["status"] == "stopped"
+    last = json.loads(Path(config.metrics or "").read_text().splitlines()[-1])
+    assert (last["event"], last["status"], last["saved_step"]) == ("end", "stopped", None)
 
 
 def test_signals_stop_a_run_that_handles_them(tmp_path: Path) -> None:
-    config = tiny(
-        data=tiny_recipes.PointsConfig(seconds=0.02),
-        steps=10_000,
-        metrics=str(tmp_path / "metrics.jsonl"),
-        checkpoint=CheckpointConfig(checkpoint_dir=str(tmp_path / "checkpoints")),
-    )
-
-    def stop() -> None:
-        while (
-            not (tmp_path / "metrics.jsonl").exists() or b'"step": 2' not in (tmp_path / "metrics.jsonl").read_bytes()
-        ):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
+    config = endless(tmp_path)
+    when_a_step_is_done(config.metrics or "", lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = settings()
     result = meshpipe.run(config, show=False, handle_signals=True)
     assert settings() == before

@@ -29,6 +29,12 @@ def test_a_trainer_names_its_layout(trainer: Trainer) -> None:
     assert repr(trainer) == f"{start}{trainer.step_number})"
 
 
+def test_a_notebook_shows_the_stages_of_a_trainer(trainer: Trainer) -> None:
+    html = trainer._repr_html_()
+    assert "<td>0</td><td>0</td><td>0 to 0</td><td>0</td><td>4</td>" in html
+    assert "<td>1</td><td>1</td><td>1 to 1</td><td>1</td><td>4</td>" in html
+
+
 def test_a_step_shows_its_numbers_and_what_was_left_out(trainer: Trainer) -> None:
     result = trainer.step(BATCH)
     assert repr(result) == (
@@ -53,4 +59,4 @@ def test_a_report_says_on_one_line_whether_it_is_good_and_has_a_table() -> None:
     html = report._repr_html_()
     assert html.count("<tr>") == 3
     assert "&lt;kernel&gt;" in html
-    assert html.index("differs</b></td><td>layers/1") < html.index("ok</td><td>layers/0")
+    assert html.index("differs</td><td>layers/1") < html.index("ok</td><td>layers/0")
