@@ -1,7 +1,6 @@
 """The training loop of a recipe: steps, evaluation, checkpoints, metrics and signals."""
 
 import itertools
-import math
 import sys
 import time
 import traceback
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from meshpipe.checkpoint import Checkpointer
@@ -27,7 +25,8 @@ from meshpipe.processes.guard import is_lost_connection
 from meshpipe.processes.progress import Progress
 from meshpipe.processes.stop import StopRequest, StopTogether
 from meshpipe.report.tables import count_of
-from meshpipe.run.metrics import MetricsFile, ProgressLine, speed
+from meshpipe.run.metrics import MetricsFile
+from meshpipe.run.progress_line import ProgressLine
 from meshpipe.run.record import (
     checkpoint_metadata,
     config_values,
@@ -35,6 +34,7 @@ from meshpipe.run.record import (
     run_layout,
 )
 from meshpipe.run.start import Start
+from meshpipe.run.step_metrics import StepMetrics
 from meshpipe.run.trace_file import TraceFile
 from meshpipe.run.warning import Warnings
 from meshpipe.sharding import local_value
@@ -43,12 +43,8 @@ from meshpipe.training.result import NonFiniteError, StepResult
 
 STEPS_BEFORE_TRACE = 2
 """The first steps of a run are slower than the rest and are not traced."""
-GATHER_SECONDS = 60.0
-"""How long processes wait for each other's step times."""
 EVALUATION_SECONDS = 600.0
 """How long a stop waits for the next batch of an evaluation; the first batch compiles."""
-RATES_AT_ONCE = 1024
-"""Learning rates that are computed together."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +93,16 @@ class Loop:
         self._held_out = held_out
         self._out = outputs
         self._stop = stop
-        self._rates: tuple[int, np.ndarray] = (0, np.zeros(0))
         self._start = start
-        left_out = 0 if start is None else start.left_out
-        self._learning_rate(trainer.step_number - left_out)
         self._in_flight: _InFlight | None = None
         self._watch = ThreadPoolExecutor(1, "watch")
         self._good_step = trainer.step_number
         """The last update known to be finite."""
-        self._values: dict[str, Any] = {}
-        """The metrics of that step."""
-        self._work = {"step_time_s": 0.0, "examples": 0, "tokens": 0}
-        """Sums over the steps of this run."""
-        self._left_out = left_out
-        """Updates left out so far, including earlier runs; the optimizer and its schedule do not count them."""
         self._skipped = 0
         """Updates of this run left out because they were not finite."""
         self._warnings = Warnings()
+        left_out = 0 if start is None else start.left_out
+        self._metrics = StepMetrics(config, trainer, left_out, self._warnings)
         self._first_step = trainer.step_number + 1
         self._trace = None if config.trace is None else TraceFile(config.trace, self._warnings)
         self._clock = time.perf_counter()
@@ -160,7 +149,7 @@ class Loop:
     @property
     def values(self) -> dict[str, Any]:
         """The metrics of the last step that was read; empty before the first."""
-        return self._values
+        return self._metrics.newest
 
     def _train(self) -> str:
         config, trainer = self._config, self._trainer
@@ -221,37 +210,13 @@ class Loop:
         self.progress.completed(result.step, seconds)
         if self._watchdog is not None:
             self._watchdog.end_step()
-        self._values = {
-            "step": result.step,
-            "loss": float(local_value(result.loss)),
-            "grad_norm": float(local_value(result.grad_norm)),
-            # The schedule counts the updates before this one.
-            "learning_rate": self._learning_rate(result.step - 1 - self._left_out),
-            "step_time_s": seconds,
-            "examples_per_s": self._config.batch_size / seconds,
-        }
-        if tokens is not None:
-            self._values["tokens_per_s"] = tokens / seconds
-        if result.measured is not None:
-            self._values["bubble_fraction"] = self._bubble_of_all(result)
-            if self._trace is not None:
-                self._trace.add(result.step, result.measured)
-                self._clock = time.perf_counter()
-        done = {"step_time_s": seconds, "examples": self._config.batch_size, "tokens": tokens or 0}
-        self._work = {name: total + done[name] for name, total in self._work.items()}
-        good, applied = bool(local_value(result.good)), bool(local_value(result.applied))
-        if not applied:
-            self._values["left_out"] = "weight 0" if good else "not finite"
-            self._left_out += 1
-        if good and not applied:
-            self._warnings.say_once(
-                "weight 0",
-                f"step {result.step} was left out: the weight of its loss is 0 over the whole batch, so the mean is "
-                "undefined. The metrics file marks such steps by left_out.",
-            )
-        self._out.metrics.write("step", self._values)
-        self._line.step(self._values)
-        return good
+        values = self._metrics.of(result, tokens, seconds)
+        if result.measured is not None and self._trace is not None:
+            self._trace.add(result.step, result.measured)
+            self._clock = time.perf_counter()
+        self._out.metrics.write("step", values)
+        self._line.step(values)
+        return bool(local_value(result.good))
 
     def _skip(self, error: NonFiniteError) -> None:
         """Skips a step that is not finite and was left out; raises the error when no more skips are allowed."""
@@ -262,19 +227,6 @@ class Loop:
         # It counts as a step, so step numbers stay aligned with batches.
         self._trainer.step_number = error.step
         self._say(f"{error} Its update was left out ({self._skipped} of {allowed} by --skip-nonfinite).")
-
-    def _learning_rate(self, updates: int) -> float:
-        """The schedule's learning rate after `updates` updates.
-
-        Computes many at once: on an accelerator, each computation waits for all work dispatched before.
-        """
-        first, rates = self._rates
-        if not first <= updates < first + len(rates):
-            first = updates - updates % RATES_AT_ONCE
-            schedule = self._config.optimizer.schedule(self._config.steps)
-            rates = np.asarray(jax.vmap(schedule)(np.arange(first, first + RATES_AT_ONCE)))
-            self._rates = first, rates
-        return float(rates[updates - first])
 
     def _is_timed(self, step: int) -> bool:
         config = self._config
@@ -310,29 +262,12 @@ class Loop:
         checkpointer, step = self._out.checkpointer, self._good_step
         if checkpointer is None or step == self._saved_step:
             return
-        position = self._batches.get_state()
-        metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position, self._left_out)
+        position, left_out = self._batches.get_state(), self._metrics.left_out
+        metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position, left_out)
         with self.progress.during("save"):
             checkpointer.save(step, self._trainer.state_tree(), metadata, self._trainer.abstract_state_tree())
         self._saved_step = step
         self._clock = time.perf_counter()
-
-    def _bubble_of_all(self, result: StepResult) -> float:
-        """The idle share of all ranks in a timed step, across all processes; NaN if a process does not report its times
-        within the limit.
-        """
-        assert result.measured is not None
-        timeline = result.measured.timeline
-        if self._trainer.group.is_alone:
-            return timeline.bubble_fraction
-        own = f"{timeline.makespan!r} {sum(timeline.busy)!r} {timeline.num_ranks}"
-        try:
-            texts = self._trainer.group.gather("busy", own, GATHER_SECONDS)
-        except TimeoutError as error:
-            self._warnings.say_once("bubble", f"the bubble of step {result.step} is unknown: {error}")
-            return math.nan
-        makespans, busy, ranks = zip(*(map(float, text.split()) for text in texts), strict=True)
-        return max(0.0, 1 - sum(busy) / (max(makespans) * sum(ranks)))
 
     @property
     def _layout(self) -> dict[str, Any]:
@@ -369,12 +304,10 @@ class Loop:
 
     def _last_line(self, status: str, saved: int | None) -> str:
         parts = [f"{status.capitalize()} after step {self._good_step} of {self._config.steps}"]
-        if self._values:
-            seconds = self._work["step_time_s"]
-            mean = {f"{unit}_per_s": self._work[unit] / seconds for unit in ("examples", "tokens") if self._work[unit]}
-            parts.append(f"loss {self._values['loss']:.4f}, {speed(mean)}")
-        if self._left_out:
-            parts.append(f"{count_of(self._left_out, 'update was', 'updates were')} left out")
+        if self._metrics.newest:
+            parts.append(f"loss {self._metrics.newest['loss']:.4f}, {self._metrics.mean_speed()}")
+        if self._metrics.left_out:
+            parts.append(f"{count_of(self._metrics.left_out, 'update was', 'updates were')} left out")
         return "; ".join(parts) + f". {self._saved_sentence(saved)}"
 
     def _saved_sentence(self, saved: int | None) -> str:
