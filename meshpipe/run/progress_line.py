@@ -1,4 +1,4 @@
-"""What people see of a run while it trains: a live line on a terminal, else plain lines."""
+"""What people see of a run while it trains: a plain line every few steps, and below them a live one on a terminal."""
 
 import importlib.util
 import time
@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Longest time between progress lines when the output is not a terminal, if steps are not longer."""
+"""Longest time between plain lines, if steps are not longer."""
 LONGEST_TIME = 10**9
 """Upper limit of the displayed time left, in seconds."""
 
 
 class ProgressLine:
-    """Shows step, loss, throughput and time left: a live line on a terminal, else a plain line every few steps."""
+    """Shows step, loss, throughput and time left in a plain line every few steps. On a terminal, a live line below them
+    shows every step; it disappears at the end, and the plain lines stay.
+    """
 
     def __init__(self, console: Console, steps: int, start: int = 0) -> None:
         self.console = console
@@ -45,7 +47,7 @@ class ProgressLine:
         text = f"loss {values['loss']:.4f}  {seconds:.3g} s/step  {speed(values)}  {left} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif self._is_due(step):
+        if self._is_due(step):
             self._last_line = time.monotonic()
             self.say(f"step {step}/{self._steps}  {text}")
 

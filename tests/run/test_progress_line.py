@@ -2,6 +2,7 @@
 
 import io
 
+import pyte
 import pytest
 from rich.console import Console
 
@@ -39,17 +40,21 @@ def test_slow_steps_are_not_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> 
     assert 5 <= len(output.getvalue().splitlines()) < 19
 
 
-def test_a_terminal_gets_one_live_line() -> None:
+def test_a_terminal_keeps_the_history_above_a_live_line() -> None:
     output = io.StringIO()
-    progress = ProgressLine(Console(file=output, width=100, force_terminal=True), steps=3)
-    for number in (1, 2):
+    progress = ProgressLine(Console(file=output, width=100, force_terminal=True), steps=40)
+    for number in range(1, 40):
         progress.step(step(number))
     progress.say("held out")
     progress.close()
-    text = output.getvalue()
-    assert "held out" in text
-    assert "2/3" in text
-    assert text.endswith("\x1b[?25h") or "\x1b[?25h" in text.rsplit("2/3", 1)[1]  # the cursor is back
+    screen = pyte.HistoryScreen(100, 50)
+    stream = pyte.Stream(screen)
+    stream.feed(output.getvalue().replace("\n", "\r\n"))
+    lines = [line.rstrip() for line in screen.display if line.strip()]
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == [f"{n}/40" for n in (1, *range(5, 40, 5))]
+    assert lines[-1] == "held out", "the live line is gone"
+    assert "39/40" in output.getvalue(), "it showed every step"
+    assert not screen.cursor.hidden
 
 
 @pytest.mark.parametrize(("steps", "every"), [(1, 1), (15, 1), (16, 2), (60, 5), (100, 10), (1000, 100), (10**6, 100)])
