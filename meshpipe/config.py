@@ -13,6 +13,7 @@ from meshpipe.files import expand_fields
 from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig
 from meshpipe.models.model import ModelConfig
+from meshpipe.observe.config import ObserveConfig
 from meshpipe.optimizer.config import OptimizerConfig
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.sharding import PRESETS
@@ -26,6 +27,7 @@ PARTS: dict[str, type] = {
     "pipeline": PipelineConfig,
     "optimizer": OptimizerConfig,
     "checkpoint": CheckpointConfig,
+    "observe": ObserveConfig,
 }
 
 
@@ -51,6 +53,8 @@ class Config:
     """Optimizer and learning-rate schedule."""
     checkpoint: Annotated[CheckpointConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CheckpointConfig)
     """Where and how often to save, and whether to resume."""
+    observe: Annotated[ObserveConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ObserveConfig)
+    """Trackers and the profiler."""
     steps: int = 100
     """Total number of updates, counted from step 0 even after a resume."""
     batch_size: int = 64
@@ -60,6 +64,9 @@ class Config:
     skip_nonfinite: int = 0
     """Batches with a non-finite loss or gradient that a run may skip, leaving out their updates; one more ends the run.
     0 ends it at the first."""
+    run_dir: str | None = None
+    """Folder for all outputs of the run, made when missing: settings, checkpoints, metrics, trace, pictures and log.
+    Flags for single outputs, such as --metrics, take precedence for theirs. With --resume, the run continues in it."""
     compile_cache: str | None = None
     """Folder that keeps compiled programs for later runs; None keeps none."""
     metrics: str | None = None
@@ -81,7 +88,10 @@ class Config:
                 got = type(getattr(self, name)).__name__
                 raise ArgumentError(f"{name} of a Config must be a {kind.__name__}. Got a {got}.")
         check_seed(self.seed)
-        expand_fields(self, "compile_cache", "metrics", "trace")
+        expand_fields(self, "run_dir", "compile_cache", "metrics", "trace")
+        if self.run_dir is None:
+            self.checkpoint.check_folder_given()
+        self.observe.check_folders(self.run_dir)
         least = {
             "steps": 0,
             "batch_size": 1,

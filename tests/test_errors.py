@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_recipes
 
 from meshpipe import MeshConfig, OptimizerConfig, PipelineConfig, make_mesh, use_cpu_devices
 from meshpipe.checkpoint import CheckpointConfig
@@ -29,7 +31,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no CPU device": (lambda: use_cpu_devices(0), "`count` must be at least 1. Got 0."),
     "step timeout": (lambda: DistributedConfig(step_timeout=math.nan), "`step_timeout` must be a number of at least 0"),
     "interval": (lambda: CheckpointConfig(checkpoint_every=-1), "`checkpoint_every` must be at least 0. Got -1."),
-    "no folder": (lambda: CheckpointConfig(resume=True), "`resume` needs a folder .* add `checkpoint_dir` DIR."),
+    "no folder": (
+        lambda: replace(tiny_recipes.single(), checkpoint=CheckpointConfig(resume=True)),
+        "`resume` needs a folder .* add `checkpoint_dir` DIR, or `run_dir` DIR.",
+    ),
     "theta": (lambda: LanguageModelConfig(rope_theta=math.nan), "`rope_theta` must be a number above 1. Got nan."),
     "rate": (lambda: TextClassifierConfig(dropout_rate=1.0), "`dropout_rate` must be a number of at least 0 and below"),
 }

@@ -49,6 +49,14 @@ class CheckpointConfig:
             raise ArgumentError(f"`{name}` is for `init_from`. Got it alone. Add `init_from` DIR, or leave it out.")
         if self.resume_from is not None:
             check_whole("resume_from", self.resume_from, 0)
+        if self.resume_from is not None and (self.resume or self.auto_resume):
+            other = "resume" if self.resume else "auto_resume"
+            raise ArgumentError(
+                f"`resume_from` names a checkpoint, and `{other}` takes the newest. Got both. Leave one of them out."
+            )
+
+    def check_folder_given(self) -> None:
+        """Raises `ArgumentError` when something needs a folder of checkpoints, and there is none."""
         if self.checkpoint_dir is None:
             asked = {
                 "resume": self.resume,
@@ -57,9 +65,6 @@ class CheckpointConfig:
                 "checkpoint_every": self.checkpoint_every > 0,
             }
             for name in (name for name, is_asked in asked.items() if is_asked):
-                raise ArgumentError(f"`{name}` needs a folder of checkpoints. Got none: add `checkpoint_dir` DIR.")
-        if self.resume_from is not None and (self.resume or self.auto_resume):
-            other = "resume" if self.resume else "auto_resume"
-            raise ArgumentError(
-                f"`resume_from` names a checkpoint, and `{other}` takes the newest. Got both. Leave one of them out."
-            )
+                raise ArgumentError(
+                    f"`{name}` needs a folder of checkpoints. Got none: add `checkpoint_dir` DIR, or `run_dir` DIR."
+                )

@@ -3,13 +3,16 @@
 import difflib
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
+from meshpipe.cli.flags import Flag, flags_of, suggestion
+from meshpipe.cli.help import HELP, HELP_ALL, common_page, whole_page
 from meshpipe.errors import advice_on
 from meshpipe.processes.exit_codes import COMPLETED
 
@@ -43,8 +46,14 @@ def parse(flags: Any, arguments: list[str], program: str, description: str | Non
 
     The parser's own `SystemExit` could be mistaken for one of the user's code.
     """
-    try:
+    with _parser_exits():
         return tyro.cli(flags, args=arguments, prog=program, description=description)
+
+
+@contextmanager
+def _parser_exits() -> Iterator[None]:
+    try:
+        yield
     except SystemExit as end:
         raise ParserExit(end.code if isinstance(end.code, int) else COMPLETED) from None
 
@@ -52,9 +61,9 @@ def parse(flags: Any, arguments: list[str], program: str, description: str | Non
 def configure(command: str, arguments: list[str], description: str, extra: Any = None) -> tuple[str, "Config", Any]:
     """The recipe's name, its configuration with the flags applied, and the command's own flags in place of `extra`.
 
-    Raises `ValueError` for an unknown recipe, and `ParserExit` after `--help` or a wrong flag.
+    Raises `ValueError` for an unknown recipe or flag, and `ParserExit` after `--help` or a wrong value.
     """
-    if arguments and arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] in (*HELP, HELP_ALL):
         print(f"usage: meshpipe {command} RECIPE [flags]\n\n{description}")
         print("`meshpipe recipes` lists the recipes of this folder; add --help after a recipe to see its flags.")
         raise ParserExit(COMPLETED)
@@ -68,13 +77,47 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
     from meshpipe.run.recipe import find
 
     recipe = find(arguments[0])
-    fields: list[Any] = [("config", Annotated[Config, _WITHOUT_PREFIX], recipe.config())]
+    config = recipe.config()
+    program, description = f"meshpipe {command} {arguments[0]}", f"{description} {recipe.summary}".strip()
+    flags = flags_of(config) + (
+        [] if extra is None else flags_of(extra, "processes" if command == "train" else command)
+    )
+    if HELP_ALL in arguments or any(name in arguments for name in HELP):
+        _print_help(flags, command, HELP_ALL in arguments, program, description)
+    fields: list[Any] = [("config", Annotated[Config, _WITHOUT_PREFIX], config)]
     if extra is not None:
         fields.append(("extra", Annotated[type(extra), _WITHOUT_PREFIX], extra))
-    flags = make_dataclass("Flags", [(name, kind, field(default=default)) for name, kind, default in fields])
-    description = f"{description} {recipe.summary}".strip()
-    chosen = parse(flags, arguments[1:], f"meshpipe {command} {arguments[0]}", description)
+    kind = make_dataclass("Flags", [(name, kind, field(default=default)) for name, kind, default in fields])
+    chosen: Any
+    with _parser_exits():
+        chosen, unknown = tyro.cli(kind, args=arguments[1:], prog=program, return_unknown_args=True)
+    if unknown:
+        _refuse(unknown, [flag.name for flag in flags], command)
     return recipe.name, chosen.config, getattr(chosen, "extra", None)
+
+
+def _print_help(flags: Sequence[Flag], command: str, whole: bool, program: str, description: str) -> NoReturn:
+    """Prints the help of a command with a recipe, and raises `ParserExit`."""
+    page = whole_page(flags) if whole else common_page(flags, command)
+    try:
+        parse(page, ["--help"], program, description)
+    except ParserExit:
+        if not whole:
+            print(f"{HELP_ALL} shows all {len(flags)} flags, among them those of the model and the data.")
+        raise
+    raise AssertionError("the parser exits after --help")
+
+
+def _refuse(unknown: Sequence[str], known: Sequence[str], command: str) -> NoReturn:
+    """Raises `ValueError` for arguments that are no flags, with the flag that was probably meant."""
+    first = next((argument for argument in unknown if argument.startswith("-")), unknown[0])
+    if not first.startswith("-"):
+        raise ValueError(f"After the recipe come flags. Got {first!r}. meshpipe {command} RECIPE --help lists them.")
+    name = first.partition("=")[0]
+    raise ValueError(
+        f"There is no flag {name} for {command} with this recipe.{suggestion(name, known)} "
+        f"meshpipe {command} RECIPE {HELP_ALL} lists all flags."
+    )
 
 
 def call_of_exit(end: SystemExit) -> str:

@@ -46,10 +46,10 @@ def launch(arguments: list[str]) -> int:
         raise ValueError(f"The command after -- must be train: meshpipe launch --processes N -- train RECIPE. {got}")
     if command[1:2] == [] or command[1].startswith("-"):
         raise ValueError("A recipe comes after train: meshpipe launch --processes N -- train RECIPE. Got none.")
-    if flags.max_restarts and not any(argument.startswith("--checkpoint-dir") for argument in command):
+    if flags.max_restarts and not any(argument.startswith(("--checkpoint-dir", "--run-dir")) for argument in command):
         raise ValueError(
             f"A run is restarted from its newest checkpoint. Got --max-restarts {flags.max_restarts} without "
-            "--checkpoint-dir. Add --checkpoint-dir DIR after train RECIPE."
+            "--run-dir or --checkpoint-dir. Add --run-dir DIR after train RECIPE."
         )
     from meshpipe.processes.addresses import check_one_address
     from meshpipe.processes.launch import Launch, free_port

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, explanation
 from meshpipe.cli.checkpoint import checkpoint
 from meshpipe.cli.launch import launch
+from meshpipe.cli.metrics import metrics
 from meshpipe.cli.output import lasting_output
 from meshpipe.cli.plan import plan
 from meshpipe.cli.recipes import recipes
@@ -25,6 +26,7 @@ USAGE = """usage: meshpipe COMMAND ...
   plan RECIPE [flags] [--plot FILE.png]     show stages, schedule, bubble and memory; runs no step
   plan RECIPE [flags] --compare             compare the costs of all schedules
   plan RECIPE --profile [flags]             measure each layer on this machine, and suggest a better partition
+  metrics RUN... [--plot FILE.png]          compare runs: losses, throughput, status; draw their curves
   launch --processes N [flags] -- train RECIPE [flags]   run N processes on this machine
   checkpoint list DIR                       list checkpoints and their layouts
   checkpoint show DIR [--step N]            show the full metadata of one checkpoint
@@ -39,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "verify": verify,
     "plan": plan,
+    "metrics": metrics,
     "launch": launch,
     "checkpoint": checkpoint,
 }

@@ -23,7 +23,9 @@ def train(arguments: list[str]) -> int:
     from meshpipe.processes.stop import StopRequest
     from meshpipe.report.tables import make_console
     from meshpipe.run.run import run
+    from meshpipe.run.run_folder import in_run_dir
 
+    config = in_run_dir(config)
     try:
         join(distributed)
     except ConnectionError as error:

@@ -1,5 +1,6 @@
 """How a step is cut into stages and microbatches, and in which order these run."""
 
+import difflib
 import re
 from dataclasses import dataclass
 
@@ -28,8 +29,9 @@ class PipelineConfig:
     """Schedule, microbatches, rematerialisation, and how layers are cut into stages."""
 
     schedule: str = "1f1b"
-    """The order in which each rank runs its forwards and backwards: the name of a schedule; the path of a plan file
-    that ends in .txt; or `auto`, the fastest plan found for the costs of the stages within the memory limit."""
+    """The order in which each rank runs its forwards and backwards: `gpipe`, `1f1b`, `eager-1f1b`, `interleaved-1f1b`,
+    `looped-bfs`, `zb-h1`, `zb-h2`, `zb-v` or `dualpipe-v`; the path of a plan file that ends in .txt; or `auto`, the
+    fastest plan found for the costs of the stages within the memory limit."""
     stages_per_rank: int | None = None
     """Number of stages that each pipeline rank holds. None takes the fewest that the schedule allows; with `--schedule
     auto`, the best number found."""
@@ -38,9 +40,10 @@ class PipelineConfig:
     size must divide by it times the data axis. More of them mean less idle time and smaller matrix products."""
     remat: str = "none"
     """What forward stores for backward. `none` stores all residuals; `full` stores only the inputs of stages, and
-    recomputes forward before backward; the name of a `jax.checkpoint_policies` member, e.g. `dots_saveable`, stores
-    what that policy saves. One name for all stages, or one per stage, separated by commas; or `auto`: for each stage,
-    whatever recomputes least within the memory limit."""
+    recomputes forward before backward. A policy of `jax.checkpoint_policies` stores what it saves:
+    `everything_saveable`, `nothing_saveable`, `dots_saveable` (also `checkpoint_dots`) or
+    `dots_with_no_batch_dims_saveable` (also `checkpoint_dots_with_no_batch_dims`). One name for all stages, or one per
+    stage, separated by commas; or `auto`: for each stage, whatever recomputes least within the memory limit."""
     memory_limit: str | None = None
     """The most bytes that each device may hold by prediction, e.g. `12GiB`, `800MB` or `1500000`. `--schedule auto` and
     `--remat auto` keep to it; XLA's temporary memory inside a program comes on top. None sets no limit."""
@@ -111,7 +114,7 @@ class PipelineConfig:
         if unknown and self.remat != "auto":
             raise ArgumentError(
                 f"`remat` must be one of {', '.join(REMAT_POLICIES)}, several of them with commas between, one per "
-                f"stage, or auto. Got {unknown[0]!r}."
+                f"stage, or auto. Got {unknown[0]!r}.{_nearest(unknown[0])}"
             )
         if self.remat == "auto" and self.memory_limit is None:
             raise ArgumentError("`remat` auto needs a memory limit. Add e.g. `memory_limit` 12GiB.")
@@ -120,6 +123,12 @@ class PipelineConfig:
                 f"`memory_limit` is only for `schedule` auto and `remat` auto. Got {self.memory_limit} "
                 f"with `schedule` {self.schedule} and `remat` {self.remat}. Leave it out, or pass one of the two."
             )
+
+
+def _nearest(name: str) -> str:
+    """A sentence with the rematerialisation that was probably meant; empty if none is near."""
+    near = difflib.get_close_matches(name, (*REMAT_POLICIES, "auto"), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _as_text(value: object) -> str:

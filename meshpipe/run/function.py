@@ -12,6 +12,7 @@ from meshpipe.processes.stop import StopRequest
 from meshpipe.report.tables import make_console
 from meshpipe.run.history import History, RunResult
 from meshpipe.run.run import conduct
+from meshpipe.run.run_folder import in_run_dir
 
 
 def run(config: Config, *, name: str = "run", show: bool = True, handle_signals: bool = False) -> RunResult:
@@ -44,7 +45,7 @@ def run(config: Config, *, name: str = "run", show: bool = True, handle_signals:
         )
     if handle_signals and threading.current_thread() is not threading.main_thread():
         raise ArgumentError("Python handles signals in the main thread alone. Leave `handle_signals` out elsewhere.")
-    history, stop = History(), StopRequest()
+    config, history, stop = in_run_dir(config), History(), StopRequest()
     with ExitStack() as entered:
         guard = entered.enter_context(Guard(config.checkpoint.checkpoint_dir))
         if handle_signals:

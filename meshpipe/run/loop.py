@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ from meshpipe.processes.guard import is_lost_connection
 from meshpipe.processes.progress import Progress
 from meshpipe.processes.stop import StopRequest, StopTogether
 from meshpipe.report.tables import count_of
-from meshpipe.run.metrics import MetricsFile
+from meshpipe.run.journal import Journal
+from meshpipe.run.profile_window import ProfileWindow
 from meshpipe.run.progress_line import ProgressLine
 from meshpipe.run.record import (
     checkpoint_metadata,
@@ -33,6 +35,7 @@ from meshpipe.run.record import (
     device_names,
     run_layout,
 )
+from meshpipe.run.run_folder import write_settings
 from meshpipe.run.start import Start
 from meshpipe.run.step_metrics import StepMetrics
 from meshpipe.run.trace_file import TraceFile
@@ -52,11 +55,13 @@ class Outputs:
     """The outputs of a run, and the name of its recipe."""
 
     recipe: str
-    metrics: MetricsFile
+    metrics: Journal
     checkpointer: Checkpointer | None
     console: Console
     raises: bool = False
     """Whether the caller raises the error of a run that fails; otherwise it is printed."""
+    folder: Path | None = None
+    """The folder of the run, if it has one and this process writes to it."""
 
 
 class _InFlight(NamedTuple):
@@ -66,6 +71,8 @@ class _InFlight(NamedTuple):
     tokens: int | None
     completion: Future[float]
     """Time at which the devices completed it."""
+    waited: float
+    """Seconds that the loop waited for its batch."""
 
 
 class Loop:
@@ -101,10 +108,11 @@ class Loop:
         self._skipped = 0
         """Updates of this run left out because they were not finite."""
         self._warnings = Warnings()
-        left_out = 0 if start is None else start.left_out
-        self._metrics = StepMetrics(config, trainer, left_out, self._warnings)
+        left_out, tokens_seen = (0, 0) if start is None else (start.left_out, start.tokens_seen)
+        self._metrics = StepMetrics(config, trainer, left_out, tokens_seen, self._warnings)
         self._first_step = trainer.step_number + 1
         self._trace = None if config.trace is None else TraceFile(config.trace, self._warnings)
+        self._profile = ProfileWindow(config, self._first_step, self._warnings)
         self._clock = time.perf_counter()
         self._saved_step = start.step if start is not None and start.is_own else None
         self._evaluated_step: int | None = None
@@ -121,18 +129,23 @@ class Loop:
         error: BaseException | None = None
         try:
             self._stop.end_early = None  # from now on, a stop finishes the step and saves
-            self._out.metrics.write("start", self._start_values())
+            values = self._start_values()
+            self._out.metrics.write("start", values)
+            if self._out.folder is not None:
+                write_settings(self._out.folder, values, self._warnings)
             status = self._train()
         except (Exception, SystemExit) as exception:  # sys.exit in the user's code does not complete a run
             status, error = "failed", exception
         except KeyboardInterrupt as exception:  # of a caller who handles signals
             status, error = "stopped", exception
         finally:
+            self._close_profile()
             self._line.close()
             self._watch.shutdown()
         saved = self.saved_step = self._newest_checkpoint()
         end = {"status": status, "step": self._good_step, "saved_step": saved, "seconds": time.perf_counter() - started}
         self._out.metrics.write("end", end if error is None else end | {"error": f"{type(error).__name__}: {error}"})
+        self._out.metrics.end_trackers(status)
         if error is not None:
             self.error = error
             if not self._out.raises:
@@ -156,7 +169,9 @@ class Loop:
         stopped = False
         together = StopTogether(self._stop)
         while trainer.step_number < config.steps and not (stopped := together.after(trainer.step_number)):
-            self._step(next(self._batches))
+            began = time.perf_counter()
+            batch = next(self._batches)
+            self._step(batch, time.perf_counter() - began)
         self._finish_step()
         self._save()
         if self._out.checkpointer is not None:
@@ -167,25 +182,33 @@ class Loop:
         self._evaluate()
         return "completed"
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch, waited: float) -> None:
         """Dispatches one step, finishes the previous one, and saves or evaluates if due."""
         config, trainer = self._config, self._trainer
-        measure = self._is_timed(trainer.step_number + 1)
-        if measure:
+        number = trainer.step_number + 1
+        measure, profile = self._is_timed(number), self._profile.begins_with(number)
+        if measure or profile:
             self._finish_step()
+        if profile:
+            self._profile.open()
+            self._clock = time.perf_counter()
         if self._watchdog is not None:
             self._watchdog.begin_step()
         observe = None if self._watchdog is None else self._watchdog.observe
-        result = trainer.step(batch, measure=measure, observe=observe)
+        with self._profile.annotate(number):
+            result = trainer.step(batch, measure=measure, observe=observe)
         self.progress.dispatched(result.step)
         # A separate thread records when it completes; this one looks only after dispatching the next step.
         completion = self._watch.submit(_completion_time, result)
         if not self._finish_step():  # then this update was left out as well
             self._batches.put_back(batch)
             return
-        self._in_flight = _InFlight(result, config.model.tokens(batch), completion)
+        self._in_flight = _InFlight(result, config.model.tokens(batch), completion, waited)
         if measure:  # the time to write its trace belongs to no step
             self._finish_step()
+        if self._profile.ends_with(result.step):
+            self._finish_step()
+            self._close_profile()
         if _is_due(result.step, config.checkpoint.checkpoint_every):
             self._finish_step()
             self._save()
@@ -200,7 +223,7 @@ class Loop:
         """
         if self._in_flight is None:
             return True
-        (result, tokens, completion), self._in_flight = self._in_flight, None
+        (result, tokens, completion, waited), self._in_flight = self._in_flight, None
         try:
             self._trainer.check(result)
         except NonFiniteError as error:
@@ -210,13 +233,20 @@ class Loop:
         self.progress.completed(result.step, seconds)
         if self._watchdog is not None:
             self._watchdog.end_step()
-        values = self._metrics.of(result, tokens, seconds)
+        values = self._metrics.of(result, tokens, seconds, waited)
         if result.measured is not None and self._trace is not None:
             self._trace.add(result.step, result.measured)
             self._clock = time.perf_counter()
         self._out.metrics.write("step", values)
         self._line.step(values)
         return bool(local_value(result.good))
+
+    def _close_profile(self) -> None:
+        """Writes the profile, if the window is open; its time belongs to no step."""
+        sentence = self._profile.close()
+        if sentence is not None:
+            self._say(sentence)
+            self._clock = time.perf_counter()
 
     def _skip(self, error: NonFiniteError) -> None:
         """Skips a step that is not finite and was left out; raises the error when no more skips are allowed."""
@@ -262,8 +292,8 @@ class Loop:
         checkpointer, step = self._out.checkpointer, self._good_step
         if checkpointer is None or step == self._saved_step:
             return
-        position, left_out = self._batches.get_state(), self._metrics.left_out
-        metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position, left_out)
+        position, counted = self._batches.get_state(), (self._metrics.left_out, self._metrics.tokens_seen or None)
+        metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position, *counted)
         with self.progress.during("save"):
             checkpointer.save(step, self._trainer.state_tree(), metadata, self._trainer.abstract_state_tree())
         self._saved_step = step
@@ -279,6 +309,7 @@ class Loop:
             "layout": self._layout,
             "devices": device_names(self._trainer.mesh.devices.flat),
             "versions": versions(),
+            "model_flops_per_step": self._metrics.utilisation.flops,
             "step": self._good_step,
             "recipe": self._out.recipe,
             **self._origin,

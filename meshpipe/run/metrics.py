@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -18,20 +18,14 @@ LONGEST_LINE = 1 << 20
 
 
 class MetricsFile:
-    """One JSON object per line, unbuffered. With a path of None, nothing is written. `also` is called with every event.
+    """One JSON object per line, unbuffered. With a path of None, nothing is written.
 
     Non-finite numbers become null, since JSON has none. A line that cannot be written (e.g. on a full disk) is left out
     entirely, with one warning on standard error; later lines are tried again.
     """
 
-    def __init__(
-        self,
-        path: str | Path | None,
-        *,
-        append: bool = False,
-        also: Callable[[str, Mapping[str, Any]], None] | None = None,
-    ) -> None:
-        self._path, self._also, self._warnings = path, also, Warnings()
+    def __init__(self, path: str | Path | None, *, append: bool = False) -> None:
+        self._path, self._warnings = path, Warnings()
         self._file: FileIO | None = None
         if path is not None:
             if append:
@@ -54,8 +48,6 @@ class MetricsFile:
             )
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
-        if self._also is not None:
-            self._also(event, values)
         if self._file is not None:
             line = json.dumps({"event": event} | _finite(values), allow_nan=False)
             try:

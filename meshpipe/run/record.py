@@ -61,7 +61,7 @@ def check_can_be_saved(config: Config) -> None:
             if ADDRESS.search(text := json.dumps(value)):
                 raise ArgumentError(
                     f"A config must have the same text in every run, since a resumed run is compared by it. Got {text} "
-                    f"for {name} of the {part}. Give its class a __repr__, or leave `checkpoint_dir` out."
+                    f"for {name} of the {part}. Give its class a __repr__, or save no checkpoints."
                 )
 
 
@@ -103,13 +103,15 @@ def checkpoint_metadata(
     step: int,
     data: Mapping[str, Any],
     left_out: int = 0,
+    tokens_seen: int | None = None,
 ) -> dict[str, Any]:
     """The metadata saved with the arrays. `layout` is the layout of the run, `data` the position in the training data,
-    and `left_out` the number of updates left out so far.
+    `left_out` the number of updates left out so far, and `tokens_seen` that of tokens, where there are tokens.
     """
     return {
         "step": step,
         "left_out": left_out,
+        **({} if tokens_seen is None else {"tokens_seen": tokens_seen}),
         "seed": config.seed,
         "data": dict(data),
         "recipe": recipe,
@@ -134,6 +136,8 @@ def _metadata_problem(metadata: Mapping[str, Any], step: int) -> str | None:
         return f"its metadata name step {metadata.get('step')!r:.40}"
     if not is_count(metadata.get("left_out", 0), step + 1):
         return f"the number of updates left out is {metadata.get('left_out')!r:.40}"
+    if not is_count(metadata.get("tokens_seen", 0)):
+        return f"the number of tokens is {metadata.get('tokens_seen')!r:.40}"
     data, config = metadata.get("data"), metadata.get("config")
     if not isinstance(data, dict) or not is_count(data.get("examples")):
         return f"the position in the data is {data.get('examples') if isinstance(data, dict) else data!r:.40}"

@@ -24,11 +24,16 @@ from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
 from meshpipe.run.build import make_trainer, saved_shapes
 from meshpipe.run.history import History
+from meshpipe.run.journal import Journal
+from meshpipe.run.log_file import LogFile
 from meshpipe.run.loop import Loop, Outputs
 from meshpipe.run.metrics import MetricsFile
+from meshpipe.run.profile_window import check_profile
 from meshpipe.run.record import check_can_be_saved, checkpoint_metadata, run_layout
+from meshpipe.run.run_folder import LOG, draw_run, in_run_dir, run_folder
 from meshpipe.run.settings import describe_config, describe_source
 from meshpipe.run.start import Start, find_start
+from meshpipe.run.trackers import check_trackers, started_trackers
 from meshpipe.trainer import Trainer
 
 END_SECONDS = 600.0
@@ -79,40 +84,60 @@ def conduct(
 
     Raises `ValueError` for an invalid config, before anything is compiled or written.
     """
-    metrics_file = config.metrics if process_index() == 0 else None
+    config = in_run_dir(config)
     group = Group(range(process_count()))
     if not group.is_alone:
         agree(group, "settings", describe_config(config))
-    MetricsFile.check(metrics_file, append=config.checkpoint.may_continue)
-    check_trace(config.trace)
-    start = find_start(config)
-    if start is not None and start.is_own and start.step >= config.steps:
-        console.print(f"Nothing left to do: {start.folder} holds step {start.step}, and --steps is {config.steps}.")
-        return Ended(COMPLETED, start.step, saved_step=start.step)
     with ExitStack() as files:
+        folder = files.enter_context(run_folder(config))
+        own = folder if process_index() == 0 else None
+        log = None if own is None else files.enter_context(LogFile(console))
+        _check_outputs(config)
+        start = find_start(config)
+        if start is not None and start.is_own and start.step >= config.steps:
+            console.print(f"Nothing left to do: {start.folder} holds step {start.step}, and --steps is {config.steps}.")
+            return Ended(COMPLETED, start.step, saved_step=start.step)
         train_batches, held_out = _open_data(config, start, group)
         files.enter_context(closing(train_batches))
+        trackers = files.enter_context(started_trackers(config, recipe, start))
         checkpointer = None
         if config.checkpoint.checkpoint_dir is not None:
-            folder, keep = config.checkpoint.checkpoint_dir, config.checkpoint.checkpoint_keep
-            checkpointer = files.enter_context(Checkpointer(folder, keep=keep))
+            directory, keep = config.checkpoint.checkpoint_dir, config.checkpoint.checkpoint_keep
+            checkpointer = files.enter_context(Checkpointer(directory, keep=keep))
         trainer = _make_trainer(config, recipe, start, checkpointer, train_batches, console)
         if start is not None:
             _load(start, trainer, config, checkpointer, console)
-        also = None if history is None else history.write
-        metrics = files.enter_context(MetricsFile(metrics_file, append=config.checkpoint.may_continue, also=also))
-        outputs = Outputs(recipe, metrics, checkpointer, console, raises=history is not None)
+        if own is not None and log is not None:
+            log.open(own / LOG)
+        file = files.enter_context(MetricsFile(_metrics_file(config), append=config.checkpoint.may_continue))
+        journal = Journal(file, trackers, also=None if history is None else history.write)
+        outputs = Outputs(recipe, journal, checkpointer, console, raises=history is not None, folder=own)
         watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, guard.fail))
         observed = watchdog if step_timeout else None
         loop = Loop(config, trainer, train_batches, held_out, outputs, stop, observed, start)
         guard.progress = loop.progress
         with StopLimit(loop.progress, stop, guard.give_up, dict if group.is_alone else guard.steps_of_all):
             status = loop.run()
+        if own is not None:
+            draw_run(own, config, console)
         if not group.is_alone:
             if loop.error is not None:
                 guard.fail(loop.error)
             barrier("meshpipe/end", END_SECONDS)  # process 0 serves the key-value store until all are here
         return Ended(status, loop.good_step, loop.error, loop.values, loop.saved_step, trainer)
+
+
+def _metrics_file(config: Config) -> str | None:
+    return config.metrics if process_index() == 0 else None
+
+
+def _check_outputs(config: Config) -> None:
+    """Raises `ValueError` when an output cannot be written, or holds another run."""
+    MetricsFile.check(_metrics_file(config), append=config.checkpoint.may_continue)
+    check_trace(config.trace)
+    check_profile(config)
+    if process_index() == 0:
+        check_trackers(config)
 
 
 def _open_data(config: Config, start: Start | None, group: Group) -> tuple[BatchIterator, Source | None]:

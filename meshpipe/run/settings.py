@@ -13,7 +13,17 @@ from meshpipe.data import Source
 from meshpipe.processes.agreement import HASH
 from meshpipe.run.record import config_values
 
-FILES = {"metrics", "trace", "compile_cache", "checkpoint_dir", "init_from", "costs"}
+FILES = {
+    "run_dir",
+    "metrics",
+    "trace",
+    "track_dir",
+    "profile_dir",
+    "compile_cache",
+    "checkpoint_dir",
+    "init_from",
+    "costs",
+}
 """Fields that name files and folders. Only their presence is compared, since paths may differ between machines."""
 WITH_PREFIX = {"mesh", "model", "data"}
 """Parts of a config whose name prefixes their flags."""

@@ -39,6 +39,11 @@ class Start:
     def left_out(self) -> int:
         return 0 if self.weights_only else int(self.metadata.get("left_out", 0))
 
+    @property
+    def tokens_seen(self) -> int | None:
+        """Tokens that the run was trained on; None where the checkpoint does not tell."""
+        return 0 if self.weights_only else self.metadata.get("tokens_seen")
+
     def check(self, model: StagedModel) -> None:
         """Raises `CheckpointError` when the weights belong to another model; reads only their shapes."""
         leaves = Checkpointer(self.folder).leaves(self.step)

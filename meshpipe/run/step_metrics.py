@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from meshpipe.config import Config
+from meshpipe.observe.utilisation import PeakMemory, Utilisation, model_flops
 from meshpipe.run.learning_rates import LearningRates
 from meshpipe.run.progress_line import speed
 from meshpipe.run.warning import Warnings
@@ -18,8 +19,19 @@ GATHER_SECONDS = 60.0
 class StepMetrics:
     """Turns the results of steps into metric values, and adds them up over the run."""
 
-    def __init__(self, config: Config, trainer: Trainer, left_out: int, warnings: Warnings) -> None:
+    def __init__(
+        self, config: Config, trainer: Trainer, left_out: int, tokens_seen: int | None, warnings: Warnings
+    ) -> None:
         self._config, self._trainer, self._warnings = config, trainer, warnings
+        devices = list(trainer.mesh.devices.flat)
+        self._num_devices = len(devices)
+        self.utilisation = Utilisation(model_flops(trainer.model, trainer.group), devices)
+        self._memory = PeakMemory(devices)
+        self._steps_before = trainer.step_number
+        self.tokens_seen = tokens_seen
+        """Tokens of all steps so far, including earlier runs; None until a step of a continued run tells how many they
+        were, where the checkpoint did not.
+        """
         self._rates = LearningRates(config.optimizer.schedule(config.steps))
         self._rates.after(trainer.step_number - left_out)
         self._sums = {"step_time_s": 0.0, "examples": 0, "tokens": 0}
@@ -29,9 +41,11 @@ class StepMetrics:
         self.newest: dict[str, Any] = {}
         """The values of the last step."""
 
-    def of(self, result: StepResult, tokens: int | None, seconds: float) -> dict[str, Any]:
-        """The values of a step that took `seconds` and had so many tokens, or None where there are none."""
-        values = {
+    def of(self, result: StepResult, tokens: int | None, seconds: float, waited: float) -> dict[str, Any]:
+        """The values of a step that took `seconds` and had so many tokens, or None where there are none. The loop
+        `waited` seconds for its batch.
+        """
+        values: dict[str, Any] = {
             "step": result.step,
             "loss": float(local_value(result.loss)),
             "grad_norm": float(local_value(result.grad_norm)),
@@ -41,7 +55,14 @@ class StepMetrics:
             "examples_per_s": self._config.batch_size / seconds,
         }
         if tokens is not None:
+            if self.tokens_seen is None:
+                self.tokens_seen = self._steps_before * tokens
+            self.tokens_seen += tokens
             values["tokens_per_s"] = tokens / seconds
+            values["tokens_per_s_per_device"] = tokens / seconds / self._num_devices
+            values["tokens_seen"] = self.tokens_seen
+        values |= self.utilisation.of(seconds) | self._memory.values()
+        values["data_wait_share"] = min(1.0, waited / seconds)
         if result.measured is not None:
             values["bubble_fraction"] = self._bubble_of_all(result)
         done = {"step_time_s": seconds, "examples": self._config.batch_size, "tokens": tokens or 0}

@@ -1,7 +1,7 @@
 """Counts the floating-point operations of a traced program."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
@@ -44,8 +44,46 @@ def _of_equation(equation: JaxprEqn) -> float:
         return max(inner)
     if inner and not name.startswith("reduce"):
         return params.get("length", 1) * sum(inner)
+    product = _of_product(equation)
+    if product:
+        return product
     output: Any = equation.outvars[0].aval if equation.outvars else None
     if not hasattr(output, "dtype") or not jnp.issubdtype(output.dtype, jnp.inexact) or name in MOVES:
+        return 0.0
+    size = float(math.prod(output.shape))
+    if name.startswith("reduce"):
+        return float(math.prod(equation.invars[0].aval.shape))  # type: ignore[attr-defined]
+    return size
+
+
+def count_products(program: ClosedJaxpr | Jaxpr) -> dict[str, float]:
+    """The operations of matrix products and convolutions alone, by the dtype of their operands; loops and branches
+    count as in `count_operations`.
+    """
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    counts: dict[str, float] = {}
+    for equation in jaxpr.eqns:
+        inner = [count_products(part) for part in jaxprs_in_params(equation.params)]
+        if equation.primitive.name == "cond":
+            inner = [max(inner, key=lambda count: sum(count.values()))]
+        length = equation.params.get("length", 1) if inner else 1
+        product = _of_product(equation)
+        if product:
+            left, right = (cast(Any, operand.aval).dtype for operand in equation.invars)
+            inner.append({str(jnp.promote_types(left, right)): product})
+        for count in inner:
+            for dtype, operations in count.items():
+                counts[dtype] = counts.get(dtype, 0.0) + length * operations
+    return counts
+
+
+def _of_product(equation: JaxprEqn) -> float:
+    """The operations of a matrix product or a convolution; 0 for any other equation."""
+    name, params = equation.primitive.name, equation.params
+    if name not in ("dot_general", "conv_general_dilated"):
+        return 0.0
+    output: Any = equation.outvars[0].aval
+    if not jnp.issubdtype(output.dtype, jnp.inexact):
         return 0.0
     size = float(math.prod(output.shape))
     shapes = [operand.aval.shape for operand in equation.invars]  # type: ignore[attr-defined]
@@ -53,10 +91,6 @@ def _of_equation(equation: JaxprEqn) -> float:
         # A multiplication and an addition for every element of the output and of the contracted dims.
         (contracted, _), _ = params["dimension_numbers"]
         return 2 * size * math.prod(shapes[0][axis] for axis in contracted)
-    if name == "conv_general_dilated":
-        # Every output element reads the whole kernel, except for its dim of output features.
-        features = params["dimension_numbers"].rhs_spec[0]
-        return 2 * size * math.prod(shapes[1]) / shapes[1][features]
-    if name.startswith("reduce"):
-        return float(math.prod(shapes[0]))
-    return size
+    # Every output element reads the whole kernel, except for its dim of output features.
+    features = params["dimension_numbers"].rhs_spec[0]
+    return 2 * size * math.prod(shapes[1]) / shapes[1][features]

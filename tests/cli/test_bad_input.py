@@ -95,7 +95,10 @@ COSTS = ModelCosts((LayerCosts("Dense", 1.0, 2.0, 1.0, 1.0, 0.0, 288, 256),) * 4
 
 CALLS: dict[str, tuple[str | list[str], str]] = {
     # Commands and recipes.
-    "no command": ("", "The command must be one of recipes, train, verify, plan, launch, checkpoint. Got none."),
+    "no command": (
+        "",
+        "The command must be one of recipes, train, verify, plan, metrics, launch, checkpoint. Got none.",
+    ),
     "unknown command": ("trian TINY", "Did you mean train?"),
     "no recipe": ("train", "The first argument must be a recipe: meshpipe train RECIPE [flags]. Got none."),
     "flag before the recipe": ("train --steps 3 TINY", "The first argument must be a recipe"),
@@ -123,14 +126,17 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
         "ZeroDivisionError: division by zero This comes from the constructor of layers/0 (<lambda>).",
     ),
     # Flags.
-    "unknown flag": ("train TINY --stepz 3", "Perhaps you meant: --steps"),
+    "unknown flag": (
+        "train TINY --stepz 3",
+        "no flag --stepz for train with this recipe. Did you mean --steps?",
+    ),
     "flag without a value": ("train TINY --steps", "Missing value for argument '--steps'"),
     "flag that is no number": ("train TINY --steps many", "--steps INT"),
     "negative steps": ("train TINY --steps -1", "--steps must be at least 0. Got -1."),
     "negative seed": ("train TINY --seed -1", "--seed must be at least 0. Got -1."),
     "negative evaluation interval": ("train TINY --eval-every -5", "--eval-every must be at least 0. Got -5."),
     "negative learning rate": ("train TINY --learning-rate -1", "must be a number of at least 0"),
-    "flag of another command": ("train TINY --plot a.png", "Unrecognized options: --plot"),
+    "flag of another command": ("train TINY --plot a.png", "There is no flag --plot for train with this recipe."),
     # Mesh, batch and microbatches.
     "empty axis": ("train TINY --mesh.pipeline 0", "--mesh.pipeline must be at least 1. Got 0."),
     "more devices than there are": ("train TINY --mesh.tensor 8", "Got 16, with 8 started."),

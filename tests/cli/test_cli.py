@@ -175,7 +175,7 @@ def test_help_of_commands(arguments: list[str], capsys: pytest.CaptureFixture[st
 
 
 def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "tiny:pipeline", "--help"]) == 0
+    assert main(["train", "tiny:pipeline", "--help-all"]) == 0
     out = capsys.readouterr().out
     flags = """--mesh.pipeline --mesh.data --mesh.tensor --schedule --stages-per-rank --num-microbatches --remat --steps
         --batch-size --seed --learning-rate --checkpoint-dir --checkpoint-every --checkpoint-keep --resume --resume-from

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meshpipe.stage.operations import count_operations
+from meshpipe.stage.operations import count_operations, count_products
 
 X, W = jnp.ones((4, 8)), jnp.ones((8, 8))
 PRODUCT = 2 * 4 * 8 * 8
@@ -43,3 +43,18 @@ def convolved(x: jax.Array, w: jax.Array) -> jax.Array:
 )
 def test_operations(function: Callable[..., Any], count: int) -> None:
     assert count_operations(jax.make_jaxpr(function)(X, W)) == count
+
+
+@pytest.mark.parametrize(
+    ("function", "counts"),
+    [
+        (lambda x, w: jnp.tanh(x @ w) + x.sum(), {"float32": PRODUCT}),
+        (lambda x, w: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)) @ w, {"bfloat16": PRODUCT, "float32": PRODUCT}),
+        (jax.jit(repeated), {"float32": 5 * PRODUCT}),
+        (either, {"float32": 2 * PRODUCT}),
+        (convolved, {"float32": 3 * PRODUCT}),
+        (lambda x, w: x + 1, {}),
+    ],
+)
+def test_products_are_counted_by_dtype(function: Callable[..., Any], counts: dict[str, int]) -> None:
+    assert count_products(jax.make_jaxpr(function)(X, W)) == counts

@@ -1,0 +1,82 @@
+"""The help of a command with a recipe: the common flags, or all of them in groups."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field, make_dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from meshpipe.cli.flags import Flag
+
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+COMMON = (
+    "steps",
+    "batch-size",
+    "learning-rate",
+    "seed",
+    "mesh.pipeline",
+    "mesh.data",
+    "mesh.tensor",
+    "sharding",
+    "schedule",
+    "num-microbatches",
+    "remat",
+    "run-dir",
+    "resume",
+    "checkpoint-every",
+    "eval-every",
+    "track",
+)
+"""The flags that `--help` shows, besides those of the command itself."""
+GROUPS: Mapping[str, str] = {
+    "sharding": "mesh",
+    "run-dir": "outputs",
+    "metrics": "outputs",
+    "measure-every": "outputs",
+    "trace": "outputs",
+    "compile-cache": "outputs",
+    "eval-every": "evaluation",
+    "eval-batches": "evaluation",
+}
+"""The group of fields of the config itself; others are in `training`."""
+PART_GROUPS: Mapping[str, str] = {"": "training", "observe": "outputs"}
+ORDER = ("training", "optimizer", "evaluation", "mesh", "pipeline", "model", "data", "outputs", "checkpoint")
+
+
+def common_page(flags: Sequence[Flag], command: str) -> type:
+    """The common flags and those of the command itself, as a dataclass whose help tyro prints."""
+    by_name = {flag.name: flag for flag in flags}
+    groups = {"common": [by_name[name] for name in COMMON if name in by_name]}
+    own = [flag for flag in flags if flag.part == command]
+    if own and command != "processes":
+        groups = {command: own, **groups}
+    return _page(groups)
+
+
+def whole_page(flags: Sequence[Flag]) -> type:
+    """All flags in groups, as a dataclass whose help tyro prints."""
+    groups: dict[str, list[Flag]] = {name: [] for name in ORDER}
+    for flag in sorted(flags, key=lambda flag: flag.part == "observe"):  # --run-dir before what goes into it
+        default = PART_GROUPS.get(flag.part, flag.part)
+        groups.setdefault(default if flag.part else GROUPS.get(flag.name, default), []).append(flag)
+    return _page({name: members for name, members in groups.items() if members})
+
+
+def _page(groups: Mapping[str, Iterable[Flag]]) -> type:
+    """A dataclass of these flags, which is never made."""
+    show_all = Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(name="help-all", help="Show all flags, in groups.", help_behavior_hint=""),
+    ]
+    sections: list[tuple[str, Any, Any]] = [("help_all", show_all, False)]
+    for name, members in groups.items():
+        kind = make_dataclass(name, [_field(index, flag) for index, flag in enumerate(members)])
+        kind.__doc__ = ""
+        sections.append((name, Annotated[kind, tyro.conf.OmitArgPrefixes], field(default_factory=kind)))
+    return make_dataclass("Help", sections)
+
+
+def _field(index: int, flag: Flag) -> tuple[str, Any, Any]:
+    shown = tyro.conf.arg(name=flag.name, help=flag.text)
+    return f"flag{index}", Annotated[flag.hint, shown], field(default_factory=lambda: flag.default)

@@ -1,0 +1,54 @@
+"""`meshpipe metrics`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from meshpipe.cli.arguments import parse
+from meshpipe.files import expand_fields
+from meshpipe.processes.exit_codes import COMPLETED
+
+
+@dataclass(frozen=True)
+class _MetricsFlags:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Metrics files, or folders of runs (--run-dir)."""
+    plot: Path | None = None
+    """Draw loss, gradient norm and throughput to this file; the suffix selects the format."""
+    smooth: float = 0.0
+    """Smoothing of the curves of --plot, from 0 (none) to below 1: the share of the running mean that each step keeps,
+    e.g. 0.9."""
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "plot")
+        if not self.runs:
+            raise ValueError("metrics needs at least one RUN: a metrics file, or the folder of a run. Got none.")
+        if not 0 <= self.smooth < 1:
+            raise ValueError(f"--smooth must be at least 0 and below 1. Got {self.smooth}.")
+        if self.smooth and self.plot is None:
+            raise ValueError(f"--smooth is for the curves of --plot. Got {self.smooth} alone. Add --plot FILE.png.")
+
+
+def metrics(arguments: list[str]) -> int:
+    """Compares runs by their metrics files; lines that cannot be read are reported on standard error."""
+    flags = parse(_MetricsFlags, arguments, "meshpipe metrics", "Shows the metrics of runs, and compares them.")
+    from meshpipe.report.curves import draw_curves
+    from meshpipe.report.past_run import read_run
+    from meshpipe.report.picture import check_picture
+    from meshpipe.report.run_table import run_table, short_names
+    from meshpipe.report.tables import make_console
+
+    if flags.plot is not None:
+        check_picture(flags.plot)
+    paths = [path.expanduser() for path in flags.runs]
+    runs = [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
+    console = make_console()
+    console.print(run_table(runs, console.width))
+    for problem in (problem for run in runs for problem in run.problems):
+        print(f"meshpipe: {problem}", file=sys.stderr)
+    if flags.plot is not None:
+        draw_curves(runs, flags.plot, flags.smooth)
+        console.print(f"Drawn to {flags.plot}.", markup=False)
+    return COMPLETED

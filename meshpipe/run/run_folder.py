@@ -1,0 +1,97 @@
+"""One folder for all outputs of a run."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from meshpipe.config import Config
+from meshpipe.errors import ArgumentError
+from meshpipe.files import check_folder, missing_folders, remove_empty
+from meshpipe.report.curves import draw_curves
+from meshpipe.report.past_run import METRICS, PastRunError, read_run
+from meshpipe.report.picture import has_matplotlib
+from meshpipe.run.warning import Warnings
+
+SETTINGS = "config.json"
+CURVES = "metrics.png"
+LOG = "log.txt"
+CHECKPOINTS = "checkpoints"
+TRACE = "trace.json"
+PROFILE = "profile"
+USED = (SETTINGS, METRICS, LOG, CHECKPOINTS)
+"""Files and folders that tell that a run has used the folder."""
+
+
+def in_run_dir(config: Config) -> Config:
+    """The config with paths in `run_dir` for all outputs that have no path of their own."""
+    if config.run_dir is None:
+        return config
+    folder = Path(config.run_dir)
+    checkpoint, observe = config.checkpoint, config.observe
+    if checkpoint.checkpoint_dir is None:
+        checkpoint = replace(checkpoint, checkpoint_dir=str(folder / CHECKPOINTS))
+    if observe.track and observe.track_dir is None:
+        observe = replace(observe, track_dir=str(folder))
+    if observe.profile_steps is not None and observe.profile_dir is None:
+        observe = replace(observe, profile_dir=str(folder / PROFILE))
+    metrics, trace = config.metrics or str(folder / METRICS), config.trace or str(folder / TRACE)
+    return replace(config, checkpoint=checkpoint, observe=observe, metrics=metrics, trace=trace)
+
+
+@contextmanager
+def run_folder(config: Config) -> Iterator[Path | None]:
+    """Makes the folder of a run, if it is to have one; removes it when an error leaves it empty.
+
+    Raises `ArgumentError` when it cannot be written, or holds another run.
+    """
+    if config.run_dir is None:
+        yield None
+        return
+    folder = Path(config.run_dir)
+    check_folder("run_dir", folder)
+    used = [name for name in USED if (folder / name).exists()]
+    if used and not config.checkpoint.may_continue:
+        raise ArgumentError(
+            "A new run needs a `run_dir` of its own, so that two runs do not mix. "
+            f"Got {config.run_dir!r}, which holds {used[0]} of an earlier run. "
+            "Pass `resume` to continue that run, or name another folder."
+        )
+    made = missing_folders(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def write_settings(folder: Path, values: Mapping[str, Any], warnings: Warnings) -> None:
+    """Writes the settings of the run to `config.json`, whole or not at all; warns if it cannot."""
+    file = folder / SETTINGS
+    partial = file.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        os.replace(partial, file)
+    except OSError as error:
+        warnings.say_once("settings", f"the settings could not be written: {error}. The run continues without them.")
+
+
+def draw_run(folder: Path, config: Config, console: Console) -> None:
+    """Draws the curves of the run; says why if it cannot."""
+    try:
+        if not has_matplotlib():
+            console.print(
+                "No pictures were drawn: matplotlib is not installed. pip install 'meshpipe[plot]'", markup=False
+            )
+            return
+        draw_curves([read_run(Path(str(config.metrics)), folder.resolve().name)], folder / CURVES)
+    except PastRunError:  # it has no step
+        return
+    except Exception as error:  # from the file system, or from Matplotlib
+        console.print(f"The curves were not drawn: {error}", markup=False)
