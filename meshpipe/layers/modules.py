@@ -99,9 +99,10 @@ def _update(layer: Layer, module: Any, values: Mapping[str, jax.Array]) -> tuple
     entries = []
     for path, (key, variable) in variables.items():
         held = variable.get_value() if isinstance(variable, nnx.Variable) else variable
-        if (held.shape, held.dtype) != (wanted[path].shape, wanted[path].dtype):
+        dtype = jax.dtypes.canonicalize_dtype(held.dtype)
+        if (held.shape, dtype) != (wanted[path].shape, wanted[path].dtype):
             raise ArgumentError(
-                f"A module must have the shapes and dtypes of its layer. {path} is {held.dtype}{list(held.shape)}, and "
+                f"A module must have the shapes and dtypes of its layer. {path} is {dtype}{list(held.shape)}, and "
                 f"{wanted[path].dtype}{list(wanted[path].shape)} in the trained layer."
             )
         new = values[path]

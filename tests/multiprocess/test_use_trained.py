@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Ended, run_processes
+from processes import ROOT, Ended, run_processes
 
 SCRIPT = str(Path(__file__).parent / "use_trained.py")
 
@@ -39,3 +39,23 @@ def test_several_processes_use_a_trained_model_as_one_does(tmp_path: Path) -> No
             assert len(found["modules"]) < len(alone["modules"])
             held |= found["modules"]
         assert held == alone["modules"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "ranks"), [(2, 2), (3, 1)])
+def test_a_command_of_several_processes_evaluates_every_held_out_example_once(
+    count: int, ranks: int, tmp_path: Path
+) -> None:
+    """64 points in batches of 12: the last has 4, fewer than a microbatch, and the data axis has 3 parts."""
+    recipe = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
+    flags = f"--mesh.pipeline {ranks} --mesh.data 3 --num-microbatches 2 --batch-size 12 --steps 2 --eval-batches 9"
+    found = []
+    for processes in (1, count):
+        metrics = tmp_path / f"{processes}.jsonl"
+        command = ["-m", "meshpipe", "train", recipe, *flags.split(), "--metrics", str(metrics)]
+        ended = run_processes(processes, command, tmp_path)
+        assert not any(ended.codes), ended
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        found += [line["loss"] for line in lines if line["event"] == "eval"]
+    alone, together = found
+    assert together == pytest.approx(alone, rel=1e-6)  # three parts are added in another order between processes

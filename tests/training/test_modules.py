@@ -31,11 +31,12 @@ class Block(nnx.Module):
         self.norm = nnx.BatchNorm(4, rngs=rngs)
         self.drop = nnx.Dropout(0.5, rngs=rngs)
         self.parts = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+        self.scale = nnx.data(np.ones(4))  # no variable, and in float64
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for part in self.parts:
             x = x + self.drop(part(self.norm(x)))
-        return x
+        return x * self.scale
 
 
 def layers() -> list[Any]:
@@ -71,7 +72,10 @@ def trainer(given: list[Any]) -> Trainer:
 
 def leaves(module: nnx.Module) -> dict[str, Any]:
     flat = nnx.to_flat_state(nnx.state(module))
-    return {"/".join(map(str, k)): v.get_value() for k, v in flat if not isinstance(v, nnx.RngState)}
+    values = {
+        k: v.get_value() if isinstance(v, nnx.Variable) else v for k, v in flat if not isinstance(v, nnx.RngState)
+    }
+    return {"/".join(map(str, key)): value for key, value in values.items()}
 
 
 def assert_values(modules: list[Any], trainer: Trainer) -> None:
