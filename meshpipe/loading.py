@@ -15,6 +15,7 @@ from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.layer import LayerLike, Leaves, abstract_layers
 from meshpipe.layers.modules import host_device, modules_with, shared_groups_of
+from meshpipe.run.run_folder import CHECKPOINTS
 from meshpipe.run.saved_model import saved_model
 
 
@@ -45,7 +46,7 @@ def load(
     compared with its checksum.
 
     Arguments:
-        directory: The folder that a run saved to.
+        directory: The folder that a run saved to, its `checkpoint_dir` or `run_dir`.
         layers: The layers that were trained, as `Trainer` takes them: then a new module for each is returned. Or
             `"recipe"`: the layers of the recipe that was trained, with the fields of its model as they were saved. That
             runs the recipe's Python file, which the checkpoint names: only for checkpoints that you trust.
@@ -58,9 +59,8 @@ def load(
     Raises `CheckpointError`, a `ValueError`, when there is no checkpoint, it is damaged, or a leaf of the layers is
     missing, has another shape or dtype, or is not one of the layers.
     """
-    reader = CheckpointReader(directory)
-    _check_is_no_step(reader.directory)
-    step = list_checkpoints(directory)[-1] if step is None else step
+    reader = _reader(directory)
+    step = list_checkpoints(reader.directory)[-1] if step is None else step
     saved = reader.leaves(step)
     device = host_device() if device is None else device
     if layers is None:
@@ -91,14 +91,22 @@ def load(
     )
 
 
-def _check_is_no_step(directory: Path) -> None:
-    """Raises `CheckpointError` for the folder of one step, which is easily taken for the checkpoint."""
-    name, parent = directory.name, directory.parent
+def _reader(directory: str | Path) -> CheckpointReader:
+    """Reads the checkpoints of this folder, or of the run whose `run_dir` it is.
+
+    Raises `CheckpointError` for the folder of one step, which is easily taken for the checkpoint.
+    """
+    reader = CheckpointReader(directory)
+    inside = CheckpointReader(reader.directory / CHECKPOINTS)
+    if not reader.steps() and inside.steps():
+        return inside
+    name, parent = reader.directory.name, reader.directory.parent
     if name.isdecimal() and int(name) in CheckpointReader(parent).steps():
         raise CheckpointError(
-            f"A checkpoint is named by the folder of its run. Got {directory}, a step of it. Pass {str(parent)!r} and "
-            f"step={int(name)}."
+            f"A checkpoint is named by the folder of its run. Got {reader.directory}, a step of it. "
+            f"Pass {str(parent)!r} and step={int(name)}."
         )
+    return reader
 
 
 def _weights(step: int, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, jax.ShapeDtypeStruct]:

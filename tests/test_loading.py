@@ -82,6 +82,12 @@ def test_ready_made_layers_stay_as_they_are(trainer: Trainer, saved: Path) -> No
     np.testing.assert_array_equal(loaded[0].linear.kernel[...], trainer.params["layers/0/linear/kernel"])
 
 
+def test_the_folder_of_a_run_is_that_of_its_checkpoints(trainer: Trainer, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(saved)
+    found = meshpipe.load(tmp_path)
+    np.testing.assert_array_equal(found["layers/0/linear/bias"], trainer.params["layers/0/linear/bias"])
+
+
 def test_tied_leaves_are_one_variable(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, [{"params": {f"layers/{i}/kernel": jnp.ones((2, 2)) for i in (0, 1)}}], {})

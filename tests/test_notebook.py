@@ -18,6 +18,8 @@ CELLS = [
     "try:\n    meshpipe.use_cpu_devices(64)\nexcept ValueError as error:\n    print(error)",
     "try:\n    meshpipe.run(replace(tiny_recipes.pipeline(), data=tiny_recipes.PointsConfig(poisoned=3, count=32)))\n"
     "except meshpipe.NonFiniteError as error:\n    print(error, *error.__notes__)",
+    "result = meshpipe.run(replace(tiny_recipes.pipeline(), run_dir='kept'))\n"
+    "len(meshpipe.load('kept')), open('kept/log.txt').read()",
 ]
 
 
@@ -62,3 +64,10 @@ def test_a_late_call_says_to_restart_the_kernel(executed: list[Any]) -> None:
 def test_a_failure_is_raised_in_its_cell(executed: list[Any]) -> None:
     assert "is not finite" in text(executed[5])
     assert "Nothing was saved." in text(executed[5])
+
+
+@pytest.mark.slow
+def test_the_log_of_a_run_folder_is_a_file_and_not_a_second_output(executed: list[Any]) -> None:
+    run = text(executed[6])
+    assert run.count("Compiled in") == 2  # once printed, once in the file that was read
+    assert "(8," in run

@@ -27,7 +27,11 @@ class LogFile(RenderHook):
     def __init__(self, console: Console) -> None:
         self._console, self._warnings = console, Warnings()
         self._plain = Console(
-            file=cast(IO[str], _Lines(self._write)), width=PLAIN_WIDTH, highlight=False, soft_wrap=True
+            file=cast(IO[str], _Lines(self._write)),
+            width=PLAIN_WIDTH,
+            highlight=False,
+            soft_wrap=True,
+            force_jupyter=False,  # else in a notebook it would print to the cell
         )
         self._file: TextIOWrapper | None = None
         self._held: list[str] = []
