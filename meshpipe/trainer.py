@@ -34,8 +34,8 @@ Batch = Mapping[str, Any]
 class Trainer:
     """Layers, a loss and an Optax transformation on a mesh: `step` updates, `evaluate` does not.
 
-    Every process with devices of the mesh makes the trainer with the same arguments, and their trainers in the same
-    order; they compare what each would run before anything moves between them.
+    Every process that owns devices of the mesh must create the same trainers in the same order. The processes compare
+    what each would run before anything moves between them.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Trainer:
         compile_cache: str | None = None,
         target: Target | None = None,
     ):
-        """Compiles all stages at once and makes parameters and state where they live; nothing runs on a batch yet.
+        """Compiles all stages in parallel and initialises parameters and state on their devices. Runs no batch.
 
         **Arguments:**
 
-        - `layers`: what the model is, called one after the other: `nnx.Module`s, constructors that take an `nnx.Rngs`
+        - `layers`: the layers, applied in order: `nnx.Module`s, constructors that take an `nnx.Rngs`
           (then no process ever holds the whole model), or functions of the activation such as `nnx.relu`.
         - `loss`: `loss(output, microbatch)` returns two scalars, the sum of the losses over a microbatch and their
           weight, for example how many there are. `output` is that of the last layer, `microbatch` a dict of the fields
@@ -68,26 +68,27 @@ class Trainer:
         - `optimizer`: an Optax transformation, which is given the gradient of the mean loss over the whole batch.
         - `batch`: an example of a global batch, a dict of arrays or `jax.ShapeDtypeStruct`s, every field
           `[batch, ...]`. Only shapes and dtypes count, unless layers are measured.
-        - `mesh`: the devices, with some of the axes `pipeline`, `data` and `tensor`, as `make_mesh` makes them. By
-          default, one stage on one device.
+        - `mesh`: the devices, in a mesh whose first axis is `pipeline`; usually from `make_mesh`. By default, one stage
+          on one device.
         - `input`: the field of `batch` that the first layer is called with. Layers ask for other fields by keyword.
         - `pipeline`: schedule, number of microbatches, rematerialisation and how layers are cut into stages. By default
-          `1f1b` with one microbatch, and as many layers in every stage.
+          `1f1b` with one microbatch, and layers split as evenly as possible.
         - `seed`: what first values, dropout masks and other draws follow from, 0 to 2**32 - 1; by default 0.
         - `clip_norm`: the global norm, in the units of the gradient, to which a larger gradient is scaled down; None,
           the default, clips nothing. Parameters that the optimizer never moves do not count in it.
         - `metrics`: `metrics(output, microbatch)` returns a dict of further `(sum, weight)` pairs by name, whose means
           `evaluate` gives beside the loss; by default none.
-        - `tied`: groups of leaf paths such as `("layers/0/embedding", "layers/5/kernel")`, each one parameter of which
-          the first path is the owner. Layers that hold one `nnx.Variable` are tied without it; by default no others.
+        - `tied`: groups of leaf paths such as `("layers/0/embedding", "layers/5/kernel")` that share one parameter,
+          owned by the first path. Layers that hold one `nnx.Variable` are tied without it; by default no others.
         - `rules`: which mesh axis each logical axis of a parameter is split over; by default `tensor` for the usual
           names, and nothing over `data`.
         - `compile_cache`: a folder, made where there is none, in which compiled programs are kept for later runs and
           from which they are loaded. Loading executes what the files say. None, the default, keeps none.
         - `target`: what the programs are written for; by default the platform of the mesh.
 
-        **Raises** `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, when another
-        process would run something else (in all of them, naming what differs), or when the folder cannot be made.
+        **Raises** `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, when
+        processes disagree about what to run (every process then names the difference), or when the folder cannot be
+        made.
         """
         rules = ShardingRules() if rules is None else rules
         task = Task(layers, loss, batch=batch, input=input, metrics=metrics, tied=tied, rules=rules)
@@ -107,7 +108,7 @@ class Trainer:
         target: Target | None = None,
         check: Callable[[StagedModel], None] | None = None,
     ) -> "Trainer":
-        """As the constructor, with a task for the first arguments; `check` sees the model before it is compiled."""
+        """Like the constructor, but takes a `Task`. `check` may reject the model before it is compiled."""
         trainer = cls.__new__(cls)
         trainer._begin(set_up(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target, check))
         return trainer
@@ -168,8 +169,9 @@ class Trainer:
     def step(self, batch: Batch, *, measure: bool = False, observe: Observer | None = None) -> StepResult:
         """One update on a global batch; returns as soon as the batch is copied and the work is dispatched.
 
-        With `measure` it waits for the steps before and for its own gradients, and the result has the times of all its
-        actions. `observe` is called after each action is dispatched, unless it is measured. Raises `ValueError` when
+        It waits only if the last 32 steps are all unfinished. With `measure` it waits for the steps before and for its
+        own gradients, and the result has the times of all its actions; `observe` is then ignored. Otherwise `observe`
+        is called after each action or transfer is dispatched. Raises `ValueError` when
         the batch's fields, shapes or dtypes are not those of the example.
         """
         batch = self.model.microbatches.read(batch)
@@ -257,10 +259,11 @@ class Trainer:
         write(self.model.layers, layers, local_leaves({**self.params, **self.state}, host_device()))
 
     def check(self, result: StepResult) -> None:
-        """Waits for the step. Raises `NonFiniteError`, which names step, stage, microbatch and layer.
+        """Waits for the step. Raises `NonFiniteError` if a number is not finite.
 
-        Of several bad steps the first is named, so it does to check some. Where its update was left out, so were those
-        of all steps after it: the trainer is then as it was after the last good step, and can go on.
+        The error names the step and, in a run of one process, the stage, microbatch and layer where it began. If
+        several steps were bad, the first is reported, so checking every few steps is enough. If its update was left
+        out, so were all later ones: the trainer is as it was after the last good step, and can go on.
         """
         if local_value(result.good):
             spoiled = [stage for stage, finite in result.finite.items() if not local_value(finite)]
@@ -288,16 +291,16 @@ class Trainer:
 
     @property
     def params(self) -> Leaves:
-        """Every parameter by leaf path, on its submesh; `step` donates these arrays."""
+        """Every parameter by leaf path, on its submesh; invalid after the next `step`, which donates the arrays."""
         return {k: v for tree in self.state_tree() for k, v in tree["params"].items()}
 
     @property
     def state(self) -> Leaves:
-        """Batch statistics and other state by leaf path, on its submesh."""
+        """Batch statistics and other state by leaf path, on its submesh; invalid after the next `step`."""
         return {k: v for tree in self.state_tree() for k, v in tree["state"].items()}
 
     def state_tree(self) -> list[StateTree]:
-        """Everything that training changes, one tree a stage, for a checkpoint; `step` donates these arrays.
+        """Everything that training changes, one tree a stage, for a checkpoint; invalid after the next `step`.
 
         The trees of stages that live in other processes are empty.
         """

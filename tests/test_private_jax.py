@@ -1,4 +1,4 @@
-"""What is private or experimental in JAX: in two modules alone, imported late, and not needed by one process."""
+"""What is private in JAX: in two modules alone, imported late, and not needed by one process."""
 
 import ast
 import os

@@ -94,10 +94,6 @@ def _metrics(metrics: Metrics, value: Any, batch: Mapping[str, Any]) -> Mapping[
     return result
 
 
-def _is_named_mean(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and _is_sum_and_weight(item[1])
-
-
 def _is_sum_and_weight(result: Any) -> bool:
     return _is_pair_of_scalars(result) and not any(jnp.iscomplexobj(v) for v in result)
 

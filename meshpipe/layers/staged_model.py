@@ -209,7 +209,7 @@ class StagedModel:
         return {s: place(data, replicated(self._meshes[s])) for s in self.local}
 
     def inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array], step: int) -> dict[int, Any]:
-        """The fields of a global batch that each local stage reads, split into microbatches on its submesh."""
+        """What each local stage reads in a step: fields of the batch in microbatches, seed data and step number."""
         return self.microbatches.place(self.traced, batch, step, seed, self._path_hashes)
 
     def rows_read(self, *, evaluation: bool = False) -> np.ndarray:

@@ -21,8 +21,9 @@ class Task:
     the number of examples or of unmasked tokens. The loss of a step is sum / weight over the whole batch."""
     _: KW_ONLY
     batch: Mapping[str, Any]
-    """An example of a global batch, as arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes matter. Every field is
-    `[batch, ...]`, and `batch` must divide by the number of microbatches times the data axis."""
+    """An example of a global batch, as arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes matter, unless
+    layers are measured. Every field is `[batch, ...]`; `batch` must divide by the number of microbatches times the data
+    axis."""
     input: str = "inputs"
     """The batch field that the first layer is called with."""
     metrics: Metrics | None = None

@@ -12,7 +12,7 @@ from flax import nnx
 from meshpipe.compiler.fingerprint import fingerprint
 from meshpipe.layers.modes import ATTRIBUTES
 from meshpipe.layers.paths import join
-from meshpipe.stage.forwarding import forwarded
+from meshpipe.stage.passthrough import forwarded
 
 _PLAIN = (int, float, bool, str, type(None), FunctionType)
 """The types of most attributes; they hold nothing that could change."""

@@ -1,4 +1,4 @@
-"""Optax on every stage, and what crosses stages: the global norm, clipping by it, and tied parameters."""
+"""Optax on every stage, and what crosses stages: the global norm, and clipping by it."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -260,7 +260,7 @@ class Optimizer:
     def _summary(
         self, square: jax.Array, totals: Arrays, good: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Scale of the gradients, whether to update, loss, norm, and whether both are finite."""
+        """Scale of the gradients, whether to update, mean loss, norm, and whether both and all before were finite."""
         total, weight = totals
         counts = weight != 0
         divisor = jnp.where(counts, weight, 1)

@@ -1,4 +1,4 @@
-"""Runs a program: the one stateful class of the engine, owner of the live buffers."""
+"""Runs a lowered plan: resolves it once to a flat list of calls, which every step walks with buffers of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -17,16 +17,16 @@ from meshpipe.stage.programs import StagePrograms
 from meshpipe.stage.traced import TracedStage
 
 Observer = Callable[[Compute | Transfer, Arrays, Arrays], None]
-"""Called after each local action and transfer was dispatched, with the arrays that it made, and with those that it
-added to, which the next action of its stage takes over (donates)."""
+"""Called after each local action or transfer is dispatched, with the arrays that it produced and the accumulators that
+it updated. The next action of the stage donates the accumulators, so copy them before waiting."""
 
 
 class Executor:
     """A program with its buffers resolved to slots of a list, so that a step is a walk over a flat list of calls.
 
     `traced` and `programs` hold the stages that live here; instructions of other stages are left out, so the work per
-    step is that of the local ranks. `meshes` has the submesh of every stage. Every slot holds a flat tuple of arrays.
-    `name` tells transfers of this executor from those of others, of which another trainer may have some.
+    step is that of the local ranks. `meshes` has the submesh of every stage. `StageCalls` says what the slots hold.
+    `name` keeps the transfers of this executor apart from those of other executors and trainers.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Executor:
         self._slots: Slots = []
         self._named: dict[Buffer, int] = {}
         self._free: list[int] = []
-        self._microbatches = {
+        self._microbatch_indices = {
             s: tuple(
                 place(
                     [np.uint32(m) for m in range(program.plan.num_microbatches)],
@@ -68,18 +68,18 @@ class Executor:
                 "Got one without these reductions. "
                 "Pass reduces=True to lower."
             )
-        self._backwards = {
+        self._fused_backwards = {
             (i.action.stage, i.action.microbatch): i
             for i in local
             if isinstance(i, Compute) and i.action.op is Op.BACKWARD and self._calls[i.action.stage].is_fused
         }
-        """Those that are done together with their forward, which they follow at once."""
+        """Backwards that run inside the program of their forward, which they directly follow."""
         self._steps: list[Call] = []
         self._observable: list[tuple[Compute | Transfer, Callable[[Slots], tuple[Arrays, Arrays]]] | None] = []
         for instruction in local:
             self._steps.append(self._resolve(instruction))
             self._observable.append(
-                None if isinstance(instruction, Free | Reduce) else (instruction, self._made(instruction))
+                None if isinstance(instruction, Free | Reduce) else (instruction, self._observed_by(instruction))
             )
         outputs = sorted(buffer for buffer in self._named if buffer.kind == "o")
         self._outputs = [self._named[buffer] for buffer in outputs]
@@ -92,9 +92,11 @@ class Executor:
         inputs: Mapping[int, Arrays],
         observe: Observer | None = None,
     ) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays]:
-        """One batch: summed gradients and new state of every local stage, and `(loss sum, weight)` from the last.
+        """Runs one batch. Returns gradients and new state of every local stage, and the totals of the last stage.
 
-        Everything is dispatched asynchronously. Gradients are of the sum of the losses: divide by the weight.
+        Totals are the sum of the losses, its weight and, in evaluation, the sums of the metrics; they are empty where
+        the last stage is not local. Everything is dispatched asynchronously. Gradients are those of the sum of the
+        losses: divide by the weight.
         """
         slots = self._run(params, state, inputs, observe)
         last = next((s for s, stage in self._traced.items() if stage.spec.is_last), None)
@@ -160,18 +162,18 @@ class Executor:
             return self._transfer(instruction)
         if isinstance(instruction, Reduce):
             return self._calls[instruction.stage].reduce()
-        if (backward := self._backward_done_with(instruction)) is not None:
+        if (backward := self._fused_backward(instruction)) is not None:
             return _nothing if instruction is backward else self._forward_backward(instruction, backward)
         return self._compute(instruction)
 
-    def _made(self, instruction: Compute | Transfer) -> Callable[[Slots], tuple[Arrays, Arrays]]:
-        """What an observer is shown of an instruction that was just resolved."""
+    def _observed_by(self, instruction: Compute | Transfer) -> Callable[[Slots], tuple[Arrays, Arrays]]:
+        """The arrays that an observer is given for an instruction that was just resolved."""
         if isinstance(instruction, Transfer):
             if instruction.target.stage not in self._traced:
                 return lambda slots: ((), ())
             target = self._slot(instruction.target)
             return lambda slots: (slots[target], ())
-        if (backward := self._backward_done_with(instruction)) is not None:
+        if (backward := self._fused_backward(instruction)) is not None:
             if instruction is backward:
                 return lambda slots: ((), ())
             (loss,) = map(self._slot, instruction.writes)
@@ -194,7 +196,7 @@ class Executor:
         return len(self._slots) - 1
 
     def _slot(self, buffer: Buffer) -> int:
-        """The slot of a buffer, given one at its first use."""
+        """The slot of a buffer, assigned at its first use."""
         if buffer not in self._named:
             self._named[buffer] = self._new_slot()
         return self._named[buffer]
@@ -225,7 +227,7 @@ class Executor:
         return transfer_here if sends and receives else transfer
 
     def _move(self, instruction: Transfer) -> Callable[[Arrays | None], Arrays | None]:
-        """What moves the arrays of a boundary, made once for all microbatches."""
+        """The function that moves the arrays of a boundary; all microbatches share it."""
         (kind, target), source = (instruction.target.kind, instruction.target.stage), instruction.source.stage
         if (kind, target) not in self._moves:
             # Either side knows what crosses the boundary.
@@ -238,12 +240,12 @@ class Executor:
             self._moves[kind, target] = transfer_between(name, self._meshes[source], on(self._meshes[target], size))
         return self._moves[kind, target]
 
-    def _backward_done_with(self, instruction: Compute) -> Compute | None:
-        """The backward that is one program with this forward; of such a backward, itself."""
-        return self._backwards.get((instruction.action.stage, instruction.action.microbatch))
+    def _fused_backward(self, instruction: Compute) -> Compute | None:
+        """The backward that is fused with this forward, or this backward itself if it is fused; else None."""
+        return self._fused_backwards.get((instruction.action.stage, instruction.action.microbatch))
 
     def _forward_backward(self, forward: Compute, backward: Compute) -> Call:
-        (loss,) = map(self._slot, forward.writes)  # where the residuals would be, for who watches
+        (loss,) = map(self._slot, forward.writes)  # no residuals are stored; observers wait for the loss in their slot
         return self._calls[forward.action.stage].forward_backward(
             self._microbatch(forward),
             x=self._one(forward.reads, "x"),
@@ -273,7 +275,7 @@ class Executor:
         )
 
     def _microbatch(self, instruction: Compute) -> jax.Array:
-        return self._microbatches[instruction.action.stage][instruction.action.microbatch]
+        return self._microbatch_indices[instruction.action.stage][instruction.action.microbatch]
 
     def _one(self, buffers: Sequence[Buffer], *kinds: str) -> int | None:
         """The slot of the one buffer of these kinds, if there is one."""

@@ -1,4 +1,7 @@
-"""The exit codes of a run and of every command; `docs/` and scripts rely on them."""
+"""The exit codes of a run and of every command; `docs/` and scripts rely on them.
+
+A run that a signal stops ends with 128 + its number: 130, 143 or 129 (`processes/stop.py`).
+"""
 
 COMPLETED = 0
 FAILED = 1

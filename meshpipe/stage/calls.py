@@ -11,7 +11,7 @@ from meshpipe.stage.programs import StagePrograms
 from meshpipe.stage.traced import TracedStage, replaced
 
 Slots = list[Any]
-"""The values of a step; each slot holds a flat tuple of arrays, or a pair of such tuples (see `StageCalls`)."""
+"""The values of a step: each slot holds a flat tuple of arrays, or nested tuples of them (see `StageCalls`)."""
 Call = Callable[[Slots], None]
 """A call of a program, which reads its arguments from slots and leaves its results there."""
 
@@ -22,30 +22,32 @@ class StageSlots:
 
     params: int
     hoisted: int
-    """What all microbatches read: state that forward does not change, and what is computed once."""
+    """Values that all microbatches read: state that forward does not change, and what is computed once per step."""
     state: int
     """State that forward changes from microbatch to microbatch."""
     inputs: int
     """What it reads of the batch, of all microbatches."""
     accumulators: int
-    """Gradients so far; each backward takes them over (donates) and leaves them anew."""
+    """Gradient accumulators, which each backward donates and replaces."""
     totals: int
-    """Of the last stage the loss and its weight so far, and in evaluation further sums; likewise."""
+    """Last stage only: sum of the losses and weight so far, and in evaluation the sums of metrics. Each forward donates
+    and replaces them."""
 
 
 class StageCalls:
-    """Makes the calls of one stage, of which a step is a list. All that can be looked up is looked up here, once.
+    """Builds the calls of one stage that make up a step. Everything that can be looked up is looked up here, once.
 
-    Every argument but `microbatch`, the microbatch's number on the submesh, is a slot; None where there is no such
-    value. A slot of residuals, and one `for_weights`, holds a pair: arrays that were there before and are kept alive,
-    and arrays that the call has made.
+    `microbatch` is the index of the microbatch, a scalar on the submesh. All other arguments are numbers of slots, or
+    None where there is no such value. A slot of residuals holds `((leaves of x, leaves of state), fresh)`: arrays that
+    existed before and are kept alive, and those that forward made. A slot `for_weights` holds `(carried, crossing)`:
+    arrays from forward that the weight part reads again, and those that the input part made for it.
     """
 
     def __init__(self, stage: TracedStage, programs: StagePrograms, slots: StageSlots):
         self._stage, self._programs, self.slots = stage, programs, slots
 
     def begin(self, slots: Slots, params: Arrays, state: Arrays, inputs: Arrays) -> None:
-        """Puts into slots what the microbatches of a step begin with."""
+        """Fills the slots with the values that a step starts from."""
         stage, programs, at = self._stage, self._programs, self.slots
         slots[at.params] = params
         slots[at.hoisted] = programs.hoisted(params, tuple([state[i] for i in stage.fixed]))
@@ -54,7 +56,7 @@ class StageCalls:
         slots[at.accumulators], slots[at.totals] = programs.zeros()
 
     def state_after(self, slots: Slots, before: Arrays) -> Arrays:
-        """All of the stage's state at the end of a step, which began with `before`."""
+        """All state of the stage after a step that began with `before`."""
         return replaced(before, self._stage.changing, slots[self.slots.state])
 
     @property
@@ -107,11 +109,11 @@ class StageCalls:
 
         def forward(slots: Slots) -> None:
             before, arrays = slots[state], () if x is None else slots[x]
-            slots_output, slots[state], fresh, slots[totals] = run(
+            y, slots[state], fresh, slots[totals] = run(
                 slots[params], slots[hoisted], before, arrays, slots[inputs], microbatch, slots[totals]
             )
             if output is not None:
-                slots[output] = slots_output
+                slots[output] = y
             if residuals is not None:
                 kept = tuple([arrays[i] for i in kept_x]), tuple([before[i] for i in kept_state])
                 slots[residuals] = (kept, fresh)
@@ -119,7 +121,7 @@ class StageCalls:
         return forward
 
     def _residuals(self, microbatch: jax.Array, residuals: int | None) -> Callable[[Slots], tuple[Any, Arrays]]:
-        """What backward needs of forward: read from its slot, or computed again."""
+        """A function that returns the residuals: it reads them from their slot, or recomputes them."""
         recompute, at = self._programs.recompute, self.slots
         params, hoisted, inputs = at.params, at.hoisted, at.inputs
         kept_x, kept_state = self._stage.kept_x, self._stage.kept_state

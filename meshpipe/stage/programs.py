@@ -27,14 +27,15 @@ class StagePrograms:
     zeros: Callable[[], tuple[Arrays, Arrays]]
     """Fresh accumulators of gradients (none for a forward-only stage), and totals (none but for the last stage)."""
     forward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays]] | None = None
-    """Parameters, hoisted, changing state, x, inputs, microbatch, totals -> output, state, residuals, totals."""
+    """Parameters, hoisted, changing state, x, inputs, microbatch, totals (donated)
+    -> output, state, residuals, totals."""
     recompute: Callable[..., Arrays] | None = None
-    """The same up to the microbatch -> residuals, where forward does not hand them over."""
+    """The arguments of `forward` up to the microbatch -> residuals; only where forward does not return them."""
     backward: Callable[..., tuple[Arrays, Arrays]] | None = None
     """Accumulators (donated), parameters, hoisted, inputs, microbatch, kept, residuals, output gradients
     -> accumulators, x gradients."""
     split: "SplitPrograms | None" = None
-    """Backward in two parts, where the plan has it so."""
+    """Backward in two parts, where the plan splits it."""
     forward_backward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays, Arrays]] | None = None
     """Forward and backward of the last stage in one, in place of both: accumulators (donated), parameters, hoisted,
     state, x, inputs, microbatch, totals (donated) -> accumulators, x gradients, state, totals, the loss."""
@@ -72,10 +73,10 @@ def compile_stage(
 ) -> StagePrograms:
     """Compiles each program of a stage once for its submesh; safe to run in a thread of its own.
 
-    `ops` are the kinds of work that the plan asks for. With `fused`, forward and backward of the last stage become one
-    program, which then keeps what it will within; `full` has no forward to run again there, and would save nothing, as
-    one microbatch is alive at a time. XLA's CPU backend takes up to 1.8 times as long for that as for two; on a GPU,
-    two take 1.1 times as long as one.
+    `ops` are the kinds of work that the plan asks for. With `fused`, forward and backward of the last stage are one
+    program, and XLA decides what stays alive inside it. Only one microbatch is alive there at a time, so the
+    rematerialisation `full` has no effect. XLA's CPU backend takes up to 1.8 times as long for one program as for two;
+    a GPU takes 1.1 times as long for two as for one.
     """
     compiler = compiler or Compiler()
     mesh, forward_only = stage.spec.mesh, ops == {Op.FORWARD}
@@ -152,7 +153,7 @@ def _compile_forward(
 
 
 def _compile_recompute(stage: TracedStage, arguments: tuple[Any, ...], compiler: Compiler) -> jax.stages.Compiled:
-    """The forward once more, for its residuals alone."""
+    """A forward that returns only its residuals."""
     run = function_of(stage.forward(outputs=False, residuals=True))
     again = jax.jit(lambda p, h, s, x, i, m: tuple(run(*p, *h, *s, *x, *i, m)))
     return compiler.compile(again.lower(*arguments), stage.spec.mesh)
@@ -161,7 +162,7 @@ def _compile_recompute(stage: TracedStage, arguments: tuple[Any, ...], compiler:
 def _compile_backwards(
     stage: TracedStage, hoisted: Shapes, residuals: Shapes, ops: Set[Op], compiler: Compiler
 ) -> tuple[Accumulators, dict[str, Any]]:
-    """The gradients that they add to, and the backwards that the plan asks for, by their name in `StagePrograms`."""
+    """The accumulators of the gradients, and the backwards that the plan asks for by their field in `StagePrograms`."""
     parts = _BackwardParts(stage, hoisted, residuals, ops)
     return parts.gradients, {
         "backward": _compile_backward(stage, parts, compiler) if parts.whole is not None else None,
@@ -202,7 +203,7 @@ def _cut(stage: TracedStage, hoisted: Shapes, traced: ClosedJaxpr) -> SplitBackw
 
 
 class _BackwardParts:
-    """A stage's traced backward, as a whole and in two as far as the plan asks for it, and what it adds up."""
+    """A stage's traced backward, whole or split or both as the plan requires, and the accumulators of its gradients."""
 
     def __init__(self, stage: TracedStage, hoisted: Shapes, residuals: Shapes, ops: Set[Op]):
         traced = trace_backward(stage, hoisted, residuals)
@@ -261,7 +262,8 @@ def _compile_forward_backward(
         outputs, new_state, fresh = split(flat, (num_outputs, num_state, len(flat) - num_outputs - num_state))
         kept = [*(x[i] for i in stage.kept_x), *(state[i] for i in stage.kept_state)]
         values = [*params, *hoisted, *inputs, microbatch, *kept, *fresh]
-        if parts.has_checkpoint:  # else XLA would keep what it computes in both, which is not to be kept
+        if parts.has_checkpoint:
+            # Without barriers, XLA would merge what backward recomputes with forward, and keep what the policy drops.
             values = [jax.lax.optimization_barrier(value) for value in values]
         flat = run_backward(*values)
         found, into_x = flat[: len(accumulators)], flat[len(accumulators) :]

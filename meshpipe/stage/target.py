@@ -26,7 +26,7 @@ class Target:
     repeatable: frozenset[str]
     """The primitives of forward whose results backward may recompute instead of reading them."""
     rebuilds_apart: bool
-    """Whether barriers keep what backward recomputes from being merged with the rest of it."""
+    """Whether barriers stop XLA from fusing what backward recomputes with the rest of backward."""
     rewrite_products: Callable[[ClosedJaxpr], ClosedJaxpr] | None
     """Rewrites the matrix products of a traced backward for the backend; None leaves them as they are."""
     backward_options: Mapping[str, Any]

@@ -62,7 +62,7 @@ class TracedStage:
             closed, shapes = jax.make_jaxpr(self._forward_with_pullback, return_shape=True)(
                 self.params, tuple(spec.state.values()), self.x, inputs, self.microbatch
             )
-            # Calls hide from the cuts below what each of their results depends on.
+            # The cuts below must see the dependencies inside nested calls.
             closed = inline(closed)
         # Tracing leaves equations behind that no output needs; they would count as readers of what they read.
         self.closed = extract(closed, closed.jaxpr.invars, closed.jaxpr.outvars, effects=True)

@@ -1,4 +1,4 @@
-"""Means over batches without an update, and what the last stage tells all processes."""
+"""Means over batches without an update, and the broadcast of the last stage's values."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from meshpipe.sharding import local_value
 from meshpipe.training.state import TrainingState
 
 LAST_STAGE_SECONDS = 3600.0
-"""How long to wait for what the last stage found out."""
+"""How long to wait for the value of the last stage."""
 
 
 def evaluate(
@@ -69,9 +69,9 @@ def _pieces(model: StagedModel, batch: Mapping[str, Any]) -> Iterator[tuple[Forw
 
 
 def from_last_stage(model: StagedModel, group: Group, value: Any) -> Any:
-    """What the processes of the last stage have, in all processes; anything that JSON can hold.
+    """Broadcasts a tree of numbers from the process of the last stage to all processes, as floats.
 
-    The last stage has a value only after all have handed over the work that it comes from.
+    It is available only after every process has dispatched its share of the work.
     """
     if group.is_alone:
         return value

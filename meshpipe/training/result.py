@@ -14,7 +14,7 @@ class NonFiniteError(FloatingPointError):
     def __init__(self, message: str, step: int, *, left_out: bool) -> None:
         super().__init__(message)
         self.step = step
-        """The first step that is not finite."""
+        """The first step that is not finite, or the step that was left out because of one before it."""
         self.left_out = left_out
         """Whether the update was left out, so that the trainer is as it was before `step` and can go on."""
 
@@ -30,13 +30,14 @@ class StepResult:
     grad_norm: jax.Array
     """Global norm of the gradient before clipping."""
     good: jax.Array
-    """False when the loss or the norm is not finite, and the update was therefore left out."""
+    """False when the loss or the norm of this step, or of a step before it that was not yet checked, is not finite; the
+    update was then left out."""
     applied: jax.Array
     """False when the update was left out: it was not finite, or the weight of the whole batch is 0."""
     finite: dict[int, jax.Array]
     """For each local stage, whether its parameters are finite after the update."""
     measured: MeasuredStep | None = None
-    """When each action ran, where that was asked for."""
+    """When each action ran, if the step was measured."""
 
     def __repr__(self) -> str:
         loss, norm = (float(local_value(value)) for value in (self.loss, self.grad_norm))

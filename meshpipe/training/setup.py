@@ -1,4 +1,4 @@
-"""A trainer set up: what its model is, chosen; what a step runs, compiled; and what training changes, placed.
+"""Sets up a trainer: chooses the plan, compiles the programs, places the parameters.
 
 Several processes compare what each would run before anything moves between them.
 """
@@ -39,7 +39,7 @@ class Setup:
 
     seed: int
     group: Group
-    """The processes that have a part in it."""
+    """The processes with devices of the mesh."""
     model: StagedModel
     optimizer: Optimizer
     tied: TiedLeaves
@@ -47,7 +47,7 @@ class Setup:
     seed_data: dict[int, jax.Array]
     """The seed's key data on every local stage's submesh."""
     compile_seconds: float
-    """From the chosen plan to the first values in place."""
+    """Seconds for compilation and initialisation, after the plan was chosen."""
 
 
 def set_up(
@@ -102,7 +102,7 @@ def _compile(
     clip_norm: float | None,
     compile_cache: str | None,
 ) -> tuple[Optimizer, TiedLeaves, list[tuple[Leaves, Leaves]]]:
-    """Everything that a step runs, and parameters and state of the local layers, which are made meanwhile."""
+    """Compiles everything that a step runs, and initialises the local layers in the same pool of threads."""
     tied = TiedLeaves(model.tied, model.parameters, f"{name}/tied")
     cache = open_cache(compile_cache)
     compiler = Compiler(cache)

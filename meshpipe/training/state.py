@@ -20,8 +20,8 @@ StateTree = dict[str, dict[str, Any]]
 class TrainingState:
     """The arrays of the local stages, each on its submesh, which an update donates and replaces.
 
-    `stages` has the shapes of all stages, those that live elsewhere too; `made` the first values of the local layers,
-    parameters and other state.
+    `stages` has the shapes of all stages, also of those in other processes. `made` has the initial values of the local
+    layers: parameters and other state.
     """
 
     def __init__(
@@ -46,8 +46,9 @@ class TrainingState:
     def update(
         self, gradients: Mapping[int, Arrays], after: Mapping[int, Arrays], totals: Arrays
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """One update by summed gradients; the state becomes that `after` forward. Returns loss, norm of the gradient,
-        whether both are finite, and whether it was applied.
+        """Applies one update. `after` is the state that forward produced, which replaces the current state.
+
+        Returns loss, norm of the gradient, whether all losses and norms were finite, and whether it was applied.
         """
         self.params, self._of_optimizer, self.state, found = self._optimizer.update(
             self.params, self._of_optimizer, self._tied.sum_gradients(gradients), self.state, after, totals
@@ -86,7 +87,7 @@ class TrainingState:
             self.state[i] = take(tree["state"], stage.state)
             if "optimizer" in tree:
                 self._of_optimizer[i] = jax.tree.unflatten(jax.tree.structure(shapes), take(tree["optimizer"], wanted))
-        # What was saved before two leaves were tied may have come apart.
+        # A checkpoint from before two leaves were tied may hold different values.
         self.params = self._tied.share_values(self.params)
         if not any("optimizer" in trees[i] for i in self._local):
             self._of_optimizer = self._optimizer.init(self.params)

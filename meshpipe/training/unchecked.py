@@ -29,7 +29,7 @@ class UncheckedSteps:
             jax.block_until_ready(self._steps[0][1])
         while self._oldest_is_done() and local_value(self._steps[0][1]):
             self._steps.popleft()
-        if not self._oldest_is_done():  # else it is bad, and none after it counts
+        if not self._oldest_is_done():  # if done, it is bad, and the steps after it will be run again
             self._steps.append((step, good, batch))
 
     def first_bad(self) -> tuple[int, OwnBatch] | None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meshpipe.stage.forwarding import forwarded
+from meshpipe.stage.passthrough import forwarded
 
 A, B = jnp.ones((3, 2)), jnp.ones((3, 2))
 
