@@ -53,7 +53,8 @@ def run_once(kind: str, started: float) -> dict[str, float]:
         weights = np.ones((BATCH, SEQUENCE), np.float32)
         batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
     if kind.startswith("plain"):
-        modules = nnx.List([layer(rngs=nnx.Rngs(i)) for i, layer in enumerate(layers)])
+        with nnx.use_eager_sharding(False):  # the axes of the parameters are names of rules, not of a mesh
+            modules = nnx.List([layer(rngs=nnx.Rngs(i)) for i, layer in enumerate(layers)])
         state = nnx.Optimizer(modules, optimizer, wrt=nnx.Param)
         parts["make"] = time.process_time()
 
