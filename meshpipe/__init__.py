@@ -29,6 +29,7 @@ from meshpipe.sharding import ShardingRules as ShardingRules
 from meshpipe.trainer import Trainer as Trainer
 from meshpipe.training.result import NonFiniteError as NonFiniteError
 from meshpipe.training.result import StepResult as StepResult
+from meshpipe.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from meshpipe.run.function import run as run

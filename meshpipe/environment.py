@@ -2,10 +2,15 @@
 
 import importlib.metadata
 import platform
+import re
 
 import jax
 
-PACKAGES = ("meshpipe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+from meshpipe.version import __version__
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+_PLUGIN = re.compile(r"jax[-_].+[-_](plugin|pjrt)|libtpu")
 
 _UNFIT = {
     "jax_disable_jit": (True,),
@@ -21,7 +26,14 @@ _UNFIT = {
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect the results of a run."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    own = {"python": platform.python_version(), "meshpipe": __version__}
+    return own | {name: _version(name) for name in PACKAGES}
+
+
+def plugins() -> dict[str, str]:
+    """Versions of the installed packages that give JAX its accelerators, by name."""
+    found = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
+    return {name: found[name] for name in sorted(found) if _PLUGIN.fullmatch(name)}
 
 
 def _version(package: str) -> str:
@@ -31,12 +43,16 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def unfit_settings() -> list[str]:
+    """The JAX settings, as `name=value`, with which a trainer cannot work."""
+    values = {name: getattr(jax.config, name, None) for name in _UNFIT}
+    return [f"{name}={value}" for name, value in values.items() if value in _UNFIT[name]]
+
+
 def check_settings() -> None:
     """Raises `ValueError` for JAX settings that make training impossible, before they cause an obscure error."""
-    for name, values in _UNFIT.items():
-        value = getattr(jax.config, name, None)
-        if value in values:
-            raise ValueError(
-                "A trainer compiles its programs ahead of time and moves values between devices. "
-                f"Got the setting {name}={value}, which prevents that. Unset it, or use it to debug a layer alone."
-            )
+    for setting in unfit_settings():
+        raise ValueError(
+            "A trainer compiles its programs ahead of time and moves values between devices. "
+            f"Got the setting {setting}, which prevents that. Unset it, or use it to debug a layer alone."
+        )

@@ -65,7 +65,7 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
     """
     if arguments and arguments[0] in (*HELP, HELP_ALL):
         print(f"usage: meshpipe {command} RECIPE [flags]\n\n{description}")
-        print("`meshpipe recipes` lists the recipes of this folder; add --help after a recipe to see its flags.")
+        print("`meshpipe recipes` lists the recipes; add --help after a recipe to see its flags.")
         raise ParserExit(COMPLETED)
     if not arguments or arguments[0].startswith("-"):
         got = f"Got {arguments[0]!r} in its place." if arguments else "Got none."

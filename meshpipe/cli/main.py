@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, explanation
 from meshpipe.cli.checkpoint import checkpoint
+from meshpipe.cli.doctor import doctor
+from meshpipe.cli.init import init
 from meshpipe.cli.launch import launch
 from meshpipe.cli.metrics import metrics
 from meshpipe.cli.output import lasting_output
@@ -17,10 +19,12 @@ from meshpipe.cli.train import train
 from meshpipe.cli.verify import verify
 from meshpipe.errors import errors_name_flags, is_for_the_user
 from meshpipe.processes.exit_codes import COMPLETED, FAILED, INTERRUPTED, INVALID
+from meshpipe.version import __version__
 
 USAGE = """usage: meshpipe COMMAND ...
 
-  recipes                                   list the recipes in the folder recipes/
+  recipes                                   list the recipes in the folder recipes/, or those of meshpipe itself
+  init [DIR]                                copy the recipes of meshpipe to DIR/recipes, to be changed
   train RECIPE [flags]                      train
   verify RECIPE [flags]                     compare with plain training on one device
   plan RECIPE [flags] [--plot FILE.png]     show stages, schedule, bubble and memory; runs no step
@@ -31,19 +35,24 @@ USAGE = """usage: meshpipe COMMAND ...
   checkpoint list DIR                       list checkpoints and their layouts
   checkpoint show DIR [--step N]            show the full metadata of one checkpoint
   checkpoint verify DIR                     check every byte against its checksum
+  doctor                                    show versions, machine and devices, and what is missing
+  --version                                 show the version
 
-RECIPE is FILE.py:FUNCTION, or FILE:FUNCTION for a file in the folder recipes/.
+RECIPE is FILE.py:FUNCTION, or FILE:FUNCTION for a file in the folder recipes/, or for one of meshpipe's where there
+is no such folder.
 meshpipe COMMAND RECIPE --help shows the flags with their types, defaults and units.
 Exit codes: 0 completed, 1 failed, 2 invalid request; 130, 143 and 129 stopped by SIGINT, SIGTERM and SIGHUP."""
 
 COMMANDS: dict[str, Command] = {
     "recipes": recipes,
+    "init": init,
     "train": train,
     "verify": verify,
     "plan": plan,
     "metrics": metrics,
     "launch": launch,
     "checkpoint": checkpoint,
+    "doctor": doctor,
 }
 
 
@@ -61,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, rest: list[str]) -> int:
     if command in ("-h", "--help"):
         print(USAGE)
+        return COMPLETED
+    if command in ("-V", "--version"):
+        print(f"meshpipe {__version__}")
         return COMPLETED
     _quiet_libraries()
     try:

@@ -13,10 +13,13 @@ class _Nothing:
 
 
 def recipes(arguments: list[str]) -> int:
-    """Lists the recipes of the current folder; reports those that fail on standard error, with exit code 2."""
-    parse(_Nothing, arguments, "meshpipe recipes", "Lists the recipes in the folder recipes/.")
+    """Lists the recipes of the current folder, or those that come with meshpipe if it has none; reports those that
+    fail on standard error, with exit code 2.
+    """
+    about = "Lists the recipes in the folder recipes/, or those that come with meshpipe where there is none."
+    parse(_Nothing, arguments, "meshpipe recipes", about)
     from meshpipe.report.tables import make_console, make_table
-    from meshpipe.run.recipe import RecipeError, discover
+    from meshpipe.run.recipe import RecipeError, discover, folder_of_recipes, shipped
 
     table = make_table(
         "recipe", "pipeline", "data", "tensor", "devices", "about", right=("pipeline", "data", "tensor", "devices")
@@ -30,7 +33,10 @@ def recipes(arguments: list[str]) -> int:
             continue
         sizes = (mesh.pipeline, mesh.data, mesh.tensor, mesh.num_devices)
         table.add_row(recipe.name, *map(str, sizes), recipe.summary)
-    make_console().print(table)
+    console = make_console()
+    console.print(table)
+    if folder_of_recipes() == shipped():
+        console.print("\nThese come with meshpipe. `meshpipe init DIR` copies them to DIR/recipes, to be changed.")
     for error in failures:
         print(f"meshpipe: {error}", file=sys.stderr)
     return INVALID if failures else COMPLETED

@@ -34,8 +34,6 @@ class Panel:
 
 def check_picture(file: Path, flag: str = "--plot") -> None:
     """Raises `ValueError` when a picture cannot be written to that file."""
-    if not has_matplotlib():
-        raise ValueError(f"{flag} needs matplotlib. Install it by: pip install 'meshpipe[plot]'.")
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()
@@ -44,14 +42,6 @@ def check_picture(file: Path, flag: str = "--plot") -> None:
             f"{flag} must name a file whose suffix is one of {', '.join(sorted(formats))}. Got {str(file)!r}."
         )
     check_file(flag.removeprefix("--"), file)
-
-
-def has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def draw_timelines(panels: Sequence[Panel], file: Path) -> None:

@@ -16,6 +16,18 @@ FOLDER = Path("recipes")
 """Folder, relative to the current one, where short names are looked up."""
 
 
+def shipped() -> Path:
+    """The folder of the recipes that come with meshpipe: inside the installed package, or beside it in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "shipped_recipes"  # where pyproject.toml has the wheel put them
+    return inside if inside.is_dir() else package.parent / FOLDER
+
+
+def folder_of_recipes() -> Path:
+    """The folder where short names are looked up: `FOLDER` of the current folder, or that of the shipped recipes."""
+    return FOLDER if FOLDER.is_dir() else shipped()
+
+
 class RecipeError(ValueError):
     """A recipe does not exist or fails; the message names it and the remedy."""
 
@@ -31,8 +43,8 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The name for `find`: without folder and suffix for a recipe in `FOLDER`."""
-        file = self.file.stem if self.file.parent == FOLDER else str(self.file)
+        """The name for `find`: without folder and suffix for a recipe in `folder_of_recipes()`."""
+        file = self.file.stem if self.file.parent == folder_of_recipes() else str(self.file)
         return f"{file}:{self.function}"
 
     def config(self) -> Config:
@@ -58,23 +70,19 @@ class Recipe:
         return config
 
 
-def discover(folder: Path = FOLDER) -> list[Recipe]:
-    """The recipes of a folder in order of file name and line. Runs none of them.
+def discover(folder: Path | None = None) -> list[Recipe]:
+    """The recipes of a folder, by default of `folder_of_recipes()`, by file name and line. Runs none of them.
 
     A recipe is a public function without required arguments that is annotated as returning `Config`.
-    Raises `RecipeError` when the folder is missing or one of its files is not Python.
+    Raises `RecipeError` when one of its files is not Python.
     """
-    if not folder.is_dir():
-        raise RecipeError(
-            f"Recipes are listed from the subfolder {folder}/ of the current folder. {Path.cwd()} has none. "
-            "Change to a folder that has one, or name a recipe as FILE.py:FUNCTION."
-        )
+    folder = folder_of_recipes() if folder is None else folder
     files = sorted(file for file in folder.glob("*.py") if not file.name.startswith("_"))
     return [recipe for file in files for recipe in _recipes_in(file)]
 
 
 def find(name: str) -> Recipe:
-    """The recipe with a name: `FILE.py:FUNCTION`, or `FILE:FUNCTION` for a file in `FOLDER`.
+    """The recipe with a name: `FILE.py:FUNCTION`, or `FILE:FUNCTION` for a file in `folder_of_recipes()`.
 
     Raises `RecipeError` with the closest names when there is none.
     """
@@ -96,17 +104,19 @@ def find(name: str) -> Recipe:
 
 def _short_name(name: str) -> Path:
     # Shell completion leads to `recipes/FILE:FUNCTION`, which is unambiguous.
-    return Path(f"{name}.py") if Path(name).parent == FOLDER else FOLDER / f"{name}.py"
+    return Path(f"{name}.py") if Path(name).parent == FOLDER else folder_of_recipes() / f"{name}.py"
 
 
 def _suggest(name: str, file: Path | None = None) -> str:
-    """A sentence with the likely intended names: functions of `file`, or else recipes of `FOLDER`."""
+    """A sentence with the likely intended names: functions of `file`, or else recipes of `folder_of_recipes()`."""
+    if file is None and FOLDER.is_dir() and name in [recipe.name for recipe in discover(shipped())]:
+        return f" It comes with meshpipe: `meshpipe init DIR` copies it to DIR/{FOLDER}."
     try:
         known = [recipe.name for recipe in (_recipes_in(file) if file else discover())]
     except RecipeError:
         known = []
     if not known:
-        return f" There is no recipe in {file or f'the folder {FOLDER}/ of {Path.cwd()}'}."
+        return f" There is no recipe in {file or f'the folder {folder_of_recipes().resolve()}'}."
     wanted = name.rpartition("/")[2].replace(".py:", ":")
     if file:
         functions = {other.rpartition(":")[2]: other for other in known}

@@ -5,7 +5,7 @@ from pathlib import Path
 from meshpipe.observe.clock import MeasuredStep
 from meshpipe.observe.trace import write_trace
 from meshpipe.processes.coordination import process_index
-from meshpipe.report.picture import Panel, draw_timelines, has_matplotlib
+from meshpipe.report.picture import Panel, draw_timelines
 from meshpipe.run.warning import Warnings
 
 LONGEST_TRACE = 10
@@ -30,7 +30,7 @@ class TraceFile:
             del self._steps[min(self._steps)]
         try:
             write_trace(self._file, self._steps)
-            if is_first and has_matplotlib():
+            if is_first:
                 timeline = measured.timeline
                 panel = Panel(timeline, f"{timeline.plan.schedule}, step {step}", in_seconds=True)
                 draw_timelines([panel], self._file.with_suffix(".png"))

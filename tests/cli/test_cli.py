@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import pytest
 
+import meshpipe
 from meshpipe.cli import main
 
 RECIPES = Path(__file__).resolve().parents[1] / "tiny_recipes.py"
@@ -40,6 +41,19 @@ def test_recipes_lists_the_others_when_one_fails(in_process: Path, capsys: pytes
     captured = capsys.readouterr()
     assert "tiny:pipeline" in captured.out
     assert "recipes/broken.py fails on line 1" in captured.err
+
+
+def test_recipes_of_meshpipe_are_listed_where_there_are_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert "\ntext_classifier:pipeline " in out
+    assert out.endswith("These come with meshpipe. `meshpipe init DIR` copies them to DIR/recipes, to be changed.\n")
+    assert main(["train", "text_classifier:pipeline", "--help"]) == 0
+    assert main(["train", "recipes/text_classifier.py:pipeline"]) == 2
+    assert "Did you mean text_classifier:pipeline?" in capsys.readouterr().err
 
 
 def test_plan_shows_stages_grid_bubble_and_memory(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,12 +180,15 @@ def test_verify_names_the_first_layer_that_differs(
     assert "meshpipe: the first difference is in layers/2: gradient layers/2/" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["checkpoint", "--help"], ["recipes", "--help"]]
-)
-def test_help_of_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 0
+@pytest.mark.parametrize("command", ["", "train", "checkpoint", "recipes", "init", "doctor"])
+def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
     assert "usage: meshpipe" in capsys.readouterr().out
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"meshpipe {meshpipe.__version__}\n"
 
 
 def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:

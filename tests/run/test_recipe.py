@@ -104,10 +104,20 @@ def test_unknown_names_suggest_the_nearest(folder: Path, name: str, phrase: str)
     assert phrase in str(error.value)
 
 
-def test_no_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_those_of_meshpipe_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="Change to a folder that has one"):
-        discover()
+    assert {"text_classifier:pipeline", "language_model:single"} <= {recipe.name for recipe in discover()}
+    recipe = find("text_classifier:pipeline")
+    assert recipe.name == "text_classifier:pipeline"
+    assert recipe.config().mesh.pipeline == 4
+    with pytest.raises(RecipeError, match=r"Did you mean text_classifier:pipeline\?"):
+        find("recipes/text_classifier.py:pipeline")
+
+
+def test_a_folder_hides_those_of_meshpipe(folder: Path) -> None:
+    assert "text_classifier:pipeline" not in {recipe.name for recipe in discover()}
+    with pytest.raises(RecipeError, match="It comes with meshpipe: `meshpipe init DIR` copies it"):
+        find("text_classifier:pipeline")
 
 
 @pytest.mark.parametrize(
