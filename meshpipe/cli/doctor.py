@@ -93,7 +93,7 @@ def problems(
     found = []
     seen = probe.platforms
     if probe.error:
-        found.append(f"{probe.error} {_way_out(probe, accelerators)}")
+        found.append(f"{probe.error} {_way_out(probe, accelerators, environment)}")
     for accelerator in accelerators:
         if not seen & ({"tpu"} if accelerator.kind == TPU else {"gpu", "cuda"}):
             unseen = f"This machine has {_article(accelerator)} ({accelerator.found[0]}), but JAX sees none."
@@ -102,14 +102,17 @@ def problems(
     threads = environment.get("NPROC", "")
     if threads.isdigit() and int(threads) < 2 * usable_cores():
         found.append(
-            f"NPROC={threads} limits XLA's threads. Runs on more than {int(threads) // 2} virtual CPU devices may "
-            "hang. Unset NPROC: meshpipe sets it to what a run needs."
+            f"NPROC={threads} limits XLA's threads, so a run on several virtual CPU devices may hang. "
+            "Unset NPROC: meshpipe sets it to what a run needs."
         )
     return found
 
 
-def _way_out(probe: Probe, accelerators: list[Accelerator]) -> str:
-    if accelerators and probe.seconds and not probe.said:
+def _way_out(probe: Probe, accelerators: list[Accelerator], environment: Mapping[str, str]) -> str:
+    allowed = environment.get("JAX_PLATFORMS")
+    if allowed:
+        return f"JAX_PLATFORMS={allowed} allows no other platform: unset it, or install the plugin of that one."
+    if accelerators and not probe.said:
         return "Another process may hold the device, or its driver hangs. `--timeout 300` waits longer."
     return "The lines of JAX below say why." if probe.said else "Try `python -c 'import jax; print(jax.devices())'`."
 

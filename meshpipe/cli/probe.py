@@ -58,7 +58,7 @@ def probe_devices(timeout: float, environment: Mapping[str, str] = os.environ) -
     finally:
         _end(child)
     seconds = time.monotonic() - start
-    lines, said = out.splitlines(), tuple(line.strip() for line in error.splitlines() if line.strip())[-LINES:]
+    lines, said = out.splitlines(), tuple(line.strip() for line in error.splitlines() if line.strip(" ^~"))[-LINES:]
     if child.returncode == 0 and lines:
         return Probe(devices=tuple(json.loads(lines[-1])), seconds=seconds, said=said)
     return Probe(seconds=seconds, error=f"JAX did not start its devices (exit code {child.returncode}).", said=said)

@@ -72,6 +72,8 @@ def test_devices_that_hang(tmp_path: Path) -> None:
     assert probe.error == "JAX did not start its devices within 1 s."
     found = problems(probe, [GPU], INSTALLED, [], {})
     assert "Another process may hold the device" in found[0]
+    found = problems(probe, [], INSTALLED, [], {"JAX_PLATFORMS": "cuda"})
+    assert "JAX_PLATFORMS=cuda allows no other platform: unset it" in found[0]
 
 
 @pytest.mark.parametrize(
