@@ -109,7 +109,7 @@ def _short_name(name: str) -> Path:
 
 def _suggest(name: str, file: Path | None = None) -> str:
     """A sentence with the likely intended names: functions of `file`, or else recipes of `folder_of_recipes()`."""
-    if file is None and FOLDER.is_dir() and name in [recipe.name for recipe in discover(shipped())]:
+    if file is None and FOLDER.is_dir() and name in _shipped_names():
         return f" It comes with meshpipe: `meshpipe init DIR` copies it to DIR/{FOLDER}."
     try:
         known = [recipe.name for recipe in (_recipes_in(file) if file else discover())]
@@ -123,9 +123,13 @@ def _suggest(name: str, file: Path | None = None) -> str:
         near = [functions[f] for f in difflib.get_close_matches(wanted.rpartition(":")[2], functions, n=1)]
         return f" Did you mean {near[0]}?" if near else f" It has {', '.join(functions)}."
     # A file without a function, or a function without a file; else a typing error.
-    near = [other for other in known if wanted.removesuffix(".py") in other.split(":")]
+    near = [other for other in known if wanted == other or wanted.removesuffix(".py") in other.split(":")]
     near = near or difflib.get_close_matches(wanted, known, n=3)
     return f" Did you mean {' or '.join(near)}?" if near else " `meshpipe recipes` lists all recipes."
+
+
+def _shipped_names() -> list[str]:
+    return [f"{recipe.file.stem}:{recipe.function}" for recipe in discover(shipped())]
 
 
 def _syntax_tree(file: Path) -> ast.Module:

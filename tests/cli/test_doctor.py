@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 from tiny_recipes import single
@@ -32,6 +33,12 @@ def make_console() -> tuple[Console, io.StringIO]:
     return Console(file=text, width=120, highlight=False, soft_wrap=True), text
 
 
+@pytest.fixture(autouse=True)
+def _started() -> None:
+    """Commands called in this process take devices only before JAX has started."""
+    assert jax.device_count() == 8
+
+
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor"])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
@@ -48,7 +55,7 @@ def test_a_gpu_that_jax_does_not_see(tmp_path: Path) -> None:
     (tmp_path / "dev" / "nvidia0").touch()
     console, text = make_console()
     without = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "NPROC")}
-    assert examine(console, timeout=60, root=tmp_path, environment=without) == 1
+    assert examine(console, timeout=60.0, root=tmp_path, environment=without) == 1
     assert "hardware   NVIDIA GPU (/dev/nvidia0)\n" in text.getvalue()
     wanted = "Problem: This machine has an NVIDIA GPU (/dev/nvidia0), but JAX sees none. Install JAX's support: pip "
     assert wanted in text.getvalue()
@@ -58,7 +65,7 @@ def test_a_gpu_that_jax_does_not_see(tmp_path: Path) -> None:
 def test_a_secret_is_not_printed(tmp_path: Path) -> None:
     console, text = make_console()
     fake = a_jax(tmp_path, "def devices():\n    return []\n") | {"MESHPIPE_SECRET": "do-not-tell", "XLA_FLAGS": "--x"}
-    examine(console, timeout=60, root=tmp_path, environment=fake)
+    examine(console, timeout=60.0, root=tmp_path, environment=fake)
     assert "MESHPIPE_SECRET=(set) " in text.getvalue()
     assert "XLA_FLAGS=--x" in text.getvalue()
     assert "do-not-tell" not in text.getvalue()
@@ -85,7 +92,7 @@ def test_devices_that_hang(tmp_path: Path) -> None:
 )
 def test_devices_that_crash(tmp_path: Path, source: str, said: str) -> None:
     console, text = make_console()
-    assert examine(console, timeout=60, root=tmp_path, environment=a_jax(tmp_path, source)) == 1
+    assert examine(console, timeout=60.0, root=tmp_path, environment=a_jax(tmp_path, source)) == 1
     assert "JAX sees   nothing\n" in text.getvalue()
     assert "Problem: JAX did not start its devices (exit code " in text.getvalue()
     assert f"  JAX: {said}" in text.getvalue()
@@ -103,18 +110,18 @@ class Device:
 def devices():
     return [Device(), Device()]
 """
-    probe = probe_devices(60, a_jax(tmp_path, source))
+    probe = probe_devices(60.0, a_jax(tmp_path, source))
     assert probe.platforms == {"gpu"}
     assert problems(probe, [GPU], INSTALLED, [], {}) == []
     console, text = make_console()
-    assert examine(console, timeout=60, root=tmp_path, environment=a_jax(tmp_path, source)) == 0
+    assert examine(console, timeout=60.0, root=tmp_path, environment=a_jax(tmp_path, source)) == 0
     assert "JAX sees   2 gpu devices (NVIDIA H100 of 60 GB); started in " in text.getvalue()
 
 
 def test_settings_that_do_not_suit() -> None:
     found = problems(CPU, [], INSTALLED, ["jax_disable_jit=True"], {"NPROC": "1"})
     assert found[0] == "The JAX setting jax_disable_jit=True keeps a trainer from working. Unset it."
-    assert found[1].startswith("NPROC=1 limits XLA's threads.")
+    assert found[1].startswith("NPROC=1 limits XLA's threads, so ")
 
 
 @pytest.mark.parametrize("timeout", ["0", "nan", "1e9", "soon"])

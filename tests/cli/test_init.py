@@ -54,7 +54,7 @@ def test_other_recipes_stay() -> None:
     assert Path("recipes", "mine.py").read_text() == "my own"
 
 
-@pytest.mark.parametrize("folder_name", ["a_file", "a_file/below", ""])
+@pytest.mark.parametrize("folder_name", ["a_file", "a_file/below"])
 def test_a_folder_that_cannot_be_made(folder_name: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("a_file").touch()
     assert main(["init", folder_name]) == 2
