@@ -74,7 +74,7 @@ def shortened(lines: list[str]) -> list[str]:
     """At most four lines of steps: the first two and the last two."""
     steps = [number for number, line in enumerate(lines) if STEP.match(line)]
     dropped = steps[2:-2]
-    kept = ["..." if number == dropped[0] else line for number, line in enumerate(lines) if number not in dropped[1:]]
+    kept = ["..." if number in dropped[:1] else line for number, line in enumerate(lines) if number not in dropped[1:]]
     return kept if dropped else lines
 
 
