@@ -15,7 +15,6 @@ from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder, missing_folders, remove_empty
 from meshpipe.report.curves import draw_curves
 from meshpipe.report.past_run import METRICS, PastRunError, read_run
-from meshpipe.report.picture import has_matplotlib
 from meshpipe.run.warning import Warnings
 
 SETTINGS = "config.json"
@@ -85,11 +84,6 @@ def write_settings(folder: Path, values: Mapping[str, Any], warnings: Warnings) 
 def draw_run(folder: Path, config: Config, console: Console) -> None:
     """Draws the curves of the run; says why if it cannot."""
     try:
-        if not has_matplotlib():
-            console.print(
-                "No pictures were drawn: matplotlib is not installed. pip install 'meshpipe[plot]'", markup=False
-            )
-            return
         draw_curves([read_run(Path(str(config.metrics)), folder.resolve().name)], folder / CURVES)
     except PastRunError:  # it has no step
         return
