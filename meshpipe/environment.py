@@ -10,6 +10,9 @@ from meshpipe.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
+OPTIONAL = ("tensorboardX", "wandb", "ipywidgets")
+"""Packages of extras: what uses them says so when they are missing."""
+
 _PLUGIN = re.compile(r"jax[-_].+[-_](plugin|pjrt)|libtpu")
 
 _UNFIT = {
@@ -28,6 +31,11 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect the results of a run."""
     own = {"python": platform.python_version(), "meshpipe": __version__}
     return own | {name: _version(name) for name in PACKAGES}
+
+
+def optional() -> dict[str, str]:
+    """Versions of the packages that extras install."""
+    return {name: _version(name) for name in OPTIONAL}
 
 
 def plugins() -> dict[str, str]:

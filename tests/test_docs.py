@@ -15,6 +15,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "r
 FENCE = re.compile(r"^\s*```(\w*)")
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)|<img[^>]*\ssrc=\"([^\"]+)\"")
 
+SLOW = {"patterns.md"}
+"""Pages whose Python blocks compile several models."""
+
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -56,7 +59,11 @@ def tree_paths(text: str) -> list[str]:
     return paths
 
 
-@pages
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.name in SLOW else ()) for page in PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     source = python_source(page.read_text())
     if not source.strip():

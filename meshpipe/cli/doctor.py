@@ -54,13 +54,14 @@ def examine(
     console: "Console", *, timeout: float, root: Path = Path("/"), environment: Mapping[str, str] = os.environ
 ) -> int:
     """Examines the machine whose file system begins at `root`, with these environment variables."""
-    from meshpipe.environment import plugins, unfit_settings, versions
+    from meshpipe.environment import optional, plugins, unfit_settings, versions
 
     installed = versions() | plugins()
     accelerators = find_accelerators(root, environment)
     _print(console, "meshpipe", f"{installed['meshpipe']}, {_origin()}")
     _print(console, "python", f"{installed['python']}, {sys.executable}")
     _print(console, "packages", _pairs(versions(), leave_out=("python", "meshpipe")))
+    _print(console, "optional", _pairs(optional()))
     _print(console, "plugins", _pairs(plugins()) or "none: JAX uses CPUs")
     _print(console, "system", f"{platform.platform()}, {_machine(root)}")
     _print(console, "hardware", "; ".join(map(_describe, accelerators)) or "no NVIDIA GPU, no TPU")
