@@ -22,7 +22,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "images" / "first_run.svg"
 RECIPE = "text_classifier:pipeline"
-COLUMNS, ROWS, SECONDS = 106, 19, 5
+COLUMNS, ROWS, SECONDS = 106, 18, 5
 """Size of a frame in characters, and how long each is shown."""
 LAYOUT = "--mesh.pipeline 2 --mesh.data 2"
 STEP = re.compile(r"step (\d+)/")
@@ -32,9 +32,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         frames = [
             plan(folder),
-            train(folder, f"{RECIPE} --checkpoint-dir run", stop_at=10),
-            train(folder, f"{RECIPE} --checkpoint-dir run --resume {LAYOUT}"),
-            run(folder, "checkpoint list run"),
+            train(folder, f"{RECIPE} --run-dir run", stop_at=10),
+            train(folder, f"{RECIPE} --run-dir run --resume {LAYOUT}"),
+            [*run(folder, "checkpoint list run/checkpoints"), "", *run(folder, "metrics run")],
         ]
     PICTURE.write_text(moving(frames))
     print(f"wrote {PICTURE}")
