@@ -40,16 +40,16 @@ def load(
     device: jax.Device | None = None,
     train: bool = False,
 ) -> Any:
-    """The weights of a checkpoint, saved from any layout: parameters and other state by leaf path, or modules of them.
+    """The weights of a checkpoint of any layout: parameters and other state by leaf path, or modules with them.
 
-    Nothing is compiled but what random streams need, and the optimizer's state is not read. Every file that is read is
+    Nothing is compiled except for random streams. The optimizer's state is not read. Every file that is read is
     compared with its checksum.
 
     Arguments:
         directory: The folder that a run saved to, its `checkpoint_dir` or `run_dir`.
-        layers: The layers that were trained, as `Trainer` takes them: then a new module for each is returned. Or
-            `"recipe"`: the layers of the recipe that was trained, with the fields of its model as they were saved. That
-            runs the recipe's Python file, which the checkpoint names: only for checkpoints that you trust.
+        layers: The layers that were trained, as `Trainer` takes them, to get a new module for each. Or `"recipe"`, for
+            the layers of the recipe that was trained, configured as they were saved. That runs the recipe's Python
+            file, which the checkpoint names: use it only with checkpoints that you trust.
         step: The step to load; None takes the newest.
         tied: Groups of leaf paths that are one parameter, as `Trainer` takes them: they become one variable, like
             variables that several of the `layers` hold.

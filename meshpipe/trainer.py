@@ -203,9 +203,9 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over all batches of the loss and the metrics, with layers in evaluation mode; nothing is updated.
 
-        A batch may have fewer or more examples than a step takes; each of them counts once. A number of examples that
-        leaves a rest after whole microbatches takes a short compilation when it first occurs. What has a weight of 0
-        over all batches is NaN. Raises `ValueError` when there is no batch, or `batches` is one.
+        A batch may have any number of examples, and each counts once. The first time that the examples left over after
+        full microbatches have a new number, the forwards are compiled for it. What has a weight of 0 over all batches
+        is NaN. Raises `ValueError` when there is no batch, or `batches` is one.
         """
         return evaluate(self.model, self._training, batches, self._seed_data, self.group)
 
@@ -214,29 +214,28 @@ class Trainer:
     @overload
     def predict(self, batches: Iterable[Batch]) -> Iterator[Any]: ...
     def predict(self, batches: Batch | Iterable[Batch]) -> Any:
-        """The outputs of the last layer, with layers in evaluation mode: of one batch, or of one batch after the other.
+        """The outputs of the last layer, in evaluation mode: those of one batch, or an iterator over those of several.
 
-        Outputs are NumPy arrays, in the pytree that the last layer returns, with a row for each example of the batch in
-        its order; every process gets all of them. A batch needs the fields that layers read, not those that only the
-        loss reads. It may have any number of examples: larger ones are run in several parts, and smaller ones are
-        filled up with copies of their last example, whose outputs are cut off.
+        Outputs are NumPy arrays `[examples, ...]` in the pytree that the last layer returns, in the order of the batch;
+        every process gets all of them. A batch needs only the fields that layers read, and may have any number of
+        examples: a larger batch runs in several parts, and a smaller one is padded with copies of its last example,
+        whose outputs are cut off.
 
-        Batches of an iterable are run when the iterator that is returned is asked for them, with the parameters of that
-        moment; in several processes, all ask for the same ones. The first call compiles. Raises `ValueError` when
-        fields differ from those of the example batch in more than the number of examples, or an array that the last
-        layer returns has not one row for each example.
+        Each batch of an iterable runs when its outputs are asked for, with the parameters at that time; all processes
+        must ask for the same batches. The first call compiles. Raises `ValueError` when a batch's fields differ from
+        the example batch in more than the number of examples, or an output does not have one row per example.
         """
         if isinstance(batches, Mapping):
             return self._predictor.predict(batches)
         return map(self._predictor.predict, batches)
 
     def modules(self, *, device: jax.Device | None = None, train: bool = False) -> list[Any]:
-        """A new NNX module for every layer with the trained values, in evaluation mode unless `train`.
+        """A new NNX module for each layer with the trained values, in evaluation mode unless `train`.
 
         Called one after the other, with the batch fields that they take, they compute what `predict` returns. The
-        values are copies on one `device`, by default the host's CPU device. Leaves that are tied or shared are one
-        variable. Of several processes, each gets the layers of its own stages, with None in the place of the others;
-        all call it. `meshpipe.load` has all layers of a checkpoint.
+        values are copies on one `device`, by default the host's CPU device. Tied and shared leaves are one variable.
+        With several processes, all must call it; each gets the layers of its own stages, and None for the others.
+        `meshpipe.load` returns all layers of a checkpoint.
         """
         device = host_device() if device is None else device
         values = local_leaves({**self.params, **self.state}, device)
@@ -249,12 +248,12 @@ class Trainer:
         return [made.get(i) for i in range(len(self.model.layers))]
 
     def update(self, layers: Sequence[LayerLike]) -> None:
-        """Writes the trained values into modules: those that the trainer was made of, or others with the same leaves.
+        """Writes the trained values into modules: those that the trainer was made from, or others with the same leaves.
 
-        Every variable stays where it is, on the same devices; random streams and modes stay as they are. An entry of a
-        layer without leaves may be anything. Of several processes, each writes into the layers of its own stages; all
-        call it. Raises `ValueError`, before anything is written, when an entry is no module, or its leaves are not
-        those of its layer.
+        Variables stay on their devices; random streams and modes do not change. The entry of a layer without leaves may
+        be anything. With several processes, all must call it; each writes the layers of its own stages. Raises
+        `ValueError`, before anything is written, when an entry is not a module, or its leaves are not those of its
+        layer.
         """
         write(self.model.layers, layers, local_leaves({**self.params, **self.state}, host_device()))
 

@@ -1,5 +1,6 @@
 """`meshpipe.load`: what was trained, from a checkpoint of any layout, without a trainer."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -197,3 +198,15 @@ def test_a_recipe_that_has_changed_is_no_longer_that_of_the_checkpoint(tmp_path:
     save_run(tmp_path / "none", file, model, recipe=None)
     with pytest.raises(CheckpointError, match=r"was not saved by a command. Pass the `layers` themselves"):
         meshpipe.load(tmp_path / "none", layers="recipe")
+
+
+@pytest.mark.slow
+def test_a_run_of_the_command_is_loaded_with_its_flags(tmp_path: Path) -> None:
+    command = f"-m meshpipe train {ROOT / 'tests' / 'tiny_recipes.py'}:pipeline --model.depth 3 --steps 2 --run-dir run"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, *command.split()], check=True, timeout=120, cwd=tmp_path, env=environment)
+    values = meshpipe.load(tmp_path / "run")
+    modules = meshpipe.load(tmp_path / "run", layers="recipe")
+    assert len(modules) == 3
+    for i, module in enumerate(modules):
+        np.testing.assert_array_equal(module.linear.kernel[...], values[f"layers/{i}/linear/kernel"])

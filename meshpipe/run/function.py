@@ -18,19 +18,19 @@ from meshpipe.run.run_folder import in_run_dir
 def run(config: Config, *, name: str = "run", show: bool = True, handle_signals: bool = False) -> RunResult:
     """Trains as `config` says, like `meshpipe train`, and returns its result; raises where the command would exit.
 
-    It can be called as often as you like in one process, which stays as it is: nothing is set for the process but a
-    pause of Python's garbage collection while the trainer is made. Signals are left to the caller: `KeyboardInterrupt`
-    ends the run at once, saves nothing more and is raised. Several processes are for `meshpipe launch`.
+    A process can call it any number of times. It changes no setting of the process, except that Python's garbage
+    collection pauses while the trainer is made. Signals are left to the caller: a `KeyboardInterrupt` ends the run at
+    once, saves nothing more and is raised. For several processes, use `meshpipe launch`.
 
     Arguments:
         config: The run, as a recipe returns it. On virtual CPU devices, call `meshpipe.use_cpu_devices` first.
         name: What checkpoints and metrics call the run. With the name of a recipe, such as `recipes/mine.py:small`,
             `meshpipe.load` can find its layers.
-        show: Whether to print the layout, the progress and the evaluations; a notebook shows a live line if ipywidgets
+        show: Whether to print the layout, the progress and the evaluations. A notebook shows a live line if ipywidgets
             is installed.
-        handle_signals: Whether SIGINT, SIGTERM and SIGHUP end the run after the step in progress, which is saved, as
-            they do for the command: then a result with the status `stopped` is returned. A second SIGINT ends the
-            process. Only in the main thread.
+        handle_signals: Whether to stop on SIGINT, SIGTERM and SIGHUP as the command does: the run finishes the step in
+            progress, saves it, and returns with the status `stopped`. A second SIGINT ends the process. Only in the
+            main thread.
 
     Raises `ValueError` for an invalid config, before anything is compiled or written; `NonFiniteError` when numbers
     are no longer finite and no more batches may be skipped; and whatever layers, data and file system raise, with a

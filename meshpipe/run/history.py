@@ -27,7 +27,7 @@ class History:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RunResult:
-    """How a run ended, and what it found. It keeps the trained model: in a sweep, keep the numbers alone."""
+    """How a run ended, and its numbers. It holds the trained model in memory: in a sweep, keep only the numbers."""
 
     status: Literal["completed", "stopped"]
     """`stopped` after a signal, where the run was to handle them."""
