@@ -5,10 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from meshpipe.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "recipes" / "README.md"]
@@ -110,3 +114,18 @@ def test_readme_tree_leaves_no_folder_out() -> None:
     paths = {str(path.relative_to(ROOT)) + "/" * path.is_dir() for path in modules}
     unnamed = {path for path in paths - named if not path.endswith("py.typed")}
     assert not unnamed
+
+
+def test_the_citation_has_what_its_format_requires() -> None:
+    citation = yaml.safe_load((ROOT / "docs" / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]
+    assert citation["license"] == project["license"]
+    assert "version" not in citation, "the version stands in one place"
+
+
+def test_the_changelog_begins_with_the_present_version() -> None:
+    heading = re.search(r"^## (\S+)", (ROOT / "docs" / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading is not None
+    assert heading[1].rstrip(",") == __version__

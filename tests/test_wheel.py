@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from meshpipe.version import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600
 """Time-out of a command in seconds: installing may have to download."""
@@ -31,7 +33,7 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
-    (file,) = folder.glob("meshpipe-*.whl")
+    (file,) = folder.glob(f"meshpipe-{__version__}-*.whl")
     return file
 
 
@@ -62,7 +64,7 @@ def test_away_from_the_clone(programs: Path, tmp_path: Path) -> None:
     meshpipe = programs / "meshpipe"
     where = run(programs / "python", "-c", "import meshpipe; print(meshpipe.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(programs.parent)
-    assert run(meshpipe, "--version", cwd=tmp_path).startswith("meshpipe ")
+    assert run(meshpipe, "--version", cwd=tmp_path) == f"meshpipe {__version__}\n"
     assert "\ntext_classifier:pipeline " in run(meshpipe, "recipes", cwd=tmp_path)
 
     layout = ["--mesh.pipeline", "2", "--num-microbatches", "2", "--batch-size", "4"]
