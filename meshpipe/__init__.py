@@ -7,6 +7,7 @@ from meshpipe.checkpoint import Checkpointer as Checkpointer
 from meshpipe.checkpoint import CheckpointError as CheckpointError
 from meshpipe.config import Config as Config
 from meshpipe.data import DataConfig as DataConfig
+from meshpipe.layers.fields import call as call
 from meshpipe.layers.fields import with_fields as with_fields
 from meshpipe.layers.layer import LayerLike as LayerLike
 from meshpipe.loading import load as load

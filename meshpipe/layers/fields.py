@@ -1,12 +1,13 @@
-"""Which batch fields a layer's call gets besides its input."""
+"""How a layer is called: by which function, and with which batch fields besides its input."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flax import nnx
 
+from meshpipe.errors import ArgumentError, kind_of
 from meshpipe.layers.modes import KEYWORDS
 
 RNGS = "rngs"
@@ -14,14 +15,17 @@ RNGS = "rngs"
 
 
 @dataclass(frozen=True)
-class WithFields:
-    """A layer, and the batch fields that its call gets, by keyword."""
+class LayerCall:
+    """A layer, and how it is called."""
 
     layer: Any
-    fields: Mapping[str, str]
+    fields: Mapping[str, str] | None = None
+    """The batch fields that the call gets, by keyword; None passes fields by the names of its parameters."""
+    function: Callable[..., Any] | None = None
+    """`function(module, x)` calls the module; None is the module's own call."""
 
 
-def with_fields(layer: Any, /, **fields: str) -> WithFields:
+def with_fields(layer: Any, /, **fields: str) -> LayerCall:
     """A layer whose `__call__` gets exactly these batch fields, by keyword.
 
     `with_fields(nnx.BatchNorm(8, rngs=rngs), mask="keep")` calls the layer with `mask=batch["keep"]`;
@@ -31,17 +35,56 @@ def with_fields(layer: Any, /, **fields: str) -> WithFields:
         layer: A module or its constructor.
         **fields: The batch field for each keyword of the call.
     """
-    return WithFields(layer, fields)
+    return replace(layer, fields=fields) if isinstance(layer, LayerCall) else LayerCall(layer, fields)
 
 
-def parameters_of(kind: type) -> list[inspect.Parameter]:
-    """The parameters of a module's call, after its input, that can be passed by keyword."""
-    parameters = list(inspect.signature(kind.__call__).parameters.values())[2:]
+def call(layer: Any, function: Callable[..., Any], /) -> LayerCall:
+    """A layer that is called by `function(module, x)`, in place of the module's own call.
+
+    `call(nnx.BatchNorm(8, rngs=rngs), lambda norm, x: norm(x.reshape(-1, 8)).reshape(x.shape))` needs no class around
+    the module. The paths of its leaves are those of the module alone. Further parameters of the function get the batch
+    fields of their name, as those of a call that you wrote; `train`, `training`, `deterministic` and
+    `use_running_average` get the mode, and `rngs` a random stream.
+
+    Arguments:
+        layer: A module or its constructor.
+        function: Returns the output of the layer for a module and the output of the layer before.
+    """
+    if not callable(function) or not _takes_two(function):
+        raise ArgumentError(
+            f"`function` must be a function of the module and its input. Got {kind_of(function)}. Write e.g. "
+            "call(layer, lambda module, x: module(x))."
+        )
+    if isinstance(layer, LayerCall):
+        return replace(layer, function=function)
+    return LayerCall(layer, function=function)
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind_partial(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def call_of(module: nnx.Module, function: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What is called with the module and its input."""
+    return type(module).__call__ if function is None else function
+
+
+def parameters_of(called: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a call, after the module and its input, that can be passed by keyword."""
+    parameters = list(inspect.signature(called).parameters.values())[2:]
     return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def fields_of(
-    path: str, module: nnx.Module, batch_fields: Sequence[str], asked: Mapping[str, str] | None
+    path: str,
+    module: nnx.Module,
+    called: Callable[..., Any],
+    batch_fields: Sequence[str],
+    asked: Mapping[str, str] | None,
 ) -> dict[str, str]:
     """The batch fields that a layer's call gets, by keyword.
 
@@ -50,11 +93,11 @@ def fields_of(
     `ValueError` when a parameter without a default remains, or a field that was asked for does not exist.
     """
     kind = type(module)
-    parameters = parameters_of(kind)
+    parameters = parameters_of(called)
     if asked is not None:
-        _check_asked(path, kind, batch_fields, asked)
+        _check_asked(f"{path} ({kind.__name__})", called, batch_fields, asked)
         found = dict(asked)
-    elif is_of_flax(kind):
+    elif is_of_flax(called):
         found = {}
     else:
         found = {p.name: p.name for p in parameters if p.name in batch_fields}
@@ -71,37 +114,37 @@ def fields_of(
     return found
 
 
-def optional_fields(module: nnx.Module, fields: Mapping[str, str]) -> tuple[str, ...]:
+def optional_fields(called: Callable[..., Any], fields: Mapping[str, str]) -> tuple[str, ...]:
     """The fields that a call gets by name although the parameter has a default."""
-    optional = {p.name for p in parameters_of(type(module)) if p.default is not p.empty}
+    optional = {p.name for p in parameters_of(called) if p.default is not p.empty}
     return tuple(name for name in fields if name in optional)
 
 
-def is_given_rngs(module: nnx.Module, fields: Mapping[str, str], *, has_streams: bool) -> bool:
+def is_given_rngs(called: Callable[..., Any], fields: Mapping[str, str], *, has_streams: bool) -> bool:
     """Whether a call gets a random stream: if it has a parameter `rngs`, unless that has a default and the module has
     streams of its own.
     """
-    asking = [p for p in parameters_of(type(module)) if p.name == RNGS and RNGS not in fields]
+    asking = [p for p in parameters_of(called) if p.name == RNGS and RNGS not in fields]
     return any(p.default is p.empty or not has_streams for p in asking)
 
 
-def is_of_flax(kind: type) -> bool:
-    """Whether a module's call is Flax's own."""
-    module = getattr(kind.__call__, "__module__", None) or ""  # code that exec made has none
+def is_of_flax(called: Callable[..., Any]) -> bool:
+    """Whether a call is Flax's own."""
+    module = getattr(called, "__module__", None) or ""  # code that exec made has none
     return module.split(".")[0] == "flax"
 
 
-def _check_asked(path: str, kind: type, batch_fields: Sequence[str], asked: Mapping[str, str]) -> None:
-    signature = inspect.signature(kind.__call__).parameters.values()
-    names = {p.name for p in parameters_of(kind)}
+def _check_asked(layer: str, called: Callable[..., Any], batch_fields: Sequence[str], asked: Mapping[str, str]) -> None:
+    signature = inspect.signature(called).parameters.values()
+    names = {p.name for p in parameters_of(called)}
     for keyword, field in asked.items():
         if field not in batch_fields:
             raise ValueError(
-                f"with_fields must name fields of the batch. Got {field!r} for {path} ({kind.__name__}); the batch has "
+                f"with_fields must name fields of the batch. Got {field!r} for {layer}; the batch has "
                 f"{', '.join(batch_fields)}."
             )
         if keyword not in names and not any(p.kind is p.VAR_KEYWORD for p in signature):
             raise ValueError(
                 f"with_fields must name parameters of the layer's __call__ after its input. Got {keyword!r} for "
-                f"{path} ({kind.__name__}), which takes {', '.join(sorted(names)) or 'none'}."
+                f"{layer}, which takes {', '.join(sorted(names)) or 'none'}."
             )

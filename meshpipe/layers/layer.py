@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 
 from meshpipe.compiler.fingerprint import fingerprint
 from meshpipe.layers.constructors import constructor_of, module_of
-from meshpipe.layers.fields import RNGS, WithFields, fields_of, is_given_rngs, optional_fields, parameters_of
+from meshpipe.layers.fields import RNGS, LayerCall, call_of, fields_of, is_given_rngs, optional_fields, parameters_of
 from meshpipe.layers.modes import fixed, mode_keywords, set_mode, told
 from meshpipe.layers.paths import check_distinct, join
 from meshpipe.layers.shared import Groups, Variables, shared_groups, variables_of
@@ -20,9 +20,9 @@ from meshpipe.layers.writes import attributes_of, check_attributes, check_variab
 
 Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
-LayerLike: TypeAlias = nnx.Module | Callable[..., Any] | WithFields
+LayerLike: TypeAlias = nnx.Module | Callable[..., Any] | LayerCall
 """A module, a constructor that takes an `nnx.Rngs` or nothing, or a function of the activation such as `nnx.relu`,
-perhaps with the batch fields that it asks for; with constructors no process ever holds the whole model."""
+perhaps with how it is called (`with_fields`, `call`); with constructors no process ever holds the whole model."""
 
 _INITIALISE, _RUN = 0, 1
 
@@ -80,6 +80,8 @@ class Layer:
     draws: bool
     """Whether its call gets `rngs`, a random stream of its own."""
     origin: Origin
+    function: Callable[..., Any] | None = None
+    """Calls the module, in place of its own call; see `meshpipe.call`."""
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Leaves whose variable several layers hold, each with all the paths of that variable."""
 
@@ -108,7 +110,9 @@ class Layer:
         metadata = [v.get_metadata() if isinstance(v, nnx.Variable) else None for _, v in variables]
         arrays = [(key, type(v), _value(v).shape, _value(v).dtype) for key, v in variables]
         shared = sorted(path.removeprefix(self.path) for path in self.shared)
-        return fingerprint((self.graphdef, metadata, dict(self.fields), self.modes, self.draws, shared)), tuple(arrays)
+        return fingerprint(
+            (self.graphdef, metadata, dict(self.fields), self.function, self.modes, self.draws, shared)
+        ), tuple(arrays)
 
     def initialise(self, seed: jax.Array, path_hash: jax.Array) -> tuple[Leaves, Leaves]:
         """Parameters and state from the seed's key and `path_hash` only.
@@ -139,7 +143,9 @@ class Layer:
             keywords = {keyword: batch[field] for keyword, field in self.fields.items()}
             if self.draws:
                 keywords[RNGS] = nnx.Rngs(_stream_key(_stream_of_call(self.path), randomness))
-            output = module(activation, **keywords, **told(module, self.modes, train))
+            keywords |= told(module, self.modes, train)
+            call = module if self.function is None else partial(self.function, module)
+            output = call(activation, **keywords)
             return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module, graph=True))}
 
         def retrace(values: list[Any], paths: Sequence[str]) -> list[Any]:
@@ -242,8 +248,9 @@ def _at(path: str, layer: Layer) -> Layer:
 
 def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...] | None) -> tuple[Layer, Variables]:
     """A layer, and those of its variables that existed before it was made."""
-    asked = layer.fields if isinstance(layer, WithFields) else None
-    given: Any = layer.layer if isinstance(layer, WithFields) else layer
+    asked = layer.fields if isinstance(layer, LayerCall) else None
+    given: Any = layer.layer if isinstance(layer, LayerCall) else layer
+    function = layer.function if isinstance(layer, LayerCall) else None
     make, ready = constructor_of(path, given)
     built: list[tuple[nnx.Module, nnx.GraphDef]] = []
 
@@ -257,7 +264,8 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...] | None)
     with nnx.use_eager_sharding(False):
         structure = jax.eval_shape(build)
     ((module, graphdef),) = built
-    fields = {} if batch_fields is None else fields_of(path, module, batch_fields, asked)
+    called = call_of(module, function)
+    fields = {} if batch_fields is None else fields_of(path, module, called, batch_fields, asked)
     params: dict[str, jax.ShapeDtypeStruct] = {}
     state: dict[str, jax.ShapeDtypeStruct] = {}
     axes: dict[str, tuple[str | None, ...]] = {}
@@ -279,7 +287,7 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...] | None)
         (params if trainable else state)[leaf] = jax.ShapeDtypeStruct(value.shape, value.dtype)
         if isinstance(variable, nnx.Variable) and (names := variable.get_metadata().get("out_sharding")):
             axes[leaf] = tuple(names)
-    draws = is_given_rngs(module, fields, has_streams=bool(streams))
+    draws = is_given_rngs(called, fields, has_streams=bool(streams))
     if draws:
         streams.append(_stream_of_call(path))
     abstract = Layer(
@@ -290,11 +298,12 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...] | None)
         state=state,
         axes=axes,
         fields=fields,
-        optional=optional_fields(module, fields) if asked is None else (),
-        modes=mode_keywords(module, [p for p in parameters_of(type(module)) if p.name not in fields]),
+        optional=optional_fields(called, fields) if asked is None else (),
+        modes=mode_keywords(module, [p for p in parameters_of(called) if p.name not in fields]),
         fixed=tuple(f"{join(path, key)}.{name}" for key, name in fixed(module)),
         streams=tuple(streams),
         draws=draws,
+        function=function,
         origin=Origin(make, _leaves(path, nnx.state(ready, graph=True)) if ready is not None else None),
     )
     variables = variables_of(path, module)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.errors import ArgumentError, kind_of
-from meshpipe.layers.fields import WithFields
+from meshpipe.layers.fields import LayerCall
 from meshpipe.layers.layer import Layer, Leaves, Randomness
 from meshpipe.layers.paths import join
 from meshpipe.sharding import local_value, replicated
@@ -73,7 +73,7 @@ def write(layers: Sequence[Layer], given: Any, values: Mapping[str, jax.Array]) 
     if isinstance(given, str) or not isinstance(given, Sequence | nnx.List) or len(given) != len(layers):
         got = f"{len(given)}" if isinstance(given, Sequence | nnx.List) else kind_of(given)
         raise ArgumentError(f"`layers` must be a list of the {len(layers)} layers of the trainer. Got {got}.")
-    entries = [entry.layer if isinstance(entry, WithFields) else entry for entry in given]
+    entries = [entry.layer if isinstance(entry, LayerCall) else entry for entry in given]
     updates = [_update(layer, entry, values) for layer, entry in zip(layers, entries, strict=True)]
     for update in updates:
         if update is not None:

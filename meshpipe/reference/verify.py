@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from meshpipe.config import Config
 from meshpipe.data import batches
 from meshpipe.data.arrays import copy_batch
-from meshpipe.layers.fields import WithFields
+from meshpipe.layers.fields import LayerCall
 from meshpipe.layers.layer import LayerLike, abstract_layers
 from meshpipe.layers.stage_function import Loss
 from meshpipe.mesh import make_mesh
@@ -246,7 +246,7 @@ def _plain_model(
         return LayeredModel(whole, input=input, seed=seed, tied=tied)
     given = reference if isinstance(reference, Reference) else Reference(reference)
     params, state = trainer.params, trainer.state
-    own = [layer.layer if isinstance(layer, WithFields) else layer for layer in layers]
+    own = [layer.layer if isinstance(layer, LayerCall) else layer for layer in layers]
     return UncutModel(given, own, params, state, input=input, seed=seed, tied=tied)
 
 
