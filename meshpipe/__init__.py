@@ -1,38 +1,90 @@
 """Hybrid parallelism for JAX and Flax NNX on one named device mesh."""
 
-from typing import TYPE_CHECKING
+# Every name is imported at its first use, so that `import meshpipe` takes no time, and a command can be stopped while
+# it imports JAX.
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from meshpipe import host as host
-from meshpipe.checkpoint import Checkpointer as Checkpointer
-from meshpipe.checkpoint import CheckpointError as CheckpointError
-from meshpipe.config import Config as Config
-from meshpipe.data import DataConfig as DataConfig
-from meshpipe.layers.fields import call as call
-from meshpipe.layers.fields import with_fields as with_fields
-from meshpipe.layers.layer import LayerLike as LayerLike
-from meshpipe.loading import load as load
-from meshpipe.mesh import MeshConfig as MeshConfig
-from meshpipe.mesh import make_mesh as make_mesh
-from meshpipe.mesh import submeshes as submeshes
-from meshpipe.mesh import use_cpu_devices as use_cpu_devices
-from meshpipe.models.model import ModelConfig as ModelConfig
-from meshpipe.models.reference import Reference as Reference
-from meshpipe.optimizer.config import OptimizerConfig as OptimizerConfig
-from meshpipe.pipeline.config import PipelineConfig as PipelineConfig
-from meshpipe.plan.plan import Action as Action
-from meshpipe.plan.plan import Op as Op
-from meshpipe.plan.plan import Plan as Plan
-from meshpipe.plan.schedules import make_plan as make_plan
-from meshpipe.reference.comparison import VerifyReport as VerifyReport
-from meshpipe.reference.verify import verify as verify
-from meshpipe.run.history import RunResult as RunResult
-from meshpipe.sharding import ShardingRules as ShardingRules
-from meshpipe.trainer import Trainer as Trainer
-from meshpipe.training.result import NonFiniteError as NonFiniteError
-from meshpipe.training.result import StepResult as StepResult
 from meshpipe.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from meshpipe import host as host
+    from meshpipe.checkpoint import Checkpointer as Checkpointer
+    from meshpipe.checkpoint import CheckpointError as CheckpointError
+    from meshpipe.config import Config as Config
+    from meshpipe.data import DataConfig as DataConfig
+    from meshpipe.layers.fields import call as call
+    from meshpipe.layers.fields import with_fields as with_fields
+    from meshpipe.layers.layer import LayerLike as LayerLike
+    from meshpipe.loading import load as load
+    from meshpipe.mesh import MeshConfig as MeshConfig
+    from meshpipe.mesh import make_mesh as make_mesh
+    from meshpipe.mesh import submeshes as submeshes
+    from meshpipe.mesh import use_cpu_devices as use_cpu_devices
+    from meshpipe.models.model import ModelConfig as ModelConfig
+    from meshpipe.models.reference import Reference as Reference
+    from meshpipe.optimizer.config import OptimizerConfig as OptimizerConfig
+    from meshpipe.phases import Phase as Phase
+    from meshpipe.phases import listening as listening
+    from meshpipe.pipeline.config import PipelineConfig as PipelineConfig
+    from meshpipe.plan.plan import Action as Action
+    from meshpipe.plan.plan import Op as Op
+    from meshpipe.plan.plan import Plan as Plan
+    from meshpipe.plan.schedules import make_plan as make_plan
+    from meshpipe.reference.comparison import VerifyReport as VerifyReport
+    from meshpipe.reference.verify import verify as verify
     from meshpipe.run.function import run as run
-else:
-    from meshpipe import run as run
+    from meshpipe.run.history import RunResult as RunResult
+    from meshpipe.sharding import ShardingRules as ShardingRules
+    from meshpipe.trainer import Trainer as Trainer
+    from meshpipe.training.result import NonFiniteError as NonFiniteError
+    from meshpipe.training.result import StepResult as StepResult
+
+_MODULES = {
+    "host": "meshpipe.host",
+    "Checkpointer": "meshpipe.checkpoint",
+    "CheckpointError": "meshpipe.checkpoint",
+    "Config": "meshpipe.config",
+    "DataConfig": "meshpipe.data",
+    "call": "meshpipe.layers.fields",
+    "with_fields": "meshpipe.layers.fields",
+    "LayerLike": "meshpipe.layers.layer",
+    "load": "meshpipe.loading",
+    "MeshConfig": "meshpipe.mesh",
+    "make_mesh": "meshpipe.mesh",
+    "submeshes": "meshpipe.mesh",
+    "use_cpu_devices": "meshpipe.mesh",
+    "ModelConfig": "meshpipe.models.model",
+    "Reference": "meshpipe.models.reference",
+    "OptimizerConfig": "meshpipe.optimizer.config",
+    "Phase": "meshpipe.phases",
+    "listening": "meshpipe.phases",
+    "PipelineConfig": "meshpipe.pipeline.config",
+    "Action": "meshpipe.plan.plan",
+    "Op": "meshpipe.plan.plan",
+    "Plan": "meshpipe.plan.plan",
+    "make_plan": "meshpipe.plan.schedules",
+    "VerifyReport": "meshpipe.reference.comparison",
+    "verify": "meshpipe.reference.verify",
+    "run": "meshpipe.run",  # a package that can be called
+    "RunResult": "meshpipe.run.history",
+    "ShardingRules": "meshpipe.sharding",
+    "Trainer": "meshpipe.trainer",
+    "NonFiniteError": "meshpipe.training.result",
+    "StepResult": "meshpipe.training.result",
+}
+"""By name, the module that has it; a submodule has its own name."""
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_MODULES[name])
+    value = globals()[name] = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

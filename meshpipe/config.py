@@ -67,6 +67,11 @@ class Config:
     run_dir: str | None = None
     """Folder for all outputs of the run, made when missing: settings, checkpoints, metrics, trace, pictures and log.
     Flags for single outputs, such as --metrics, take precedence for theirs. With --resume, the run continues in it."""
+    force: bool = False
+    """Start even if the run needs more memory than there is, by prediction; and measure costs on any device."""
+    for_accelerators: Annotated[bool, tyro.conf.Suppress] = False
+    """Whether a recipe is meant for accelerators: `meshpipe recipes` marks it, and on a machine without any its costs
+    are counted, not measured."""
     compile_cache: str | None = None
     """Folder that keeps compiled programs for later runs; None keeps none."""
     metrics: str | None = None

@@ -55,6 +55,7 @@ class Trainer:
         rules: ShardingRules | None = None,
         compile_cache: str | None = None,
         target: Target | None = None,
+        check_memory: bool = False,
     ):
         """Compiles all stages in parallel and initialises parameters and state on their devices. Runs no batch.
 
@@ -85,14 +86,16 @@ class Trainer:
         - `compile_cache`: a folder, made where there is none, in which compiled programs are kept for later runs and
           from which they are loaded. Loading executes what the files say. None, the default, keeps none.
         - `target`: what the programs are written for; by default the platform of the mesh.
+        - `check_memory`: whether to compare the predicted memory of a step with what is free, on every device or, for
+          CPU devices, on the host, before anything is allocated; by default not.
 
         **Raises** `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, when
-        processes disagree about what to run (every process then names the difference), or when the folder cannot be
-        made.
+        processes disagree about what to run (every process then names the difference), when the folder cannot be
+        made, or when the memory does not suffice.
         """
         rules = ShardingRules() if rules is None else rules
         task = Task(layers, loss, batch=batch, input=input, metrics=metrics, tied=tied, rules=rules)
-        self._begin(set_up(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target))
+        self._begin(set_up(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target, check_memory))
 
     @classmethod
     def of(
@@ -106,11 +109,17 @@ class Trainer:
         clip_norm: float | None = None,
         compile_cache: str | None = None,
         target: Target | None = None,
+        check_memory: bool = False,
         check: Callable[[StagedModel], None] | None = None,
+        copies: int = 0,
     ) -> "Trainer":
-        """Like the constructor, but takes a `Task`. `check` may reject the model before it is compiled."""
+        """Like the constructor, but takes a `Task`. `check` may reject the model before it is traced, and `copies` says
+        how often all values are held once more, on the first device.
+        """
         trainer = cls.__new__(cls)
-        trainer._begin(set_up(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target, check))
+        trainer._begin(
+            set_up(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target, check_memory, check, copies)
+        )
         return trainer
 
     def _begin(self, made: Setup) -> None:

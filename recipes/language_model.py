@@ -79,6 +79,7 @@ def llama_7b() -> Config:
         ),
         steps=500_000,
         batch_size=32,
+        for_accelerators=True,
     )
 
 

@@ -10,6 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from meshpipe.choose.counted import count_layers, seconds_to_measure, why_not_measured
 from meshpipe.choose.memory import ONE_UNIT_EACH, stage_memory
 from meshpipe.choose.profile import operations_of_layers, profile_layers, setting_of
 from meshpipe.choose.remat import settle_remat
@@ -18,6 +19,7 @@ from meshpipe.layers.arguments import check_layout, check_task
 from meshpipe.layers.staged_model import Choice, StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig, make_mesh, submeshes
+from meshpipe.phases import each
 from meshpipe.pipeline.config import PipelineConfig, parse_bytes
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.partition import partition, partition_by_cost
@@ -56,6 +58,8 @@ class Chooser:
     """The platform that programs are written for; None is that of the mesh."""
     measure_on: Mesh | None = None
     """Where layers are measured, in place of the mesh: on its first rank, and transfers to its second if it has one."""
+    count_because: str | None = None
+    """Why costs are counted in the traced programs instead of measured; None measures, unless that is impossible."""
 
     def __post_init__(self) -> None:
         check_task(self.task)
@@ -98,10 +102,19 @@ class Chooser:
         return replace(self, config=before).choose(costs), replace(self, config=after).choose(costs)
 
     def measure(self) -> ModelCosts:
-        """The costs of every layer, measured now; takes the time of compiling each kind of layer once."""
+        """The costs of every layer, measured now; takes the time of compiling each kind of layer once.
+
+        Where the layers do not fit into the memory, or would take very long to measure, their costs are counted.
+        """
         mesh = self.mesh if self.measure_on is None else self.measure_on
         ranks = submeshes(mesh)
-        return profile_layers(self.layer_by_layer(mesh), self.task.batch, ranks[1] if len(ranks) > 1 else None)
+        model = self.layer_by_layer(mesh)
+        traced = model.trace()
+        about = seconds_to_measure(model, traced)
+        why = self.count_because or why_not_measured(model, traced, about)
+        if why is not None:
+            return count_layers(model, traced, why, moves=self._num_ranks > 1)
+        return profile_layers(model, self.task.batch, ranks[1] if len(ranks) > 1 else None, traced, about)
 
     @property
     def _num_ranks(self) -> int:
@@ -175,7 +188,7 @@ class Chooser:
         found: list[tuple[float, Choice]] = []
         errors: list[NothingFits] = []
         named = math.inf
-        for cuts in options:
+        for cuts in each("Searching for the fastest plan, with", "cut", options):
             times = costs.of_stages(cuts)
             memory = () if limit is None else self._memory(cuts)
             profiles = {len(cuts) // self._num_ranks: Profile(times, memory)}

@@ -61,13 +61,15 @@ class HeldAlways:
         return self.parameters + self.gradients + self.optimizer + self.batch
 
 
-def predict_memory(model: StagedModel, transformation: optax.GradientTransformation) -> list[RankMemory]:
-    """The memory of every rank, found by tracing the model; nothing is allocated.
+def predict_memory(
+    model: StagedModel, transformation: optax.GradientTransformation, traced: Sequence[TracedStage] | None = None
+) -> list[RankMemory]:
+    """The memory of every rank, found by tracing the model, unless it was `traced` already; nothing is allocated.
 
     XLA's temporary memory is not included. The rest is exact, except where XLA chooses the layout: see `stage_memory`.
     """
     plan, remat = model.plan, _remat(model)
-    traced = model.trace(remat)
+    traced = model.trace(remat) if traced is None else traced
     always = held_always(model, transformation, traced)
     timeline = simulate(plan, ONE_UNIT_EACH, _stage_memory(model, remat, always, traced))
     ranks = []
@@ -113,10 +115,10 @@ def held_always(
     optimizer = [state_shapes(transformation, stage) for stage in model.parameters]
     return [
         HeldAlways(
-            parameters=_device_bytes(owned.params.values()) + _hoisted_bytes(stage),
+            parameters=device_bytes(owned.params.values()) + _hoisted_bytes(stage),
             gradients=_gradient_bytes(stage),
-            optimizer=_device_bytes(jax.tree.leaves(optimizer[s])),
-            batch=_device_bytes(stage.inputs) + _device_bytes(owned.state.values()) + _device_bytes(stage.state),
+            optimizer=device_bytes(jax.tree.leaves(optimizer[s])),
+            batch=device_bytes(stage.inputs) + device_bytes(owned.state.values()) + device_bytes(stage.state),
         )
         for s, (owned, stage) in enumerate(zip(model.parameters, traced, strict=True))
     ]
@@ -137,12 +139,12 @@ def splits_backward(plan: Plan) -> bool:
 def microbatch_memory(stage: TracedStage, remat: str, *, splits: bool, always: int | float) -> StageMemory:
     """What a stage stores of every microbatch, together with what it holds for the whole step, which is given."""
     recomputes = remat == "full"
-    input_bytes = _device_bytes(stage.x)
-    kept_x = [_device_bytes([stage.x[i]]) for i in stage.kept_x]
-    kept_state = [_device_bytes([stage.state[i]]) for i in stage.kept_state]
+    input_bytes = device_bytes(stage.x)
+    kept_x = [device_bytes([stage.x[i]]) for i in stage.kept_x]
+    kept_state = [device_bytes([stage.state[i]]) for i in stage.kept_state]
     residuals = [_split_bytes(stage, v) for v in stage.residual_vars]
     kept_input = input_bytes if recomputes else sum(kept_x)
-    activation = kept_input + (_device_bytes(stage.state) if recomputes else sum(kept_state) + sum(residuals))
+    activation = kept_input + (device_bytes(stage.state) if recomputes else sum(kept_state) + sum(residuals))
     kept_for_weights = found = crossing = 0
     if splits:
         with jax.set_mesh(stage.spec.mesh):
@@ -161,10 +163,10 @@ def microbatch_memory(stage: TracedStage, remat: str, *, splits: bool, always: i
         always=always,
         input=input_bytes,
         kept_input=kept_input,
-        input_gradient=_device_bytes(stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)),
+        input_gradient=device_bytes(stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)),
         recomputed=sum(residuals) if recomputes else 0,
         found_for_weights=found,
-        new_state=_device_bytes(stage.state),
+        new_state=device_bytes(stage.state),
     )
 
 
@@ -182,20 +184,20 @@ def _leaf_bytes(leaves: Iterable[Any]) -> list[int]:
     return [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
 
 
-def _device_bytes(leaves: Iterable[Any]) -> int:
+def device_bytes(leaves: Iterable[Any]) -> int:
     return sum(_leaf_bytes(leaves))
 
 
 def _gradient_bytes(stage: TracedStage) -> int:
     """Accumulators are float32 or better, with the shardings that parameters have in a step."""
     params = stage.params_in_step
-    return _device_bytes(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in params)
+    return device_bytes(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in params)
 
 
 def _hoisted_bytes(stage: TracedStage) -> int:
     """Assumed to be split like the parameters and state that they are computed from, on average."""
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in (*stage.params, *stage.fixed_state))
-    of_device = _device_bytes((*stage.params_in_step, *stage.fixed_state))
+    of_device = device_bytes((*stage.params_in_step, *stage.fixed_state))
     return nbytes(stage.prepared_vars) * of_device // whole if whole else 0
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import DATA, TENSOR
+from meshpipe.phases import each, phase
 from meshpipe.pipeline.transfer import transfer_to
 from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.plan.plan import Op
@@ -29,27 +30,34 @@ LEAST_SECONDS = 0.5
 """Programs are called 5 times, and more often, up to 50 times, while that takes less than this."""
 
 
-def profile_layers(model: StagedModel, batch: Mapping[str, Any], next_rank: Mesh | None = None) -> ModelCosts:
+def profile_layers(
+    model: StagedModel,
+    batch: Mapping[str, Any],
+    next_rank: Mesh | None = None,
+    traced: Sequence[TracedStage] | None = None,
+    about: float | None = None,
+) -> ModelCosts:
     """The costs of every layer of a model whose stages are one layer each, all on one rank.
 
     Each layer is compiled as the stage that it is, and run on the output of the layer before it. Its programs take
     turns, as in a step, and the time of each is the median of several calls after a first one. Layers whose programs
     are the same are measured once. `batch` is a global batch, arrays or shapes; `next_rank` has the devices to which
-    outputs are moved, None moves nothing.
+    outputs are moved, None moves nothing. `traced` has the stages if they are traced already, and `about` the seconds
+    that measuring is expected to take.
     """
     started = time.perf_counter()
-    traced = model.trace()
+    traced = model.trace() if traced is None else traced
     model.traced = dict(enumerate(traced))
-    keys = [_key(stage) for stage in traced]
+    keys = [layer_key(stage) for stage in traced]
     distinct = dict(zip(keys[::-1], traced[::-1], strict=True))  # the first of each
-    with ThreadPoolExecutor() as pool:
-        compiled = pool.map(lambda stage: compile_stage(stage, set(Op), remat=model.config.remat), distinct.values())
-        programs = dict(zip(distinct, compiled, strict=True))
+    programs = _compile(distinct, model.config.remat)
     rows = {name: np.asarray(_filled(value)) for name, value in batch.items()}
     inputs = model.inputs(rows, model.place_seed(0), 0)
     measured: dict[str, tuple[LayerCosts, Arrays]] = {}
+    expected = "" if about is None else f" ({len(distinct)} kinds, about {max(1.0, about):.0f} s)"
+    what = f"Measuring on {model.mesh.devices.flat[0].platform}{expected},"
     x: Arrays = ()
-    for index, (key, stage) in enumerate(zip(keys, traced, strict=True)):
+    for index, (key, stage) in enumerate(each(what, "layer", list(zip(keys, traced, strict=True)))):
         if key not in measured:
             run = _Run(stage, programs[key], x, inputs[index])
             measured[key] = run.measure(model.layers[index].class_name, next_rank), run.output
@@ -61,6 +69,17 @@ def profile_layers(model: StagedModel, batch: Mapping[str, Any], next_rank: Mesh
         device.platform if device.device_kind.lower() == device.platform else f"{device.platform} {device.device_kind}",
         time.perf_counter() - started,
     )
+
+
+def _compile(stages: Mapping[str, TracedStage], remat: str) -> dict[str, StagePrograms]:
+    with phase("Compiling", "kind of layer", len(stages)) as compiling, ThreadPoolExecutor() as pool:
+
+        def build(stage: TracedStage) -> StagePrograms:
+            programs = compile_stage(stage, set(Op), remat=remat)
+            compiling.next()
+            return programs
+
+        return dict(zip(stages, pool.map(build, stages.values()), strict=True))
 
 
 def setting_of(model: StagedModel) -> Setting:
@@ -84,7 +103,7 @@ def _backward(stage: TracedStage) -> ClosedJaxpr:
         return trace_backward(stage, shapes(stage.hoisted_vars), shapes(stage.residual_vars))
 
 
-def _key(stage: TracedStage) -> str:
+def layer_key(stage: TracedStage) -> str:
     """The same for stages of the same programs, whatever hashes their random streams begin with."""
     program = re.sub(r"\b\d+:u32\[\]", "_:u32[]", str(stage.closed))
     shardings = [

@@ -14,6 +14,7 @@ import tyro
 from meshpipe.cli.flags import Flag, flags_of, suggestion
 from meshpipe.cli.help import HELP, HELP_ALL, common_page, whole_page
 from meshpipe.errors import advice_on
+from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
 
 # JAX and the packages built on it take seconds to import, so commands import them only when they need them.
@@ -73,8 +74,9 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
             f"The first argument must be a recipe: meshpipe {command} RECIPE [flags]. {got} "
             "`meshpipe recipes` lists them."
         )
-    from meshpipe.config import Config
-    from meshpipe.run.recipe import find
+    with phase("Importing JAX"):
+        from meshpipe.config import Config
+        from meshpipe.run.recipe import find
 
     recipe = find(arguments[0])
     config = recipe.config()

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, explanation
 from meshpipe.cli.checkpoint import checkpoint
@@ -13,12 +14,14 @@ from meshpipe.cli.init import init
 from meshpipe.cli.launch import launch
 from meshpipe.cli.metrics import metrics
 from meshpipe.cli.output import lasting_output
+from meshpipe.cli.phases import showing_phases
 from meshpipe.cli.plan import plan
 from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
 from meshpipe.cli.verify import verify
 from meshpipe.errors import errors_name_flags, is_for_the_user
 from meshpipe.processes.exit_codes import COMPLETED, FAILED, INTERRUPTED, INVALID
+from meshpipe.processes.stop import StopRequest, leave_now
 from meshpipe.version import __version__
 
 USAGE = """usage: meshpipe COMMAND ...
@@ -43,19 +46,25 @@ is no such folder.
 meshpipe COMMAND RECIPE --help shows the flags with their types, defaults and units.
 Exit codes: 0 completed, 1 failed, 2 invalid request; 130, 143 and 129 stopped by SIGINT, SIGTERM and SIGHUP."""
 
-COMMANDS: dict[str, Command] = {
-    "recipes": recipes,
-    "init": init,
-    "train": train,
-    "verify": verify,
-    "plan": plan,
-    "metrics": metrics,
-    "launch": launch,
-    "checkpoint": checkpoint,
-    "doctor": doctor,
-}
+
+def _commands(stop: StopRequest) -> dict[str, Command]:
+    return {
+        "recipes": recipes,
+        "init": init,
+        "train": partial(train, stop=stop),
+        "verify": verify,
+        "plan": plan,
+        "metrics": metrics,
+        "launch": launch,
+        "checkpoint": checkpoint,
+        "doctor": doctor,
+    }
 
 
+STOPPED_TRAINING = "stopped before the first step; nothing was saved."
+"""What `train` says after a signal before there is anything to save."""
+PARENTS = ("launch", "doctor")
+"""Commands that end their child processes themselves after a signal, and take their time."""
 RUNS = ("train", "launch")
 """Commands that continue without standard output, with a warning; the other commands exist only for their output."""
 
@@ -63,11 +72,15 @@ RUNS = ("train", "launch")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
-    with lasting_output(say=command in RUNS):
-        return _run(command, rest)
+    with lasting_output(say=command in RUNS) as line:
+        stop = StopRequest(end_early=leave_now, early=STOPPED_TRAINING if command == "train" else "stopped.")
+        if command in PARENTS:
+            return _run(command, rest, _commands(stop))
+        with stop, showing_phases(line, on_stderr=command not in RUNS):  # before JAX is imported
+            return _run(command, rest, _commands(stop))
 
 
-def _run(command: str, rest: list[str]) -> int:
+def _run(command: str, rest: list[str], commands: dict[str, Command]) -> int:
     if command in ("-h", "--help"):
         print(USAGE)
         return COMPLETED
@@ -77,7 +90,7 @@ def _run(command: str, rest: list[str]) -> int:
     _quiet_libraries()
     try:
         with errors_name_flags():
-            return choose(command, COMMANDS, "meshpipe")(rest)
+            return choose(command, commands, "meshpipe")(rest)
     except ParserExit as end:
         return end.code
     except SystemExit as end:  # from the user's code

@@ -7,28 +7,36 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from meshpipe.cli.live_line import LiveLine
+
 
 class _Lasting:
     """A stream that never raises: after a write fails, `say` is called once and later output is dropped.
 
     Writes fail when the reader has exited (`| head`), the disk is full or the terminal was closed.
-    `stream` is the current `sys.stdout` or its replacement.
+    `stream` is the current `sys.stdout` or its replacement, and `line` what is to give way if it is a terminal.
     """
 
-    def __init__(self, stream: Any, say: Callable[[Exception], None]) -> None:
+    def __init__(self, stream: Any, say: Callable[[Exception], None], line: LiveLine) -> None:
         self._stream, self._say = stream, say
+        self._line = line if stream.isatty() else None
         self._is_gone = False
 
     def write(self, text: str) -> int:
         if not self._is_gone:
             try:
-                self._stream.write(text)
-            except UnicodeEncodeError as error:  # the encoding of the terminal or file lacks a character
-                known = text.encode(error.encoding, "replace").decode(error.encoding)
-                self._stream.write(known)
+                with contextlib.nullcontext() if self._line is None else self._line.giving_way(text):
+                    self._write(text)
             except (OSError, ValueError) as error:  # ValueError: it was closed
                 self._give_up(error)
         return len(text)
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError as error:  # the encoding of the terminal or file lacks a character
+            known = text.encode(error.encoding, "replace").decode(error.encoding)
+            self._stream.write(known)
 
     def flush(self) -> None:
         if not self._is_gone:
@@ -51,14 +59,16 @@ class _Lasting:
 
 
 @contextlib.contextmanager
-def lasting_output(*, say: bool) -> Iterator[None]:
-    """While entered, writes to standard output and error never raise.
+def lasting_output(*, say: bool) -> Iterator[LiveLine]:
+    """While entered, writes to standard output and error never raise. The live line is on standard output with `say`,
+    and else on standard error.
 
     With `say`, one message on standard error reports the loss of standard output.
     """
     _open_standard_files()
     before = sys.stdout, sys.stderr
-    error_stream = None if sys.stderr is None else _Lasting(sys.stderr, lambda error: None)
+    line = LiveLine(sys.stdout if say else sys.stderr)
+    error_stream = None if sys.stderr is None else _Lasting(sys.stderr, lambda error: None, line)
 
     def report(error: Exception) -> None:
         if say and error_stream is not None:
@@ -67,10 +77,10 @@ def lasting_output(*, say: bool) -> Iterator[None]:
             error_stream.flush()
 
     if sys.stdout is not None:
-        sys.stdout = _Lasting(sys.stdout, report)
+        sys.stdout = _Lasting(sys.stdout, report, line)
     sys.stderr = error_stream
     try:
-        yield
+        yield line
     finally:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from meshpipe.cli.arguments import configure
 from meshpipe.files import check_file, expand_fields
+from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
 
 if TYPE_CHECKING:
@@ -56,16 +57,17 @@ def plan(arguments: list[str]) -> int:
         "plan", arguments, "Shows stages, schedule, bubble and memory; runs no step.", _PlanFlags()
     )
     extra.check(config)
-    import jax
+    with phase("Importing JAX"):
+        import jax
 
-    from meshpipe.choose.chooser import measuring_mesh
-    from meshpipe.host import keep_freed_memory
-    from meshpipe.mesh import use_cpu_devices
-    from meshpipe.report.comparison import compare_schedules
-    from meshpipe.report.picture import check_picture
-    from meshpipe.report.plan import print_comparison, print_plan
-    from meshpipe.report.profile import print_profile
-    from meshpipe.report.tables import make_console
+        from meshpipe.choose.chooser import measuring_mesh
+        from meshpipe.host import keep_freed_memory
+        from meshpipe.mesh import use_cpu_devices
+        from meshpipe.report.comparison import compare_schedules
+        from meshpipe.report.picture import check_picture
+        from meshpipe.report.plan import print_comparison, print_plan
+        from meshpipe.report.profile import print_profile
+        from meshpipe.report.tables import make_console
     from meshpipe.run.build import make_chooser
 
     if extra.plot is not None:

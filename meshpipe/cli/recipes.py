@@ -21,20 +21,24 @@ def recipes(arguments: list[str]) -> int:
     from meshpipe.report.tables import make_console, make_table
     from meshpipe.run.recipe import RecipeError, discover, folder_of_recipes, shipped
 
-    table = make_table(
-        "recipe", "pipeline", "data", "tensor", "devices", "about", right=("pipeline", "data", "tensor", "devices")
-    )
+    numbers = ("pipeline", "data", "tensor", "devices")
+    table = make_table("recipe", *numbers, "about", right=numbers)
     failures = []
+    is_marked = False
     for recipe in discover():
         try:
-            mesh = recipe.config().mesh
+            config = recipe.config()
         except RecipeError as failure:
             failures.append(failure)
             continue
-        sizes = (mesh.pipeline, mesh.data, mesh.tensor, mesh.num_devices)
+        is_marked |= config.for_accelerators
+        mark = "*" if config.for_accelerators else ""
+        sizes = (config.mesh.pipeline, config.mesh.data, config.mesh.tensor, f"{config.mesh.num_devices}{mark}")
         table.add_row(recipe.name, *map(str, sizes), recipe.summary)
     console = make_console()
     console.print(table)
+    if is_marked:
+        console.print("* accelerators; `meshpipe plan` shows the recipe on any machine")
     if folder_of_recipes() == shipped():
         console.print("\nThese come with meshpipe. `meshpipe init DIR` copies them to DIR/recipes, to be changed.")
     for error in failures:

@@ -5,25 +5,29 @@ import sys
 from meshpipe.cli.arguments import configure, explanation
 from meshpipe.cli.devices import take_devices
 from meshpipe.errors import is_for_the_user
+from meshpipe.phases import phase, silence
 from meshpipe.processes.exit_codes import FAILED, INVALID
 from meshpipe.processes.launcher_pipe import end_with_launcher
+from meshpipe.processes.stop import StopRequest
 
 
-def train(arguments: list[str]) -> int:
+def train(arguments: list[str], *, stop: StopRequest) -> int:
+    """Trains; `stop` is entered, and ends the process until the run takes it over."""
     end_with_launcher()
-    from meshpipe.processes.join import DistributedConfig
+    with phase("Importing JAX"):
+        from meshpipe.processes.join import DistributedConfig
 
     recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
-    from meshpipe.host import keep_freed_memory
-    from meshpipe.pipeline.peers import open_peers
-    from meshpipe.processes.addresses import own_address
-    from meshpipe.processes.coordination import coordinator_address, process_count, process_index
-    from meshpipe.processes.guard import Guard, leave
-    from meshpipe.processes.join import join
-    from meshpipe.processes.stop import StopRequest
-    from meshpipe.report.tables import make_console
-    from meshpipe.run.run import run
-    from meshpipe.run.run_folder import in_run_dir
+    with phase("Importing JAX"):
+        from meshpipe.host import keep_freed_memory
+        from meshpipe.pipeline.peers import open_peers
+        from meshpipe.processes.addresses import own_address
+        from meshpipe.processes.coordination import coordinator_address, process_count, process_index
+        from meshpipe.processes.guard import Guard, leave
+        from meshpipe.processes.join import join
+        from meshpipe.report.tables import make_console
+        from meshpipe.run.run import run
+        from meshpipe.run.run_folder import in_run_dir
 
     config = in_run_dir(config)
     try:
@@ -34,9 +38,12 @@ def train(arguments: list[str]) -> int:
             leave(FAILED)
         return FAILED
     several = process_count() > 1
+    if process_index() > 0:
+        silence()
     console = make_console(quiet=process_index() > 0)
     try:
-        with Guard(config.checkpoint.checkpoint_dir) as guard, StopRequest(end_early=guard.end_early) as stop:
+        with Guard(config.checkpoint.checkpoint_dir) as guard:
+            stop.end_early = guard.end_early
             take_devices(config, console)
             keep_freed_memory()
             if several:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from meshpipe.cli.arguments import configure
 from meshpipe.cli.devices import take_devices
 from meshpipe.errors import check_whole
+from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
 
@@ -22,10 +23,11 @@ def verify(arguments: list[str]) -> int:
     _, config, extra = configure(
         "verify", arguments, "Compares a recipe at its layout with plain training on one device.", _VerifyFlags()
     )
-    from meshpipe.host import keep_freed_memory
-    from meshpipe.reference.verify import verify_recipe
-    from meshpipe.report.plan import difference_table
-    from meshpipe.report.tables import make_console
+    with phase("Importing JAX"):
+        from meshpipe.host import keep_freed_memory
+        from meshpipe.reference.verify import verify_recipe
+        from meshpipe.report.plan import difference_table
+        from meshpipe.report.tables import make_console
 
     console = make_console()
     take_devices(config, console)

@@ -17,6 +17,7 @@ from meshpipe.layers.modes import fixed, mode_keywords, set_mode, told
 from meshpipe.layers.paths import check_distinct, join
 from meshpipe.layers.shared import Groups, Variables, shared_groups, variables_of
 from meshpipe.layers.writes import attributes_of, check_attributes, check_variables, check_written, written
+from meshpipe.phases import each
 
 Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
@@ -207,7 +208,7 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str] | N
     variables that existed before."""
     result = []
     variables: list[Variables] = []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(each("Examining", "layer", layers)):
         path = f"layers/{index}"
         if id(layer) in made:
             result.append(_at(path, made[id(layer)]))

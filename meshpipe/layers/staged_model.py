@@ -23,6 +23,7 @@ from meshpipe.layers.task import Task
 from meshpipe.mesh import DATA, submeshes
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.tied import borrowed
+from meshpipe.phases import each
 from meshpipe.pipeline.config import CHECKPOINT_POLICIES, PipelineConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.plan.layer_costs import ModelCosts
@@ -137,17 +138,24 @@ class StagedModel:
         return list(traced.values())
 
     def compile(
-        self, also: Sequence[Callable[[], None]] = (), compiler: Compiler | None = None, name: str = "model"
+        self,
+        also: Sequence[Callable[[], None]] = (),
+        compiler: Compiler | None = None,
+        name: str = "model",
+        check: Callable[["StagedModel"], None] | None = None,
     ) -> None:
         """Traces the local stages in turn, then compiles them in threads, beside the functions `also`.
 
-        `name` must be unique among the models of this process; the names of its transfers begin with it.
+        `name` must be unique among the models of this process; the names of its transfers begin with it. `check` is
+        called in between.
         """
         self._name = name
         assert self.remat is not None, "remat is to be chosen first"
         fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
         self.traced, _ = self._trace(self.local, remat=self.remat, train=True)
         self._check_metrics()
+        if check is not None:
+            check(self)
         for s, stage in self.traced.items():
             self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths)
         _ = self._path_hashes  # placed now, not in the first step
@@ -197,7 +205,7 @@ class StagedModel:
             microbatches=microbatches,
             meshes=self._meshes,
             traced=traced,
-            programs=compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache)),
+            programs=compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache), what=f"Compiling to {name},"),
             path_hashes=self._path_hashes,
             names=("loss", *names),
             output=output if outputs else None,
@@ -238,7 +246,8 @@ class StagedModel:
         seen: dict[Hashable, TracedStage] = {}
         handed_on: dict[Hashable, Boundary] = {}
         boundary: Boundary | None = None
-        for s, (mesh, owned) in enumerate(zip(self._meshes, self.parameters, strict=True)):
+        stages = list(enumerate(zip(self._meshes, self.parameters, strict=True)))[: last + 1]
+        for s, (mesh, owned) in each("Tracing", "stage", stages):
             has_loss = s == self.plan.num_stages - 1 and not outputs
             spec = StageSpec(
                 index=s,
@@ -263,8 +272,6 @@ class StagedModel:
             )
             kind = self._kind(spec, boundary, remat[s])
             if s not in wanted:
-                if s > last:
-                    break
                 if kind not in handed_on:
                     handed_on[kind] = boundary_after(spec, boundary, fields)
                 boundary = handed_on[kind]

@@ -65,17 +65,20 @@ class ModelCosts:
     layers: tuple[LayerCosts, ...]
     setting: Setting
     device: str
-    """The platform that they were measured on, e.g. `cpu`."""
+    """The platform that they were measured on, e.g. `cpu`, or how they were counted."""
     seconds: float
     """How long measuring took, in seconds."""
     file: str | None = None
     """The file that they were read from; None if this process measured them."""
+    counted: str | None = None
+    """Why they were counted in the traced programs, and not measured; None if they were measured."""
 
     def describe(self) -> str:
         """Where the costs come from, in a few words."""
+        how = f"measured on {self.device}" if self.counted is None else self.device
         if self.file is not None:
-            return f"costs of {self.file}, measured on {self.device}"
-        return f"costs measured on {self.device} in {self.seconds:.1f} s"
+            return f"costs of {self.file}, {how}"
+        return f"costs {how} in {self.seconds:.1f} s" if self.counted is None else f"costs {how}"
 
     def of_stages(self, cuts: Sequence[range]) -> Costs:
         """The times of stages, as sums over their layers; the longest of the transfers between stages."""
@@ -118,7 +121,7 @@ class ModelCosts:
             "seconds": self.seconds,
             "setting": asdict(self.setting),
             "layers": [asdict(layer) for layer in self.layers],
-        }
+        } | ({} if self.counted is None else {"counted": self.counted})
         file.write_text(json.dumps(values, indent=1) + "\n")
 
     @classmethod
@@ -139,6 +142,7 @@ class ModelCosts:
                 str(values["device"]),
                 float(values["seconds"]),
                 file,
+                None if values.get("counted") is None else str(values["counted"]),
             )
             costs.of_stages([range(len(costs.layers))])
         except (KeyError, TypeError, ValueError, OverflowError) as error:

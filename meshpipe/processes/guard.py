@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib.util
 import math
-import os
 import signal
 import socket
 import sys
@@ -34,6 +33,7 @@ from meshpipe.processes.launcher_pipe import report_guarded
 from meshpipe.processes.printable import printable
 from meshpipe.processes.progress import Progress, Steps
 from meshpipe.processes.secret import IntrusionError
+from meshpipe.processes.stop import exit_now
 from meshpipe.processes.uneven_exit import leave_to_guard
 
 ERROR = "meshpipe/error"
@@ -247,4 +247,4 @@ def leave(status: int) -> NoReturn:
     sys.stderr.flush()
     if process_count() > 1 and process_index() == 0:
         time.sleep(3 * POLL_SECONDS)
-    os._exit(status)
+    exit_now(status)

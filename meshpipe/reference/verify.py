@@ -18,8 +18,10 @@ from meshpipe.data.arrays import copy_batch
 from meshpipe.layers.fields import LayerCall
 from meshpipe.layers.layer import LayerLike, abstract_layers
 from meshpipe.layers.stage_function import Loss
+from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
 from meshpipe.models.reference import Reference
+from meshpipe.phases import each
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.reference.comparison import Comparison, VerifyReport
 from meshpipe.reference.layered import LayeredModel
@@ -30,6 +32,9 @@ from meshpipe.sharding import PRESETS, ShardingRules
 from meshpipe.trainer import Trainer
 
 Batch = dict[str, np.ndarray]
+COPIES = 4
+"""How often verification holds all values beside the trainer: at the start, before and after an update, and as plain
+training leaves them."""
 
 
 @contextmanager
@@ -59,6 +64,7 @@ def verify(
     rules: ShardingRules | None = None,
     compile_cache: str | None = None,
     reference: Reference | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | None = None,
+    check_memory: bool = False,
 ) -> VerifyReport:
     """Makes one update for each of the batches at the layout and on one device, and compares all that they compute.
 
@@ -75,8 +81,8 @@ def verify(
 
     The tolerance of a leaf is `sqrt(eps)` of the coarsest floating dtype, times the leaf's largest value. Where layers
     do not say otherwise, matrices are multiplied in full precision, which accelerators by themselves do not do for
-    float32. Raises `ValueError` as `Trainer` does, without batches, in several processes, and if leaves of
-    layers are not found in the reference.
+    float32. `check_memory` counts these copies too. Raises `ValueError` as `Trainer` does, without batches, in several
+    processes, and if leaves of layers are not found in the reference.
     """
     rows = [copy_batch(batch) for batch in batches]  # a loader may use its arrays again for the next batch
     if not rows:
@@ -84,19 +90,17 @@ def verify(
     if jax.process_count() > 1:
         raise ValueError(f"Verification runs in one process. Got {jax.process_count()}; start it without launch.")
     config = pipeline or PipelineConfig()
-    trainer = Trainer(
-        layers,
-        loss,
+    rules = ShardingRules() if rules is None else rules
+    trainer = Trainer.of(
+        Task(layers, loss, batch=rows[0], input=input, tied=tied, rules=rules),
         optax.chain(record_gradients(), optimizer),
-        batch=rows[0],
         mesh=make_mesh() if mesh is None else mesh,
-        input=input,
         pipeline=config,
         seed=seed,
         clip_norm=clip_norm,
-        tied=tied,
-        rules=rules,
         compile_cache=compile_cache,
+        check_memory=check_memory,
+        copies=COPIES,
     )
     comparison = Comparison(_tolerance(trainer))
     _compare_counts(comparison, trainer)
@@ -126,6 +130,7 @@ def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
         rules=PRESETS[config.sharding],
         compile_cache=config.compile_cache,
         reference=config.model.reference(),
+        check_memory=not config.force,
     )
 
 
@@ -155,14 +160,14 @@ class _Verification:
             self._comparison.leaves(0, quantity, leaves, own)
         self._compare_tied(0, before)
         scalars = []
-        for update, batch in enumerate(batches, start=1):
+        for update, batch in enumerate(each("Comparing", "update", batches), start=1):
             loss, norm = self._step(batch)
             after = snapshot(self._trainer, self._training.device)
             scalars.append((float(loss), float(norm)))
             self._compare(update, batch, scalars[-1], before, after)
             before = after
         self._trainer.load_state_tree(start, 0)
-        again = [self._step(batch) for batch in batches]
+        again = [self._step(batch) for batch in each("Repeating", "update", batches)]
         for update, (found, expected) in enumerate(zip(again, scalars, strict=True), start=1):
             for quantity, a, b in zip(("loss", "gradient norm"), found, expected, strict=True):
                 self._comparison.scalar(update, f"uninterrupted {quantity}", float(a), b)

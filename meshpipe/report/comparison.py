@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from meshpipe.choose.chooser import Chooser
 from meshpipe.choose.memory import stage_memory
+from meshpipe.phases import each
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.schedules import STAGES_PER_RANK, takes_stages
@@ -32,7 +33,7 @@ def compare_schedules(chooser: Chooser, costs: ModelCosts | None) -> Iterator[Co
     config = chooser.config
     if costs is None and config.needs_costs:
         costs = ModelCosts.load(config.costs) if config.costs else chooser.measure()
-    for name, (least, _) in STAGES_PER_RANK.items():
+    for name, (least, _) in each("Simulating", "schedule", list(STAGES_PER_RANK.items())):
         if name != "inference":
             asked = config.stages_per_rank or least
             count = asked if takes_stages(name, asked) else least

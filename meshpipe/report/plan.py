@@ -18,6 +18,9 @@ from meshpipe.report.comparison import Comparison
 from meshpipe.report.picture import FORWARDS, Panel, draw_timelines
 from meshpipe.report.tables import count_of, describe_layers, format_bytes, make_table
 
+EQUAL_COSTS = "if stages cost the same and backward twice forward"
+"""What a bubble assumes where no costs are known."""
+
 
 @runtime_checkable
 class Stage(Protocol):
@@ -49,10 +52,10 @@ def layout_lines(recipe: str, model: StagedModel) -> list[str]:
 
 
 def _how_chosen(model: StagedModel) -> str:
-    """How stages were cut, unless evenly, and where costs come from, if there are any."""
+    """The costs that the bubble assumes, or equal stages; and how stages were cut, unless evenly."""
     partition = model.config.partition
     cut = "" if partition == "even" else f", partition {partition}"
-    return cut if model.layer_costs is None else f"{cut}, {model.layer_costs.describe()}"
+    return f" if stages cost the same{cut}" if model.layer_costs is None else f"{cut}, {model.layer_costs.describe()}"
 
 
 def _remat(model: StagedModel) -> str:
@@ -164,8 +167,8 @@ def print_plan(
     width = console.width if console.is_terminal else None
     console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
     console.print(model.plan.grid(width=width), markup=False)
-    assumed = "if stages cost the same and backward twice forward" if costs is None else f"by {costs.describe()}"
-    console.print(f"Expected bubble {timeline.bubble_fraction:.1%}, {assumed}.\n")
+    assumed = f" {EQUAL_COSTS}" if costs is None else f", by {costs.describe()}"
+    console.print(f"Expected bubble {timeline.bubble_fraction:.1%}{assumed}.\n")
     for line in _unsplit(model, memory):
         console.print(line)
     console.print(f"Expected memory of each device of a rank, remat {_remat(model)}:")
@@ -190,7 +193,7 @@ def print_comparison(console: Console, recipe: str, config: PipelineConfig, comp
     rows = list(comparisons)
     measured = any(row.schedule.startswith("auto") for row in rows)
     microbatches = count_of(config.num_microbatches, "microbatch", "microbatches")
-    assumed = "by measured costs of layers" if measured else "if stages cost the same and backward twice forward"
+    assumed = "by the costs of layers" if measured else EQUAL_COSTS
     console.print(f"{recipe}: every schedule with {microbatches}, {assumed}\n")
     console.print(comparison_table(rows, in_seconds=measured))
     unit = "in seconds" if measured else f"in {FORWARDS}; without a bubble it takes {3 * config.num_microbatches}"

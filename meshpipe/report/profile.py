@@ -13,9 +13,14 @@ from meshpipe.report.tables import describe_layers, format_bytes, make_table
 def print_profile(console: Console, costs: ModelCosts, before: StagedModel, after: StagedModel) -> None:
     """The costs of every layer, and the stages and predicted steps of the current and of the proposed cut."""
     setting = costs.setting
+    if costs.counted is None:
+        how = f"Measured on {costs.device} (data {setting.data} x tensor {setting.tensor}) in {costs.seconds:.1f} s"
+    else:
+        console.print(f"Not measured: {costs.counted}.", markup=False)
+        how = f"{costs.device[0].upper()}{costs.device[1:]} (data {setting.data} x tensor {setting.tensor})"
     console.print(
-        f"Measured on {costs.device} (data {setting.data} x tensor {setting.tensor}) in {costs.seconds:.1f} s: "
-        f"milliseconds of a microbatch of {setting.microbatch_size}, bytes on each device, remat {setting.remat}."
+        f"{how}: milliseconds of a microbatch of {setting.microbatch_size}, bytes on each device, "
+        f"remat {setting.remat}."
     )
     console.print(layer_table(costs))
     console.print()

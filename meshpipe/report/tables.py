@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from meshpipe.machine import format_bytes as format_bytes
+
 PLAIN_WIDTH = 240
 """Width in characters where the output is not a terminal, so that no row is wrapped in a file or a pipe."""
 
@@ -34,12 +36,3 @@ def describe_layers(layers: range) -> str:
 
 def count_of(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number} {singular if number == 1 else plural or singular + 's'}"
-
-
-def format_bytes(count: int | float) -> str:
-    """Bytes to three significant digits, with a decimal unit: `1.5 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 from jax.sharding import Mesh
 
 from meshpipe.choose.chooser import Chooser
@@ -26,6 +27,7 @@ def make_trainer(config: Config, check: Callable[[StagedModel], None] | None = N
         seed=config.seed,
         clip_norm=config.optimizer.clip_norm,
         compile_cache=config.compile_cache,
+        check_memory=not config.force,
         check=check,
     )
 
@@ -41,7 +43,14 @@ def make_chooser(config: Config, *, mesh: Mesh | None = None, measure_on: Mesh |
         mesh=config.mesh.build() if mesh is None else mesh,
         config=config.pipeline,
         measure_on=measure_on,
+        count_because=_why_counted(config),
     )
+
+
+def _why_counted(config: Config) -> str | None:
+    if config.for_accelerators and jax.default_backend() == "cpu" and not config.force:
+        return "this recipe is for accelerators, and this machine has none"
+    return None
 
 
 def saved_shapes(config: Config, model: StagedModel) -> list[StateTree]:

@@ -20,11 +20,13 @@ from meshpipe.data import Batch, BatchIterator, Source, batches
 from meshpipe.environment import versions
 from meshpipe.errors import advice_on
 from meshpipe.observe.watchdog import Watchdog
+from meshpipe.phases import phase
 from meshpipe.processes.coordination import process_count
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 from meshpipe.processes.guard import is_lost_connection
 from meshpipe.processes.progress import Progress
-from meshpipe.processes.stop import StopRequest, StopTogether
+from meshpipe.processes.stop import StopRequest
+from meshpipe.processes.stop_together import StopTogether
 from meshpipe.report.tables import count_of
 from meshpipe.run.journal import Journal
 from meshpipe.run.profile_window import ProfileWindow
@@ -111,6 +113,7 @@ class Loop:
         left_out, tokens_seen = (0, 0) if start is None else (start.left_out, start.tokens_seen)
         self._metrics = StepMetrics(config, trainer, left_out, tokens_seen, self._warnings)
         self._first_step = trainer.step_number + 1
+        self._first = phase("Running the first step")
         self._trace = None if config.trace is None else TraceFile(config.trace, self._warnings)
         self._profile = ProfileWindow(config, self._first_step, self._warnings)
         self._clock = time.perf_counter()
@@ -128,17 +131,14 @@ class Loop:
         started = time.perf_counter()
         error: BaseException | None = None
         try:
-            self._stop.end_early = None  # from now on, a stop finishes the step and saves
-            values = self._start_values()
-            self._out.metrics.write("start", values)
-            if self._out.folder is not None:
-                write_settings(self._out.folder, values, self._warnings)
+            self._begin()
             status = self._train()
         except (Exception, SystemExit) as exception:  # sys.exit in the user's code does not complete a run
             status, error = "failed", exception
         except KeyboardInterrupt as exception:  # of a caller who handles signals
             status, error = "stopped", exception
         finally:
+            self._first.end()
             self._close_profile()
             self._line.close()
             self._watch.shutdown()
@@ -164,6 +164,20 @@ class Loop:
         """The metrics of the last step that was read; empty before the first."""
         return self._metrics.newest
 
+    def _begin(self) -> None:
+        """Reads the first batch; until then, nothing is lost by a stop at once."""
+        try:
+            if self._trainer.step_number < self._config.steps:
+                with phase("Reading the first batch"):
+                    self._batches.put_back(next(self._batches))
+                self._first.__enter__()
+        finally:
+            self._stop.begin_steps()
+            values = self._start_values()
+            self._out.metrics.write("start", values)
+            if self._out.folder is not None:
+                write_settings(self._out.folder, values, self._warnings)
+
     def _train(self) -> str:
         config, trainer = self._config, self._trainer
         stopped = False
@@ -175,7 +189,7 @@ class Loop:
         self._finish_step()
         self._save()
         if self._out.checkpointer is not None:
-            with self.progress.during("save"):
+            with self.progress.during("save"), phase("Writing the last checkpoint"):
                 self._out.checkpointer.wait()
         if stopped:
             return "stopped"
@@ -228,6 +242,7 @@ class Loop:
             self._trainer.check(result)
         except NonFiniteError as error:
             self._skip(error)
+        self._first.end()
         seconds, self._clock = completion.result() - self._clock, completion.result()
         self._good_step = result.step
         self.progress.completed(result.step, seconds)
@@ -270,7 +285,7 @@ class Loop:
         started = time.perf_counter()
         config = self._config
         in_order = batches(self._held_out, config.batch_size, shuffle=False, epochs=1, drop_remainder=False)
-        with self.progress.during("evaluation", EVALUATION_SECONDS), closing(in_order):
+        with self.progress.during("evaluation", EVALUATION_SECONDS), phase("Evaluating"), closing(in_order):
             if process_count() > 1:
                 in_order.read_only(self._trainer.model.rows_read(evaluation=True))
             values = self._trainer.evaluate(self._counted(itertools.islice(in_order, config.eval_batches)))
@@ -294,7 +309,7 @@ class Loop:
             return
         position, counted = self._batches.get_state(), (self._metrics.left_out, self._metrics.tokens_seen or None)
         metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position, *counted)
-        with self.progress.during("save"):
+        with self.progress.during("save"), phase("Saving a checkpoint"):
             checkpointer.save(step, self._trainer.state_tree(), metadata, self._trainer.abstract_state_tree())
         self._saved_step = step
         self._clock = time.perf_counter()

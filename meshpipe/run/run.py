@@ -14,6 +14,7 @@ from meshpipe.host import no_garbage_collection
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.observe.trace import check_trace
 from meshpipe.observe.watchdog import Watchdog
+from meshpipe.phases import phase
 from meshpipe.processes.agreement import agree
 from meshpipe.processes.coordination import barrier, process_count, process_index
 from meshpipe.processes.exit_codes import COMPLETED
@@ -97,7 +98,8 @@ def conduct(
         if start is not None and start.is_own and start.step >= config.steps:
             console.print(f"Nothing left to do: {start.folder} holds step {start.step}, and --steps is {config.steps}.")
             return Ended(COMPLETED, start.step, saved_step=start.step)
-        train_batches, held_out = _open_data(config, start, group)
+        with phase("Opening the data"):
+            train_batches, held_out = _open_data(config, start, group)
         files.enter_context(closing(train_batches))
         trackers = files.enter_context(started_trackers(config, recipe, start))
         checkpointer = None

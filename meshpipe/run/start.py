@@ -13,6 +13,7 @@ from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
 from meshpipe.layers.staged_model import StagedModel
+from meshpipe.phases import phase
 from meshpipe.processes.coordination import all_gather, process_count, process_index
 from meshpipe.processes.printable import printable
 from meshpipe.run.record import MAY_CHANGE, check_metadata, config_values
@@ -54,8 +55,9 @@ class Start:
     def load(self, trainer: Trainer) -> str:
         """Loads the checkpoint into the trainer, and returns a sentence about it."""
         shapes = trainer.abstract_state_tree(optimizer=not self.weights_only)
-        trees = Checkpointer(self.folder).restore(self.step, shapes)
-        trainer.load_state_tree(trees, 0 if self.weights_only else self.step, donate=True)
+        with phase(f"Reading step {self.step} of {self.folder}"):
+            trees = Checkpointer(self.folder).restore(self.step, shapes)
+            trainer.load_state_tree(trees, 0 if self.weights_only else self.step, donate=True)
         if self.is_own:
             return f"Resumed after step {self.step} of {self.folder}."
         if self.weights_only:
@@ -149,7 +151,8 @@ def _check_whole(folder: str, step: int, steps: Sequence[int], argument: str) ->
     """Checks every byte of a step, a share in each process. Damage is thus found before a long compilation, not
     after it.
     """
-    problems = verify_checkpoint(folder, step, share=(process_index(), process_count()))
+    with phase(f"Checking step {step} in {folder}"):
+        problems = verify_checkpoint(folder, step, share=(process_index(), process_count()))
     if process_count() > 1:
         failures = all_gather(f"meshpipe/{argument}/problems", json.dumps(problems), WAIT_SECONDS)
         problems = sorted({problem for text in failures for problem in json.loads(text)})

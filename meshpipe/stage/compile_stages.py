@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 
 from meshpipe.compiler.compiler import Compiler
+from meshpipe.phases import phase
 from meshpipe.plan.plan import Op
 from meshpipe.stage.programs import StagePrograms, compile_stage, copy_stage
 from meshpipe.stage.traced import TracedStage
@@ -21,6 +22,7 @@ def compile_stages(
     compiler: Compiler,
     also: Sequence[Callable[[], None]] = (),
     fused: int | None = None,
+    what: str = "Compiling",
 ) -> dict[int, StagePrograms]:
     """The compiled programs of every traced stage, by stage number.
 
@@ -34,11 +36,14 @@ def compile_stages(
         compiler: What compiles, and keeps, the programs.
         also: Further work to do in threads while XLA compiles the stages, such as compiling the optimizer's updates.
         fused: The stage whose forward and backward become one program; None for none.
+        what: What to call this, as a phase.
     """
 
     def build(stage: TracedStage) -> StagePrograms:
         index = stage.spec.index
-        return compile_stage(stage, ops, remat=remat[index], fused=index == fused, compiler=compiler)
+        programs = compile_stage(stage, ops, remat=remat[index], fused=index == fused, compiler=compiler)
+        compiling.next()
+        return programs
 
     def copied(stage: TracedStage) -> StagePrograms | None:
         if stage.original is None:
@@ -48,13 +53,15 @@ def compile_stages(
     # Programs are compiled for the stages that were traced, and copied to the submeshes of the stages that share their
     # traces: a copy takes milliseconds.
     originals = [stage for stage in traced.values() if stage.original is None]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with phase(what, "stage", len(originals)) as compiling, ThreadPoolExecutor(THREADS) as pool:
         building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
         others = [pool.submit(task) for task in also]
         built = {index: future.result() for index, future in building.items()}
         copies = list(pool.map(copied, traced.values()))
-    for other in others:
-        other.result()
+        compiling.end()
+        with phase("Initialising"):
+            for other in others:
+                other.result()
     # A program with a Python callback, for example, cannot be copied, since it cannot be serialised.
     programs: dict[int, StagePrograms] = {}
     for index, found in zip(traced, copies, strict=True):

@@ -1,6 +1,7 @@
-"""Counts the floating-point operations of a traced program."""
+"""Counts the floating-point operations of a traced program, and the bytes that it moves."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -32,7 +33,32 @@ def count_operations(program: ClosedJaxpr | Jaxpr) -> float:
     expensive branch. Moving data counts nothing.
     """
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
+
+
+def count_bytes(program: ClosedJaxpr | Jaxpr) -> float:
+    """An estimate of the bytes read from and written to memory: by the program's own inputs and outputs, and by its
+    matrix products and convolutions. All other work counts as fused with these.
+    """
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    return float(_bytes_of((*jaxpr.invars, *jaxpr.outvars))) + _bytes_of_products(jaxpr)
+
+
+def _bytes_of_products(jaxpr: Jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            total += _bytes_of((*equation.invars, *equation.outvars))
+        inner = [_bytes_of_products(part) for part in jaxprs_in_params(equation.params)]
+        if inner:
+            most = max(inner) if equation.primitive.name == "cond" else sum(inner)
+            total += equation.params.get("length", 1) * most
+    return total
+
+
+def _bytes_of(values: Iterable[Any]) -> int:
+    sized = [value.aval for value in values if hasattr(value.aval, "dtype")]
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in sized)
 
 
 def _of_equation(equation: JaxprEqn) -> float:

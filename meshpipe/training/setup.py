@@ -3,6 +3,7 @@
 Several processes compare what each would run before anything moves between them.
 """
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from meshpipe.choose.capacity import MemoryCheck
 from meshpipe.choose.chooser import Chooser, check_costs
 from meshpipe.compiler.cache import open_cache
 from meshpipe.compiler.compiler import Compiler
@@ -26,7 +28,7 @@ from meshpipe.optimizer.optimizer import Optimizer
 from meshpipe.optimizer.tied import TiedLeaves
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.rendezvous import check_program
-from meshpipe.processes.agreement import agree, report_failure
+from meshpipe.processes.agreement import AGREE_SECONDS, agree, report_failure
 from meshpipe.processes.group import Group
 from meshpipe.processes.uneven_exit import watch, watch_keys
 from meshpipe.stage.target import Target
@@ -59,9 +61,12 @@ def set_up(
     clip_norm: float | None,
     compile_cache: str | None,
     target: Target | None,
+    check_memory: bool = False,
     check: Callable[[StagedModel], None] | None = None,
+    copies: int = 0,
 ) -> Setup:
-    """Chooses, compiles and places; arguments are those of `Trainer`, and `check` sees the model before it is compiled.
+    """Chooses, compiles and places; arguments are those of `Trainer`. `check` sees the model before it is traced, and
+    `copies` is that of `MemoryCheck`.
 
     Raises `ValueError` where a trainer does.
     """
@@ -85,13 +90,24 @@ def set_up(
         agree(group, "model", describe_model(model) | {"seed": str(seed), "clip norm": str(clip_norm)})
     started = time.perf_counter()
     with report_failure(group, "programs"):
-        updates, tied, made = _compile(model, chooser.transformation, group.name, seed, clip_norm, compile_cache)
+        memory = MemoryCheck(chooser.transformation, copies, _neighbours(group)) if check_memory else None
+        if memory is not None:
+            memory.least(model)
+        updates, tied, made = _compile(
+            model, chooser.transformation, group.name, seed, clip_norm, compile_cache, memory
+        )
     if not group.is_alone:  # until here nothing has moved
         agree(group, "programs", describe_programs(model) | updates.description())
     watch(group)
     seed_data = model.place_seed(seed)
     state = TrainingState(model.parameters, model.local, updates, tied, made)
     return Setup(seed, group, model, updates, tied, state, seed_data, time.perf_counter() - started)
+
+
+def _neighbours(group: Group) -> set[int]:
+    """The other processes of the group on this machine."""
+    hosts = group.gather("hosts", socket.gethostname(), AGREE_SECONDS)
+    return {process for process, host in zip(group.processes, hosts, strict=True) if host == socket.gethostname()}
 
 
 def _compile(
@@ -101,6 +117,7 @@ def _compile(
     seed: int,
     clip_norm: float | None,
     compile_cache: str | None,
+    memory: MemoryCheck | None,
 ) -> tuple[Optimizer, TiedLeaves, list[tuple[Leaves, Leaves]]]:
     """Compiles everything that a step runs, and initialises the local layers in the same pool of threads."""
     tied = TiedLeaves(model.tied, model.parameters, f"{name}/tied")
@@ -117,7 +134,7 @@ def _compile(
         made.extend(initialise(model.layers_on_submeshes, model.rules, seed, model.target, compiler))
 
     try:
-        model.compile([make_optimizer, make_parameters], compiler, name)
+        model.compile([make_optimizer, make_parameters], compiler, name, None if memory is None else memory.traced)
     except BaseException:
         if cache is not None:
             cache.remove_if_empty()

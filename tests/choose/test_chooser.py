@@ -71,7 +71,7 @@ def test_cut_by_operations_runs_nothing() -> None:
     model = make_chooser(wide).choose()
     assert model.cuts == (range(4), range(4, 5))
     assert model.stage_costs is None
-    assert layout_lines("wide", model)[-1].endswith("expected bubble 20.0%, partition cost")
+    assert layout_lines("wide", model)[-1].endswith("expected bubble 20.0% if stages cost the same, partition cost")
 
 
 class WideEnd(tiny_recipes.DenseConfig):

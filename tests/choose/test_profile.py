@@ -1,5 +1,7 @@
 """Layers measured: every one, equal ones once, and bytes as they are predicted."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,14 +9,15 @@ import optax
 import pytest
 from small_model import LAYERS, batches, loss
 
-from meshpipe.choose import profile
+from meshpipe.choose import counted, profile
 from meshpipe.choose.chooser import Chooser
 from meshpipe.choose.memory import stage_memory
 from meshpipe.choose.profile import operations_of_layers
 from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
+from meshpipe.phases import listening
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.plan.layer_costs import Setting
+from meshpipe.plan.layer_costs import ModelCosts, Setting
 from meshpipe.plan.plan import Op
 
 
@@ -78,3 +81,52 @@ def test_operations_of_layers() -> None:
     assert 12 * product <= mix < 18.2 * product
     assert again == mix
     assert center < product
+
+
+def test_layers_that_do_not_fit_are_counted(monkeypatch: pytest.MonkeyPatch, compiled: list[int]) -> None:
+    monkeypatch.setattr(counted, "free_memory", lambda: 1000)
+    costs = chooser().measure()
+    assert not compiled
+    assert costs.counted is not None
+    assert costs.counted.startswith("to measure its largest layer takes")
+    enter, mix, center, again, leave = costs.layers
+    assert mix is again
+    assert (enter.kind, center.kind, leave.kind) == ("Enter", "Center", "Leave")
+    assert mix.forward > center.forward > 0
+    assert mix.backward > center.backward > 0
+    # The two parts do the same work, and read some values twice.
+    assert mix.backward < mix.backward_input + mix.backward_weight < 2 * mix.backward
+    assert center.backward_weight == 0  # it has no parameters
+    assert [layer.transfer > 0 for layer in costs.layers] == [True] * 4 + [False]
+    assert [layer.parameter_bytes for layer in costs.layers] == [288, 1184, 0, 1184, 364]
+    assert "counted at 200 TFLOP/s" in costs.describe()
+    assert "measured" not in costs.describe()
+
+
+def test_layers_that_take_long_are_counted_and_the_reason_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counted, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(counted, "CORE", 1.0)
+    why = chooser().measure().counted
+    assert why is not None
+    assert why.startswith("to measure them on cpu takes about ")
+
+
+def test_a_reason_to_count_can_be_given(compiled: list[int]) -> None:
+    costs = replace(chooser(schedule="auto"), count_because="there is no accelerator").choose().layer_costs
+    assert costs is not None
+    assert costs.counted == "there is no accelerator"
+    assert not compiled
+
+
+def test_what_is_measured_and_how_long_it_may_take_is_told() -> None:
+    heard: list[str] = []
+    with listening(lambda phase: heard.append(str(phase))):
+        chooser().measure()
+    assert "Compiling kind of layer 1 of 4" in heard
+    assert "Measuring on cpu (4 kinds, about 1 s), layer 5 of 5" in heard
+
+
+def test_counted_costs_are_saved_as_such(tmp_path: Path) -> None:
+    costs = replace(chooser(), count_because="there is no accelerator").measure()
+    costs.save(tmp_path / "costs.json")
+    assert ModelCosts.load(str(tmp_path / "costs.json")) == replace(costs, file=str(tmp_path / "costs.json"))

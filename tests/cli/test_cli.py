@@ -35,6 +35,15 @@ def test_recipes_lists_layouts(in_process: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_recipes_marks_those_for_accelerators(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large = "\n\ndef large() -> Config:\n    return replace(pipeline(), for_accelerators=True)\n"
+    (in_process / "recipes" / "tiny.py").write_text(RECIPES.read_text() + large)
+    assert main(["recipes"]) == 0
+    *_, large_row, note = capsys.readouterr().out.splitlines()
+    assert large_row.split() == ["tiny:large", "2", "1", "1", "2*"]
+    assert note.startswith("* accelerators;")
+
+
 def test_recipes_lists_the_others_when_one_fails(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (in_process / "recipes" / "broken.py").write_text("def fails() -> Config:\n    return 3\n")
     assert main(["recipes"]) == 2

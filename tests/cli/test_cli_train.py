@@ -227,10 +227,9 @@ def test_sigint_gives_130_without_a_folder_to_save_in(workplace: Workplace) -> N
 
 
 def test_a_second_sigint_ends_at_once(workplace: Workplace) -> None:
-    process = workplace.start("train", TINY, "--data.seconds", "1000", "--metrics", "waiting.jsonl")
-    started_file = workplace.folder / "waiting.jsonl"
-    workplace.wait_until(process, lambda: started_file.exists() and '"start"' in started_file.read_text())
-    time.sleep(0.5)  # until it asks for its first batch
+    process = workplace.start("train", TINY, "--data.seconds", "0.3", "--metrics", "waiting.jsonl")
+    workplace.wait_until(process, workplace.has_steps("waiting.jsonl", 1))
+    time.sleep(0.5)  # until it asks for its next batch, which takes 2 s
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None  # it waits for its data, and would end after this step

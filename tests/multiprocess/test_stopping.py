@@ -107,7 +107,7 @@ def test_before_the_first_step_a_stop_is_immediate_for_all(tmp_path: Path) -> No
     started = time.monotonic()
     assert codes(tmp_path, processes) == [143, 143], logs(tmp_path)
     assert time.monotonic() - started < 10
-    assert "SIGTERM: stopping; no step was run yet." in (tmp_path / "1.log").read_text()
+    assert "SIGTERM: stopped before the first step; nothing was saved." in (tmp_path / "1.log").read_text()
     assert "process 0 stops because process 1 was asked to stop by SIGTERM." in (tmp_path / "0.log").read_text()
 
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from meshpipe.processes import join as join_module
-from meshpipe.processes import stop as stop_module
+from meshpipe.processes import stop_together as stop_module
 from meshpipe.processes.join import DistributedConfig, join
 from meshpipe.processes.launch import free_port
-from meshpipe.processes.stop import StopRequest, StopTogether
+from meshpipe.processes.stop import StopRequest
+from meshpipe.processes.stop_together import StopTogether
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_layout_in_three_lines() -> None:
     assert layout_lines("tiny:pipeline", make_chooser(tiny_recipes.pipeline()).choose()) == [
         "tiny:pipeline: 288 parameters on pipeline 2 x data 1 x tensor 1 = 2 cpu devices",
         "stages: 0 (rank 0) layers 0-1  1 (rank 1) layers 2-3",
-        "1f1b, 4 microbatches of 4 examples, remat none, expected bubble 20.0%",
+        "1f1b, 4 microbatches of 4 examples, remat none, expected bubble 20.0% if stages cost the same",
     ]
 
 

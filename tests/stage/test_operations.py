@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meshpipe.stage.operations import count_operations, count_products
+from meshpipe.stage.operations import count_bytes, count_operations, count_products
 
 X, W = jnp.ones((4, 8)), jnp.ones((8, 8))
 PRODUCT = 2 * 4 * 8 * 8
@@ -58,3 +58,20 @@ def test_operations(function: Callable[..., Any], count: int) -> None:
 )
 def test_products_are_counted_by_dtype(function: Callable[..., Any], counts: dict[str, int]) -> None:
     assert count_products(jax.make_jaxpr(function)(X, W)) == counts
+
+
+WHOLE = 4 * (4 * 8 + 8 * 8 + 4 * 8)
+"""Float32 of the program's inputs and output; a product reads and writes as much."""
+
+
+@pytest.mark.parametrize(
+    ("function", "count"),
+    [
+        (lambda x, w: x @ w, 2 * WHOLE),
+        (lambda x, w: jnp.tanh(x @ w) + 1, 2 * WHOLE),  # the rest is fused
+        (repeated, 6 * WHOLE),
+        (either, 3 * WHOLE),
+    ],
+)
+def test_bytes(function: Callable[..., Any], count: int) -> None:
+    assert count_bytes(jax.make_jaxpr(function)(X, W)) == count

@@ -1,0 +1,129 @@
+"""What a command shows of its phases: nothing of short ones, plain lines in a file, a live line on a terminal."""
+
+import contextlib
+import io
+import os
+import pty
+import sys
+import time
+
+import pytest
+
+from meshpipe.cli import phases as shown
+from meshpipe.cli.live_line import ERASE, LiveLine
+from meshpipe.cli.output import lasting_output
+from meshpipe.cli.phases import showing_phases
+from meshpipe.phases import phase
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shown, "QUIET_SECONDS", 0.2)
+    monkeypatch.setattr(shown, "SECONDS_BETWEEN_LINES", 0.4)
+    monkeypatch.setattr(shown, "TICK_SECONDS", 0.02)
+    monkeypatch.setattr(shown, "LIVE_SECONDS", 0.05)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def lines_of(text: str) -> list[str]:
+    return text.splitlines()
+
+
+def test_short_phases_leave_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with lasting_output(say=True) as line, showing_phases(line, on_stderr=False):
+        for what in ("Tracing", "Compiling"):
+            with phase(what):
+                time.sleep(0.1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_in_a_file_a_long_phase_has_a_line_again_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with lasting_output(say=True) as line, showing_phases(line, on_stderr=False), phase("Compiling", "stage", 2) as now:
+        time.sleep(0.3)
+        now.next()
+        time.sleep(0.6)
+    first, *others, last = lines_of(capsys.readouterr().out)
+    assert first == "Compiling stage 1 of 2 ..."
+    assert set(others) <= {"Compiling stage 2 of 2, 1 s"}
+    assert others
+    assert last.startswith("Compiling took 0.9 s") or last.startswith("Compiling took 1.")
+
+
+def test_commands_whose_output_is_a_result_say_it_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with lasting_output(say=False) as line, showing_phases(line, on_stderr=True), phase("Measuring"):
+        time.sleep(0.3)
+        print("the result")
+    out, error = capsys.readouterr()
+    assert out == "the result\n"
+    assert lines_of(error)[0] == "Measuring ..."
+
+
+def test_the_inner_phase_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with lasting_output(say=True) as line, showing_phases(line, on_stderr=False):
+        outer = phase("Evaluating").__enter__()
+        with phase("Compiling"):
+            time.sleep(0.3)
+        outer.end()
+    assert lines_of(capsys.readouterr().out)[0] == "Compiling ..."
+
+
+class Terminal:
+    """While entered, a terminal is standard output and error; afterwards `screen` has what was written to it."""
+
+    screen = ""
+
+    def __enter__(self) -> "Terminal":
+        self._before = sys.stdout, sys.stderr
+        self._main, side = pty.openpty()
+        sys.stdout = sys.stderr = self._stream = os.fdopen(side, "w", buffering=1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.stdout, sys.stderr = self._before
+        os.set_blocking(self._main, False)
+        with contextlib.suppress(BlockingIOError):
+            self.screen = os.read(self._main, 1 << 16).decode()
+        self._stream.close()
+        os.close(self._main)
+
+
+def test_on_a_terminal_the_line_is_live_and_gives_way_to_others() -> None:
+    terminal = Terminal()
+    with (
+        terminal,
+        lasting_output(say=True) as line,
+        showing_phases(line, on_stderr=False),
+        phase("Compiling", "stage", 4) as now,
+    ):
+        time.sleep(0.15)
+        print("a warning")
+        now.next()
+        time.sleep(0.15)
+    screen = terminal.screen
+    assert f"{ERASE}Compiling stage 1 of 4, 0 s{ERASE}a warning\r\n{ERASE}Compiling stage 2 of 4" in screen
+    assert screen.split("Compiling took")[0].endswith(ERASE)  # and nothing of the live line is left
+    assert screen.endswith(" s.\r\n")
+
+
+def test_a_live_line_is_never_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    terminal = Terminal()
+    with terminal, lasting_output(say=True) as line:
+        assert line.show("Compiling stage 1 of 1000, 12 s")
+    assert terminal.screen == f"{ERASE}Compiling stage 1 o"
+
+
+def test_unfinished_output_of_others_is_never_erased() -> None:
+    """Such as a progress bar."""
+    with Terminal(), lasting_output(say=True) as line:
+        print("step 1 ...", end="")
+        assert not line.show("Evaluating, 3 s")
+        print("done")
+        assert line.show("Evaluating, 3 s")
+
+
+def test_files_and_dumb_terminals_have_no_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not LiveLine(io.StringIO()).show("Compiling")
+    monkeypatch.setenv("TERM", "dumb")
+    with Terminal(), lasting_output(say=True) as line:
+        assert not line.show("Compiling")
