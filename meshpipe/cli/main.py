@@ -43,7 +43,7 @@ USAGE = """usage: meshpipe COMMAND ...
 
 RECIPE is FILE.py:FUNCTION, or FILE:FUNCTION for a file in the folder recipes/, or for one of meshpipe's where there
 is no such folder.
-meshpipe COMMAND RECIPE --help shows the flags with their types, defaults and units.
+meshpipe COMMAND RECIPE --help shows the common flags with types, defaults and units; --help-all shows all flags.
 Exit codes: 0 completed, 1 failed, 2 invalid request; 130, 143 and 129 stopped by SIGINT, SIGTERM and SIGHUP."""
 
 

@@ -100,11 +100,12 @@ class TensorBoard:
         from tensorboardX.summary import text
 
         self._folder.mkdir(parents=True, exist_ok=True)
+        continues = any(self._folder.glob("events.out.tfevents.*"))
         host = os.uname().nodename
         self._records = RecordWriter(str(self._folder / f"events.out.tfevents.{time.time():.6f}.{host}.{os.getpid()}"))
         self._flushed = time.monotonic()
         self._write(Event(file_version="brain.Event:2"))
-        if self._step:  # hides what an earlier run wrote of later steps
+        if continues:  # hides what the earlier part of the run wrote of later steps
             self._write(Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START)))
         settings = "\n".join(f"    {line}" for line in json.dumps(self._config, indent=2).splitlines())
         self._write(Event(step=self._step, summary=text("config", settings)))

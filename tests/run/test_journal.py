@@ -58,6 +58,17 @@ def test_tensorboard_reads_the_values_back(tmp_path: Path) -> None:
     assert '"steps": 4' in texts[0]
 
 
+def test_a_run_that_begins_again_hides_its_first_attempt(tmp_path: Path) -> None:
+    """As one that was killed before its first checkpoint does."""
+    for loss, last in ((1.0, 3), (2.0, 1)):
+        tracker = TensorBoard(tmp_path, 0)
+        tracker.start({})
+        for step in range(1, last + 1):
+            tracker.log(step, {"train/loss": loss})
+        tracker.end("completed")
+    assert scalars(tmp_path) == {("train/loss", 1): 2.0}
+
+
 def test_a_tracker_that_never_logs_writes_nothing(tmp_path: Path) -> None:
     tracker = TensorBoard(tmp_path / "tensorboard", 0)
     tracker.start({})
