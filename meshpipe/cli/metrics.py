@@ -23,6 +23,9 @@ class _MetricsFlags:
 
     def __post_init__(self) -> None:
         expand_fields(self, "plot")
+
+    def check(self) -> None:
+        """Raises `ValueError` for no run, and for smoothing out of range or without curves."""
         if not self.runs:
             raise ValueError("metrics needs at least one RUN: a metrics file, or the folder of a run. Got none.")
         if not 0 <= self.smooth < 1:
@@ -34,6 +37,7 @@ class _MetricsFlags:
 def metrics(arguments: list[str]) -> int:
     """Compares runs by their metrics files; lines that cannot be read are reported on standard error."""
     flags = parse(_MetricsFlags, arguments, "meshpipe metrics", "Shows the metrics of runs, and compares them.")
+    flags.check()
     from meshpipe.report.curves import draw_curves
     from meshpipe.report.past_run import read_run
     from meshpipe.report.picture import check_picture
