@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -10,16 +11,18 @@ from meshpipe.cli.arguments import parse
 from meshpipe.files import expand_fields
 from meshpipe.processes.exit_codes import COMPLETED
 
+MOST_PROBLEMS = 5
+"""Lines of one run that are reported one by one when they cannot be read."""
+
 
 @dataclass(frozen=True)
 class _MetricsFlags:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Metrics files, or folders of runs (--run-dir)."""
     plot: Path | None = None
     """Draw loss, gradient norm and throughput to this file; the suffix selects the format."""
     smooth: float = 0.0
-    """Smoothing of the curves of --plot, from 0 (none) to below 1: the share of the running mean that each step keeps,
-    e.g. 0.9."""
+    """Smoothing of the curves of --plot: the share of the running mean that each step keeps, e.g. 0.9; 0 is none."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "plot")
@@ -42,7 +45,7 @@ def metrics(arguments: list[str]) -> int:
     from meshpipe.report.past_run import read_run
     from meshpipe.report.picture import check_picture
     from meshpipe.report.run_table import run_table, short_names
-    from meshpipe.report.tables import make_console
+    from meshpipe.report.tables import count_of, make_console
 
     if flags.plot is not None:
         check_picture(flags.plot)
@@ -50,8 +53,12 @@ def metrics(arguments: list[str]) -> int:
     runs = [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
     console = make_console()
     console.print(run_table(runs, console.width))
-    for problem in (problem for run in runs for problem in run.problems):
-        print(f"meshpipe: {problem}", file=sys.stderr)
+    for run in runs:
+        for problem in run.problems[:MOST_PROBLEMS]:
+            print(f"meshpipe: {problem}", file=sys.stderr)
+        if len(run.problems) > MOST_PROBLEMS:
+            more = count_of(len(run.problems) - MOST_PROBLEMS, "more line")
+            print(f"meshpipe: {more} of {run.name} could not be read.", file=sys.stderr)
     if flags.plot is not None:
         draw_curves(runs, flags.plot, flags.smooth)
         console.print(f"Drawn to {flags.plot}.", markup=False)

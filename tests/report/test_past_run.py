@@ -129,6 +129,18 @@ def test_runs_are_compared_in_a_table(
         assert "27,276" in row
 
 
+def test_unreadable_lines_are_reported_and_counted(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with open(runs[1], "a") as lines:
+        lines.write("garbage\n" * 8)
+    assert main(["metrics", *runs]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3
+    told = captured.err.splitlines()
+    assert told[0] == f"meshpipe: {runs[1]}, line 14 is left out: it is no JSON (Expecting value, column 1)."
+    assert len(told) == 6
+    assert told[-1] == "meshpipe: 3 more lines of second.jsonl could not be read."
+
+
 def test_curves_are_drawn(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "curves.png"
     assert main(["metrics", *runs, "--plot", str(picture), "--smooth", "0.8"]) == 0
