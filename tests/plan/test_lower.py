@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from meshpipe.plan.lower import Buffer, Compute, Free, Program, Transfer, lower, order_actions
 from meshpipe.plan.plan import Plan
-from meshpipe.plan.schedules import SCHEDULES, make_plan, takes_stages
+from meshpipe.plan.schedules import SCHEDULES, forwards_of, make_plan, takes_stages
 from meshpipe.plan.validate import validate
 
 
@@ -31,6 +31,20 @@ free r0.0
 0F1: -> r0.1
 0B1: r0.1 ->
 free r0.1
+"""
+    )
+
+
+def test_outputs_that_are_asked_for_stay() -> None:
+    plan = forwards_of(make_plan("1f1b", 2, 2), 1)
+    assert (
+        lower(plan, outputs=True).to_text()
+        == """\
+0F0: -> y0.0
+move y0.0 -> x1.0
+free y0.0
+1F0: x1.0 -> o1.0
+free x1.0
 """
     )
 

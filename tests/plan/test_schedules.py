@@ -258,6 +258,9 @@ def test_the_forwards_of_a_plan_are_a_plan_on_its_ranks(name: str) -> None:
     assert plan.forward_only
     assert plan.stage_ranks == trained.stage_ranks
     assert len(plan.actions) == plan.num_stages * 8
+    few = forwards_of(trained, 3)
+    validate(few)
+    assert {action for action in plan.actions if action.microbatch < 3} == set(few.actions)
 
 
 ALL = "gpipe, looped-bfs, inference, dualpipe-v, 1f1b, eager-1f1b, interleaved-1f1b, zb-h1, zb-h2, zb-v"
