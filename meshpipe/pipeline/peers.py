@@ -47,8 +47,9 @@ class Peers:
         self._futures = FutureArrays()
         self._secret = current().derive("transfers")
         self._lock = threading.Lock()
-        self._expected: dict[int, _Expected] = {}
-        self._early: dict[int, Message] = {}
+        self._expected: dict[tuple[int, int], _Expected] = {}
+        """By sender and number: two processes may each send a part of one transfer, under the same number."""
+        self._early: dict[tuple[int, int], Message] = {}
         """Messages that arrived before `receive` was called for them."""
         self._gone: set[int] = set()
         self._connections: dict[int, Connection] = {}
@@ -84,12 +85,12 @@ class Peers:
         Waiting for them raises JAX's own error if the process could not compute them, or is gone.
         """
         with self._lock:
-            early = self._early.pop(number, None)
+            early = self._early.pop((process, number), None)
             if early is None and process in self._gone:
                 early = _gone(process)
             if early is None:
                 future, arrays = self._futures.make(shapes)
-                self._expected[number] = _Expected(process, future, shapes)
+                self._expected[process, number] = _Expected(process, future, shapes)
                 return arrays
         if not isinstance(early, str):
             return _on_devices(early, shapes)
@@ -117,17 +118,17 @@ class Peers:
             while True:
                 number, message = receive_message(connection)
                 with self._lock:
-                    expected = self._expected.pop(number, None)
+                    expected = self._expected.pop((process, number), None)
                     if expected is None:
-                        self._early[number] = message
+                        self._early[process, number] = message
                 if expected is not None:
                     self._keep(expected, message)
                     del expected, message
         with self._lock:
             self._gone.add(process)
-            lost = {number: expected for number, expected in self._expected.items() if expected.process == process}
-            for number in lost:
-                del self._expected[number]
+            lost = {key: expected for key, expected in self._expected.items() if expected.process == process}
+            for key in lost:
+                del self._expected[key]
         for expected in lost.values():
             self._keep(expected, _gone(process))
 

@@ -42,11 +42,14 @@ def test_several_processes_use_a_trained_model_as_one_does(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "ranks"), [(2, 2), (3, 1)])
+@pytest.mark.parametrize(("count", "ranks"), [(2, 2), (3, 1), (3, 2)])
 def test_a_command_of_several_processes_evaluates_every_held_out_example_once(
     count: int, ranks: int, tmp_path: Path
 ) -> None:
-    """64 points in batches of 12: the last has 4, fewer than a microbatch, and the data axis has 3 parts."""
+    """64 points in batches of 12: the last has 4, fewer than a microbatch, and the data axis has 3 parts.
+
+    Three processes with two ranks: the second has devices of both, and sends to and receives from both others.
+    """
     recipe = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
     flags = f"--mesh.pipeline {ranks} --mesh.data 3 --num-microbatches 2 --batch-size 12 --steps 2 --eval-batches 9"
     found = []
