@@ -26,6 +26,8 @@ COLUMNS, ROWS, SECONDS = 106, 18, 5
 """Size of a frame in characters, and how long each is shown."""
 LAYOUT = "--mesh.pipeline 2 --mesh.data 2"
 STEP = re.compile(r"step (\d+)/")
+PHASE = re.compile(r"[A-Z][a-z]+ (JAX )?(\.\.\.|took |stage )")
+"""Lines on what a run is doing; on a terminal they are one line, which vanishes."""
 
 
 def main() -> None:
@@ -52,7 +54,7 @@ def run(folder: str, arguments: str) -> list[str]:
     process = start(folder, arguments)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    return [f"$ meshpipe {arguments}", *out.splitlines()]
+    return [f"$ meshpipe {arguments}", *(line for line in out.splitlines() if not PHASE.match(line))]
 
 
 def train(folder: str, arguments: str, stop_at: int | None = None) -> list[str]:
@@ -61,7 +63,8 @@ def train(folder: str, arguments: str, stop_at: int | None = None) -> list[str]:
     lines = [f"$ meshpipe train {arguments}"]
     assert process.stdout is not None
     for line in process.stdout:
-        lines.append(line.rstrip())
+        if not PHASE.match(line):
+            lines.append(line.rstrip())
         step = STEP.match(line)
         if stop_at and step and int(step[1]) >= stop_at:
             stop_at = None
