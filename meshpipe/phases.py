@@ -30,8 +30,9 @@ class Phase:
     """How long it took; None until it has ended."""
 
     def __str__(self) -> str:
-        part = f" {self.unit} {self.number} of {self.total}" if self.total else ""
-        return f"{self.what}{part}" if self.seconds is None else f"{self.what} took {self.seconds:.1f} s"
+        if self.seconds is not None:
+            return f"{self.what.rstrip(',')} took {self.seconds:.1f} s"
+        return f"{self.what} {self.unit} {self.number} of {self.total}" if self.total else self.what
 
 
 Listener = Callable[[Phase], object]
@@ -61,7 +62,8 @@ def silence() -> None:
 class phase:
     """A phase, which lasts while it is entered.
 
-    `what` says in words what is done, e.g. `Compiling`; with `total` parts, each a `unit`, `next` begins another one.
+    `what` says in words what is done, e.g. `Compiling`, with a comma at its end where the part is to follow one. With
+    `total` parts, each a `unit`, `next` begins another one.
     """
 
     def __init__(self, what: str, unit: str = "", total: int = 0) -> None:

@@ -18,6 +18,14 @@ def test_a_phase_is_told_at_its_beginning_at_each_part_and_at_its_end() -> None:
     assert len({found.key for found in heard}) == 1
 
 
+def test_a_comma_before_the_part_is_not_at_the_end() -> None:
+    heard: list[Phase] = []
+    with listening(heard.append):
+        list(each("Measuring on cpu (about 4 s),", "layer", [0]))
+    assert str(heard[0]) == "Measuring on cpu (about 4 s), layer 1 of 1"
+    assert str(heard[-1]).startswith("Measuring on cpu (about 4 s) took 0.")
+
+
 def test_nobody_hears_a_phase_by_default_or_later() -> None:
     heard: list[Phase] = []
     with listening(heard.append):

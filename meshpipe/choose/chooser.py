@@ -188,7 +188,7 @@ class Chooser:
         found: list[tuple[float, Choice]] = []
         errors: list[NothingFits] = []
         named = math.inf
-        for cuts in each("Searching for the fastest plan, with", "cut", options):
+        for cuts in each("Searching for the fastest plan,", "cut", options):
             times = costs.of_stages(cuts)
             memory = () if limit is None else self._memory(cuts)
             profiles = {len(cuts) // self._num_ranks: Profile(times, memory)}

@@ -1,5 +1,6 @@
 """`meshpipe train`."""
 
+import itertools
 import sys
 
 from meshpipe.cli.arguments import configure, explanation
@@ -14,6 +15,8 @@ from meshpipe.processes.stop import StopRequest
 def train(arguments: list[str], *, stop: StopRequest) -> int:
     """Trains; `stop` is entered, and ends the process until the run takes it over."""
     end_with_launcher()
+    if process_number(arguments) not in (None, "0"):
+        silence()
     with phase("Importing JAX"):
         from meshpipe.processes.join import DistributedConfig
 
@@ -57,3 +60,11 @@ def train(arguments: list[str], *, stop: StopRequest) -> int:
     if several:
         leave(status)
     return status
+
+
+def process_number(arguments: list[str]) -> str | None:
+    """The number of this process, as far as the flags have it: only process 0 says what it does."""
+    flag = "--process-id"
+    given = [value for name, value in itertools.pairwise(arguments) if name == flag]
+    given += [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]
+    return given[-1] if given else None

@@ -122,8 +122,8 @@ def test_what_is_measured_and_how_long_it_may_take_is_told() -> None:
     heard: list[str] = []
     with listening(lambda phase: heard.append(str(phase))):
         chooser().measure()
-    assert "Compiling kind of layer 1 of 4" in heard
-    assert "Measuring on cpu (4 kinds, about 1 s), layer 5 of 5" in heard
+    assert "Compiling what is then measured (about 1 s), kind of layer 1 of 4" in heard
+    assert "Measuring on cpu (about 1 s), layer 5 of 5" in heard
 
 
 def test_counted_costs_are_saved_as_such(tmp_path: Path) -> None:
