@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from meshpipe.checkpoint import CheckpointError, list_checkpoints
 from meshpipe.checkpoint.index import WEIGHTS, check_weights
 from meshpipe.checkpoint.reader import CheckpointReader
+from meshpipe.checkpoint.restore import restore_step
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.layer import LayerLike, Leaves, abstract_layers
@@ -129,7 +130,7 @@ def _read(
         section, _, path = key.partition("/")
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
         tree.setdefault(section, {})[path] = shape
-    (found,) = reader.restore(step, [tree])
+    (found,) = restore_step(reader, step, [tree])
     return {path: leaf for section in found.values() for path, leaf in section.items()}
 
 

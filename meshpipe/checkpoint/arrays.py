@@ -4,26 +4,27 @@ Where a file holds what a device needs, it is read to where the device's array w
 is read into memory of its own, at most `THREADS` files at a time, and cut from there.
 """
 
+import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from meshpipe.checkpoint.checksums import Checksums, file_problem
 from meshpipe.checkpoint.chunks import Region, chunk_count, chunks_in, inside, overlap
 from meshpipe.checkpoint.documents import parse_json
 from meshpipe.checkpoint.files import DamagedFileError, for_each
+from meshpipe.checkpoint.memory import aligned_bytes
 from meshpipe.checkpoint.names import ZARRAY, directory_name
 from meshpipe.checkpoint.schema import SchemaError, check_zarray
 
 Bounds = tuple[tuple[int, int], ...]
 """Start and stop of a part of an array in each dim."""
-_ALIGNMENT = 64
-"""Bytes to which memory must be aligned so that a CPU device takes it without a copy."""
+Task = Callable[[], dict[str, str]]
+"""Reads a file; what is wrong with it."""
 
 
 def read_leaves(
@@ -39,12 +40,15 @@ def read_leaves(
     """
     leaves = {at: _LeafRead(step, at[1], index[at[1]], shape, files) for at, shape in wanted.items()}
     problems: dict[str, str] = {}
-    for found in for_each(_LeafRead.describe, list(leaves.values()), "checkpoint"):
-        problems |= found
+
+    def run(tasks: Sequence[Task]) -> None:
+        for found in for_each(lambda task: task(), tasks, "checkpoint"):
+            problems.update(found)
+
+    # Only what earlier versions saved must be asked how it was cut into files before these can be read.
+    run([leaf.describe for leaf in leaves.values() if not leaf.is_cut])
     if not problems:
-        reads = [(leaf, name, part) for leaf in leaves.values() for name, part in leaf.parts.items()]
-        for found in for_each(lambda read: read[0].read(*read[1:]), reads, "checkpoint"):
-            problems |= found
+        run([task for leaf in leaves.values() for task in leaf.reads()])
     return ({} if problems else {at: leaf.array() for at, leaf in leaves.items()}), problems
 
 
@@ -64,13 +68,17 @@ class _LeafRead:
         self._buffers: dict[Bounds, np.ndarray] = {}
         self._left = 0
         self._array: jax.Array | None = None
-        self.parts: dict[str, Region] = {}
-        """The files to read, and the part of the leaf in each; known after `describe`."""
+        self._chunks: list[int] | None = saved.get("chunks")
+        self._described = not wanted.size
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it is known how the leaf was cut into files, if only from the index."""
+        return self._described or self._chunks is not None
 
     def describe(self) -> dict[str, str]:
-        """Reads how the leaf was cut into files, and plans which of them to read; what is wrong with that."""
-        if not self._wanted.size:
-            return {}
+        """Reads how the leaf was cut into files; what is wrong with that."""
+        self._described = True
         name = f"{self._folder}/{ZARRAY}"
         text = bytearray(min(self._files[name][0], 1 << 16))
         problem = (
@@ -89,19 +97,33 @@ class _LeafRead:
         if chunks != self._saved.get("chunks", chunks) or chunk_count(self._wanted.shape, chunks) > len(self._files):
             return {name: "does not describe the leaf: its chunks are not those of the files"}
         self._chunks = chunks
-        for bounds in self._regions:
-            self.parts |= chunks_in(_region(bounds), self._wanted.shape, chunks)
-        self._left = len(self.parts)
         size = int(np.prod(chunks, dtype=np.int64)) * self._wanted.dtype.itemsize
-        unknown = {part for part in self.parts if self._files.get(f"{self._folder}/{part}", (0, 0))[0] != size}
+        unknown = {part for part in self._parts() if self._files.get(f"{self._folder}/{part}", (0, 0))[0] != size}
         return {f"{self._folder}/{part}": "has not the size that its leaf asks for" for part in unknown}
 
-    def read(self, name: str, part: Region) -> dict[str, str]:
+    def reads(self) -> list[Task]:
+        """What has to be done for the leaf, in any order and at once."""
+        if not self._wanted.size:
+            return []
+        parts = self._parts()
+        self._left = len(parts)
+        tasks: list[Task] = [functools.partial(self._read, name, part) for name, part in parts.items()]
+        return tasks if self._described else [self.describe, *tasks]
+
+    def _parts(self) -> dict[str, Region]:
+        """The files to read, and the part of the leaf in each."""
+        assert self._chunks is not None
+        parts: dict[str, Region] = {}
+        for bounds in self._regions:
+            parts |= chunks_in(_region(bounds), self._wanted.shape, self._chunks)
+        return parts
+
+    def _read(self, name: str, part: Region) -> dict[str, str]:
         """Reads one file into the buffers that need a part of it; the last one hands all to the devices."""
         with self._lock:
             if not self._buffers:
                 for bounds in self._regions:
-                    self._buffers[bounds] = _aligned([stop - start for start, stop in bounds], self._wanted.dtype)
+                    self._buffers[bounds] = _empty([stop - start for start, stop in bounds], self._wanted.dtype)
         file = f"{self._folder}/{name}"
         into, copies = self._place(part)
         problem = file_problem(self._step, file, self._files[file], into.reshape(-1).view(np.uint8).data)
@@ -132,6 +154,7 @@ class _LeafRead:
                 # With an ellipsis a scalar is a view, too.
                 place: tuple[Any, ...] = (*inside(common, _region(bounds)), ...)
                 copies.append((buffer[place], inside(common, part)))
+        assert self._chunks is not None
         first = copies[0][0]
         if len(copies) == 1 and first.shape == tuple(self._chunks) and first.flags.c_contiguous:
             return first, []
@@ -155,9 +178,6 @@ def _region(bounds: Bounds) -> Region:
     return tuple(slice(*pair) for pair in bounds)
 
 
-def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
-    """Memory that a CPU device can take as its own."""
-    size = int(np.prod(shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+def _empty(shape: list[int], dtype: Any) -> np.ndarray:
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return aligned_bytes(size).view(dtype).reshape(shape)

@@ -12,14 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
+
+from meshpipe.checkpoint.contents import Content
 from meshpipe.checkpoint.documents import dump_json, is_count
+from meshpipe.checkpoint.errors import CheckpointError
 from meshpipe.checkpoint.files import flush_folder, remove
-from meshpipe.checkpoint.index import CheckpointError, Index, Tree, index_leaves
+from meshpipe.checkpoint.index import Index, Tree, index_leaves
 from meshpipe.checkpoint.lock import WriterLock
 from meshpipe.checkpoint.preparation import check_space, index_shapes, make_writable
 from meshpipe.checkpoint.reader import CheckpointReader
+from meshpipe.checkpoint.restore import restore_step
 from meshpipe.checkpoint.schema import FORMAT
-from meshpipe.checkpoint.shards import Content, HeldShard, all_files, document_files, hold_shards, own_files
+from meshpipe.checkpoint.shards import HeldShard, all_files, document_files, hold_shards, own_files
 from meshpipe.checkpoint.together import SaveTogether, check_together
 from meshpipe.files import remove_empty
 from meshpipe.processes.coordination import process_index
@@ -143,6 +148,17 @@ class Checkpointer(CheckpointReader):
         self._writing, self._tidying = (step, whole), (step, task)
         atexit.unregister(self._finish_at_exit)
         atexit.register(self._finish_at_exit)
+
+    def restore(self, step: int, abstract: Sequence[Tree]) -> list[dict[str, dict[str, jax.Array]]]:
+        """The saved leaves with the shapes, dtypes and shardings of `abstract`, whatever stages and shardings they
+        were saved from.
+
+        Leaves of `abstract` are arrays or `jax.ShapeDtypeStruct`s; without a sharding they go to the first device.
+        Only files with a part that this process needs are read, in parallel, and each is compared with its checksum
+        while it is read. Leaves without a device in this process are not returned. Raises `CheckpointError` when the
+        step is not there or damaged, or a leaf is missing or has another shape or dtype.
+        """
+        return restore_step(self, step, abstract)
 
     def supersede(self, step: int) -> list[int]:
         """Renames the steps that are newer than this one to `STEP.superseded`, so that its run can be continued; the

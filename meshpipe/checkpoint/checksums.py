@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshpipe.checkpoint.contents import Content, write_files
 from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, is_count, load_json
-from meshpipe.checkpoint.files import DamagedFileError, flush_folder, for_each, read_checked, write_file
+from meshpipe.checkpoint.files import DamagedFileError, for_each, read_checked
 from meshpipe.checkpoint.names import CHECKSUMS
 
 Checksums = Mapping[str, tuple[int, int]]
@@ -21,14 +22,11 @@ Checksums = Mapping[str, tuple[int, int]]
 
 
 def write_list(folder: Path, files: Checksums) -> None:
-    """Writes what the files of the folder have to be into it, with a CRC of its own, and all names below the folder
-    through to the disk.
-    """
+    """Writes what the files of the folder have to be into it, with a CRC of its own, through to the disk."""
     text = json.dumps({"files": files, "crc32": _crc(files)}).encode()
     if len(text) > LARGEST_DOCUMENT:
         raise OSError(f"the list of {len(files)} files takes {len(text)} bytes, and may take {LARGEST_DOCUMENT}")
-    write_file(folder / CHECKSUMS, text)
-    for_each(flush_folder, sorted({folder / parent for name in files for parent in Path(name).parents} | {folder}))
+    write_files(folder, {CHECKSUMS: Content(text)})
 
 
 def load_list(folder: Path) -> dict[str, tuple[int, int]]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from meshpipe.checkpoint.chunks import LARGEST_CHUNK, chunk_shape
+from meshpipe.checkpoint.errors import CheckpointError
 from meshpipe.checkpoint.names import LONGEST_NAME, name_problem
 
 Tree = Mapping[str, Mapping[str, Any]]
@@ -20,10 +21,6 @@ Items = dict[str, dict[str, jax.Array]]
 
 WEIGHTS = ("params/", "state/")
 """How the keys of leaves begin that make up a model."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or does not fit what is to be restored; the message gives the way out."""
 
 
 def index_leaves(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshpipe.checkpoint.index import CheckpointError
+from meshpipe.checkpoint.errors import CheckpointError
 from meshpipe.checkpoint.names import CHECKSUMS
 from meshpipe.checkpoint.reader import CheckpointReader, ProblemsError, load_step, step_problems
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from meshpipe.checkpoint.documents import is_count, parse_json
+from meshpipe.checkpoint.errors import CheckpointError
 from meshpipe.checkpoint.files import DamagedFileError
-from meshpipe.checkpoint.index import CheckpointError
 
 LOCK = "writer.lock"
 BEAT_SECONDS = 2.0

@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from meshpipe.checkpoint.index import CheckpointError, Index, Tree, index_bytes, index_leaves
+from meshpipe.checkpoint.errors import CheckpointError
+from meshpipe.checkpoint.index import Index, Tree, index_bytes, index_leaves
 from meshpipe.checkpoint.names import LONGEST_NAME
 from meshpipe.checkpoint.shards import leaf_files
 from meshpipe.files import missing_folders, remove_empty

@@ -1,28 +1,19 @@
-"""What is in a folder of checkpoints: which steps are whole, what they hold, and their arrays."""
+"""What is in a folder of checkpoints: which steps are whole, and what they hold. Imports no JAX."""
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from meshpipe.checkpoint.arrays import read_leaves
-from meshpipe.checkpoint.checksums import Checksums, differences, file_problem, load_list, size_differences
+from meshpipe.checkpoint.checksums import Checksums, differences, file_problem, load_list
 from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, parse_json
+from meshpipe.checkpoint.errors import CheckpointError, CheckpointGoneError
 from meshpipe.checkpoint.files import DamagedFileError, below
-from meshpipe.checkpoint.index import CheckpointError, Tree, check_leaf, with_sharding
-from meshpipe.checkpoint.names import CHECKSUMS, DOCUMENT, META, directory_name, leaf_of
+from meshpipe.checkpoint.names import CHECKSUMS, DOCUMENT, META, leaf_of
 from meshpipe.checkpoint.schema import SchemaError, check_document
-
-
-class CheckpointGoneError(CheckpointError):
-    """A step is not there, or was removed while it was read, as a run does with those beyond the number that it
-    keeps.
-    """
 
 
 class ProblemsError(Exception):
@@ -45,7 +36,7 @@ class SavedStep:
 
 
 class CheckpointReader:
-    """Finds and restores the steps of one folder, while a run may be writing to it; changes nothing.
+    """Finds and describes the steps of one folder, while a run may be writing to it; changes nothing.
 
     Raises `CheckpointError` when the folder is none of this machine's file systems.
     """
@@ -83,45 +74,6 @@ class CheckpointReader:
     def leaves(self, step: int) -> dict[str, dict[str, Any]]:
         """For each saved leaf, `section/path`, its item, shape and dtype."""
         return self._document(step)["leaves"]
-
-    def restore(self, step: int, abstract: Sequence[Tree]) -> list[dict[str, dict[str, jax.Array]]]:
-        """The saved leaves with the shapes, dtypes and shardings of `abstract`, whatever stages and shardings they
-        were saved from.
-
-        Leaves of `abstract` are arrays or `jax.ShapeDtypeStruct`s; without a sharding they go to the first device.
-        Only files with a part that this process needs are read, in parallel, and each is compared with its checksum
-        while it is read. Leaves without a device in this process are not returned. Raises `CheckpointError` when the
-        step is not there or damaged, or a leaf is missing or has another shape or dtype.
-        """
-        with self.reading(step) as folder:
-            saved = load_step(folder, step)
-            leaves = saved.document["leaves"]
-            wanted: dict[tuple[int, str], jax.ShapeDtypeStruct] = {}
-            for stage, tree in enumerate(abstract):
-                for key, leaf in _flat(tree):
-                    check_leaf(step, key, leaf, leaves)
-                    shape = with_sharding(leaf)
-                    if shape.sharding.addressable_devices:
-                        wanted[stage, key] = shape
-            folders = {f"{leaves[key]['item']}/{directory_name(key)}" for _, key in wanted}
-            problems = differences(
-                folder, saved.found, saved.files, lambda name: leaf_of(name) is None and name != DOCUMENT
-            )
-            problems |= size_differences(saved.found, saved.files, lambda name: name.rpartition("/")[0] in folders)
-            arrays: dict[tuple[int, str], jax.Array] = {}
-            if not problems:
-                arrays, problems = read_leaves(folder, wanted, leaves, saved.files)
-            if problems:
-                raise ProblemsError(problems)
-        return [
-            {
-                section: {
-                    path: arrays[stage, f"{section}/{path}"] for path in part if (stage, f"{section}/{path}") in arrays
-                }
-                for section, part in tree.items()
-            }
-            for stage, tree in enumerate(abstract)
-        ]
 
     def folder(self, step: int) -> Path:
         """Where a step is. Raises `CheckpointGoneError` when it is not there."""
@@ -243,9 +195,3 @@ def _check_there(folder: Path, step: int, before: tuple[int, int]) -> None:
 
 def _printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
-
-
-def _flat(tree: Tree) -> Iterator[tuple[str, Any]]:
-    for section, part in tree.items():
-        for path, leaf in part.items():
-            yield f"{section}/{path}", leaf

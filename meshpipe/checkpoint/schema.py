@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  so that NumPy knows bfloat16 and the like by name
 import numpy as np
 
 from meshpipe.checkpoint.checksums import Checksums
@@ -19,6 +19,8 @@ from meshpipe.checkpoint.names import ZARRAY, directory_name, name_problem
 FORMAT = 1
 _LARGEST = 1 << 63
 """No array has as many bytes."""
+_REGISTERED = 2
+"""What `dtype.isbuiltin` is for types that a package has added to NumPy, here the numbers of ml_dtypes."""
 
 
 class SchemaError(ValueError):
@@ -64,7 +66,7 @@ def check_zarray(description: Any, leaf: Mapping[str, Any]) -> list[int]:
 
 def zarray(shape: Any, dtype: Any, chunks: Any) -> dict[str, Any]:
     """Zarr's description, of version 2, of an uncompressed array."""
-    kind = jnp.dtype(dtype)
+    kind = np.dtype(dtype)
     return {
         "chunks": list(chunks),
         "compressor": None,
@@ -86,7 +88,7 @@ def _check_leaf(what: str, leaf: Any) -> None:
     _require(isinstance(dtype, str) and _is_number(dtype), f"{what} has a dtype that no array has")
     assert isinstance(dtype, str)
     known = isinstance(shape, list) and len(shape) <= 64 and all(is_count(size) for size in shape)
-    _require(known and math.prod(shape) * jnp.dtype(dtype).itemsize < _LARGEST, f"{what} has a shape that no array has")
+    _require(known and math.prod(shape) * np.dtype(dtype).itemsize < _LARGEST, f"{what} has a shape that no array has")
     _require("chunks" not in leaf or _are_chunks(leaf["chunks"], shape), f"{what} has chunks that do not fit its shape")
 
 
@@ -103,7 +105,7 @@ def _check_sizes(what: str, leaf: Mapping[str, Any], sizes: Mapping[str, int]) -
         return
     # Counted before they are named: a forged shape must not make a list of a billion names.
     _require(chunk_count(shape, chunks) == len(sizes) - 1, f"{what} has not as many files as its shape asks for")
-    bytes_of_each = math.prod(chunks) * jnp.dtype(leaf["dtype"]).itemsize
+    bytes_of_each = math.prod(chunks) * np.dtype(leaf["dtype"]).itemsize
     for name, _ in chunks_in(whole(shape), shape, chunks):
         _require(sizes.get(name) == bytes_of_each, f"{what} has files of other sizes than its shape asks for")
 
@@ -118,11 +120,11 @@ def _are_chunks(chunks: Any, shape: list[int]) -> bool:
 
 def _is_number(dtype: str) -> bool:
     try:
-        kind = jnp.dtype(dtype)
+        kind = np.dtype(dtype)
     except (TypeError, ValueError, SyntaxError):
         return False
     plain = kind.name == dtype and kind.subdtype is None and kind.names is None and kind.kind not in "mMOSU"
-    return plain and (kind == np.bool_ or jnp.issubdtype(kind, np.number))
+    return plain and (kind == np.bool_ or np.issubdtype(kind, np.number) or kind.isbuiltin == _REGISTERED)
 
 
 def _require(right: bool, otherwise: str) -> None:

@@ -14,19 +14,11 @@ import jax
 import numpy as np
 
 from meshpipe.checkpoint.chunks import Region, chunks_in, inside, whole
+from meshpipe.checkpoint.contents import Content
 from meshpipe.checkpoint.names import DOCUMENT, ZARRAY, directory_name
 from meshpipe.checkpoint.schema import zarray
 
 _Index = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a file is to hold."""
-
-    data: bytes | memoryview
-    padding: int = 0
-    """Zeros after the data."""
 
 
 @dataclass(frozen=True)

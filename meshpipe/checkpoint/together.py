@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 from meshpipe.checkpoint.checksums import Checksums, is_list, size_differences, write_list
+from meshpipe.checkpoint.contents import Content, write_files
 from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, load_json
-from meshpipe.checkpoint.files import DamagedFileError, below, for_each, remove, write_file
-from meshpipe.checkpoint.shards import Content
+from meshpipe.checkpoint.files import DamagedFileError, below, remove
 from meshpipe.processes.coordination import all_gather, delete_key, process_count, process_index, set_key, wait_for_key
 from meshpipe.processes.printable import printable
 
@@ -80,7 +80,7 @@ class SaveTogether:
         """
         written = write_files(self._partial, own)
         if process_index():
-            write_file(self._partial / _part(process_index()), json.dumps(written).encode())
+            write_files(self._partial, {_part(process_index()): Content(json.dumps(written).encode())})
         return written
 
     def _complete(self, own: Checksums, all_names: Set[str], commit: Callable[[], None]) -> None:
@@ -153,19 +153,6 @@ def check_together(check: Callable[[], None], seconds: float) -> list[str]:
         problem = str(error) or type(error).__name__
     told = all_gather(f"meshpipe/checkpoint/{next(_numbers)}/check", problem, seconds)
     return [text for text in dict.fromkeys(told) if text]
-
-
-def write_files(folder: Path, contents: Mapping[str, Content]) -> dict[str, tuple[int, int]]:
-    """Writes files into the folder and through to the disk, several at once; the checksums of what was to be
-    written.
-    """
-    for inner in {folder / Path(name).parent for name in contents}:
-        inner.mkdir(parents=True, exist_ok=True)
-    names = list(contents)
-    written = for_each(
-        lambda name: write_file(folder / name, contents[name].data, contents[name].padding), names, "checkpoint"
-    )
-    return dict(zip(names, written, strict=True))
 
 
 def problem_of(error: Exception) -> str:

@@ -80,7 +80,7 @@ def wait_for_key(key: str, timeout: float) -> str:
     Polls, because a thread inside a blocking call would keep the process from ending. Raises `IntrusionError` when
     someone outside the run has set the key, or has deleted a key of this process in the meantime.
     """
-    now = time.monotonic()
+    start = now = time.monotonic()
     deadline, next_check = now + timeout, now + CHECK_SECONDS
     while (text := try_get_key(key)) is None:
         now = time.monotonic()
@@ -89,7 +89,7 @@ def wait_for_key(key: str, timeout: float) -> str:
         if now > next_check:
             check_own_keys()
             next_check = now + CHECK_SECONDS
-        time.sleep(POLL_SECONDS)
+        time.sleep(min(POLL_SECONDS, 0.001 + (now - start) / 8))  # soon again where the wait is short
     return text
 
 

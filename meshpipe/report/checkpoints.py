@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  so that NumPy knows bfloat16 and the like by name
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +33,7 @@ def print_checkpoint(console: Console, info: CheckpointInfo) -> None:
             console.print(_plain(f"{name}: {json.dumps(value)}"))
     table = make_table("leaf", "saved by", "dtype", "shape", "bytes", right=("bytes",))
     for path, leaf in info.leaves.items():
-        size = int(np.prod(leaf["shape"], dtype=np.int64)) * jnp.dtype(leaf["dtype"]).itemsize
+        size = int(np.prod(leaf["shape"], dtype=np.int64)) * np.dtype(leaf["dtype"]).itemsize
         shape = " x ".join(map(str, leaf["shape"])) or "scalar"
         table.add_row(_plain(path), leaf["item"], leaf["dtype"], shape, format_bytes(size))
     console.print()

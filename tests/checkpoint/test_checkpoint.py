@@ -284,7 +284,7 @@ def test_description(saved):
 )
 def test_config_that_cannot_be(options):
     with pytest.raises(ValueError, match="`"):
-        CheckpointConfig(**options)
+        CheckpointConfig(**options).check_folder_given()
 
 
 def start(code, *arguments, **pipes):

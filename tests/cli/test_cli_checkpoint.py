@@ -1,11 +1,15 @@
-"""Checks of checkpoints before the first step of a run."""
+"""Checks of checkpoints before the first step of a run, and the commands that look at them."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from meshpipe.checkpoint import Checkpointer
 from meshpipe.cli import main
 
 RECIPES = Path(__file__).parents[1] / "tiny_recipes.py"
@@ -25,3 +29,20 @@ def test_leaf_paths_too_long_to_save_are_found_before_anything_is_compiled(
     assert "Rename the attributes" in error
     assert len(error.splitlines()) == 1
     assert os.listdir(tmp_path) == []
+
+
+SLOW_TO_IMPORT = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "grain", "scipy", "matplotlib"}
+
+
+@pytest.mark.parametrize("command", ["list", "show", "verify"])
+def test_looking_at_checkpoints_imports_nothing_that_takes_seconds(command: str, tmp_path: Path) -> None:
+    leaves = {"kernel": jnp.ones((2, 3), jnp.bfloat16), "count": jnp.ones((), jnp.int4)}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(7, [{"params": leaves}], {"layout": {"pipeline": 1}})
+    arguments = [sys.executable, "-X", "importtime", "-m", "meshpipe", "checkpoint", command, str(tmp_path)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "7" in ended.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
+    assert "meshpipe" in imported
+    assert not imported & SLOW_TO_IMPORT
