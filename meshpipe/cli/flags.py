@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+import tyro
+
 PREFIXED = ("mesh", "model", "data")
 """The parts of a config whose name begins the names of their flags."""
 OTHER_NAMES: Mapping[str, str] = {
@@ -101,11 +103,12 @@ def _is_dataclass(value: Any) -> bool:
 
 
 def _fields(config: Any) -> Iterator[tuple[str, Any, str]]:
-    """Name, type and text of the fields."""
+    """Name, type and text of the fields that have a flag."""
     hints, texts = get_type_hints(type(config), include_extras=True), _texts(type(config))
     for field in dataclasses.fields(config):
-        if field.init:
-            yield field.name, hints[field.name], texts.get(field.name, "")
+        hint = hints[field.name]
+        if field.init and tyro.conf.Suppress not in getattr(hint, "__metadata__", ()):
+            yield field.name, hint, texts.get(field.name, "")
 
 
 def _texts(kind: type) -> dict[str, str]:

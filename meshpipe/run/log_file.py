@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from io import TextIOBase, TextIOWrapper
 from pathlib import Path
@@ -13,12 +13,17 @@ from typing import IO, Any, cast
 from rich.console import Console, ConsoleRenderable, RenderHook
 from rich.control import Control
 
+from meshpipe.phases import Phase, listening
 from meshpipe.report.tables import PLAIN_WIDTH
 from meshpipe.run.warning import Warnings
 
+LOGGED_SECONDS = 2.0
+"""Shorter phases are not in the log."""
+
 
 class LogFile(RenderHook):
-    """While entered, copies all that the console and standard error receive to a file, with the time of each line.
+    """While entered, copies all that the console and standard error receive to a file, with the time of each line, and
+    adds how long each phase took, from `LOGGED_SECONDS` on.
 
     Live lines are left out. Lines are held back until `open`, so that a run that is refused writes nothing. When the
     file cannot be written, the run continues without it, with one warning.
@@ -35,6 +40,7 @@ class LogFile(RenderHook):
         )
         self._file: TextIOWrapper | None = None
         self._held: list[str] = []
+        self._phases = ExitStack()
         self._is_gone = False
 
     def open(self, path: Path) -> None:
@@ -72,7 +78,12 @@ class LogFile(RenderHook):
                 file.close()
         self._warnings.say_once("log", f"the log could not be written: {error}. The run continues without it.")
 
+    def _hear(self, phase: Phase) -> None:
+        if phase.seconds is not None and phase.seconds >= LOGGED_SECONDS:
+            self._write(f"{phase}.")
+
     def __enter__(self) -> "LogFile":
+        self._phases.enter_context(listening(self._hear))
         self._console.push_render_hook(self)
         self._error_stream = sys.stderr
         sys.stderr = _Both(self._error_stream, _Lines(self._write))
@@ -81,6 +92,7 @@ class LogFile(RenderHook):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._phases.close()
         sys.stderr = self._error_stream
         self._console.pop_render_hook()
         if self._file is not None:

@@ -3,16 +3,21 @@
 import io
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from meshpipe.phases import phase
 from meshpipe.run.log_file import LogFile
 from meshpipe.run.progress_line import ProgressLine
 
 
-def test_the_log_has_what_is_printed_without_the_live_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_has_what_is_printed_without_the_live_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("meshpipe.run.log_file.LOGGED_SECONDS", 0.05)
     output, path = io.StringIO(), tmp_path / "log.txt"
     console = Console(file=output, width=60, force_terminal=True)
     with LogFile(console) as log:
@@ -23,6 +28,10 @@ def test_the_log_has_what_is_printed_without_the_live_line(tmp_path: Path, capsy
             line.step({"step": step, "loss": 2.5, "step_time_s": 0.5, "examples_per_s": 1234.0})
         line.say("a line that is much longer than the terminal is wide, and stays whole in the file")
         line.close()
+        with phase("Waiting"):
+            time.sleep(0.05)
+        with phase("A moment"):
+            pass
         print("meshpipe: a warning", file=sys.stderr)
     console.print("after")
     lines = path.read_text().splitlines()
@@ -32,6 +41,7 @@ def test_the_log_has_what_is_printed_without_the_live_line(tmp_path: Path, capsy
     assert [text.split()[1] for text in texts[1:4]] == ["1/40", "5/40", "10/40"]
     assert texts[4:] == [
         "a line that is much longer than the terminal is wide, and stays whole in the file",
+        "Waiting took 0.1 s.",
         "meshpipe: a warning",
     ]
     assert "after" in output.getvalue()
