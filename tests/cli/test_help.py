@@ -6,6 +6,7 @@ from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import pytest
 import tiny_recipes
 import tyro
@@ -137,5 +138,6 @@ def test_other_names_lead_to_flags_that_exist() -> None:
 def test_a_wrong_value_leads_to_the_right_one(
     flags: list[str], phrase: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert jax.device_count() == 8, "or the command would fix a smaller number for all later tests"
     assert main(["plan", TINY, *flags]) == 2
     assert phrase in " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
