@@ -73,7 +73,7 @@ def llama_7b() -> Config:
         model=LanguageModelConfig.llama_7b(),
         data=TextFilesConfig(sequence_length=4096),
         mesh=MeshConfig(pipeline=4, tensor=2),
-        pipeline=PipelineConfig(num_microbatches=32, remat="full"),
+        pipeline=PipelineConfig(num_microbatches=32, remat="layer"),
         optimizer=OptimizerConfig(
             learning_rate=3e-4, warmup_steps=2000, decay="cosine", weight_decay=0.1, clip_norm=1.0
         ),
@@ -93,7 +93,7 @@ def llama_70b() -> Config:
         base,
         model=LanguageModelConfig.llama_70b(),
         mesh=MeshConfig(pipeline=8, tensor=8),
-        pipeline=PipelineConfig(num_microbatches=64, remat="full"),
+        pipeline=PipelineConfig(num_microbatches=64, remat="layer"),
         optimizer=replace(base.optimizer, learning_rate=1.5e-4),
         batch_size=64,
     )

@@ -131,6 +131,9 @@ def assert_close(found, expected):
         (small, "1f1b", "full", (2, 1, 2), 4),
         (small, "gpipe", "none", (4, 2, 1), 2),  # fewer microbatches than stages
         (small, "zb-h1", "none", (4, 1, 1), 4),
+        (small, "zb-v", "layer", (2, 1, 1), 4),
+        (language_model, "1f1b", "layers/1-2=full", (2, 2, 1), 4),
+        pytest.param(tied_language_model, "zb-h1", "layer", (2, 1, 2), 4, marks=pytest.mark.slow),
         pytest.param(tied_language_model, "zb-h1", "full", (2, 1, 1), 4, marks=pytest.mark.slow),
     ],
 )
@@ -145,6 +148,7 @@ def test_a_step_is_the_plain_one(model, schedule, remat, mesh, num_microbatches)
         (tied_language_model, "none", (2, 1, 1), 4),
         pytest.param(language_model, "dots_saveable", (2, 1, 1), 2, marks=pytest.mark.slow),
         (small, "full", (2, 2, 1), 4),
+        (small, "layer", (1, 2, 1), 4),
     ],
 )
 def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches):
@@ -160,7 +164,7 @@ def test_a_step_as_accelerators_take_it(model, remat, mesh, num_microbatches):
 def product():
     """Every model on every mesh, the small one twice, with schedule, remat policy and microbatches drawn by a seed."""
     draw = random.Random(0)
-    options = list(itertools.product(("gpipe", "1f1b"), ("none", "full"), (1, 2, 4)))
+    options = list(itertools.product(("gpipe", "1f1b"), ("none", "layer", "full"), (1, 2, 4)))
     models = (text_model, language_model, small)
     return [
         (model, schedule, remat, mesh, count)
@@ -176,6 +180,7 @@ def test_every_combination(model, schedule, remat, mesh, num_microbatches):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "layer"])
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "inference"])
-def test_every_schedule(schedule):
-    compare(small, (2, 1, 1), 4, schedule=schedule)
+def test_every_schedule(schedule, remat):
+    compare(small, (2, 1, 1), 4, schedule=schedule, remat=remat)

@@ -133,8 +133,9 @@ class Chooser:
         return self._model(choice, mesh=first, config=self._with_one_remat("none"))
 
     def _with_one_remat(self, of_several: str) -> PipelineConfig:
-        """The config with one rematerialisation for all stages: `full` for `auto`, which needs the least memory."""
-        names = set(self.config.remat.split(","))
+        """The config with one rematerialisation for all stages: `full` for `auto`, which stores the least."""
+        text = self.config.remat
+        names = {text} if "=" in text else set(text.split(","))
         (name,) = names if len(names) == 1 else (of_several,)
         return replace(
             self.config,
@@ -190,15 +191,19 @@ class Chooser:
         named = math.inf
         for cuts in each("Searching for the fastest plan,", "cut", options):
             times = costs.of_stages(cuts)
-            memory = () if limit is None else self._memory(cuts)
-            profiles = {len(cuts) // self._num_ranks: Profile(times, memory)}
-            try:
-                plan = self._plan_within(limit, profiles)
-            except NothingFits as error:
-                errors.append(error)
-                continue
-            found.append((Timeline.of(plan, times).makespan, Choice(plan, cuts, costs)))
-            named = min(named, shortest_named(self._num_ranks, self.config.num_microbatches, profiles, limit))
+            # Of the two that store least, `full` is better for many live microbatches, and `layer` for large stages.
+            remats = ("full", "layer") if self.config.remat == "auto" else (self.config.remat,)
+            for remat in remats if limit is not None else remats[:1]:
+                memory = () if limit is None else self._memory(cuts, remat)
+                profiles = {len(cuts) // self._num_ranks: Profile(times, memory)}
+                try:
+                    plan = self._plan_within(limit, profiles)
+                except NothingFits as error:
+                    errors.append(error)
+                    continue
+                found.append((Timeline.of(plan, times).makespan, Choice(plan, cuts, costs)))
+                named = min(named, shortest_named(self._num_ranks, self.config.num_microbatches, profiles, limit))
+                break
         if not found:
             raise min(errors, key=lambda error: error.least)
         shortest = min(makespan for makespan, _ in found)
@@ -227,11 +232,11 @@ class Chooser:
             limit + excess,
         )
 
-    def _memory(self, cuts: Cuts) -> Any:
+    def _memory(self, cuts: Cuts, remat: str) -> Any:
         """What each stage stores, also with a split backward."""
         stages_per_rank = len(cuts) // self._num_ranks
         plan = _split_backwards(gpipe(self._num_ranks, self.config.num_microbatches, stages_per_rank))
-        config = replace(self.config, remat="full") if self.config.remat == "auto" else self.config
+        config = replace(self.config, remat=remat)
         return stage_memory(self._model(Choice(plan, cuts, None), config=config), self.transformation)
 
 

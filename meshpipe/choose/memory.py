@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.simulate import Costs, StageMemory, simulate
 from meshpipe.sharding import abstract
 from meshpipe.stage.jaxpr import nbytes
-from meshpipe.stage.programs import trace_split
+from meshpipe.stage.programs import trace_pullback, trace_split
+from meshpipe.stage.recomputed import recomputed_bytes
 from meshpipe.stage.traced import TracedStage
 
 ONE_UNIT_EACH = Costs(dict.fromkeys(Op, 1.0))
@@ -39,12 +41,20 @@ class RankMemory:
     once; state that it changes, such as batch statistics, counts twice."""
     activations: int
     """What forward stores for backward, over all microbatches that are live at once, and boundary values in transit."""
+    recomputed: int
+    """What rematerialisation adds to that at the peak inside a backward's program: an estimate of XLA's temporary
+    memory for it."""
     live_activations: int
     """Microbatches that are live at once, summed over the stages of the rank."""
 
     @property
-    def total(self) -> int:
+    def arrays(self) -> int:
+        """Without what is inside of programs."""
         return self.parameters + self.gradients + self.optimizer + self.batch + self.activations
+
+    @property
+    def total(self) -> int:
+        return self.arrays + self.recomputed
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,17 @@ def predict_memory(
 ) -> list[RankMemory]:
     """The memory of every rank, found by tracing the model, unless it was `traced` already; nothing is allocated.
 
-    XLA's temporary memory is not included. The rest is exact, except where XLA chooses the layout: see `stage_memory`.
+    Of XLA's temporary memory, what rematerialisation recomputes is estimated, and the rest is not included. Arrays are
+    exact, except where XLA chooses the layout: see `stage_memory`.
     """
     plan, remat = model.plan, _remat(model)
     traced = model.trace(remat) if traced is None else traced
     always = held_always(model, transformation, traced)
-    timeline = simulate(plan, ONE_UNIT_EACH, _stage_memory(model, remat, always, traced))
+    memory = _stage_memory(model, remat, always, traced)
+    timeline = simulate(plan, ONE_UNIT_EACH, memory)
+    arrays = replace(timeline, memory=[replace(stage, recomputed_inside=0) for stage in memory])
     ranks = []
-    for rank, peak in enumerate(timeline.peak_bytes):
+    for rank, (peak, with_inside) in enumerate(zip(arrays.peak_bytes, timeline.peak_bytes, strict=True)):
         kept = [always[stage] for stage in plan.stages_of(rank)]
         ranks.append(
             RankMemory(
@@ -83,6 +96,7 @@ def predict_memory(
                 optimizer=sum(stage.optimizer for stage in kept),
                 batch=sum(stage.batch for stage in kept),
                 activations=round(peak) - sum(stage.total for stage in kept),
+                recomputed=round(with_inside) - round(peak),
                 live_activations=timeline.peak_activations[rank],
             )
         )
@@ -93,10 +107,10 @@ def stage_memory(model: StagedModel, transformation: optax.GradientTransformatio
     """What every stage stores on each device of its rank, found by tracing the model; nothing is allocated or compiled.
 
     Parameters, gradients, optimizer state, batch and boundary values are exact, and on submeshes of one device
-    everything is. On several devices, XLA chooses the layout of residuals: they are assumed to be split over the data
-    axis where a dim holds the microbatch, and over the tensor axis unless they have the shape of a stage's input or
-    output. What W needs is included where the plan splits backward. Where rematerialisation is yet to be chosen, all
-    stages count as `full`, which stores the least.
+    everything is, but for what is recomputed inside of a program. On several devices, XLA chooses the layout of
+    residuals: they are assumed to be split over the data axis where a dim holds the microbatch, and over the tensor
+    axis unless they have the shape of a stage's input or output. What W needs is included where the plan splits
+    backward. Where rematerialisation is yet to be chosen, all stages count as `full`, which stores the least.
     """
     remat = _remat(model)
     traced = model.trace(remat)
@@ -128,16 +142,26 @@ def _stage_memory(
     model: StagedModel, remat: Sequence[str], always: Sequence[HeldAlways], traced: Sequence[TracedStage]
 ) -> list[StageMemory]:
     splits = splits_backward(model.plan)
-    stages = zip(traced, remat, always, strict=True)
-    return [microbatch_memory(stage, name, splits=splits, always=kept.total) for stage, name, kept in stages]
+    return [
+        replace(memory, always=kept.total)
+        for memory, kept in zip(microbatch_memories(traced, remat, splits=splits), always, strict=True)
+    ]
 
 
 def splits_backward(plan: Plan) -> bool:
     return any(action.op is Op.BACKWARD_INPUT for action in plan.actions)
 
 
-def microbatch_memory(stage: TracedStage, remat: str, *, splits: bool, always: int | float) -> StageMemory:
-    """What a stage stores of every microbatch, together with what it holds for the whole step, which is given."""
+def microbatch_memories(traced: Sequence[TracedStage], remat: Sequence[str], *, splits: bool) -> list[StageMemory]:
+    """What every stage stores of a microbatch, without what it holds for the whole step."""
+    found: dict[tuple[int, str], StageMemory] = {}
+    for stage, name in zip(traced, remat, strict=True):
+        if (id(stage.closed), name) not in found:  # stages that share a trace store the same
+            found[id(stage.closed), name] = _microbatch_memory(stage, name, splits=splits)
+    return [found[id(stage.closed), name] for stage, name in zip(traced, remat, strict=True)]
+
+
+def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> StageMemory:
     recomputes = remat == "full"
     input_bytes = device_bytes(stage.x)
     kept_x = [device_bytes([stage.x[i]]) for i in stage.kept_x]
@@ -146,9 +170,12 @@ def microbatch_memory(stage: TracedStage, remat: str, *, splits: bool, always: i
     kept_input = input_bytes if recomputes else sum(kept_x)
     activation = kept_input + (device_bytes(stage.state) if recomputes else sum(kept_state) + sum(residuals))
     kept_for_weights = found = crossing = 0
+    shapes = shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars)
+    with jax.set_mesh(stage.spec.mesh):
+        inside = recomputed_bytes(trace_pullback(stage, *shapes), partial(_split_bytes, stage))
     if splits:
         with jax.set_mesh(stage.spec.mesh):
-            parts = trace_split(stage, shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars))
+            parts = trace_split(stage, *shapes)
         gradients = [] if stage.boundary_out is None else _leaf_bytes(_output_gradients(stage))
         from_forward = [*kept_x, *kept_state, *([] if recomputes else residuals)]
         of_microbatch = [*kept_x, *kept_state, *residuals, *gradients]
@@ -160,11 +187,11 @@ def microbatch_memory(stage: TracedStage, remat: str, *, splits: bool, always: i
         activation=activation,
         kept_for_weights=kept_for_weights,
         made_for_weights=crossing + found,
-        always=always,
         input=input_bytes,
         kept_input=kept_input,
         input_gradient=device_bytes(stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)),
         recomputed=sum(residuals) if recomputes else 0,
+        recomputed_inside=inside,
         found_for_weights=found,
         new_state=device_bytes(stage.state),
     )

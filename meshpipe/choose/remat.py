@@ -8,7 +8,7 @@ from itertools import product
 import jax
 import optax
 
-from meshpipe.choose.memory import ONE_UNIT_EACH, held_always, microbatch_memory, shapes_of, splits_backward
+from meshpipe.choose.memory import ONE_UNIT_EACH, held_always, microbatch_memories, shapes_of, splits_backward
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.pipeline.config import parse_bytes
 from meshpipe.plan.simulate import StageMemory, Timeline, simulate
@@ -16,8 +16,8 @@ from meshpipe.stage.operations import count_operations
 from meshpipe.stage.programs import trace_backward
 from meshpipe.stage.traced import TracedStage
 
-POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "nothing_saveable")
-"""The policies that are tried besides `none` and `full`. The others are these by another name, or save everything."""
+POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "layer", "nothing_saveable")
+"""What is tried besides `none` and `full`. The other policies are these by another name, or save everything."""
 
 MOST_COMBINATIONS = 1000
 """Of a rank's stages; where there are more, all its stages take the same."""
@@ -49,14 +49,15 @@ def choose_remat(
     """`none`, a policy or `full` for every stage: the combination that recomputes the fewest operations and fits.
 
     A rank fits if its peak, as `predict_memory` predicts it, is at most `memory_limit` bytes per device; so the limit
-    must leave space for XLA's temporary memory. Operations are counted in the traced programs; nothing is compiled or
-    run. Raises `ValueError` when nothing fits, with the smallest limit that would.
+    must leave space for the rest of XLA's temporary memory. Operations are counted in the traced programs; nothing is
+    compiled or run. Raises `ValueError` when nothing fits, with the smallest limit that would.
     """
     plain = model.trace(("none",) * model.plan.num_stages)
     always = [kept.total for kept in held_always(model, transformation, plain)]
     splits = splits_backward(model.plan)
     memory = [
-        microbatch_memory(stage, "none", splits=splits, always=kept) for stage, kept in zip(plain, always, strict=True)
+        replace(stage, always=kept)
+        for stage, kept in zip(microbatch_memories(plain, ["none"] * len(plain), splits=splits), always, strict=True)
     ]
     timeline = simulate(model.plan, ONE_UNIT_EACH, memory)
     if max(timeline.peak_bytes) <= memory_limit:
@@ -90,19 +91,22 @@ def _options(model: StagedModel, plain: Sequence[TracedStage], memory: Sequence[
 
     `plain` has the stages without rematerialisation, and `memory` what they store then.
     """
-    splits = splits_backward(model.plan)
-    of_policies = {name: model.trace((name,) * len(plain)) for name in POLICIES}
+    splits, num_stages = splits_backward(model.plan), len(plain)
+    of_policies = {name: model.trace((name,) * num_stages) for name in POLICIES}
+    stored = {
+        name: microbatch_memories(stages, [name] * num_stages, splits=splits)
+        for name, stages in {**of_policies, "full": plain}.items()
+    }
     options = []
     for s, (stage, kept) in enumerate(zip(plain, memory, strict=True)):
         backward = _backward_operations(stage)
         found = [_Option("none", 0.0, kept)]
-        for name, traced in of_policies.items():
-            again = max(0.0, _backward_operations(traced[s]) - backward)
-            of_policy = microbatch_memory(traced[s], name, splits=splits, always=kept.always)
-            found.append(_Option(name, again, of_policy))
-        everything = float(count_operations(stage.forward(outputs=False, residuals=True)))
-        full = microbatch_memory(stage, "full", splits=splits, always=kept.always)
-        found.append(_Option("full", everything, full))
+        for name in stored:
+            if name == "full":
+                again = float(count_operations(stage.forward(outputs=False, residuals=True)))
+            else:
+                again = max(0.0, _backward_operations(of_policies[name][s]) - backward)
+            found.append(_Option(name, again, replace(stored[name][s], always=kept.always)))
         options.append(_worth_taking(found))
     return options
 
@@ -127,7 +131,7 @@ def _sizes(memory: StageMemory) -> tuple[int | float, ...]:
     """Bytes between forward and backward, during backward, and until the gradients of the weights."""
     return (
         memory.activation,
-        memory.activation + memory.recomputed,
+        memory.activation + memory.recomputed + memory.recomputed_inside,
         memory.kept_for_weights + memory.made_for_weights,
     )
 

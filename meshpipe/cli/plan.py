@@ -20,6 +20,8 @@ class _PlanFlags:
     """Draw the plan's timeline and memory to this file; the suffix selects the format."""
     save_schedule: Path | None = None
     """File (.txt) to write the plan to; edit it if you like, and pass it as --schedule."""
+    wide: bool = False
+    """Draw all of a grid that is wider than the terminal, in pages below each other; by default, the first."""
     compare: bool = False
     """Show the cost of every schedule instead of one plan; with --profile or --costs, from measured costs."""
     profile: bool = False
@@ -94,7 +96,7 @@ def plan(arguments: list[str]) -> int:
         print_comparison(console, recipe, config.pipeline, compare_schedules(chooser, costs))
         return COMPLETED
     model = chooser.choose(costs)
-    print_plan(console, recipe, model, chooser.transformation, extra.plot)
+    print_plan(console, recipe, model, chooser.transformation, extra.plot, wide=extra.wide)
     if extra.save_schedule is not None:
         extra.save_schedule.write_text(model.plan.to_text())
         console.print(f"\nSaved to {extra.save_schedule}; run it with --schedule {extra.save_schedule}.")

@@ -22,7 +22,7 @@ def recipes(arguments: list[str]) -> int:
     from meshpipe.run.recipe import RecipeError, discover, folder_of_recipes, shipped
 
     numbers = ("pipeline", "data", "tensor", "devices")
-    table = make_table("recipe", *numbers, "about", right=numbers)
+    table = make_table("recipe", *numbers, "about", right=numbers, wrap=("about",))
     failures = []
     is_marked = False
     for recipe in discover():

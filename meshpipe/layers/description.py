@@ -46,6 +46,7 @@ def describe_model(model: StagedModel) -> dict[str, str]:
         "plan": f"{plan.schedule} of {plan.num_stages} stages on {ranks}, {plan.num_microbatches} microbatches",
         "cut into stages": ",".join(str(layers.start) for layers in model.cuts),
         "rematerialisation": ",".join(model.remat or ()),
+        "rematerialisation of layers": ",".join(model.layer_remat),
         "sharding rules": HASH + digest(model.rules),
         "tied parameters": json.dumps([list(group) for group in model.tied]),
         "instructions": HASH + digest(model.program.to_text()),

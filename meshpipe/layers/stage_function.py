@@ -1,11 +1,13 @@
 """The function that a stage computes: its layers in order, and in the last stage the loss."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from meshpipe.errors import kind_of
 from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
@@ -29,33 +31,58 @@ def stage_function(
     loss: Loss | None,
     metrics: Metrics | None = None,
     names: list[str] | None = None,
+    policies: Sequence[Callable[..., bool] | None] = (),
     train: bool,
 ) -> StageFunction:
     """The function of a stage that the engine traces.
 
     `input` is the batch field that the first stage reads, and None for the others. `loss` is None for all stages but
     the last, which returns the sum of the losses, their weight, and the sums and weights of `metrics`; their names are
-    added to `names`. Errors of layers, loss and metrics get a note with the layer's path and the shapes.
+    added to `names`. `policies` say what `jax.checkpoint` saves of each layer, of the last one together with the loss;
+    None saves all. Errors of layers, loss and metrics get a note with the layer's path and the shapes.
     """
     streams = streams_of(layers)
+
+    def sums(value: Any, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+        assert loss is not None
+        extra = {} if metrics is None else _metrics(metrics, value, batch)
+        if names is not None:
+            names[:] = list(extra)
+        return (*_loss(loss, value, batch), *(v for pair in extra.values() for v in pair))
 
     def run(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
         value = activation if input is None else batch[input]
         seed, paths, step, microbatch = randomness
         draws = Randomness(seed, step, microbatch, {path: paths[i] for i, path in enumerate(streams)})
-        for layer in layers:
+
+        def call(index: int, params: Any, state: Any, value: Any) -> tuple[Any, Any]:
+            layer = layers[index]
             with call_of_layer(layer.path, layer.class_name, stage, value, train=train):
                 value, after = layer(params, state, value, batch, draws, train=train)
             _check_output(layer, value)
+            return sums(value, batch) if loss is not None and index == len(layers) - 1 else value, after
+
+        for index, layer in enumerate(layers):
+            run_layer, policy = partial(call, index), policies[index] if policies else None
+            if policy is not None:
+                run_layer = jax.checkpoint(run_layer, policy=policy)
+                value = jax.tree.map(_stored, value) if index > 0 else value
+            value, after = run_layer(_part(params, layer.params), _part(state, layer.state), value)
             state = {**state, **after}
-        if loss is not None:
-            extra = {} if metrics is None else _metrics(metrics, value, batch)
-            if names is not None:
-                names[:] = list(extra)
-            value = (*_loss(loss, value, batch), *(v for pair in extra.values() for v in pair))
         return value, state
 
     return run
+
+
+def _part(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    return {path: values[path] for path in paths}
+
+
+def _stored(leaf: Any) -> Any:
+    """The input of a layer that is recomputed. Named, it is no result of operations that backward may repeat, so it is
+    stored itself, and not what it could be computed from.
+    """
+    return checkpoint_name(leaf, "layer input") if isinstance(leaf, jax.Array) else leaf
 
 
 def streams_of(layers: Sequence[Layer]) -> list[str]:

@@ -24,8 +24,9 @@ from meshpipe.mesh import DATA, submeshes
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.tied import borrowed
 from meshpipe.phases import each
-from meshpipe.pipeline.config import CHECKPOINT_POLICIES, PipelineConfig
+from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Executor
+from meshpipe.pipeline.remat import CHECKPOINT_POLICIES, remat_of_layers, remat_of_stages
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.lower import Program, lower
 from meshpipe.plan.plan import Op, Plan
@@ -79,8 +80,10 @@ class StagedModel:
         ranks = submeshes(mesh)
         self.rules.check((n for layer in self.layers for names in layer.axes.values() for n in names), ranks[0])
         self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
-        self.remat = config.remat_of_stages(self.plan.num_stages)
+        self.remat = remat_of_stages(config.remat, self.plan.num_stages)
         """The rematerialisation of every stage; None until `choose_remat` has chosen it."""
+        self.layer_remat = remat_of_layers(config.remat, [layer.class_name for layer in self.layers])
+        """The policy of every layer, in stages whose rematerialisation is `layer`."""
         self._cache: CompileCache | None = None
         self._of_rest: dict[int, Forwards] = {}
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
@@ -249,6 +252,7 @@ class StagedModel:
         stages = list(enumerate(zip(self._meshes, self.parameters, strict=True)))[: last + 1]
         for s, (mesh, owned) in each("Tracing", "stage", stages):
             has_loss = s == self.plan.num_stages - 1 and not outputs
+            by_layer = remat[s] == "layer"
             spec = StageSpec(
                 index=s,
                 mesh=mesh,
@@ -260,6 +264,7 @@ class StagedModel:
                     loss=self.task.loss if has_loss else None,
                     metrics=self.task.metrics if names is not None else None,
                     names=names,
+                    policies=[_policy(self.layer_remat[i]) if by_layer else None for i in self.cuts[s]],
                     train=train,
                 ),
                 params=owned.params,
@@ -268,7 +273,7 @@ class StagedModel:
                 is_last=has_loss,
                 streams=len(self._streams(s)),
                 gathered=self._gathered[s],
-                checkpoint_policy=_policy(remat[s]),
+                checkpoint_policy=None if remat[s] == "full" else _policy(remat[s]),
             )
             kind = self._kind(spec, boundary, remat[s])
             if s not in wanted:
@@ -300,7 +305,9 @@ class StagedModel:
         leaves = [*spec.params.values(), *spec.state.values()]
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
         gathered = tuple(path in spec.gathered for path in spec.params)
-        return spec.is_first, spec.is_last, kinds, shapes, gathered, remat, None if boundary is None else boundary.kind
+        policies = tuple(self.layer_remat[i] for i in self.cuts[spec.index])
+        before = None if boundary is None else boundary.kind
+        return spec.is_first, spec.is_last, kinds, shapes, gathered, remat, policies, before
 
     def _parameters(self, stage: int, borrowed_leaves: frozenset[str]) -> StageParameters:
         params: dict[str, jax.ShapeDtypeStruct] = {}
@@ -332,7 +339,9 @@ class StagedModel:
 
 
 def _policy(remat: str) -> Callable[..., bool] | None:
-    return getattr(jax.checkpoint_policies, remat) if remat in CHECKPOINT_POLICIES else None
+    """What `jax.checkpoint` saves of a stage or a layer; None where none is around it."""
+    name = "nothing_saveable" if remat == "full" else remat
+    return getattr(jax.checkpoint_policies, name) if name in CHECKPOINT_POLICIES else None
 
 
 def _check_rows(output: Boundary | None, size: int) -> None:

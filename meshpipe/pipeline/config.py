@@ -1,22 +1,11 @@
 """How a step is cut into stages and microbatches, and in which order these run."""
 
-import difflib
 import re
 from dataclasses import dataclass
 
 from meshpipe.errors import ArgumentError, check_whole, kind_of
 from meshpipe.files import expand_fields
-
-CHECKPOINT_POLICIES = (
-    "everything_saveable",
-    "nothing_saveable",
-    "dots_saveable",
-    "checkpoint_dots",
-    "dots_with_no_batch_dims_saveable",
-    "checkpoint_dots_with_no_batch_dims",
-)
-"""The members of `jax.checkpoint_policies` that need no arguments."""
-REMAT_POLICIES = ("none", "full", *CHECKPOINT_POLICIES)
+from meshpipe.pipeline.remat import check_remat
 
 SIZE_LIMIT = 2**16 + 1
 """Upper limit for microbatches and for stages per rank: a plan has an action for each microbatch in each stage."""
@@ -39,11 +28,13 @@ class PipelineConfig:
     """Number of equal slices of the batch that flow through the pipeline; gradients accumulate over them. The batch
     size must divide by it times the data axis. More of them mean less idle time and smaller matrix products."""
     remat: str = "none"
-    """What forward stores for backward. `none` stores all residuals; `full` stores only the inputs of stages, and
-    recomputes forward before backward. A policy of `jax.checkpoint_policies` stores what it saves:
-    `everything_saveable`, `nothing_saveable`, `dots_saveable` (also `checkpoint_dots`) or
-    `dots_with_no_batch_dims_saveable` (also `checkpoint_dots_with_no_batch_dims`). One name for all stages, or one per
-    stage, separated by commas; or `auto`: for each stage, whatever recomputes least within the memory limit."""
+    """What forward stores for backward. `none` stores all residuals; `layer` the input of every layer, and recomputes
+    the layers one at a time; `full` only the inputs of stages, and recomputes the whole stage before its backward. A
+    policy of `jax.checkpoint_policies` stores what it saves: `everything_saveable`, `nothing_saveable`, `dots_saveable`
+    (also `checkpoint_dots`) or `dots_with_no_batch_dims_saveable` (also `checkpoint_dots_with_no_batch_dims`). One name
+    for all stages, or one per stage, separated by commas. Policies of single layers, e.g.
+    `layers/1-8=full,layers/9=dots_saveable` or `DecoderBlock=full`, leave other layers at `none`; a later one replaces
+    an earlier one. `auto` takes for each stage whatever recomputes least within the memory limit."""
     memory_limit: str | None = None
     """The most bytes that each device may hold by prediction, e.g. `12GiB`, `800MB` or `1500000`. `--schedule auto` and
     `--remat auto` keep to it; XLA's temporary memory inside a program comes on top. None sets no limit."""
@@ -94,28 +85,8 @@ class PipelineConfig:
         first, *others = map(int, self.partition.split(","))
         return tuple(others) if first == 0 else (first, *others)
 
-    def remat_of_stages(self, num_stages: int) -> tuple[str, ...] | None:
-        """The rematerialisation of every stage; None for `auto`.
-
-        Raises `ValueError` when the number of names is neither 1 nor the number of stages.
-        """
-        names = tuple(self.remat.split(","))
-        if names == ("auto",):
-            return None
-        if len(names) not in (1, num_stages):
-            raise ArgumentError(
-                f"`remat` must be one name for all stages, or one for each. Got {len(names)} names ({self.remat}) for "
-                f"{num_stages} {'stage' if num_stages == 1 else 'stages'}."
-            )
-        return names if len(names) == num_stages else names * num_stages
-
     def _check_remat(self) -> None:
-        unknown = [name for name in self.remat.split(",") if name not in REMAT_POLICIES]
-        if unknown and self.remat != "auto":
-            raise ArgumentError(
-                f"`remat` must be one of {', '.join(REMAT_POLICIES)}, several of them with commas between, one per "
-                f"stage, or auto. Got {unknown[0]!r}.{_nearest(unknown[0])}"
-            )
+        check_remat(self.remat)
         if self.remat == "auto" and self.memory_limit is None:
             raise ArgumentError("`remat` auto needs a memory limit. Add e.g. `memory_limit` 12GiB.")
         if self.memory_limit is not None and "auto" not in (self.remat, self.schedule):
@@ -123,12 +94,6 @@ class PipelineConfig:
                 f"`memory_limit` is only for `schedule` auto and `remat` auto. Got {self.memory_limit} "
                 f"with `schedule` {self.schedule} and `remat` {self.remat}. Leave it out, or pass one of the two."
             )
-
-
-def _nearest(name: str) -> str:
-    """A sentence with the rematerialisation that was probably meant; empty if none is near."""
-    near = difflib.get_close_matches(name, (*REMAT_POLICIES, "auto"), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _as_text(value: object) -> str:

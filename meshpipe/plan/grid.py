@@ -1,6 +1,6 @@
 """Draws the orders of ranks as text: one row per rank, one column per unit of time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 Cell = TypeVar("Cell")
@@ -30,10 +30,40 @@ def draw(
     `place` is a rank and an index in its order: that cell is put in brackets. `width` is the most characters in a row:
     of longer rows, only the part around the place is drawn, or else the beginning.
     """
+    cell, label, last = _sizes(orders, columns)
+    around = place and columns[place[0]][place[1]]
+    window = _window(last, around, width and (width - label - _MARKS) // (cell + 2))
+    return _draw(orders, columns, window, place)
+
+
+def draw_pages(orders: Sequence[Sequence[object]], columns: Sequence[Sequence[int]], width: int) -> Iterator[str]:
+    """All that `draw` draws, in parts of at most this width."""
+    cell, label, last = _sizes(orders, columns)
+    size = max(1, (width - label - len("... ") - len(" ...")) // (cell + 2))
+    if label + last * (cell + 2) <= width:
+        size = max(1, last)
+    for first in range(0, max(1, last), size):
+        yield _draw(orders, columns, (first, min(first + size, last)), None)
+
+
+_MARKS = 16
+"""Characters of a row besides its label and cells, where a part of it is drawn around a place."""
+
+
+def _sizes(orders: Sequence[Sequence[object]], columns: Sequence[Sequence[int]]) -> tuple[int, int, int]:
+    """The width of a cell and of a rank's label, and the number of columns."""
     cell = max((len(str(action)) for order in orders for action in order), default=1)
     label = len(f"rank {max(len(orders) - 1, 0)}")
-    last = max((column for row in columns for column in row), default=-1) + 1
-    first, after = _window(last, place and columns[place[0]][place[1]], width and (width - label - 16) // (cell + 2))
+    return cell, label, max((column for row in columns for column in row), default=-1) + 1
+
+
+def _draw(
+    orders: Sequence[Sequence[object]],
+    columns: Sequence[Sequence[int]],
+    window: tuple[int, int],
+    place: tuple[int, int] | None,
+) -> str:
+    (cell, label, last), (first, after) = _sizes(orders, columns), window
     more_before, more_after = ("... " if first else ""), (" ..." if after < last else "")
     lines = []
     for rank, (order, row) in enumerate(zip(orders, columns, strict=True)):

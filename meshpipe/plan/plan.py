@@ -2,11 +2,11 @@
 
 import enum
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from meshpipe.plan.grid import draw, time_columns
+from meshpipe.plan.grid import draw, draw_pages, time_columns
 
 
 class PlanError(ValueError):
@@ -185,6 +185,10 @@ class Plan:
         rank = None if mark is None else self.stage_ranks[mark.stage]
         place = None if rank is None or mark is None else (rank, self.orders[rank].index(mark))
         return draw(self.orders, time_columns(self.orders, self.start_times()), place, width)
+
+    def pages(self, width: int) -> Iterator[str]:
+        """The grid in parts below each other, each of at most `width` characters in a row."""
+        return draw_pages(self.orders, time_columns(self.orders, self.start_times()), width)
 
     def to_text(self) -> str:
         """The plan as text that `Plan.parse` reads: a few header lines, then one line per rank."""

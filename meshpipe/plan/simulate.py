@@ -65,7 +65,9 @@ class StageMemory:
     input_gradient: float = 0.0
     """The gradient of `input`, which goes to the previous stage and is held there until its B or I ends."""
     recomputed: float = 0.0
-    """What B or I recomputes (rematerialisation), while it runs."""
+    """What a program of its own recomputes for B or I (rematerialisation), while that runs."""
+    recomputed_inside: float = 0.0
+    """What B or I recomputes within its own program, at most at once, while it runs."""
     found_for_weights: float = 0.0
     """The part of `made_for_weights` that other fields count while I runs: output gradients, and what is recomputed."""
     new_state: float = 0.0
@@ -192,7 +194,8 @@ class Timeline:
             return taken, given_back
         gradient = self.memory[action.stage + 1].input_gradient if action.stage + 1 < self.plan.num_stages else 0.0
         found = stage.found_for_weights if action.op is Op.BACKWARD_INPUT else 0.0
-        return taken + stage.recomputed - found, given_back + stage.recomputed + gradient - found
+        recomputed = stage.recomputed + stage.recomputed_inside
+        return taken + recomputed - found, given_back + recomputed + gradient - found
 
     @cached_property
     def peak_bytes(self) -> tuple[float, ...]:

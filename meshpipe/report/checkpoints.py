@@ -8,16 +8,16 @@ from typing import Any
 import ml_dtypes  # noqa: F401  so that NumPy knows bfloat16 and the like by name
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from meshpipe.checkpoint import CheckpointInfo
+from meshpipe.report.columns import Columns
 from meshpipe.report.tables import format_bytes, make_table
 
 
-def checkpoint_table(checkpoints: Sequence[CheckpointInfo]) -> Table:
+def checkpoint_table(checkpoints: Sequence[CheckpointInfo]) -> Columns:
     """One row per checkpoint: step, size, time, and the layout that it was saved from."""
-    table = make_table("step", "bytes", "saved", "recipe", "layout", right=("step", "bytes"))
+    table = make_table("step", "bytes", "saved", "recipe", "layout", right=("step", "bytes"), wrap=("layout",))
     for info in checkpoints:
         recipe = _plain(info.metadata.get("recipe", ""))
         table.add_row(str(info.step), format_bytes(info.bytes), _time(info), recipe, _plain(_layout(info)))

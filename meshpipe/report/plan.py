@@ -6,7 +6,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import optax
 from rich.console import Console
-from rich.table import Table
 
 from meshpipe.choose.memory import RankMemory, predict_memory, stage_memory
 from meshpipe.layers.staged_model import StagedModel
@@ -14,9 +13,10 @@ from meshpipe.mesh import describe
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Costs, StageMemory, simulate
+from meshpipe.report.columns import Columns
 from meshpipe.report.comparison import Comparison
 from meshpipe.report.picture import FORWARDS, Panel, draw_timelines
-from meshpipe.report.tables import count_of, describe_layers, format_bytes, make_table
+from meshpipe.report.tables import count_of, describe_layers, format_bytes, make_table, print_text
 
 EQUAL_COSTS = "if stages cost the same and backward twice forward"
 """What a bubble assumes where no costs are known."""
@@ -59,10 +59,20 @@ def _how_chosen(model: StagedModel) -> str:
 
 
 def _remat(model: StagedModel) -> str:
-    """One name if all stages have the same, else one per stage; preceded by `auto` if they were chosen."""
+    """One name if all stages have the same, else one per stage; preceded by `auto` if they were chosen. Policies of
+    layers as they are given.
+    """
+    if "=" in model.config.remat:
+        return model.config.remat
     names = model.remat or ()
     text = names[0] if len(set(names)) == 1 else " ".join(names)
     return f"auto ({text})" if model.config.remat == "auto" else text
+
+
+def _remat_of_stages(model: StagedModel) -> Sequence[str]:
+    if "=" not in model.config.remat:
+        return model.remat or ()
+    return [_run_lengths([model.layer_remat[i] for i in stage.layers]) for stage in model.stages]
 
 
 def _microbatches(model: StagedModel) -> str:
@@ -81,13 +91,13 @@ def _abridge(stages: Sequence[Stage], longest: int = 8) -> Sequence[Stage]:
     return stages if len(stages) <= longest else [*stages[: longest - 1], stages[-1]]
 
 
-def stage_table(stages: Sequence[Stage], layer_names: Sequence[str], remat: Sequence[str] = ()) -> Table:
+def stage_table(stages: Sequence[Stage], layer_names: Sequence[str], remat: Sequence[str] = ()) -> Columns:
     """One row per stage: rank, layers by class, number of parameters, and their bytes over the whole submesh.
 
     `remat` has the rematerialisation of every stage; without it, that column is left out.
     """
     names = ("stage", "rank", "layers", "kinds", "parameters", "bytes", *(("remat",) if remat else ()))
-    table = make_table(*names, right=("stage", "rank", "parameters", "bytes"))
+    table = make_table(*names, right=("stage", "rank", "parameters", "bytes"), wrap=("kinds", "remat"))
     for stage in stages:
         kinds = _run_lengths([layer_names[i] for i in stage.layers])
         layers = f"{stage.layers.start}-{stage.layers.stop - 1}" if len(stage.layers) > 1 else str(stage.layers.start)
@@ -117,12 +127,15 @@ def _run_lengths(names: Sequence[str]) -> str:
     return ", ".join(name if count == 1 else f"{count} {name}" for name, count in runs)
 
 
-def memory_table(ranks: Sequence[RankMemory]) -> Table:
+def memory_table(ranks: Sequence[RankMemory]) -> Columns:
     """One row per rank: what each of its devices holds at the peak of a step."""
-    names = ("parameters", "gradients", "optimizer", "batch", "activations", "sum", "live microbatches")
+    again = any(rank.recomputed for rank in ranks)
+    names = ("parameters", "gradients", "optimizer", "batch", "activations", *["recomputed"] * again)
+    names = (*names, "sum", "live")
     table = make_table("rank", *names, right=("rank", *names))
     for rank in ranks:
-        parts = (rank.parameters, rank.gradients, rank.optimizer, rank.batch, rank.activations, rank.total)
+        stored = (rank.parameters, rank.gradients, rank.optimizer, rank.batch, rank.activations)
+        parts = (*stored, *[rank.recomputed] * again, rank.total)
         table.add_row(str(rank.rank), *map(format_bytes, parts), str(rank.live_activations))
     return table
 
@@ -143,7 +156,7 @@ class Difference(Protocol):
     def ok(self) -> bool: ...
 
 
-def difference_table(differences: Iterable[Difference]) -> Table:
+def difference_table(differences: Iterable[Difference]) -> Columns:
     """One row per layer and quantity: the largest difference, and what is allowed."""
     table = make_table("layer", "quantity", "difference", "allowed", "", right=("difference", "allowed"))
     for d in differences:
@@ -153,25 +166,37 @@ def difference_table(differences: Iterable[Difference]) -> Table:
 
 
 def print_plan(
-    console: Console, recipe: str, model: StagedModel, transformation: optax.GradientTransformation, plot: Path | None
+    console: Console,
+    recipe: str,
+    model: StagedModel,
+    transformation: optax.GradientTransformation,
+    plot: Path | None,
+    *,
+    wide: bool = False,
 ) -> None:
-    """Everything known about a step before it runs: mesh, stages, order of work, bubble and memory."""
+    """Everything known about a step before it runs: mesh, stages, order of work, bubble and memory.
+
+    On a terminal, a grid that is too wide is shown in part; with `wide`, all of it in pages.
+    """
     costs = model.layer_costs
     times = model.stage_costs or Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
     memory = stage_memory(model, transformation)
     timeline = simulate(model.plan, times, memory)
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
-    console.print(stage_table(model.stages, [layer.class_name for layer in model.layers], model.remat or ()))
+    console.print(stage_table(model.stages, [layer.class_name for layer in model.layers], _remat_of_stages(model)))
     for note in model.notes:
-        console.print(note, markup=False)
-    width = console.width if console.is_terminal else None
+        print_text(console, note)
     console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
-    console.print(model.plan.grid(width=width), markup=False)
+    pages = list(model.plan.pages(console.width)) if console.is_terminal else [model.plan.grid()]
+    for page in pages if wide else pages[:1]:
+        console.print(page, markup=False)
+    if len(pages) > 1 and not wide:
+        console.print(f"This is the first of {len(pages)} pages. Add --wide to see all.\n")
     assumed = f" {EQUAL_COSTS}" if costs is None else f", by {costs.describe()}"
-    console.print(f"Expected bubble {timeline.bubble_fraction:.1%}{assumed}.\n")
+    print_text(console, f"Expected bubble {timeline.bubble_fraction:.1%}{assumed}.\n")
     for line in _unsplit(model, memory):
-        console.print(line)
-    console.print(f"Expected memory of each device of a rank, remat {_remat(model)}:")
+        print_text(console, line)
+    print_text(console, f"Expected memory of each device of a rank, remat {_remat(model)}; live: microbatches at once:")
     console.print(memory_table(predict_memory(model, transformation)))
     if plot is not None:
         title = f"{model.plan.schedule}, {_microbatches(model)}"
@@ -194,25 +219,25 @@ def print_comparison(console: Console, recipe: str, config: PipelineConfig, comp
     measured = any(row.schedule.startswith("auto") for row in rows)
     microbatches = count_of(config.num_microbatches, "microbatch", "microbatches")
     assumed = "by the costs of layers" if measured else EQUAL_COSTS
-    console.print(f"{recipe}: every schedule with {microbatches}, {assumed}\n")
+    print_text(console, f"{recipe}: every schedule with {microbatches}, {assumed}\n")
     console.print(comparison_table(rows, in_seconds=measured))
     unit = "in seconds" if measured else f"in {FORWARDS}; without a bubble it takes {3 * config.num_microbatches}"
-    console.print(
+    print_text(
+        console,
         f"\nThe length of a step is {unit}. The bubble between steps is what remains when the next step fills the ends "
-        "of this one. Live activations are microbatches of all layers of a rank; memory is that of the fullest device."
+        "of this one. Live activations are microbatches of all layers of a rank; memory is that of the fullest device.",
     )
 
 
-def comparison_table(comparisons: Iterable[Comparison], *, in_seconds: bool = False) -> Table:
-    """One row per schedule: step, bubble and memory in simulation, or why it does not fit."""
+def comparison_table(comparisons: Iterable[Comparison], *, in_seconds: bool = False) -> Columns:
+    """One row per schedule, the fastest first: step, bubble and memory in simulation, or why it does not fit."""
     step = "step, s" if in_seconds else "step"
     names = ("stages per rank", step, "bubble", "bubble between steps", "live activations", "memory")
     table = make_table("schedule", *names, "", right=names)
-    for c in comparisons:
-        if c.timeline is None:
-            table.add_row(c.schedule, str(c.stages_per_rank or ""), *[""] * 5, c.reason)
-            continue
-        t, count = c.timeline, c.timeline.plan.num_stages // c.timeline.plan.num_ranks
+    rows = list(comparisons)
+    fitting = [(c, c.timeline) for c in rows if c.timeline is not None]
+    for place, (c, t) in enumerate(sorted(fitting, key=lambda row: (row[1].makespan, max(row[1].peak_bytes)))):
+        count = t.plan.num_stages // t.plan.num_ranks
         table.add_row(
             c.schedule,
             str(count),
@@ -221,6 +246,10 @@ def comparison_table(comparisons: Iterable[Comparison], *, in_seconds: bool = Fa
             f"{t.bubble_between_steps:.1%}",
             f"{max(t.peak_activations) / count:.3g}",
             format_bytes(max(t.peak_bytes)),
-            "",
+            "" if place else "fastest",
+            style="" if place else "bold",
         )
+    for c in rows:
+        if c.timeline is None:
+            table.add_row(c.schedule, c.stages_per_rank or "", rest=f"does not fit: {c.reason}")
     return table

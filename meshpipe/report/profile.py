@@ -1,12 +1,12 @@
 """Tables of what layers cost, and of what cutting by these costs would gain."""
 
 from rich.console import Console
-from rich.table import Table
 
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Timeline, simulate
+from meshpipe.report.columns import Columns
 from meshpipe.report.tables import describe_layers, format_bytes, make_table
 
 
@@ -39,7 +39,7 @@ def print_profile(console: Console, costs: ModelCosts, before: StagedModel, afte
         console.print("The proposed cut has a faster slowest stage, but no shorter step: keep the current one.\n")
 
 
-def layer_table(costs: ModelCosts) -> Table:
+def layer_table(costs: ModelCosts) -> Columns:
     """One row per layer: milliseconds of its programs, and bytes."""
     names = ("F", "B", "I", "W", "transfer", "parameters", "activations")
     table = make_table("layer", "kind", *names, right=("layer", *names))
@@ -50,7 +50,7 @@ def layer_table(costs: ModelCosts) -> Table:
     return table
 
 
-def cut_table(models: dict[str, StagedModel]) -> Table:
+def cut_table(models: dict[str, StagedModel]) -> Columns:
     """One row per stage of each cut: milliseconds of one microbatch, and of all work of its rank in a step."""
     right = ("stage", "rank", "a microbatch", "rank busy a step", "step", "bubble")
     table = make_table("cut", "stage", "rank", "layers", *right[2:], right=right)

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.table import Table
+
+from meshpipe.report.columns import Column, Columns
 
 from meshpipe.machine import format_bytes as format_bytes
 
@@ -21,13 +22,15 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet, width=PLAIN_WIDTH)
 
 
-def make_table(*columns: str, right: Iterable[str] = ()) -> Table:
-    """An empty table that stays readable in a file: columns separated by spaces, numbers to the right."""
-    right = set(right)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    return table
+def make_table(*columns: str, right: Iterable[str] = (), wrap: Iterable[str] = ()) -> Columns:
+    """An empty table; columns in `right` are numbers, and those in `wrap` may be broken between words."""
+    right, wrap = set(right), set(wrap)
+    return Columns([Column(name, is_right=name in right, wraps=name in wrap) for name in columns])
+
+
+def print_text(console: Console, text: str) -> None:
+    """Prints sentences; on a terminal, in lines that end between words."""
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)
 
 
 def describe_layers(layers: range) -> str:

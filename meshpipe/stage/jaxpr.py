@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import numpy as np
 from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import Sharding
 
@@ -143,15 +144,35 @@ def apply_equation(jaxpr: Jaxpr, equation: JaxprEqn, operands: Sequence[Any]) ->
     return [None if isinstance(v, DropVar) else next(results) for v in equation.outvars]
 
 
-def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
+def inline(closed: ClosedJaxpr, waiting: Iterable[Var] = ()) -> ClosedJaxpr:
     """The same program without calls: nested `jit` and `jax.checkpoint` are replaced by their equations.
 
     Everything else in `stage/` looks at equations, and would see a call as one equation that reads and computes
     everything at once. Loops and custom derivatives stay whole, and so do calls that set shardings, which would be
     lost. To be used once derivatives have been taken, when a checkpoint has nothing left to save.
+
+    A checkpoint of a derivative begins when the gradient that it continues is there: XLA would otherwise recompute
+    several at once, or find that it has computed the same before. As in JAX, a barrier sees to that; here it holds back
+    those operands that depend on the inputs in `waiting`.
     """
     constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     equations: list[JaxprEqn] = []
+    dependent = set(waiting)
+
+    def append(equation: JaxprEqn) -> None:
+        equations.append(equation)
+        if not dependent.isdisjoint(variables(equation.invars)):
+            dependent.update(equation.outvars)
+
+    def held_back(equation: JaxprEqn, operands: list[Var | Literal]) -> list[Var | Literal]:
+        """The operands of a checkpoint, behind a barrier."""
+        held = [v for v in dict.fromkeys(variables(operands)) if v in dependent]
+        if not held or not (equation.params.get("differentiated") and np.any(equation.params["prevent_cse"])):
+            return operands
+        (barrier,) = jax.make_jaxpr(jax.lax.optimization_barrier)([v.aval for v in held]).jaxpr.eqns
+        after: dict[Var | Literal, Var | Literal] = {v: Var(v.aval) for v in held}
+        append(barrier.replace(invars=held, outvars=list(after.values()), ctx=equation.ctx))
+        return [after.get(v, v) if isinstance(v, Var) else v for v in operands]
 
     def add(jaxpr: Jaxpr, values: dict[Var, Var | Literal], rename: bool) -> list[Var | Literal]:
         def read(atom: Var | Literal) -> Var | Literal:
@@ -163,9 +184,11 @@ def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
             if inner is None:
                 # Several calls may share one program, and a variable may be assigned only once.
                 outputs = [Var(v.aval) if rename and not isinstance(v, DropVar) else v for v in equation.outvars]
-                equations.append(equation.replace(invars=operands, outvars=outputs))
+                append(equation.replace(invars=operands, outvars=outputs))
                 values.update(zip(equation.outvars, outputs, strict=True))
                 continue
+            if equation.primitive.name in CHECKPOINT_PRIMITIVES:
+                operands = held_back(equation, operands)
             called = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
             own: dict[Var, Var | Literal] = {v: Var(v.aval) for v in called.constvars}
             if isinstance(inner, ClosedJaxpr):

@@ -13,7 +13,8 @@ from meshpipe.compiler.compiler import Compiler
 from meshpipe.plan.plan import Op
 from meshpipe.sharding import Arrays, Shapes, abstract, replicated, scalar_dtype
 from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, compile_reduce, compile_zeros
-from meshpipe.stage.jaxpr import CHECKPOINT_PRIMITIVES, function_of
+from meshpipe.stage.jaxpr import function_of, inline
+from meshpipe.stage.recomputed import has_checkpoint
 from meshpipe.stage.split_backward import SplitBackward
 from meshpipe.stage.traced import TracedStage, split
 
@@ -185,12 +186,31 @@ def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, 
     return tuple(gradients), tuple(into_x)
 
 
-def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
-    """The stage's backward traced: gradients of its parameters, then of its input."""
+def trace_pullback(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
+    """The stage's backward traced as JAX's derivative has it: gradients of its parameters, then of its input. What it
+    recomputes stands in checkpoints.
+    """
     example = _backward_arguments(stage, hoisted, residuals)
-    traced = jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
+    return jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
+
+
+def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
+    """The same as it is compiled."""
+    return _as_compiled(stage, hoisted, trace_pullback(stage, hoisted, residuals))
+
+
+def _as_compiled(stage: TracedStage, hoisted: Shapes, pullback: ClosedJaxpr) -> ClosedJaxpr:
+    if has_checkpoint(pullback):
+        # What a microbatch has of its own waits at the barriers of checkpoints. Parameters do not, and what depends on
+        # them alone can then still be told from the rest.
+        pullback = inline(pullback, pullback.jaxpr.invars[_num_step_inputs(stage, hoisted) :])
     rewrite = stage.spec.target.rewrite_products
-    return traced if rewrite is None else rewrite(traced)
+    return pullback if rewrite is None else rewrite(pullback)
+
+
+def _num_step_inputs(stage: TracedStage, hoisted: Shapes) -> int:
+    """How many arguments of a backward, from the first, are the same for all microbatches, or the number of one."""
+    return len(stage.params) + len(hoisted) + len(stage.inputs) + 1
 
 
 def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
@@ -199,16 +219,17 @@ def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> Split
 
 
 def _cut(stage: TracedStage, hoisted: Shapes, traced: ClosedJaxpr) -> SplitBackward:
-    return SplitBackward(traced, len(stage.params), len(stage.params) + len(hoisted) + len(stage.inputs) + 1)
+    return SplitBackward(traced, len(stage.params), _num_step_inputs(stage, hoisted))
 
 
 class _BackwardParts:
     """A stage's traced backward, whole or split or both as the plan requires, and the accumulators of its gradients."""
 
     def __init__(self, stage: TracedStage, hoisted: Shapes, residuals: Shapes, ops: Set[Op]):
-        traced = trace_backward(stage, hoisted, residuals)
-        self.has_checkpoint = any(e.primitive.name in CHECKPOINT_PRIMITIVES for e in traced.jaxpr.eqns)
+        pullback = trace_pullback(stage, hoisted, residuals)
+        self.has_checkpoint = has_checkpoint(pullback)
         """Whether it computes a part of forward again, as `jax.checkpoint` has it."""
+        traced = _as_compiled(stage, hoisted, pullback)
         self.arguments = _backward_arguments(stage, hoisted, residuals)
         """Shapes of what follows the accumulators."""
         self.whole = (

@@ -65,7 +65,7 @@ class Result:
     def activations(self) -> list[int]:
         """The measured bytes of each rank without what it holds for the whole step: a peak's residuals and buffers."""
         return [
-            peak - (memory.total - memory.activations)
+            peak - (memory.arrays - memory.activations)
             for peak, memory in zip(self.measured, self.predicted, strict=True)
         ]
 
@@ -73,7 +73,7 @@ class Result:
     def worst(self) -> float:
         """Predicted bytes as a share of the measured ones, of the rank where that is farthest from 1."""
         pairs = zip(self.predicted, self.measured, strict=True)
-        return max((memory.total / peak for memory, peak in pairs), key=lambda ratio: abs(ratio - 1))
+        return max((memory.arrays / peak for memory, peak in pairs), key=lambda ratio: abs(ratio - 1))
 
     @property
     def worst_of_activations(self) -> float:
@@ -85,7 +85,7 @@ class Result:
             "schedule": self.schedule,
             "remat": self.remat,
             "microbatches": self.num_microbatches,
-            "predicted, fullest rank": max(memory.total for memory in self.predicted),
+            "predicted, fullest rank": max(memory.arrays for memory in self.predicted),
             "measured, fullest rank": max(self.measured),
             "predicted/measured": self.worst,
             "of activations alone": self.worst_of_activations,
@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("--data", type=int, default=1, help="devices that share the microbatches of a rank")
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--schedules", nargs="+", default=["gpipe", "1f1b", "zb-h1", "interleaved-1f1b"])
-    parser.add_argument("--remat", nargs="+", default=["none", "full"])
+    parser.add_argument("--remat", nargs="+", default=["none", "layer", "full"])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--rows", type=int, default=256, help="examples of a microbatch")
