@@ -124,6 +124,7 @@ class Config:
             input=self.model.input,
             metrics=self.model.metrics,
             tied=_as_list("tied", self.model.tied()),
+            notes=self.model.notes,
             rules=PRESETS[self.sharding],
         )
 

@@ -63,9 +63,9 @@ def stage_function(
             return sums(value, batch) if loss is not None and index == len(layers) - 1 else value, after
 
         for index, layer in enumerate(layers):
-            run_layer, policy = partial(call, index), policies[index] if policies else None
-            if policy is not None:
-                run_layer = jax.checkpoint(run_layer, policy=policy)
+            run_layer: Callable[..., tuple[Any, Any]] = partial(call, index)
+            if policies and policies[index] is not None:
+                run_layer = jax.checkpoint(run_layer, policy=policies[index])
                 value = jax.tree.map(_stored, value) if index > 0 else value
             value, after = run_layer(_part(params, layer.params), _part(state, layer.state), value)
             state = {**state, **after}

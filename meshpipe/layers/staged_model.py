@@ -73,6 +73,8 @@ class StagedModel:
         self.task, self.mesh, self.config = task, mesh, config
         self.target = target or Target.of(mesh)
         self.rules = task.rules
+        self.choices = tuple(task.notes(mesh)) if task.notes is not None else ()
+        """What the model has chosen for the devices of the mesh, a sentence each."""
         self.microbatches = Microbatches(task.batch, task.input, config.num_microbatches, mesh)
         self.layers = abstract_layers(task.layers, self.microbatches.shapes)
         self.tied = merge_groups(task.tied, shared_parameters(self.layers))

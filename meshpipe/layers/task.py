@@ -1,8 +1,10 @@
 """What is trained, independent of where and how: the layers, their loss and the shape of a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
+
+from jax.sharding import Mesh
 
 from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.stage_function import Loss, Metrics
@@ -32,5 +34,8 @@ class Task:
     tied: Sequence[Sequence[str]] = ()
     """Groups of leaf paths that are one shared parameter, e.g. `[("layers/0/embedding", "layers/5/embedding")]`. The
     first path of a group owns it: its gradient is the sum over the group, and the others receive its new value."""
+    notes: Callable[[Mesh], Sequence[str]] | None = None
+    """`notes(mesh)` returns what to say about the model on the devices of a mesh, a sentence each; it raises
+    `ValueError` when they cannot run it. None has nothing to say."""
     rules: ShardingRules = field(default_factory=ShardingRules)
     """Which mesh axis splits each logical axis of a parameter."""

@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from meshpipe.errors import ArgumentError
+from meshpipe.models.attention import AttentionName
 from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
 from meshpipe.models.transformer import (
     EMBED,
     HIDDEN,
     Attention,
+    attention_notes,
     check_at_least_one,
     check_heads,
     embedding_init,
@@ -55,6 +58,9 @@ class LanguageModelConfig(ModelConfig):
     """Whether the head uses the embedding as its weights, or weights of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
+    attention: AttentionName = "auto"
+    """How attention is computed: `xla` writes the scores of all pairs of positions to memory; `cudnn` is a fused kernel
+    that does not, for bfloat16 on NVIDIA GPUs. `auto` takes cudnn where devices, dtype and head size allow it."""
 
     @classmethod
     def debug(cls) -> "LanguageModelConfig":
@@ -122,6 +128,9 @@ class LanguageModelConfig(ModelConfig):
             return ()
         return (("layers/0/embedding", f"layers/{self.num_blocks + 1}/tokens/embedding"),)
 
+    def notes(self, mesh: Mesh) -> list[str]:
+        return attention_notes(self.attention, self.dtype, self.d_model // self.num_heads, mesh)
+
     def limits(self) -> dict[str, int]:
         return {"inputs": self.vocab_size, "targets": self.vocab_size}
 
@@ -150,6 +159,7 @@ class DecoderBlock(nnx.Module):
             causal=True,
             rope_theta=config.rope_theta,
             out_scale=out_scale,
+            implementation=config.attention,
             dtype=config.dtype,
             rngs=rngs,
         )

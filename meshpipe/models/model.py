@@ -1,13 +1,14 @@
 """What a model configuration offers to training: its layers, its loss and its metrics."""
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from meshpipe.models.reference import Reference
 
@@ -38,6 +39,13 @@ class ModelConfig(abc.ABC):
         """Tokens of a batch, for the reported speed: the size of an input of integers [batch, seq]; else None."""
         inputs = batch[self.input]
         return inputs.size if inputs.ndim == 2 and np.issubdtype(inputs.dtype, np.integer) else None
+
+    def notes(self, mesh: Mesh) -> Sequence[str]:
+        """What the model chooses for the devices of a mesh, a sentence each, which `plan` and `train` print.
+
+        Raises `ValueError` when they cannot run it; nothing has been traced or compiled by then.
+        """
+        return ()
 
     def limits(self) -> Mapping[str, int]:
         """Batch fields of whole numbers, such as tokens and labels, with the number that each of their values must be

@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import check_number
+from meshpipe.models.attention import AttentionName
 from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
 from meshpipe.models.transformer import (
     EMBED,
     HIDDEN,
     Attention,
+    attention_notes,
     check_at_least_one,
     check_heads,
     embedding_init,
@@ -50,6 +53,9 @@ class TextClassifierConfig(ModelConfig):
     """Share of a branch's features that dropout zeroes in training, 0 to 1; 0 turns it off."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
+    attention: AttentionName = "auto"
+    """How attention is computed: `xla` writes the scores of all pairs of positions to memory; `cudnn` is a fused kernel
+    that does not, for bfloat16 on NVIDIA GPUs. `auto` takes cudnn where devices, dtype and head size allow it."""
 
     @classmethod
     def small(cls) -> "TextClassifierConfig":
@@ -70,6 +76,9 @@ class TextClassifierConfig(ModelConfig):
     def layers(self) -> list[LayerConstructor]:
         blocks = [partial(EncoderBlock, self) for _ in range(self.num_blocks)]
         return [partial(ConvolutionEmbedding, self), *blocks, partial(PoolingHead, self)]
+
+    def notes(self, mesh: Mesh) -> list[str]:
+        return attention_notes(self.attention, self.dtype, self.d_model // self.num_heads, mesh)
 
     def limits(self) -> dict[str, int]:
         return {"inputs": self.vocab_size, "labels": self.num_classes}
@@ -123,7 +132,14 @@ class EncoderBlock(nnx.Module):
         width, hidden, dtype = config.d_model, 4 * config.d_model, config.dtype
         self.attention_norm = layer_norm(config, rngs)
         self.attention = Attention(
-            width, config.num_heads, config.num_heads, causal=False, rope_theta=10_000.0, dtype=dtype, rngs=rngs
+            width,
+            config.num_heads,
+            config.num_heads,
+            causal=False,
+            rope_theta=10_000.0,
+            implementation=config.attention,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.perceptron_norm = layer_norm(config, rngs)
         self.up = nnx.Linear(

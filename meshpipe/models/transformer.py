@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.models.attention import AttentionName, choose_attention, why_not_cudnn
 
 # Logical axes of parameters; meshpipe.sharding says which mesh axis each one is split over.
 EMBED, HEADS, HIDDEN, VOCAB = "embed", "heads", "hidden", "vocab"
@@ -45,10 +47,12 @@ class Attention(nnx.Module):
         causal: bool,
         rope_theta: float,
         out_scale: float = 1.0,
+        implementation: AttentionName = "auto",
         dtype: str,
         rngs: nnx.Rngs,
     ) -> None:
         self.causal = causal
+        self.implementation = implementation
         self.rope_theta = rope_theta
         head_dim = d_model // num_heads
 
@@ -76,7 +80,16 @@ class Attention(nnx.Module):
         """Position i attends to position j where `mask[:, :, i, j]`, and only to j <= i if causal."""
         query = rotate(self.query(x), self.rope_theta)
         key = rotate(self.key(x), self.rope_theta)
-        return self.out(jax.nn.dot_product_attention(query, key, self.value(x), mask=mask, is_causal=self.causal))
+        chosen = choose_attention(
+            self.implementation,
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+            odd_mask=mask is not None and x.shape[1] % 2 == 1,
+        )
+        attended = jax.nn.dot_product_attention(
+            query, key, self.value(x), mask=mask, is_causal=self.causal, implementation=chosen
+        )
+        return self.out(attended)
 
 
 def rotate(x: Float[Array, "batch seq heads head_dim"], theta: float) -> Float[Array, "batch seq heads head_dim"]:
@@ -90,6 +103,16 @@ def rotate(x: Float[Array, "batch seq heads head_dim"], theta: float) -> Float[A
     cos, sin = (einops.rearrange(f(angles), "seq half -> 1 seq 1 half") for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention_notes(asked: AttentionName, dtype: str, head_dim: int, mesh: Mesh) -> list[str]:
+    """What computes attention on the devices of a mesh, in a sentence. Raises `ValueError` if they cannot."""
+    device = mesh.devices.flat[0]
+    chosen = choose_attention(asked, dtype=dtype, head_dim=head_dim, device=device)
+    reason = why_not_cudnn(dtype, head_dim, device)
+    if asked == "auto" and reason is not None:
+        return [f"Attention by {chosen}, not cudnn: {reason}."]
+    return [f"Attention by {chosen}."]
 
 
 def check_heads(d_model: int, num_heads: int, num_kv_heads: int) -> None:

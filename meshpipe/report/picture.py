@@ -18,6 +18,18 @@ COLOURS = {
     Op.BACKWARD_INPUT: "#f2b880",
     Op.BACKWARD_WEIGHT: "#a8cf9a",
 }
+"""Of the first stage of a rank; its further stages are lighter."""
+LIGHTEST = 0.7
+"""The share of white in the colour of a rank's last stage, where it has many."""
+
+WIDEST = 60.0
+"""Inches. Where labels would need more, there are none, and the picture is as narrow as `WIDEST_UNLABELLED`."""
+WIDEST_UNLABELLED = 24.0
+BESIDE = 3.0
+"""Inches that names of ranks and legends take."""
+LARGEST_FONT, SMALLEST_FONT = 7.0, 5.0
+DIGIT = 0.0095
+"""Inches that a digit takes for each point of its font's size."""
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 FORWARDS = "forwards of all layers of a rank"
 
@@ -54,18 +66,31 @@ def draw_timelines(panels: Sequence[Panel], file: Path) -> None:
 
     heights = [height for panel in panels for height in _heights(panel.timeline)]
     columns = max(_columns(panel.timeline) for panel in panels)
-    figure = Figure(figsize=(min(24.0, 3 + 0.22 * columns), 1.0 + sum(heights)), layout="constrained")
+    width = BESIDE + max(0.22 * columns, *map(_width_of_labels, panels))
+    labelled = width <= WIDEST
+    width = width if labelled else min(WIDEST_UNLABELLED, BESIDE + 0.22 * columns)
+    figure = Figure(figsize=(width, 1.0 + sum(heights)), layout="constrained")
     axes = iter(figure.subplots(len(heights), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0])
     for panel in panels:
         longest = max(p.timeline.makespan for p in panels if p.in_seconds == panel.in_seconds)
         rows = next(axes)
-        _draw_ranks(rows, panel, longest, figure.get_figwidth() / longest)
+        _draw_ranks(rows, panel, longest, (width - BESIDE) / longest if labelled else 0.0)
         if panel.timeline.memory:
             _draw_memory(next(axes), panel, longest)
     used = {action.op for panel in panels for action in panel.timeline.starts}
+    most = max(_stages_per_rank(panel.timeline) for panel in panels)
     patches = [Patch(color=COLOURS[op], label=f"{op} {op.meaning}") for op in Op if op in used]
+    patches += [
+        Patch(color=_shade("#808080", stage, most), label=f"stage {stage + 1} of a rank")
+        for stage in range(most)
+        if most > 1
+    ]
     figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
+
+
+MOST_NAMED = 8
+"""The most ranks, about, that a legend names."""
 
 
 def _heights(timeline: Timeline) -> list[float]:
@@ -81,14 +106,43 @@ def _columns(timeline: Timeline) -> float:
     return timeline.makespan / usual if usual else 1.0
 
 
+def _width_of_labels(panel: Panel) -> float:
+    """Inches in which nearly all actions have room for the number of their microbatch, in the smallest font."""
+    timeline = panel.timeline
+    digits = len(str(timeline.plan.num_microbatches - 1))
+    durations = sorted(timeline.ends[action] - start for action, start in timeline.starts.items())
+    short = durations[len(durations) // 10]
+    return timeline.makespan / short * (digits + 0.6) * DIGIT * SMALLEST_FONT if short else 0.0
+
+
+def _stages_per_rank(timeline: Timeline) -> int:
+    return max(len(timeline.plan.stages_of(rank)) for rank in range(timeline.plan.num_ranks))
+
+
+def _shade(colour: str, stage: int, count: int) -> tuple[float, float, float]:
+    """The colour of a rank's stage, by its place among the rank's stages."""
+    from matplotlib.colors import to_rgb
+
+    white = LIGHTEST * stage / max(count - 1, 2)
+    red, green, blue = (part + (1 - part) * white for part in to_rgb(colour))
+    return red, green, blue
+
+
 def _draw_ranks(axes: "Axes", panel: Panel, longest: float, inches: float) -> None:
+    """Rows of ranks, whose actions have the number of their microbatch as far as there is room.
+
+    `inches` is the length of one unit of time; 0 labels nothing.
+    """
     timeline, plan = panel.timeline, panel.timeline.plan
+    count = _stages_per_rank(timeline)
     for action, start in timeline.starts.items():
         rank, width = plan.stage_ranks[action.stage], timeline.ends[action] - start
-        axes.barh(rank, width, left=start, height=0.9, color=COLOURS[action.op], edgecolor="white", linewidth=0.7)
-        label = str(action) if plan.num_stages > plan.num_ranks else str(action.microbatch)
-        if width * inches > 0.075 * len(label):
-            axes.text(start + width / 2, rank, label, ha="center", va="center", fontsize=7)
+        colour = _shade(COLOURS[action.op], plan.stages_of(rank).index(action.stage), count)
+        axes.barh(rank, width, left=start, height=0.9, color=colour, edgecolor="white", linewidth=0.7)
+        label = str(action.microbatch)
+        size = min(LARGEST_FONT, width * inches / ((len(label) + 0.5) * DIGIT))
+        if size >= SMALLEST_FONT - 0.1:
+            axes.text(start + width / 2, rank, label, ha="center", va="center", fontsize=size)
     axes.set_yticks(range(plan.num_ranks), [f"rank {rank}" for rank in range(plan.num_ranks)])
     axes.invert_yaxis()
     axes.set_title(f"{panel.title}: bubble {timeline.bubble_fraction:.1%}", fontsize=10)
@@ -96,16 +150,21 @@ def _draw_ranks(axes: "Axes", panel: Panel, longest: float, inches: float) -> No
 
 
 def _draw_memory(axes: "Axes", panel: Panel, longest: float) -> None:
+    from matplotlib import colormaps
+
     timeline = panel.timeline
     curves = [timeline.memory_curve(rank) for rank in range(timeline.plan.num_ranks)]
     size, unit = _unit_of_bytes(max(held for curve in curves for _, held in curve))
     for rank, curve in enumerate(curves):
         times, held = zip(*curve, (timeline.makespan, curve[-1][1]), strict=True)
-        axes.step(times, [bytes_held / size for bytes_held in held], where="post", label=f"rank {rank}", linewidth=1)
+        sizes = [bytes_held / size for bytes_held in held]
+        # Of many ranks, neighbours have similar colours, and some stand for all in the legend.
+        colour = None if len(curves) <= MOST_NAMED else colormaps["viridis"](rank / (len(curves) - 1))
+        is_named = rank % -(-len(curves) // MOST_NAMED) == 0 or rank == len(curves) - 1
+        axes.step(times, sizes, where="post", label=f"rank {rank}" if is_named else None, linewidth=1, color=colour)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"{unit} on a device", fontsize=8)
-    if len(curves) <= 8:
-        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _draw_time(axes, panel, longest)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from meshpipe.choose.memory import RankMemory, predict_memory, stage_memory
 from meshpipe.layers.staged_model import StagedModel
-from meshpipe.mesh import describe
+from meshpipe.mesh import describe, on_cpu
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Costs, StageMemory, simulate
@@ -48,6 +48,7 @@ def layout_lines(recipe: str, model: StagedModel) -> list[str]:
         f"{model.plan.schedule}, {_microbatches(model)}, remat {_remat(model)}, "
         f"expected bubble {simulate(model.plan, model.stage_costs).bubble_fraction:.1%}{_how_chosen(model)}",
         *model.notes,
+        *(() if on_cpu(model.mesh) else model.choices),
     ]
 
 
@@ -184,7 +185,7 @@ def print_plan(
     timeline = simulate(model.plan, times, memory)
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
     console.print(stage_table(model.stages, [layer.class_name for layer in model.layers], _remat_of_stages(model)))
-    for note in model.notes:
+    for note in (*model.notes, *model.choices):
         print_text(console, note)
     console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
     pages = list(model.plan.pages(console.width)) if console.is_terminal else [model.plan.grid()]

@@ -29,8 +29,7 @@ def _checkpoints(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
     """The programs of the outermost checkpoints."""
     for equation in jaxpr.eqns:
         is_checkpoint = equation.primitive.name in CHECKPOINT_PRIMITIVES
-        for part in jaxprs_in_params(equation.params):
-            inner = part.jaxpr if isinstance(part, ClosedJaxpr) else part
+        for inner in jaxprs_in_params(equation.params):
             if is_checkpoint:
                 yield inner
             else:
@@ -55,7 +54,6 @@ def _peak(jaxpr: Jaxpr, size: Callable[[Var], int]) -> int:
             if value in last and value not in unwritten and value not in outputs:
                 held += size(value)
                 ends[last[value]] = ends.get(last[value], 0) + size(value)
-        inner = (part.jaxpr if isinstance(part, ClosedJaxpr) else part for part in jaxprs_in_params(equation.params))
-        most = max(most, held + max((_peak(part, size) for part in inner), default=0))
+        most = max(most, held + max((_peak(inner, size) for inner in jaxprs_in_params(equation.params)), default=0))
         held -= ends.pop(index, 0)
     return most

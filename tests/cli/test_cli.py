@@ -117,7 +117,7 @@ def test_plan_measures_layers_and_proposes_a_cut(in_process: Path, capsys: pytes
 def test_plan_chooses_what_is_computed_again(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny:pipeline", "--remat", "auto", "--memory-limit", "3.3kB"]) == 0
     out = capsys.readouterr().out
-    assert "remat auto (nothing_saveable none):" in out
+    assert "remat auto (full none);" in out
 
 
 def test_verify_agrees(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:

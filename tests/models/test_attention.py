@@ -1,0 +1,117 @@
+"""Attention is computed by what the devices have, and the choice is said."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr
+from staged import staged
+
+from meshpipe import PipelineConfig, make_mesh
+from meshpipe.layers.task import Task
+from meshpipe.models import LanguageModelConfig
+from meshpipe.models.attention import choose_attention
+from meshpipe.report.plan import layout_lines
+from meshpipe.stage.jaxpr import nbytes
+from meshpipe.stage.programs import trace_backward, trace_split
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device that is not here."""
+
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+    platform: str = "gpu"
+    compute_capability: str = "9.0"
+
+
+OLD, AMPERE = Gpu("Tesla V100-SXM2-16GB", compute_capability="7.0"), Gpu("NVIDIA A100", compute_capability="8.0")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "reason"),
+    [
+        (Gpu(), "bfloat16", 128, None),
+        (Gpu(), "float16", 256, None),
+        (AMPERE, "bfloat16", 128, None),
+        (AMPERE, "bfloat16", 256, "at most 128, and have 256"),
+        (Gpu(), "float32", 64, "bfloat16 or float16, and the model in float32"),
+        (Gpu(), "bfloat16", 20, "a multiple of 8 features"),
+        (OLD, "bfloat16", 64, "8.0 and above, and this is a Tesla V100"),
+        (Gpu("AMD Instinct MI300X"), "bfloat16", 64, "it runs on NVIDIA GPUs"),
+        (Gpu("cpu", "cpu"), "bfloat16", 64, "these are cpu devices"),
+        (Gpu("TPU v5", "tpu"), "bfloat16", 64, "these are tpu devices"),
+    ],
+)
+def test_auto_takes_cudnn_where_it_can_and_cudnn_is_refused_where_it_cannot(
+    device: Gpu, dtype: str, head_dim: int, reason: str | None
+) -> None:
+    sizes: Any = {"dtype": dtype, "head_dim": head_dim, "device": device}
+    assert choose_attention("xla", **sizes) == "xla"
+    assert choose_attention("auto", **sizes) == ("cudnn" if reason is None else "xla")
+    if reason is None:
+        assert choose_attention("cudnn", **sizes) == "cudnn"
+    else:
+        with pytest.raises(ValueError, match=f"{re.escape(reason)}.*Choose `attention` auto or xla"):
+            choose_attention("cudnn", **sizes)
+
+
+def batch(seq: int = 16) -> dict[str, np.ndarray]:
+    tokens = {name: np.zeros((8, seq), np.int32) for name in ("inputs", "targets", "segment_ids")}
+    return tokens | {"weights": np.ones((8, seq), np.float32)}
+
+
+def model(attention: Any, schedule: str = "1f1b", data: int = 1) -> Any:
+    config = LanguageModelConfig(
+        d_model=32, num_blocks=2, num_heads=2, num_kv_heads=1, d_hidden=64, dtype="bfloat16", attention=attention
+    )
+    task = Task(config.layers(), config.loss, batch=batch(), notes=config.notes)
+    return staged(task, make_mesh(2, data), PipelineConfig(num_microbatches=2, schedule=schedule))
+
+
+def test_a_model_says_what_it_takes_and_refuses_what_its_devices_lack() -> None:
+    assert model("auto").choices == ("Attention by xla, not cudnn: it runs on NVIDIA GPUs, and these are cpu devices.",)
+    assert model("xla").choices == ("Attention by xla.",)
+    assert not any("Attention" in line for line in layout_lines("mine", model("auto")))  # nothing to choose on CPU
+    with pytest.raises(ValueError, match=r"cpu devices\. Choose `attention` auto or xla"):
+        model("cudnn")
+
+
+def kernels(program: ClosedJaxpr, name: str) -> int:
+    return sum(name in equation.primitive.name for equation in program.jaxpr.eqns)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_cudnn_passes_through_the_stages(monkeypatch: pytest.MonkeyPatch, data: int) -> None:
+    """Traced alone: its kernel stands whole in forward and in both parts of backward, and no scores are stored."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr("meshpipe.models.transformer.choose_attention", lambda asked, **_: asked)
+    monkeypatch.setattr("meshpipe.models.transformer.attention_notes", lambda *_: [])
+    monkeypatch.setattr("meshpipe.models.language_model.attention_notes", lambda *_: [])
+    stored = {}
+    for attention in ("xla", "cudnn"):
+        for stage in model(attention, "zb-h1", data).trace():
+            shapes = [
+                tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)
+                for values in (stage.hoisted_vars, stage.residual_vars)
+            ]
+            with jax.set_mesh(stage.spec.mesh):
+                backward, parts = trace_backward(stage, *shapes), trace_split(stage, *shapes)
+            # The first stage has no gradient of its input, so all of its backward is in the weight part.
+            split = {"input": int(stage.spec.index > 0), "weight": int(stage.spec.index == 0)}
+            found = {
+                "forward": kernels(stage.forward(outputs=True, residuals=True), "attention_fwd"),
+                "backward": kernels(backward, "attention_bwd"),
+                "input": kernels(parts.input_part(), "attention_bwd"),
+                "weight": kernels(parts.weight_part(), "attention_bwd"),
+            }
+            expected = {"forward": 1, "backward": 1, **split}
+            assert found == (expected if attention == "cudnn" else dict.fromkeys(expected, 0))
+            stored[attention, stage.spec.index] = nbytes(stage.residual_vars)
+            if attention == "cudnn":
+                assert not any(v.aval.shape[-2:] == (16, 16) and v.aval.ndim == 5 for v in stage.residual_vars)
+    assert stored["cudnn", 0] < stored["xla", 0]
