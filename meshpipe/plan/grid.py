@@ -1,5 +1,6 @@
 """Draws the orders of ranks as text: one row per rank, one column per unit of time."""
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -39,8 +40,8 @@ def draw(
 def draw_pages(orders: Sequence[Sequence[object]], columns: Sequence[Sequence[int]], width: int) -> Iterator[str]:
     """All that `draw` draws, in parts of at most this width."""
     cell, label, last = _sizes(orders, columns)
-    size = max(1, (width - label - len("... ") - len(" ...")) // (cell + 2))
-    if label + last * (cell + 2) <= width:
+    size = max(1, (width - label - len(" ...  ...")) // (cell + 2))
+    if label + 1 + last * (cell + 2) <= width:
         size = max(1, last)
     for first in range(0, max(1, last), size):
         yield _draw(orders, columns, (first, min(first + size, last)), None)
@@ -74,6 +75,17 @@ def _draw(
         here = "  <-- here" if place is not None and place[0] == rank else ""
         lines.append(f"{f'rank {rank}':<{label}} {more_before}{''.join(cells[first:after])}{more_after}{here}".rstrip())
     return "\n".join(lines) + "\n"
+
+
+def draw_html(caption: str, orders: Sequence[Sequence[object]], columns: Sequence[Sequence[int]]) -> str:
+    """The grid as an HTML table, which scrolls sideways where it is wide."""
+    last = max((column for row in columns for column in row), default=-1) + 1
+    lines = [f"<div style='overflow-x: auto'><table><caption>{html.escape(caption)}</caption>"]
+    for rank, (order, row) in enumerate(zip(orders, columns, strict=True)):
+        texts = dict(zip(row, map(str, order), strict=True))
+        cells = "".join(f"<td>{html.escape(texts.get(column, ''))}</td>" for column in range(last))
+        lines.append(f"<tr><th>rank {rank}</th>{cells}</tr>")
+    return "\n".join([*lines, "</table></div>"])
 
 
 def _window(length: int, centre: int | None, size: int | None) -> tuple[int, int]:

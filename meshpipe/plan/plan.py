@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from meshpipe.plan.grid import draw, draw_pages, time_columns
+from meshpipe.plan.grid import draw, draw_html, draw_pages, time_columns
 
 
 class PlanError(ValueError):
@@ -84,6 +84,14 @@ class Plan:
     peak_activations: tuple[int, ...] | None = None
     """For each rank, the most activations that it may hold at once; None promises nothing. An activation is what one
     stage keeps of one microbatch, from its forward until the last backward action that reads it."""
+
+    def __repr__(self) -> str:
+        sizes = f"ranks={self.num_ranks}, stages={self.num_stages}, microbatches={self.num_microbatches}"
+        return f"Plan({self.schedule}, {sizes}, actions={sum(map(len, self.orders))})"
+
+    def _repr_html_(self) -> str:
+        """The grid as a table for notebooks."""
+        return draw_html(repr(self), self.orders, time_columns(self.orders, self.start_times()))
 
     @property
     def num_ranks(self) -> int:

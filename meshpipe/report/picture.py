@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 COLOURS = {
     Op.FORWARD: "#8fb8de",
     Op.BACKWARD: "#f2b880",
-    Op.BACKWARD_INPUT: "#f2b880",
+    Op.BACKWARD_INPUT: "#ecaaa5",
     Op.BACKWARD_WEIGHT: "#a8cf9a",
 }
 """Of the first stage of a rank; its further stages are lighter."""
@@ -134,11 +134,11 @@ def _draw_ranks(axes: "Axes", panel: Panel, longest: float, inches: float) -> No
     `inches` is the length of one unit of time; 0 labels nothing.
     """
     timeline, plan = panel.timeline, panel.timeline.plan
-    count = _stages_per_rank(timeline)
+    count, edge = _stages_per_rank(timeline), 0.7 if inches else 0.2
     for action, start in timeline.starts.items():
         rank, width = plan.stage_ranks[action.stage], timeline.ends[action] - start
         colour = _shade(COLOURS[action.op], plan.stages_of(rank).index(action.stage), count)
-        axes.barh(rank, width, left=start, height=0.9, color=colour, edgecolor="white", linewidth=0.7)
+        axes.barh(rank, width, left=start, height=0.9, color=colour, edgecolor="white", linewidth=edge)
         label = str(action.microbatch)
         size = min(LARGEST_FONT, width * inches / ((len(label) + 0.5) * DIGIT))
         if size >= SMALLEST_FONT - 0.1:

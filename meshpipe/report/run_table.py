@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from rich.table import Table
-
+from meshpipe.report.columns import Columns
 from meshpipe.report.past_run import PastRun
 from meshpipe.report.tables import make_table
 
@@ -15,7 +14,7 @@ DISPENSABLE = ("time", "utilisation", "best held out", "best")
 """Columns that are left out, in this order, where the table would be wider than the terminal."""
 
 
-def run_table(runs: Sequence[PastRun], width: int) -> Table:
+def run_table(runs: Sequence[PastRun], width: int) -> Columns:
     """Each run's status, steps, losses and throughput, in as many columns as fit into `width` characters. Columns that
     no run has are left out.
     """
@@ -38,9 +37,6 @@ def run_table(runs: Sequence[PastRun], width: int) -> Table:
         if sum(max(map(len, (name, *column))) + GAP for name, column in cells.items()) - GAP > width:
             cells.pop(name, None)
     table = make_table(*cells, right=set(cells) - {"run", "status"})
-    table.padding = (0, GAP, 0, 0)
-    for column in table.columns[1:]:
-        column.no_wrap = True
     for row in zip(*cells.values(), strict=True):
         table.add_row(*row)
     return table

@@ -309,3 +309,25 @@ def test_the_last_stage_can_be_fused_where_backwards_follow_their_forwards(
     schedule: str, microbatches: int, fusible: bool
 ) -> None:
     assert make_plan(schedule, 4, microbatches).fusible_stage == (3 if fusible else None)
+
+
+def test_the_grid_comes_in_pages_as_wide_as_the_terminal() -> None:
+    plan = make_plan("1f1b", 4, 32)
+    whole = [line.split()[2:] for line in plan.grid().splitlines()]
+    for width in (40, 80, 120):
+        pages = list(plan.pages(width))
+        assert max(len(line) for page in pages for line in page.splitlines()) <= width
+        rows: list[list[str]] = [[] for _ in range(4)]
+        for page in pages:
+            for row, line in zip(rows, page.splitlines(), strict=True):
+                row += [cell for cell in line.split()[2:] if cell != "..."]
+        assert rows == whole
+    assert list(plan.pages(2000)) == [plan.grid()]
+
+
+def test_a_plan_is_a_line_and_in_a_notebook_a_table() -> None:
+    plan = Plan.parse(TEXT)
+    assert repr(plan) == f"Plan({plan.schedule}, ranks=2, stages=2, microbatches=2, actions=9)"
+    html = plan._repr_html_()
+    assert html.count("<tr>") == 2
+    assert "<td>1B0</td>" in html
