@@ -234,24 +234,22 @@ class Wide(nnx.Module):
         return x + self.down(jnp.sin(jnp.tanh(self.up(x))))
 
 
-@pytest.mark.parametrize(("schedule", "data"), [("1f1b", 1), ("1f1b", 2), ("zb-h1", 1)])
-def test_xla_recomputes_one_layer_at_a_time(schedule: str, data: int) -> None:
+@pytest.mark.parametrize("data", [1, 2])
+def test_xla_recomputes_one_layer_at_a_time(data: int) -> None:
     """By the temporary memory of its compiled programs, which the prediction is an estimate of."""
     temporary, predicted = {}, {}
     for remat in ("layer", "nothing_saveable"):
         batch = {"inputs": np.ones((2 * 1024, 8), np.float32)}
-        config = PipelineConfig(num_microbatches=2, schedule=schedule, remat=remat)
+        config = PipelineConfig(num_microbatches=2, remat=remat)
         task = Task([Wide] * 24, lambda output, batch: ((output**2).sum(), output.size), batch=batch)
         model = staged(task, make_mesh(2, data), config)
         _, predicted[remat] = (rank.recomputed for rank in predict_memory(model, optax.sgd(0.1)))
         assert len(model.trace()[1].residual_vars) == (11 if remat == "layer" else 0)  # and one from rank 0
         model.compile()
-        programs = model.programs[1]
-        backward = programs.backward if programs.split is None else programs.split.input
-        temporary[remat] = backward.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
+        temporary[remat] = model.programs[1].backward.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
     hidden = 1024 // data * 64 * 4
     assert hidden <= predicted["layer"] <= 5 * hidden
-    assert predicted["nothing_saveable"] > 5 * predicted["layer"]
+    assert predicted["nothing_saveable"] > 4 * predicted["layer"]
     for remat in temporary:
-        assert 0.8 * predicted[remat] <= temporary[remat] <= 3 * predicted[remat]
-    assert temporary["nothing_saveable"] > 2.5 * temporary["layer"]
+        assert 0.8 * predicted[remat] <= temporary[remat] <= 2.5 * predicted[remat]
+    assert temporary["nothing_saveable"] > 4 * temporary["layer"]

@@ -18,6 +18,7 @@ from meshpipe.stage.jaxpr import (
     inline,
     invariant_values,
     nbytes,
+    variables,
 )
 
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -181,3 +182,24 @@ def test_calls_that_place_their_values_and_prints_stay() -> None:
     assert "sin" not in names(flat)
     assert "cos" in names(flat)
     assert flat.jaxpr.effects
+
+
+@pytest.mark.parametrize("prevent_cse", [True, False])
+def test_a_checkpoint_of_a_derivative_waits_for_the_gradient_and_not_for_parameters(prevent_cse: bool) -> None:
+    layer = jax.checkpoint(lambda w, x: jnp.sin(jnp.tanh(x @ w)), prevent_cse=prevent_cse)
+
+    def backward(w: jax.Array, x: jax.Array, gradient: jax.Array) -> Any:
+        return jax.vjp(layer, w, x)[1](gradient)
+
+    values = [jnp.linspace(0.1, 1, 9).reshape(3, 3) * factor for factor in (1, 2, 3)]
+    closed = jax.make_jaxpr(backward)(*values)
+    w, x, gradient = closed.jaxpr.invars
+    flat = inline(closed, [x, gradient])
+    barriers = [e for e in flat.jaxpr.eqns if e.primitive.name == "optimization_barrier"]
+    assert [set(e.invars) for e in barriers] == ([{x, gradient}] if prevent_cse else [])
+    # Nothing after the barrier reads what it holds back.
+    after = flat.jaxpr.eqns[flat.jaxpr.eqns.index(barriers[0]) + 1 :] if barriers else []
+    assert not any(v in {x, gradient} for e in after for v in variables(e.invars))
+    assert any(w in variables(e.invars) for e in flat.jaxpr.eqns)
+    for found, expected in zip(function_of(flat)(*values), backward(*values), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
