@@ -7,6 +7,10 @@ from meshpipe.cli.arguments import parse
 from meshpipe.processes.exit_codes import COMPLETED, INVALID
 
 
+NARROW = 110
+"""On terminals with fewer columns, what a recipe is about stands below its sizes."""
+
+
 @dataclass(frozen=True)
 class _Nothing:
     """No flags."""
@@ -22,7 +26,9 @@ def recipes(arguments: list[str]) -> int:
     from meshpipe.run.recipe import RecipeError, discover, folder_of_recipes, shipped
 
     numbers = ("pipeline", "data", "tensor", "devices")
-    table = make_table("recipe", *numbers, "about", right=numbers, wrap=("about",))
+    console = make_console()
+    beside = console.width >= NARROW
+    table = make_table("recipe", *numbers, *["about"] * beside, right=numbers, wrap=("about",))
     failures = []
     is_marked = False
     for recipe in discover():
@@ -34,8 +40,9 @@ def recipes(arguments: list[str]) -> int:
         is_marked |= config.for_accelerators
         mark = "*" if config.for_accelerators else ""
         sizes = (config.mesh.pipeline, config.mesh.data, config.mesh.tensor, f"{config.mesh.num_devices}{mark}")
-        table.add_row(recipe.name, *map(str, sizes), recipe.summary)
-    console = make_console()
+        table.add_row(recipe.name, *sizes, *[recipe.summary] * beside)
+        if not beside and recipe.summary:
+            table.add_row(rest=recipe.summary)
     console.print(table)
     if is_marked:
         console.print("* accelerators; `meshpipe plan` shows the recipe on any machine")

@@ -10,6 +10,9 @@ from rich.text import Text
 GAPS = (3, 2, 1)
 """Spaces between columns: as many of these as there is room for."""
 
+INDENT = 4
+"""Of a row without cells."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -40,7 +43,9 @@ class Columns:
     _rows: list[_Row] = field(default_factory=list)
 
     def add_row(self, *cells: object, rest: str = "", style: str = "") -> None:
-        """Adds a row. `rest` stands across the columns that have no cell; cells before it do not wrap."""
+        """Adds a row. `rest` stands across the columns that have no cell; cells before it do not wrap. Without any,
+        it is indented.
+        """
         assert len(cells) <= len(self.columns)
         self._rows.append(_Row(tuple(str(cell) for cell in cells), rest, style))
 
@@ -74,7 +79,7 @@ class Columns:
             if not row.rest:
                 yield from self._lines(shown, cells, widths, gap, row.style)
             elif places[-1] >= len(row.cells):  # in the part where its columns would be
-                indent = sum(widths[: len(shown)]) + gap * len(shown)
+                indent = sum(widths[: len(shown)]) + gap * len(shown) if shown else INDENT
                 lines = _broken(row.rest, max(width - indent, 20))
                 (first,) = self._lines(shown, cells, widths, gap, row.style)
                 yield Text(first.plain.ljust(indent) + lines[0], row.style)
