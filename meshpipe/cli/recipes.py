@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from meshpipe.cli.arguments import parse
 from meshpipe.processes.exit_codes import COMPLETED, INVALID
 
-
 NARROW = 110
 """On terminals with fewer columns, what a recipe is about stands below its sizes."""
 

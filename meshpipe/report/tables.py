@@ -4,9 +4,8 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
-from meshpipe.report.columns import Column, Columns
-
 from meshpipe.machine import format_bytes as format_bytes
+from meshpipe.report.columns import Column, Columns
 
 PLAIN_WIDTH = 240
 """Width in characters where the output is not a terminal, so that no row is wrapped in a file or a pipe."""
