@@ -139,9 +139,9 @@ def _explain(model: StagedModel, need: Need) -> str:
 def _way_out(model: StagedModel, largest: str) -> str:
     shape, config = model.mesh.shape, model.config
     helps = []
-    if largest == "activations":
-        if config.remat == "none":
-            helps.append("`remat` full")
+    if largest in ("activations", "recomputed"):
+        if config.remat != "layer":
+            helps.append("`remat` layer")
         helps.append("a smaller `batch_size` or more `num_microbatches`, for smaller microbatches")
     elif largest == "batch":
         helps.append("a smaller `batch_size`")

@@ -67,7 +67,7 @@ def test_activations_count_once_it_is_traced(monkeypatch: pytest.MonkeyPatch, tr
     with pytest.raises(ValueError, match=r"1 B are missing. The largest part is activations") as refused:
         make_trainer(config)
     assert traced
-    assert "What helps: `remat` full; a smaller `batch_size`" in str(refused.value)
+    assert "What helps: `remat` layer; a smaller `batch_size`" in str(refused.value)
     monkeypatch.setattr(capacity, "free_memory", lambda: needed)
     make_trainer(config)
 
