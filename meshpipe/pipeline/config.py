@@ -97,7 +97,9 @@ class PipelineConfig:
 
 
 def _as_text(value: object) -> str:
-    """How to write a list or a number as text, where one was given."""
+    """How to write a list, a dict or a number as text, where one was given."""
+    if isinstance(value, dict):
+        return f" Write {','.join(f'{key}={item}' for key, item in value.items())!r}."
     if isinstance(value, list | tuple):
         return f" Write {','.join(map(str, value))!r}."
     return f" Write {str(value)!r}." if isinstance(value, int) and not isinstance(value, bool) else ""

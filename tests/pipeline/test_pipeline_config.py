@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshpipe.pipeline.config import PipelineConfig, parse_bytes
+from meshpipe.pipeline.config import PipelineConfig, _as_text, parse_bytes
 from meshpipe.pipeline.remat import remat_of_layers, remat_of_stages
 
 
@@ -74,3 +74,7 @@ def test_a_policy_of_no_layer_is_an_error(remat: str) -> None:
 def test_a_policy_that_no_layer_can_have_is_an_error(remat: str) -> None:
     with pytest.raises(ValueError, match="must be LAYERS=POLICY"):
         PipelineConfig(remat=remat)
+
+
+def test_a_dict_of_policies_is_told_how_to_be_written() -> None:
+    assert _as_text({"Block": "full", "layers/2": "none"}) == " Write 'Block=full,layers/2=none'."
