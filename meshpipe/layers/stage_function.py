@@ -69,7 +69,7 @@ def stage_function(
                 value = jax.tree.map(_stored, value) if index > 0 else value
             value, after = run_layer(_part(params, layer.params), _part(state, layer.state), value)
             state = {**state, **after}
-        return value, state
+        return sums(value, batch) if loss is not None and not layers else value, state
 
     return run
 
