@@ -69,3 +69,14 @@ def test_help_is_boxes_as_wide_as_the_terminal(columns: int, flag: str, tmp_path
     assert {len(line) for line in boxed} == {columns}
     assert all(line[-1] in "│╮╯" for line in boxed)
     assert sum(line[0] == "╭" for line in boxed) == sum(line[0] == "╰" for line in boxed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 120])
+def test_recipes_have_whole_names(columns: int, tmp_path: Path) -> None:
+    lines = screen_after(["recipes"], columns, tmp_path)
+    names = [line.split()[0] for line in lines if line.startswith(("language_model:", "text_classifier:"))]
+    assert {"language_model:pipeline_data_tensor", "text_classifier:pipeline_data_tensor"} <= set(names)
+    assert all(name.count(":") == 1 for name in names)
+    assert len(names) == len(set(names))
+    assert any("share its heads, hidden units" in line for line in lines)
