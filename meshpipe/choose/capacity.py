@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from meshpipe.layers.staged_model import StagedModel
 from meshpipe.machine import format_bytes, free_memory
 from meshpipe.mesh import DATA, PIPELINE, on_cpu
 from meshpipe.optimizer.state import state_shapes
+from meshpipe.stage.jaxpr import nbytes
 
 Parts = Mapping[str, int]
 """Bytes by what they are for."""
+MANY_TIMES = 4
+"""A step whose upper bound fits so often is not looked at more closely."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,20 @@ class MemoryCheck:
 
         A process that has traced some of the stages only, checks nothing.
         """
-        if len(model.traced) == model.plan.num_stages:
+        if len(model.traced) == model.plan.num_stages and not self._is_small(model):
             traced = [model.traced[stage] for stage in range(model.plan.num_stages)]
             self._check(model, [_parts(rank) for rank in predict_memory(model, self.transformation, traced)])
+
+    def _is_small(self, model: StagedModel) -> bool:
+        """Whether everything fits many times over, even if no device shared it: then a prediction is not worth its
+        time.
+        """
+        bound = (2 + self.copies) * _whole(model, self.transformation)
+        for stage in model.traced.values():
+            of_microbatch = nbytes(stage.residual_vars) + 4 * _size(stage.x) + 2 * _size(stage.state)
+            bound += nbytes(stage.prepared_vars) + _size(stage.inputs) + model.plan.num_microbatches * of_microbatch
+        free = _free(model)
+        return free is not None and MANY_TIMES * model.mesh.devices.size * bound < free
 
     def _check(self, model: StagedModel, ranks: Sequence[Parts]) -> None:
         copies = {"copies": self.copies * _whole(model, self.transformation)} if self.copies else {}
@@ -106,7 +121,26 @@ def _whole(model: StagedModel, transformation: optax.GradientTransformation) -> 
     for stage in model.parameters:
         leaves += [*stage.params.values(), *stage.state.values()]
         leaves += jax.tree.leaves(state_shapes(transformation, stage))
+    return _size(leaves)
+
+
+def _size(leaves: Iterable[Any]) -> int:
+    """Bytes of the leaves, however they are split."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _free(model: StagedModel) -> int | None:
+    """Free bytes of the host or of the fullest device; None where they are not known."""
+    if on_cpu(model.mesh):
+        return free_memory()
+    found = [_free_on(device) for device in model.mesh.devices.flat]
+    return min((free for free in found if free is not None), default=None)
+
+
+def _free_on(device: Any) -> int | None:
+    """Free bytes of a device of this process that says how much it has."""
+    stats = device.memory_stats() if device.process_index == jax.process_index() else None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if stats and "bytes_limit" in stats else None
 
 
 def _parts(memory: RankMemory) -> Parts:
@@ -118,9 +152,8 @@ def _of_devices(devices: np.ndarray, ranks: Sequence[Parts], copies: Parts) -> I
     """Every device of this process that says how much memory it has."""
     for rank, of_device in enumerate(ranks):
         for device in devices[rank].flat:
-            stats = device.memory_stats() if device.process_index == jax.process_index() else None
-            if stats and "bytes_limit" in stats:
-                free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+            free = _free_on(device)
+            if free is not None:
                 parts = {**of_device, **(copies if device is devices.flat[0] else {})}
                 yield Need(f"the memory of {device.platform}:{device.id}", free, parts)
 

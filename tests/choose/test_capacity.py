@@ -72,6 +72,18 @@ def test_activations_count_once_it_is_traced(monkeypatch: pytest.MonkeyPatch, tr
     make_trainer(config)
 
 
+def test_a_small_model_costs_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictions: list[object] = []
+    monkeypatch.setattr(capacity, "predict_memory", lambda *arguments: predictions.append(arguments) or [])
+    check = capacity.MemoryCheck(adam().optimizer.build(6))
+    model = make_chooser(adam()).choose()
+    model.traced = dict(enumerate(model.trace()))
+    for free, count in ((1 << 30, 0), (1 << 20, 1)):
+        monkeypatch.setattr(capacity, "free_memory", lambda free=free: free)
+        check.traced(model)
+        assert len(predictions) == count
+
+
 def test_force_and_the_library_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "free_memory", lambda: 0)
     make_trainer(replace(tiny_recipes.pipeline(), force=True))
