@@ -59,7 +59,7 @@ def run_folder(config: Config) -> Iterator[Path | None]:
         raise ArgumentError(
             "A new run needs a `run_dir` of its own, so that two runs do not mix. "
             f"Got {config.run_dir!r}, which holds {used[0]} of an earlier run. "
-            "Pass `resume` to continue that run, or name another folder."
+            f"{_way_out(config)}"
         )
     made = missing_folders(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +68,14 @@ def run_folder(config: Config) -> Iterator[Path | None]:
     except BaseException:
         remove_empty(made)
         raise
+
+
+def _way_out(config: Config) -> str:
+    """What to do about a folder that an earlier run has used."""
+    checkpoints = Path(config.checkpoint.checkpoint_dir or "")
+    if any(path.name.isdigit() for path in checkpoints.glob("*")):
+        return "Pass `resume` to continue that run, or name another folder."
+    return "That run saved nothing to continue from: name another folder, or remove this one."
 
 
 def write_settings(folder: Path, values: Mapping[str, Any], warnings: Warnings) -> None:

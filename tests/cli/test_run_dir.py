@@ -115,6 +115,16 @@ def test_a_used_folder_is_refused_without_resume(run: Path, place: Path, capsys:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_a_used_folder_without_a_checkpoint_has_another_way_out(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = place / "runs" / "failed"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert train(place, "--run-dir {place}/runs/failed") == 2
+    assert "saved nothing to continue from: name another folder, or remove this one." in capsys.readouterr().err
+
+
 def test_a_resumed_run_continues_in_the_folder(run: Path, place: Path) -> None:
     folder = place / "runs" / "continued"
     shutil.copytree(run, folder)
