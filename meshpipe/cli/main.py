@@ -14,7 +14,6 @@ from meshpipe.cli.init import init
 from meshpipe.cli.launch import launch
 from meshpipe.cli.metrics import metrics
 from meshpipe.cli.output import lasting_output
-from meshpipe.cli.phases import showing_phases
 from meshpipe.cli.plan import plan
 from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
@@ -22,6 +21,7 @@ from meshpipe.cli.verify import verify
 from meshpipe.errors import errors_name_flags, is_for_the_user
 from meshpipe.processes.exit_codes import COMPLETED, FAILED, INTERRUPTED, INVALID
 from meshpipe.processes.stop import StopRequest, leave_now
+from meshpipe.report.phases import showing_phases
 from meshpipe.version import __version__
 
 USAGE = """usage: meshpipe COMMAND ...

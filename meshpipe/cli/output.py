@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from meshpipe.cli.live_line import LiveLine
+from meshpipe.report.live_line import LiveLine
 
 
 class _Lasting:

@@ -1,1 +1,1 @@
-"""What people read: tables and pictures."""
+"""What people read: tables, pictures, and phases of long work."""

@@ -18,6 +18,10 @@ class _Callable(ModuleType):
     def __call__(
         self, config: "Config", *, name: str = "run", show: bool = True, handle_signals: bool = False
     ) -> "RunResult":
+        """Trains as `config` says and returns its result; raises where the command would exit.
+
+        The arguments are those of `meshpipe.run.function.run`.
+        """
         from meshpipe.run.function import run
 
         return run(config, name=name, show=show, handle_signals=handle_signals)

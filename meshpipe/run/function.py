@@ -9,6 +9,8 @@ from meshpipe.processes.coordination import process_count
 from meshpipe.processes.exit_codes import COMPLETED
 from meshpipe.processes.guard import Guard
 from meshpipe.processes.stop import StopRequest
+from meshpipe.report.live_line import LiveLine
+from meshpipe.report.phases import showing_phases
 from meshpipe.report.tables import make_console
 from meshpipe.run.history import History, RunResult
 from meshpipe.run.run import conduct
@@ -26,8 +28,8 @@ def run(config: Config, *, name: str = "run", show: bool = True, handle_signals:
         config: The run, as a recipe returns it. On virtual CPU devices, call `meshpipe.use_cpu_devices` first.
         name: What checkpoints and metrics call the run. With the name of a recipe, such as `recipes/mine.py:small`,
             `meshpipe.load` can find its layers.
-        show: Whether to print the layout, the progress and the evaluations. A notebook shows a live line if ipywidgets
-            is installed.
+        show: Whether to print the layout, what takes long, the progress and the evaluations. A notebook shows a live
+            line of the progress if ipywidgets is installed.
         handle_signals: Whether to stop on SIGINT, SIGTERM and SIGHUP as the command does: the run finishes the step in
             progress, saves it, and returns with the status `stopped`. A second SIGINT ends the process. Only in the
             main thread.
@@ -50,6 +52,8 @@ def run(config: Config, *, name: str = "run", show: bool = True, handle_signals:
         guard = entered.enter_context(Guard(config.checkpoint.checkpoint_dir))
         if handle_signals:
             entered.enter_context(stop)
+        if show:
+            entered.enter_context(showing_phases(LiveLine(None), on_stderr=False))
         console = make_console(quiet=not show)
         ended = conduct(config, name, console, guard, stop, history=history)
     if ended.error is not None:

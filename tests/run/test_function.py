@@ -21,6 +21,7 @@ from flax import nnx
 import meshpipe
 from meshpipe import Config, NonFiniteError
 from meshpipe.checkpoint import CheckpointConfig
+from meshpipe.report import phases
 
 
 def tiny(**changes: Any) -> Config:
@@ -97,9 +98,14 @@ def test_several_runs_of_a_process_are_independent_and_leave_nothing(capsys: pyt
     assert trainer() is None
 
 
-def test_progress_is_shown_unless_it_is_not_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_phases_and_progress_are_shown_unless_they_are_not_to_be(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phases, "QUIET_SECONDS", 0.0)
     meshpipe.run(tiny(eval_batches=0, steps=2))
-    assert "step 2/2  loss" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Compiling" in shown
+    assert "step 2/2  loss" in shown
 
 
 def test_failures_are_raised_with_what_was_saved(capsys: pytest.CaptureFixture[str]) -> None:

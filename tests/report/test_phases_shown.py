@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from meshpipe.cli import phases as shown
-from meshpipe.cli.live_line import ERASE, LiveLine
 from meshpipe.cli.output import lasting_output
-from meshpipe.cli.phases import showing_phases
 from meshpipe.cli.train import process_number
 from meshpipe.phases import phase
+from meshpipe.report import phases as shown
+from meshpipe.report.live_line import ERASE, LiveLine
+from meshpipe.report.phases import showing_phases
 
 
 @pytest.fixture(autouse=True)

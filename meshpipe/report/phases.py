@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from meshpipe.cli.live_line import LiveLine
 from meshpipe.phases import Phase, listening
+from meshpipe.report.live_line import LiveLine
 
 QUIET_SECONDS = 2.0
 """Shorter phases leave no line behind."""
