@@ -15,6 +15,7 @@ from meshpipe.sharding import Arrays, Shapes, abstract, replicated, scalar_dtype
 from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, compile_reduce, compile_zeros
 from meshpipe.stage.jaxpr import function_of, inline
 from meshpipe.stage.recomputed import has_checkpoint
+from meshpipe.stage.reuse import reuse
 from meshpipe.stage.split_backward import SplitBackward
 from meshpipe.stage.traced import TracedStage, split
 
@@ -203,7 +204,11 @@ def _as_compiled(stage: TracedStage, hoisted: Shapes, pullback: ClosedJaxpr) -> 
     if has_checkpoint(pullback):
         # What a microbatch has of its own waits at the barriers of checkpoints. Parameters do not, and what depends on
         # them alone can then still be told from the rest.
-        pullback = inline(pullback, pullback.jaxpr.invars[_num_step_inputs(stage, hoisted) :])
+        inputs = pullback.jaxpr.invars
+        pullback = inline(pullback, inputs[_num_step_inputs(stage, hoisted) :])
+        # The checkpoints of JAX do not know what was computed from parameters before the step.
+        known = len(stage.params) + len(stage.fixed_vars)
+        pullback = reuse(pullback, stage.prepare(), inputs[:known], inputs[known : len(stage.params) + len(hoisted)])
     rewrite = stage.spec.target.rewrite_products
     return pullback if rewrite is None else rewrite(pullback)
 

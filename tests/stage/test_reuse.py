@@ -1,0 +1,68 @@
+"""What was computed once per step is read, and not computed again, where layers are recomputed."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from staged import staged
+
+from meshpipe import PipelineConfig, make_mesh
+from meshpipe.layers.task import Task
+from meshpipe.stage.jaxpr import function_of, variables
+from meshpipe.stage.programs import trace_backward
+from meshpipe.stage.reuse import reuse
+
+
+def test_equal_operations_on_equal_inputs_are_found_and_others_are_not() -> None:
+    def before(w: jax.Array, b: jax.Array) -> Any:
+        return (jnp.sin(w) * 2).astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+
+    def program(w: jax.Array, b: jax.Array, cast: jax.Array, bias: jax.Array, x: jax.Array) -> Any:
+        again = (jnp.sin(w) * 2).astype(jnp.bfloat16)
+        other = (jnp.sin(w) * 3).astype(jnp.bfloat16)
+        return x.astype(jnp.bfloat16) @ again + other + b.astype(jnp.bfloat16), again
+
+    w, b, x = (jnp.linspace(0.1, 1, 9).reshape(3, 3) * factor for factor in (1, 2, 3))
+    first, second = before(w, b)
+    closed = jax.make_jaxpr(program)(w, b, first, second, x)
+    inputs = closed.jaxpr.invars
+    less = reuse(closed, jax.make_jaxpr(before)(w, b), inputs[:2], inputs[2:4])
+    casts = [e for e in less.jaxpr.eqns if e.primitive.name == "convert_element_type"]
+    assert len(casts) == 2  # of `other` and x
+    assert less.jaxpr.outvars[1] is inputs[2]
+    expected = program(w, b, first, second, x)
+    for found, value in zip(function_of(less)(w, b, first, second, x), expected, strict=True):
+        np.testing.assert_array_equal(found, value)
+    # What was handed over is what is read.
+    zero = jnp.zeros_like(first)
+    np.testing.assert_array_equal(function_of(less)(w, b, zero, second, x)[1], zero)
+
+
+class Half(nnx.Module):
+    """Parameters in float32, used in bfloat16."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(8, 8, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + jnp.tanh(self.linear(x)).astype(x.dtype)
+
+
+@pytest.mark.parametrize("remat", ["none", "layer", "nothing_saveable"])
+def test_backward_casts_no_parameter(remat: str) -> None:
+    task = Task(
+        [Half] * 4, lambda output, batch: ((output**2).sum(), output.size), batch={"inputs": np.ones((4, 8), "f4")}
+    )
+    for stage in staged(task, make_mesh(2), PipelineConfig(num_microbatches=2, remat=remat)).trace():
+        shapes = [
+            tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)
+            for values in (stage.hoisted_vars, stage.residual_vars)
+        ]
+        with jax.set_mesh(stage.spec.mesh):
+            backward = trace_backward(stage, *shapes)
+        assert len(stage.prepared_vars) == 4
+        params = set(backward.jaxpr.invars[: len(stage.params)])
+        assert params.isdisjoint(v for e in backward.jaxpr.eqns for v in variables(e.invars))
