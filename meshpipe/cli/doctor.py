@@ -6,7 +6,9 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LONGEST_TIMEOUT = 3600.0
+QUIET_SECONDS = 2.0
+"""How long starting the devices may take before a line says that it is going on."""
 PREFIXES = ("JAX_", "XLA_", "CUDA_VISIBLE", "NVIDIA_VISIBLE", "TPU_", "LIBTPU", "MESHPIPE_", "LD_LIBRARY_PATH", "NPROC")
 """Beginnings of the names of environment variables that change how JAX or meshpipe runs."""
 SECRET = "MESHPIPE_SECRET"
@@ -66,10 +70,7 @@ def examine(
     _print(console, "system", f"{platform.platform()}, {_machine(root)}")
     _print(console, "hardware", "; ".join(map(_describe, accelerators)) or "no NVIDIA GPU, no TPU")
     _print(console, "variables", _variables(environment) or "none that concern JAX")
-    if console.is_terminal:
-        with console.status("JAX starts its devices ..."):
-            probe = probe_devices(timeout, environment)
-    else:
+    with _telling(console, f"JAX starts its devices, which may take {timeout:g} s ..."):
         probe = probe_devices(timeout, environment)
     _print(console, "JAX sees", _devices(probe))
     found = problems(probe, accelerators, installed, unfit_settings(), environment)
@@ -81,6 +82,22 @@ def examine(
         return FAILED
     console.print("\nNothing is missing.")
     return COMPLETED
+
+
+@contextmanager
+def _telling(console: "Console", what: str) -> Iterator[None]:
+    """On a terminal, shows what is going on; elsewhere, says so on standard error once it takes long."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+        return
+    timer = threading.Timer(QUIET_SECONDS, lambda: print(what, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def problems(

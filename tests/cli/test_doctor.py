@@ -83,6 +83,14 @@ def test_devices_that_hang(tmp_path: Path) -> None:
     assert "JAX_PLATFORMS=cuda allows no other platform: unset it" in found[0]
 
 
+def test_waiting_is_not_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console, text = make_console()
+    hanging = a_jax(tmp_path, "import time\n\ndef devices():\n    time.sleep(1000)\n")
+    assert examine(console, timeout=3.0, root=tmp_path, environment=hanging) == 1
+    assert "JAX starts its devices, which may take 3 s ..." in capsys.readouterr().err
+    assert "Problem: JAX did not start its devices within 3 s." in text.getvalue()
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
