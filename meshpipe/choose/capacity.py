@@ -10,12 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from meshpipe.choose.memory import RankMemory, device_bytes, predict_memory
+from meshpipe.choose.memory import (
+    ONE_UNIT_EACH,
+    RankMemory,
+    device_bytes,
+    microbatch_memories,
+    predict_memory,
+    splits_backward,
+)
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.machine import format_bytes, free_memory
 from meshpipe.mesh import DATA, PIPELINE, on_cpu
 from meshpipe.optimizer.state import state_shapes
+from meshpipe.plan.simulate import StageMemory, simulate
 from meshpipe.stage.jaxpr import nbytes
 
 Parts = Mapping[str, int]
@@ -56,6 +64,18 @@ def least_memory(model: StagedModel, transformation: optax.GradientTransformatio
     return ranks
 
 
+def with_own_activations(model: StagedModel, ranks: Sequence[Parts]) -> list[Parts]:
+    """The ranks with the activations of the stages that are traced here; those of other stages count as none."""
+    own, remat = list(model.traced), model.remat
+    assert remat is not None, "remat is to be chosen first"
+    splits = splits_backward(model.plan)
+    found = microbatch_memories([model.traced[s] for s in own], [remat[s] for s in own], splits=splits)
+    known = dict(zip(own, found, strict=True))
+    memory = [known.get(stage, StageMemory(activation=0)) for stage in range(model.plan.num_stages)]
+    peaks = simulate(model.plan, ONE_UNIT_EACH, memory).peak_bytes
+    return [{**parts, "activations": round(peak)} for parts, peak in zip(ranks, peaks, strict=True)]
+
+
 @dataclass(frozen=True)
 class MemoryCheck:
     """Refuses a model whose step needs more memory than there is."""
@@ -73,9 +93,13 @@ class MemoryCheck:
     def traced(self, model: StagedModel) -> None:
         """Raises `ArgumentError` when a step does not fit, by `predict_memory`; to be called once the model is traced.
 
-        A process that has traced some of the stages only, checks nothing.
+        A process that has traced some of the stages only, counts the activations of these.
         """
-        if len(model.traced) == model.plan.num_stages and not self._is_small(model):
+        if self._is_small(model):
+            return
+        if len(model.traced) < model.plan.num_stages:
+            self._check(model, with_own_activations(model, least_memory(model, self.transformation)))
+        else:
             traced = [model.traced[stage] for stage in range(model.plan.num_stages)]
             self._check(model, [_parts(rank) for rank in predict_memory(model, self.transformation, traced)])
 

@@ -10,7 +10,7 @@ from tiny_recipes import DenseConfig, PointsConfig
 
 import meshpipe
 from meshpipe.choose import capacity
-from meshpipe.choose.capacity import least_memory
+from meshpipe.choose.capacity import least_memory, with_own_activations
 from meshpipe.choose.memory import predict_memory
 from meshpipe.config import Config
 from meshpipe.layers.staged_model import StagedModel
@@ -82,6 +82,22 @@ def test_a_small_model_costs_no_prediction(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(capacity, "free_memory", lambda free=free: free)
         check.traced(model)
         assert len(predictions) == count
+
+
+def test_a_process_counts_the_activations_of_its_own_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = adam()
+    transformation = config.optimizer.build(config.steps)
+    model = make_chooser(config).choose()
+    first, second = predict_memory(model, transformation)
+    model.traced = {0: model.trace()[0]}
+    least = least_memory(model, transformation)
+    own, other = with_own_activations(model, least)
+    assert 0.6 * first.activations < own["activations"] <= first.activations
+    assert other["activations"] < second.activations / 2  # what the first stage sends
+    needed = sum(sum(parts.values()) for parts in (own, other))
+    monkeypatch.setattr(capacity, "free_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match="1 B are missing"):
+        capacity.MemoryCheck(transformation).traced(model)
 
 
 def test_force_and_the_library_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
