@@ -187,6 +187,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     # Models and data.
     "text that is not there": ("train LANGUAGE --data.path nowhere", "--data.path must name a text file or a folder"),
     "windows longer than the text": ("train LANGUAGE --data.path old.jsonl", "a smaller --data.sequence-length"),
+    "attention that these devices lack": ("train LANGUAGE --model.attention cudnn", "--model.attention auto or xla."),
     "heads that do not divide the width": ("train LANGUAGE --model.num-heads 3", "--model.num-heads"),
     "heads that do not divide by tensor": ("plan LANGUAGE --mesh.tensor 4", "Choose a divisor of"),
     # Files.
