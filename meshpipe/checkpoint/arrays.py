@@ -1,7 +1,7 @@
 """Reading leaves: the files that hold a part of what this process needs, in parallel, each checked while it is read.
 
 Where a file holds what a device needs, it is read to where the device's array will be; where the layout is another, it
-is read into memory of its own, at most `THREADS` files at a time, and cut from there.
+is read into memory of its own, at most `READERS` files at a time, and cut from there.
 """
 
 import functools
@@ -21,6 +21,8 @@ from meshpipe.checkpoint.memory import aligned_bytes
 from meshpipe.checkpoint.names import ZARRAY, directory_name
 from meshpipe.checkpoint.schema import SchemaError, check_zarray
 
+READERS = 8
+"""Files that are read at once: nothing else is done meanwhile, and the disk must not wait for those that take CRCs."""
 Bounds = tuple[tuple[int, int], ...]
 """Start and stop of a part of an array in each dim."""
 Task = Callable[[], dict[str, str]]
@@ -42,7 +44,7 @@ def read_leaves(
     problems: dict[str, str] = {}
 
     def run(tasks: Sequence[Task]) -> None:
-        for found in for_each(lambda task: task(), tasks, "checkpoint"):
+        for found in for_each(lambda task: task(), tasks, "checkpoint", READERS):
             problems.update(found)
 
     # Only what earlier versions saved must be asked how it was cut into files before these can be read.

@@ -138,11 +138,13 @@ def remove(path: Path) -> None:
         return
 
 
-def for_each(function: Callable[[_Item], _Result], items: Sequence[_Item], name: str = "files") -> list[_Result]:
+def for_each(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], name: str = "files", threads: int = THREADS
+) -> list[_Result]:
     """Calls the function for several items at a time; the results in order."""
     if len(items) <= 1:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(min(THREADS, len(items)), name) as executor:
+    with ThreadPoolExecutor(min(threads, len(items)), name) as executor:
         return list(executor.map(function, items))
 
 

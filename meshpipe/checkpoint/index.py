@@ -65,6 +65,11 @@ def index_bytes(index: Mapping[str, Mapping[str, Any]]) -> int:
     return sum(math.prod(leaf["shape"]) * jax.numpy.dtype(leaf["dtype"]).itemsize for leaf in index.values())
 
 
+def tree_bytes(shapes: Sequence[Tree]) -> int:
+    """Bytes of the arrays of trees like these, in a checkpoint."""
+    return index_bytes(index_leaves(None, shapes)[0])
+
+
 def _entry(key: str, item: str, shape: Any, longest_name: int) -> dict[str, Any]:
     problem = name_problem(key, longest_name)
     if problem:

@@ -67,6 +67,12 @@ class CheckpointReader:
         """The newest saved step, or None."""
         return max(self.steps(), default=None)
 
+    def bytes_of(self, step: int) -> int:
+        """Bytes of everything that is in the folder of a step, whole or damaged. Raises `CheckpointError` when it is
+        not there.
+        """
+        return sum(status.st_size for status in below(self.folder(step)).values())
+
     def metadata(self, step: int) -> dict[str, Any]:
         """What the caller of `save` said of the step. Raises `CheckpointError` when it is not there or damaged."""
         return self._document(step)["user"]

@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 
 from meshpipe.checkpoint import Checkpointer
+from meshpipe.checkpoint.index import tree_bytes
 from meshpipe.config import Config
 from meshpipe.data import Batch, BatchIterator, Source, batches
 from meshpipe.environment import versions
@@ -27,7 +28,7 @@ from meshpipe.processes.guard import is_lost_connection
 from meshpipe.processes.progress import Progress
 from meshpipe.processes.stop import StopRequest
 from meshpipe.processes.stop_together import StopTogether
-from meshpipe.report.tables import count_of
+from meshpipe.report.tables import count_of, format_bytes
 from meshpipe.run.journal import Journal
 from meshpipe.run.profile_window import ProfileWindow
 from meshpipe.run.progress_line import ProgressLine
@@ -189,7 +190,8 @@ class Loop:
         self._finish_step()
         self._save()
         if self._out.checkpointer is not None:
-            with self.progress.during("save"), phase("Writing the last checkpoint"):
+            size = format_bytes(tree_bytes(self._trainer.abstract_state_tree()))
+            with self.progress.during("save"), phase(f"Writing the last checkpoint ({size})"):
                 self._out.checkpointer.wait()
         if stopped:
             return "stopped"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meshpipe.checkpoint import Checkpointer, verify_checkpoint
-from meshpipe.checkpoint.index import check_weights
+from meshpipe.checkpoint.index import check_weights, tree_bytes
 from meshpipe.checkpoint.lock import check_free
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
@@ -16,6 +16,7 @@ from meshpipe.layers.staged_model import StagedModel
 from meshpipe.phases import phase
 from meshpipe.processes.coordination import all_gather, process_count, process_index
 from meshpipe.processes.printable import printable
+from meshpipe.report.tables import format_bytes
 from meshpipe.run.record import MAY_CHANGE, check_metadata, config_values
 from meshpipe.trainer import Trainer
 
@@ -55,7 +56,8 @@ class Start:
     def load(self, trainer: Trainer) -> str:
         """Loads the checkpoint into the trainer, and returns a sentence about it."""
         shapes = trainer.abstract_state_tree(optimizer=not self.weights_only)
-        with phase(f"Reading step {self.step} of {self.folder}"):
+        size = format_bytes(tree_bytes(shapes))
+        with phase(f"Reading step {self.step} of {self.folder} ({size})"):
             trees = Checkpointer(self.folder).restore(self.step, shapes)
             trainer.load_state_tree(trees, 0 if self.weights_only else self.step, donate=True)
         if self.is_own:
@@ -151,7 +153,8 @@ def _check_whole(folder: str, step: int, steps: Sequence[int], argument: str) ->
     """Checks every byte of a step, a share in each process. Damage is thus found before a long compilation, not
     after it.
     """
-    with phase(f"Checking step {step} in {folder}"):
+    size = format_bytes(Checkpointer(folder).bytes_of(step))
+    with phase(f"Checking step {step} in {folder} ({size})"):
         problems = verify_checkpoint(folder, step, share=(process_index(), process_count()))
     if process_count() > 1:
         failures = all_gather(f"meshpipe/{argument}/problems", json.dumps(problems), WAIT_SECONDS)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from saved_trees import assert_same, on
 
 from meshpipe.checkpoint import Checkpointer, index
-from meshpipe.checkpoint.files import THREADS
+from meshpipe.checkpoint.arrays import READERS
 from meshpipe.mesh import make_mesh, submeshes
 
 MIB = 1 << 20
@@ -72,4 +72,4 @@ def test_a_restore_takes_the_arrays_and_a_few_files(tmp_path, large, spec):
     grown, [tree] = peak_of(lambda: checkpointer.restore(1, [{"params": {"x": wanted}}]))
     assert_same(tree["params"]["x"], array)
     assert tree["params"]["x"].sharding == wanted.sharding
-    assert grown < SIZE + THREADS * MIB + SLACK
+    assert grown < SIZE + READERS * MIB + SLACK
