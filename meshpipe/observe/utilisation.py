@@ -22,8 +22,8 @@ BACKWARD = 2
 def model_flops(model: StagedModel, group: Group) -> dict[str, float]:
     """The floating-point operations of a step by dtype: the products in the traced forward of every stage, times three.
 
-    Recomputed work does not count, nor what a fused kernel does inside a custom call. Every process of the group calls
-    it once.
+    Recomputed work does not count, nor what custom calls do, other than cuDNN's attention. Every process of the group
+    calls it once.
     """
     of_trace: dict[int, Mapping[str, float]] = {}
     own: dict[str, Mapping[str, float]] = {}

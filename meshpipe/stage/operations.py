@@ -24,6 +24,8 @@ MOVES = LAYOUT_PRIMITIVES | {
     "stop_gradient",
 }
 """Operations that move data and compute nothing."""
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
+"""The primitive of `jax.nn.dot_product_attention` with `implementation="cudnn"`."""
 
 
 def count_operations(program: ClosedJaxpr | Jaxpr) -> float:
@@ -83,8 +85,8 @@ def _of_equation(equation: JaxprEqn) -> float:
 
 
 def count_products(program: ClosedJaxpr | Jaxpr) -> dict[str, float]:
-    """The operations of matrix products and convolutions alone, by the dtype of their operands; loops and branches
-    count as in `count_operations`.
+    """The operations of matrix products, convolutions and fused attention alone, by the dtype of their operands. Loops
+    and branches count as in `count_operations`.
     """
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     counts: dict[str, float] = {}
@@ -95,7 +97,7 @@ def count_products(program: ClosedJaxpr | Jaxpr) -> dict[str, float]:
         length = equation.params.get("length", 1) if inner else 1
         product = _of_product(equation)
         if product:
-            left, right = (cast(Any, operand.aval).dtype for operand in equation.invars)
+            left, right = (cast(Any, operand.aval).dtype for operand in equation.invars[:2])
             inner.append({str(jnp.promote_types(left, right)): product})
         for count in inner:
             for dtype, operations in count.items():
@@ -104,8 +106,13 @@ def count_products(program: ClosedJaxpr | Jaxpr) -> dict[str, float]:
 
 
 def _of_product(equation: JaxprEqn) -> float:
-    """The operations of a matrix product or a convolution; 0 for any other equation."""
+    """The operations of a matrix product, a convolution or cuDNN's attention; 0 for any other equation."""
     name, params = equation.primitive.name, equation.params
+    if name == CUDNN_ATTENTION:
+        # Two products over all pairs of positions: queries with keys, and scores with values. [batch seq head dim], or
+        # in another layout [batch head seq dim].
+        query, key = (cast(Any, operand.aval).shape for operand in equation.invars[:2])
+        return 4.0 * math.prod(query) * key[2 if params.get("layout") else 1]
     if name not in ("dot_general", "conv_general_dilated"):
         return 0.0
     output: Any = equation.outvars[0].aval

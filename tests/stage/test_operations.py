@@ -1,5 +1,6 @@
 """Operations counted in traced programs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,3 +76,18 @@ WHOLE = 4 * (4 * 8 + 8 * 8 + 4 * 8)
 )
 def test_bytes(function: Callable[..., Any], count: int) -> None:
     assert count_bytes(jax.make_jaxpr(function)(X, W)) == count
+
+
+def test_fused_attention_counts_as_its_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for an NVIDIA GPU, whose versions are not asked for."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    query, key = (jax.ShapeDtypeStruct((2, seq, 4, 64), jnp.bfloat16) for seq in (128, 256))
+
+    def forward(kind: str) -> Callable[..., Any]:
+        attend = functools.partial(jax.nn.dot_product_attention, implementation=kind)
+        return lambda q, k: jax.vjp(lambda q, k: attend(q, k, k), q, k)[0]
+
+    counts = {kind: count_products(jax.make_jaxpr(forward(kind))(query, key)) for kind in ("xla", "cudnn")}
+    assert counts["cudnn"] == {"bfloat16": 2 * 2 * 2 * 4 * 128 * 256 * 64}
+    assert sum(counts["xla"].values()) == sum(counts["cudnn"].values())
