@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from meshpipe.plan.schedules import make_plan as make_plan
     from meshpipe.reference.comparison import VerifyReport as VerifyReport
     from meshpipe.reference.verify import verify as verify
-    from meshpipe.run.function import run as run
-    from meshpipe.run.history import RunResult as RunResult
+    from meshpipe.runs.function import run as run
+    from meshpipe.runs.history import RunResult as RunResult
     from meshpipe.sharding import ShardingRules as ShardingRules
     from meshpipe.trainer import Trainer as Trainer
     from meshpipe.training.result import NonFiniteError as NonFiniteError
@@ -66,8 +66,8 @@ _MODULES = {
     "make_plan": "meshpipe.plan.schedules",
     "VerifyReport": "meshpipe.reference.comparison",
     "verify": "meshpipe.reference.verify",
-    "run": "meshpipe.run",  # a package that can be called
-    "RunResult": "meshpipe.run.history",
+    "run": "meshpipe.runs.function",
+    "RunResult": "meshpipe.runs.history",
     "ShardingRules": "meshpipe.sharding",
     "Trainer": "meshpipe.trainer",
     "NonFiniteError": "meshpipe.training.result",

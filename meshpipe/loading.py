@@ -16,8 +16,8 @@ from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.layer import LayerLike, Leaves, abstract_layers
 from meshpipe.layers.modules import host_device, modules_with, shared_groups_of
-from meshpipe.run.run_folder import CHECKPOINTS
-from meshpipe.run.saved_model import saved_model
+from meshpipe.runs.run_folder import CHECKPOINTS
+from meshpipe.runs.saved_model import saved_model
 
 
 @overload

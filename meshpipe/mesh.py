@@ -18,7 +18,7 @@ TENSOR = "tensor"
 AXES = (PIPELINE, DATA, TENSOR)
 """Mesh axes, outermost first: neighbours on the tensor axis are neighbouring devices, pipeline ranks are far apart."""
 
-MOST_CPU_DEVICES = 4096
+MAX_CPU_DEVICES = 4096
 """The most virtual devices of one process: XLA starts threads for each."""
 
 
@@ -118,9 +118,9 @@ def use_cpu_devices(count: int) -> None:
     Raises `ValueError` when JAX has already started with fewer CPU devices, or `count` is out of range.
     """
     check_whole("count", count)
-    if count > MOST_CPU_DEVICES:
+    if count > MAX_CPU_DEVICES:
         raise ValueError(
-            f"A machine can have at most {MOST_CPU_DEVICES} virtual CPU devices. Got {count:,}. Choose a smaller mesh."
+            f"A machine can have at most {MAX_CPU_DEVICES} virtual CPU devices. Got {count:,}. Choose a smaller mesh."
         )
     if count > 1:
         # XLA sizes its thread pool by NPROC. In jax 0.10, programs with collectives can deadlock on CPU devices when

@@ -20,7 +20,7 @@ def test_the_table_is_what_type_checkers_see() -> None:
         for name in node.names:
             assert name.asname == name.name  # it is exported
             seen[name.name] = f"meshpipe.{name.name}" if node.module == "meshpipe" else node.module
-    assert seen == meshpipe._MODULES | {"run": "meshpipe.run.function"}
+    assert seen == meshpipe._MODULES | {"run": "meshpipe.runs.function"}
 
 
 def test_every_name_can_be_imported() -> None:

@@ -18,7 +18,7 @@ from flax import nnx
 
 import meshpipe
 from meshpipe import Checkpointer, CheckpointError, PipelineConfig, Trainer, make_mesh
-from meshpipe.run.record import config_values
+from meshpipe.runs.record import config_values
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = small_model.LAYERS
@@ -125,7 +125,7 @@ def test_what_is_not_there_or_damaged_is_named(saved: Path, tmp_path: Path) -> N
         meshpipe.load(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="which has none"):
         meshpipe.load(tmp_path)
-    with pytest.raises(CheckpointError, match=r"Got 3. Whole steps there: 1, 4\."):
+    with pytest.raises(CheckpointError, match=r"Got 3. Complete steps there: 1, 4\."):
         meshpipe.load(saved, step=3)
     with pytest.raises(CheckpointError, match=r"step=4"):
         meshpipe.load(saved / "4")

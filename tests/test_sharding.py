@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from meshpipe.mesh import MeshConfig, make_mesh, submeshes
 from meshpipe.reference.verify import verify_recipe
-from meshpipe.run.build import make_chooser, make_trainer
+from meshpipe.runs.build import make_chooser, make_trainer
 from meshpipe.sharding import (
     FULLY_SHARDED,
     ShardingRules,

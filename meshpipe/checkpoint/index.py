@@ -9,7 +9,7 @@ import numpy as np
 
 from meshpipe.checkpoint.chunks import LARGEST_CHUNK, chunk_shape
 from meshpipe.checkpoint.errors import CheckpointError
-from meshpipe.checkpoint.names import LONGEST_NAME, name_problem
+from meshpipe.checkpoint.names import MAX_NAME, name_problem
 
 Tree = Mapping[str, Mapping[str, Any]]
 """What one stage saves: sections such as `params`, each a flat dict of arrays by leaf path."""
@@ -24,7 +24,7 @@ WEIGHTS = ("params/", "state/")
 
 
 def index_leaves(
-    trees: Sequence[Tree] | None, shapes: Sequence[Tree] | None = None, longest_name: int = LONGEST_NAME
+    trees: Sequence[Tree] | None, shapes: Sequence[Tree] | None = None, longest_name: int = MAX_NAME
 ) -> tuple[Index, Items]:
     """Where each leaf is to be found, and the arrays of each item; a leaf that several stages own is saved by the
     first.

@@ -6,7 +6,7 @@ DOCUMENT = f"{META}/metadata"
 CHECKSUMS = "checksums.json"
 ZARRAY = ".zarray"
 """In the folder of a leaf: its shape, dtype and chunks."""
-LONGEST_NAME = 255
+MAX_NAME = 255
 """Bytes that a name may have on the usual file systems."""
 
 
@@ -26,7 +26,7 @@ def leaf_of(name: str) -> str | None:
     return parts[1].replace(".", "/").replace("%2E", ".").replace("%25", "%")
 
 
-def name_problem(key: str, longest: int = LONGEST_NAME) -> str | None:
+def name_problem(key: str, longest: int = MAX_NAME) -> str | None:
     """Why no folder can have the name of a leaf, or None."""
     if "\0" in key:
         return "must have no NUL character"

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from meshpipe.checkpoint.errors import CheckpointError
 from meshpipe.checkpoint.index import Index, Tree, index_bytes, index_leaves
-from meshpipe.checkpoint.names import LONGEST_NAME
+from meshpipe.checkpoint.names import MAX_NAME
 from meshpipe.checkpoint.shards import leaf_files
 from meshpipe.files import missing_folders, remove_empty
 
-_LONGEST_STEP = 16
+_MAX_STEP = 16
 """Digits of a step, with room."""
 
 
 def index_shapes(shapes: Sequence[Tree], directory: Path) -> Index:
     """Where the leaves of these shapes would be saved. Raises `CheckpointError` for leaves that cannot be."""
     nearest = nearest_folder(directory)
-    index, _ = index_leaves(None, shapes, _limit(nearest, "PC_NAME_MAX", LONGEST_NAME))
+    index, _ = index_leaves(None, shapes, _limit(nearest, "PC_NAME_MAX", MAX_NAME))
     longest = max((len(f"{leaf['item']}/{key}".encode()) for key, leaf in index.items()), default=0)
-    path = len(str(directory).encode()) + _LONGEST_STEP + longest + 64
+    path = len(str(directory).encode()) + _MAX_STEP + longest + 64
     if path > (limit := _limit(nearest, "PC_PATH_MAX", 4096)):
         raise CheckpointError(
             f"The path of a file of a checkpoint must have at most {limit} bytes. Got up to {path} in {directory}. "

@@ -86,7 +86,11 @@ class CheckpointReader:
         steps = self.steps()
         if step in steps:
             return self.directory / str(step)
-        known = f"Whole steps there: {', '.join(map(str, steps))}." if steps else "There is no whole checkpoint there."
+        known = (
+            f"Complete steps there: {', '.join(map(str, steps))}."
+            if steps
+            else "None there is complete."
+        )
         raise CheckpointGoneError(f"The step must be one that is saved in {self.directory}. Got {step}. {known}")
 
     def _document(self, step: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from meshpipe.plan.simulate import Timeline
 from meshpipe.plan.validate import validate
 from meshpipe.stage.target import Target
 
-MOST_STAGES_PER_RANK = 4
+MAX_STAGES_PER_RANK = 4
 """The most stages per rank that `auto` tries, if no number is given."""
 
 NEARLY = 0.005
@@ -175,7 +175,7 @@ class Chooser:
         ranks, given, boundaries = self._num_ranks, self.config.stages_per_rank, self.config.boundaries
         if given is None and boundaries is not None:
             given = max(1, (len(boundaries) + 1) // ranks)
-        most = max(1, min(MOST_STAGES_PER_RANK, len(self.task.layers) // ranks))
+        most = max(1, min(MAX_STAGES_PER_RANK, len(self.task.layers) // ranks))
         for number in range(1, most + 1) if given is None else (given,):
             yield from dict.fromkeys((loop(ranks, number), zigzag(ranks, number)))
 

@@ -48,7 +48,7 @@ CORE = 2e10
 """Floating-point operations that a core does in a second, roughly."""
 CALLS = 6
 """How often measuring calls each program at least."""
-MOST_SECONDS = 600.0
+MAX_SECONDS = 600.0
 """Layers that take longer to measure by estimate are counted instead."""
 
 
@@ -61,7 +61,7 @@ def why_not_measured(model: StagedModel, stages: Sequence[TracedStage], seconds:
     needed = max(map(_bytes_to_measure, stages)) * model.mesh.devices.size
     if free is not None and needed > free:
         return f"to measure its largest layer takes {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
-    if seconds > MOST_SECONDS:
+    if seconds > MAX_SECONDS:
         return f"to measure them on {model.mesh.devices.flat[0].platform} takes about {seconds / 60:.0f} minutes"
     return None
 

@@ -25,8 +25,8 @@ from meshpipe.stage.operations import count_operations
 from meshpipe.stage.programs import StagePrograms, compile_stage, trace_backward
 from meshpipe.stage.traced import TracedStage
 
-LEAST_CALLS, MOST_CALLS = 5, 50
-LEAST_SECONDS = 0.5
+MIN_CALLS, MAX_CALLS = 5, 50
+MIN_SECONDS = 0.5
 """Programs are called 5 times, and more often, up to 50 times, while that takes less than this."""
 
 
@@ -187,7 +187,7 @@ def _seconds(*calls: Callable[[], Any]) -> list[float]:
     """The median time of each call until its results are there; calls take turns, and the first turn does not count."""
     turns: list[list[float]] = []
     began = math.inf
-    while len(turns) <= LEAST_CALLS or (time.perf_counter() - began < LEAST_SECONDS and len(turns) <= MOST_CALLS):
+    while len(turns) <= MIN_CALLS or (time.perf_counter() - began < MIN_SECONDS and len(turns) <= MAX_CALLS):
         turns.append([_time(call) for call in calls])
         began = min(began, time.perf_counter())
     return [statistics.median(times) for times in zip(*turns[1:], strict=True)]

@@ -19,7 +19,7 @@ from meshpipe.stage.traced import TracedStage
 POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "layer", "nothing_saveable")
 """What is tried besides `none` and `full`. The other policies are these by another name, or save everything."""
 
-MOST_COMBINATIONS = 1000
+MAX_COMBINATIONS = 1000
 """Of a rank's stages; where there are more, all its stages take the same."""
 
 
@@ -138,7 +138,7 @@ def _sizes(memory: StageMemory) -> tuple[int | float, ...]:
 
 def _by_operations(options: Sequence[Sequence[_Option]]) -> Iterator[tuple[_Option, ...]]:
     """Combinations of one option per stage, from the fewest recomputed operations to the most."""
-    if math.prod(map(len, options)) > MOST_COMBINATIONS:
+    if math.prod(map(len, options)) > MAX_COMBINATIONS:
         longest = max(map(len, options))
         same = (tuple(of_stage[min(i, len(of_stage) - 1)] for of_stage in options) for i in range(longest))
         yield from same

@@ -76,7 +76,7 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
         )
     with phase("Importing JAX"):
         from meshpipe.config import Config
-        from meshpipe.run.recipe import find
+        from meshpipe.runs.recipe import find
 
     recipe = find(arguments[0])
     config = recipe.config()

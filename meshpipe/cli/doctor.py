@@ -23,7 +23,7 @@ from meshpipe.processes.exit_codes import COMPLETED, FAILED
 if TYPE_CHECKING:
     from rich.console import Console
 
-LONGEST_TIMEOUT = 3600.0
+MAX_TIMEOUT = 3600.0
 QUIET_SECONDS = 2.0
 """How long starting the devices may take before a line says that it is going on."""
 PREFIXES = ("JAX_", "XLA_", "CUDA_VISIBLE", "NVIDIA_VISIBLE", "TPU_", "LIBTPU", "MESHPIPE_", "LD_LIBRARY_PATH", "NPROC")
@@ -40,8 +40,8 @@ class _DoctorFlags:
 
     def __post_init__(self) -> None:
         check_positive("timeout", self.timeout)
-        if not self.timeout <= LONGEST_TIMEOUT:
-            raise ValueError(f"--timeout must be at most {LONGEST_TIMEOUT:g} seconds. Got {self.timeout}.")
+        if not self.timeout <= MAX_TIMEOUT:
+            raise ValueError(f"--timeout must be at most {MAX_TIMEOUT:g} seconds. Got {self.timeout}.")
 
 
 def doctor(arguments: list[str]) -> int:

@@ -24,7 +24,7 @@ class _InitFlags:
 def init(arguments: list[str]) -> int:
     """Copies the recipes that come with meshpipe into a folder, and overwrites nothing."""
     flags = parse(_InitFlags, arguments, "meshpipe init", "Copies the recipes of meshpipe, to be changed.")
-    from meshpipe.run.recipe import FOLDER, shipped
+    from meshpipe.runs.recipe import FOLDER, shipped
 
     folder = flags.directory / FOLDER
     sources = sorted(shipped().glob("*.py"))

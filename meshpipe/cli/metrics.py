@@ -11,7 +11,7 @@ from meshpipe.cli.arguments import parse
 from meshpipe.files import expand_fields
 from meshpipe.processes.exit_codes import COMPLETED
 
-MOST_PROBLEMS = 5
+MAX_PROBLEMS = 5
 """Lines of one run that are reported one by one when they cannot be read."""
 
 
@@ -54,10 +54,10 @@ def metrics(arguments: list[str]) -> int:
     console = make_console()
     console.print(run_table(runs, console.width))
     for run in runs:
-        for problem in run.problems[:MOST_PROBLEMS]:
+        for problem in run.problems[:MAX_PROBLEMS]:
             print(f"meshpipe: {problem}", file=sys.stderr)
-        if len(run.problems) > MOST_PROBLEMS:
-            more = count_of(len(run.problems) - MOST_PROBLEMS, "more line")
+        if len(run.problems) > MAX_PROBLEMS:
+            more = count_of(len(run.problems) - MAX_PROBLEMS, "more line")
             print(f"meshpipe: {more} of {run.name} could not be read.", file=sys.stderr)
     if flags.plot is not None:
         draw_curves(runs, flags.plot, flags.smooth)

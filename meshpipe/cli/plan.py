@@ -70,7 +70,7 @@ def plan(arguments: list[str]) -> int:
         from meshpipe.report.plan import print_comparison, print_plan
         from meshpipe.report.profile import print_profile
         from meshpipe.report.tables import make_console
-    from meshpipe.run.build import make_chooser
+    from meshpipe.runs.build import make_chooser
 
     if extra.plot is not None:
         check_picture(extra.plot)

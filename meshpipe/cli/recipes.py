@@ -22,7 +22,7 @@ def recipes(arguments: list[str]) -> int:
     about = "Lists the recipes in the folder recipes/, or those that come with meshpipe where there is none."
     parse(_Nothing, arguments, "meshpipe recipes", about)
     from meshpipe.report.tables import make_console, make_table
-    from meshpipe.run.recipe import RecipeError, discover, folder_of_recipes, shipped
+    from meshpipe.runs.recipe import RecipeError, discover, folder_of_recipes, shipped
 
     numbers = ("pipeline", "data", "tensor", "devices")
     console = make_console()

@@ -29,8 +29,8 @@ def train(arguments: list[str], *, stop: StopRequest) -> int:
         from meshpipe.processes.guard import Guard, leave
         from meshpipe.processes.join import join
         from meshpipe.report.tables import make_console
-        from meshpipe.run.run import run
-        from meshpipe.run.run_folder import in_run_dir
+        from meshpipe.runs.run import run
+        from meshpipe.runs.run_folder import in_run_dir
 
     config = in_run_dir(config)
     try:

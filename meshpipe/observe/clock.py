@@ -16,7 +16,7 @@ from meshpipe.plan.plan import Action, Plan
 from meshpipe.plan.simulate import Timeline
 from meshpipe.sharding import Arrays
 
-MOST_WAITING = 8
+MAX_WAITING = 8
 """Most results of one rank that may be unfinished at once: enough to keep its devices busy, and few to hold in
 memory."""
 
@@ -119,8 +119,8 @@ class _Lane:
         self._waiting: deque[Future[float]] = deque()
 
     def submit(self, array: jax.Array) -> Future[float]:
-        """The time at which the array is ready; waits while `MOST_WAITING` others are not."""
-        while len(self._waiting) >= MOST_WAITING:
+        """The time at which the array is ready; waits while `MAX_WAITING` others are not."""
+        while len(self._waiting) >= MAX_WAITING:
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(_ready_time, array))
         return self._waiting[-1]

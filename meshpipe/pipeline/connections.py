@@ -17,12 +17,12 @@ from meshpipe.processes.secret import IntrusionError, Secret, current
 CONNECT_SECONDS = 300.0
 """How long a process waits for another to open its socket."""
 RETRY_SECONDS = 0.2
-MOST_HANDSHAKES = 64
+MAX_HANDSHAKES = 64
 """Handshakes in progress at a time. Further connections are closed; a process of the run retries."""
-MOST_COMPLAINTS = 10
+MAX_COMPLAINTS = 10
 SMALL = 1 << 16
 """Messages up to this many bytes are sent together with their header."""
-LONGEST_ERROR = 1 << 14
+MAX_ERROR = 1 << 14
 _HEADER = struct.Struct("!Q?Q")
 """Message number, whether it is an error, and its length in bytes."""
 
@@ -42,7 +42,7 @@ class Listener:
         self._secret = _secret()
         self._serve = serve
         self._complaints = 0
-        self._handshakes = threading.BoundedSemaphore(MOST_HANDSHAKES)
+        self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._socket = socket.create_server((address, 0), family=family, backlog=1024)
         host, port = self._socket.getsockname()[:2]
@@ -76,8 +76,8 @@ class Listener:
 
     def _complain(self, message: str) -> None:
         self._complaints += 1
-        if self._complaints <= MOST_COMPLAINTS:
-            more = " Further ones are not reported." if self._complaints == MOST_COMPLAINTS else ""
+        if self._complaints <= MAX_COMPLAINTS:
+            more = " Further ones are not reported." if self._complaints == MAX_COMPLAINTS else ""
             print(f"meshpipe: process {process_index()} {message}.{more}", file=sys.stderr, flush=True)
 
 
@@ -112,7 +112,7 @@ class Connection:
     def send(self, number: int, message: Sequence[np.ndarray] | str) -> None:
         """Sends the bytes of arrays in order, or an error message. Raises `OSError` when the peer is gone."""
         is_error = isinstance(message, str)
-        parts = [np.frombuffer(message.encode()[:LONGEST_ERROR], np.uint8)] if isinstance(message, str) else message
+        parts = [np.frombuffer(message.encode()[:MAX_ERROR], np.uint8)] if isinstance(message, str) else message
         size = sum(part.nbytes for part in parts)
         header = _HEADER.pack(number, is_error, size)
         with self._lock:
@@ -128,7 +128,7 @@ def receive_message(connection: socket.socket) -> tuple[int, Message]:
     """Receives the next message and its number. Raises `OSError` when the peer is gone."""
     number, is_error, size = _HEADER.unpack(_receive(connection, _HEADER.size).data)
     if is_error:
-        return number, _receive(connection, min(size, LONGEST_ERROR)).tobytes().decode(errors="replace")
+        return number, _receive(connection, min(size, MAX_ERROR)).tobytes().decode(errors="replace")
     return number, _receive(connection, size)
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from meshpipe.processes.stop import StopRequest
 
-LEAST_SECONDS = 30.0
+MIN_SECONDS = 30.0
 """Shortest time that a stop waits for a step."""
 FIRST_STEP_SECONDS = 120.0
 """The same for the first step, which opens connections."""
-LONGEST_STEPS = 3.0
+MAX_STEPS = 3.0
 """A stop waits for this many times the longest step so far."""
 POLL_SECONDS = 0.25
 
@@ -55,7 +55,7 @@ class Progress:
     def completed(self, step: int, seconds: float) -> None:
         self.steps = Steps(self.steps.dispatched, step)
         self._longest = max(self._longest, seconds)
-        self.patience = max(LEAST_SECONDS, LONGEST_STEPS * self._longest)
+        self.patience = max(MIN_SECONDS, MAX_STEPS * self._longest)
         self.made_progress()
 
     @contextmanager

@@ -12,8 +12,8 @@ from meshpipe.errors import ArgumentError
 
 VARIABLE = "MESHPIPE_SECRET"
 """The environment variable that holds the secret; `launch` makes a new one for each start of its processes."""
-LEAST_CHARACTERS = 32
-MOST_CHARACTERS = 4096
+MIN_CHARACTERS = 32
+MAX_CHARACTERS = 4096
 
 
 class IntrusionError(ConnectionError):
@@ -72,7 +72,7 @@ def read_secret_file(path: str) -> Secret:
     try:
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
             status = os.fstat(opened.fileno())
-            text = opened.read(MOST_CHARACTERS + 1).strip() if stat.S_ISREG(status.st_mode) else None
+            text = opened.read(MAX_CHARACTERS + 1).strip() if stat.S_ISREG(status.st_mode) else None
     except OSError as error:
         raise ArgumentError(
             f"`secret_file` must be a readable file. Got {path!r}: {error.strerror}. Write one with "
@@ -90,9 +90,9 @@ def read_secret_file(path: str) -> Secret:
 
 
 def _of_text(text: bytes, source: str) -> Secret:
-    if not LEAST_CHARACTERS <= len(text) <= MOST_CHARACTERS:
+    if not MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
         raise ArgumentError(
-            f"{source} must hold {LEAST_CHARACTERS} to {MOST_CHARACTERS} characters. Got {len(text)}. "
+            f"{source} must hold {MIN_CHARACTERS} to {MAX_CHARACTERS} characters. Got {len(text)}. "
             "Make one with openssl rand -hex 32."
         )
     return Secret(hashlib.sha256(text).digest())

@@ -9,7 +9,7 @@ from meshpipe.report.past_run import PastRun
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_MARKERS = 60
+MAX_MARKERS = 60
 """Above this many evaluations, they are drawn without markers."""
 
 
@@ -29,7 +29,7 @@ def draw_curves(runs: Sequence[PastRun], file: Path, smooth: float = 0.0) -> Non
         _draw(norm, run.values("grad_norm"), colour, smooth)
         _draw(speed, run.values(f"{run.unit}_per_s"), colour, smooth)
         if run.held_out:
-            marker = "o" if len(run.held_out) <= MOST_MARKERS else None
+            marker = "o" if len(run.held_out) <= MAX_MARKERS else None
             label = f"{run.name}, held out"
             loss.plot(*_points(run.held_out), color=colour, linestyle="--", marker=marker, markersize=4, label=label)
     loss.set_ylabel("loss")

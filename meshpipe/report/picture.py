@@ -89,7 +89,7 @@ def draw_timelines(panels: Sequence[Panel], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-MOST_NAMED = 8
+MAX_NAMED = 8
 """The most ranks, about, that a legend names."""
 
 
@@ -159,8 +159,8 @@ def _draw_memory(axes: "Axes", panel: Panel, longest: float) -> None:
         times, held = zip(*curve, (timeline.makespan, curve[-1][1]), strict=True)
         sizes = [bytes_held / size for bytes_held in held]
         # Of many ranks, neighbours have similar colours, and some stand for all in the legend.
-        colour = None if len(curves) <= MOST_NAMED else colormaps["viridis"](rank / (len(curves) - 1))
-        is_named = rank % -(-len(curves) // MOST_NAMED) == 0 or rank == len(curves) - 1
+        colour = None if len(curves) <= MAX_NAMED else colormaps["viridis"](rank / (len(curves) - 1))
+        is_named = rank % -(-len(curves) // MAX_NAMED) == 0 or rank == len(curves) - 1
         axes.step(times, sizes, where="post", label=f"rank {rank}" if is_named else None, linewidth=1, color=colour)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"{unit} on a device", fontsize=8)

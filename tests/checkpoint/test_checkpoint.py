@@ -196,7 +196,7 @@ def test_wrong_shapes_dtypes_and_leaves_are_refused(saved):
         restore("layers/1/kernel", (8, 4), jnp.float32)
     with pytest.raises(CheckpointError, match=r"asked for bfloat16"):
         restore("layers/1/kernel", (8, 8), jnp.bfloat16)
-    with pytest.raises(CheckpointError, match=r"Got 4. Whole steps there: 3"):
+    with pytest.raises(CheckpointError, match=r"Got 4. Complete steps there: 3"):
         Checkpointer(saved).restore(4, [])
 
 

@@ -86,7 +86,7 @@ def test_commands_pass_over_a_step_that_has_gone_since_they_listed_it(saved, mon
     for command, code in (("list", 0), ("verify", 0), ("show", 0)):
         assert checkpoint([command, str(saved)]) == code
     assert "step 0: removed meanwhile" in capsys.readouterr().out
-    with pytest.raises(CheckpointGoneError, match=r"Got 0\. Whole steps there: 1, 2"):
+    with pytest.raises(CheckpointGoneError, match=r"Got 0\. Complete steps there: 1, 2"):
         checkpoint(["verify", str(saved), "--step", "0"])
 
 

@@ -16,7 +16,7 @@ from meshpipe.config import Config
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.reference.verify import verify_recipe
-from meshpipe.run.build import make_chooser, make_trainer
+from meshpipe.runs.build import make_chooser, make_trainer
 
 
 def adam() -> Config:

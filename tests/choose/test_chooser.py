@@ -20,7 +20,7 @@ from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.plan.schedules import SCHEDULES, takes_stages
 from meshpipe.plan.simulate import simulate
 from meshpipe.report.plan import layout_lines
-from meshpipe.run.build import make_chooser, make_trainer
+from meshpipe.runs.build import make_chooser, make_trainer
 
 
 def layer(times: float) -> LayerCosts:

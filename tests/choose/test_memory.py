@@ -21,7 +21,7 @@ from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig, make_mesh
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.run.build import make_chooser, make_trainer
+from meshpipe.runs.build import make_chooser, make_trainer
 from meshpipe.sharding import FULLY_SHARDED, ShardingRules
 
 

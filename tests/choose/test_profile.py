@@ -104,7 +104,7 @@ def test_layers_that_do_not_fit_are_counted(monkeypatch: pytest.MonkeyPatch, com
 
 
 def test_layers_that_take_long_are_counted_and_the_reason_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counted, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(counted, "MAX_SECONDS", 0.0)
     monkeypatch.setattr(counted, "CORE", 1.0)
     why = chooser().measure().counted
     assert why is not None

@@ -18,7 +18,7 @@ from meshpipe.choose.remat import choose_remat
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.report.plan import layout_lines
-from meshpipe.run.build import make_chooser, make_trainer
+from meshpipe.runs.build import make_chooser, make_trainer
 
 WIDTH, ROWS, COUNT = 16, 64, 4
 ADAM = optax.adam(1e-3)

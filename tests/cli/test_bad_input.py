@@ -313,10 +313,10 @@ CALLS_WITH_CHECKPOINTS = {
     "other data": ("train TINY --data.count 100 RESUME", "or start a new run"),
     "resume from a step that is not there": (
         "train TINY --resume-from 3 --checkpoint-dir saved",
-        "Got 3. Whole steps there: 2, 4.",
+        "Got 3. Complete steps there: 2, 4.",
     ),
-    "no such step": ("checkpoint show saved --step 3", "Whole steps there: 2, 4."),
-    "no such step to verify": ("checkpoint verify saved --step 3", "Whole steps there: 2, 4."),
+    "no such step": ("checkpoint show saved --step 3", "Complete steps there: 2, 4."),
+    "no such step to verify": ("checkpoint verify saved --step 3", "Complete steps there: 2, 4."),
     "step that is no number": ("checkpoint show saved --step last", "--step"),
     "no folder to list": ("checkpoint list missing", "Name the folder that a run saves to."),
     "folder without checkpoints": ("checkpoint list folder", "Name the folder that a run saves to."),

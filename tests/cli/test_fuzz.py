@@ -14,7 +14,7 @@ from meshpipe.cli import main
 from tests.cli.wrong_calls import ROOT, wrong_call
 
 CALLS = 320
-LONGEST_SECONDS = 20.0
+MAX_SECONDS = 20.0
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:
@@ -38,7 +38,7 @@ def complaint(code: object, error: str, seconds: float, changed: bool) -> str | 
         return f"a message of {len(error)} characters"
     if changed:
         return "the folder has changed"
-    return f"{seconds:.0f} s" if seconds > LONGEST_SECONDS else None
+    return f"{seconds:.0f} s" if seconds > MAX_SECONDS else None
 
 
 @pytest.mark.slow

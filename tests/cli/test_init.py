@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from meshpipe.cli import main
-from meshpipe.run.recipe import find
+from meshpipe.runs.recipe import find
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(file.name for file in (ROOT / "recipes").glob("*.py"))

@@ -11,7 +11,7 @@ import pytest
 
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.cli import main
-from meshpipe.run.build import make_trainer
+from meshpipe.runs.build import make_trainer
 from tests import tiny_recipes
 
 TINY = f"train {Path(__file__).parents[1] / 'tiny_recipes.py'}:pipeline --eval-batches 0"
@@ -100,7 +100,7 @@ def test_init_from_all_continues_like_the_run_itself(
         ("--init-from empty", "--init-from must name a folder with a complete checkpoint. Got 'empty'"),
         (
             "--init-from a --init-step 3",
-            "--init-step must name a step that is saved in a. Got 3. Whole steps there: 2, 4",
+            "--init-step must name a step that is saved in a. Got 3. Complete steps there: 2, 4",
         ),
         ("--init-step 3", "--init-step is for --init-from. Got it alone."),
         ("--init-what all", "--init-what is for --init-from. Got it alone."),

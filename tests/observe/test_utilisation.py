@@ -9,7 +9,7 @@ import tiny_recipes
 
 from meshpipe.observe.peak_rates import peak_rates
 from meshpipe.observe.utilisation import PeakMemory, Utilisation, model_flops
-from meshpipe.run.build import make_trainer
+from meshpipe.runs.build import make_trainer
 
 
 def device(kind: str, **more: Any) -> Any:

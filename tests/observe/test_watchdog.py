@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import meshpipe
-from meshpipe.observe.clock import MOST_WAITING, StepClock
+from meshpipe.observe.clock import MAX_WAITING, StepClock
 from meshpipe.observe.watchdog import Watchdog
 from meshpipe.plan.lower import Transfer, lower
 from meshpipe.plan.schedules import make_plan
@@ -100,4 +100,4 @@ def test_watching_holds_no_activations() -> None:
 
     trainer.step(batch, observe=observe)
     assert set(clock.finish().timeline.ends) == trainer.plan.actions
-    assert waiting <= MOST_WAITING
+    assert waiting <= MAX_WAITING

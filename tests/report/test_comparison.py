@@ -9,7 +9,7 @@ from rich.console import Console
 from meshpipe.plan.schedules import SCHEDULES
 from meshpipe.report.comparison import compare_schedules
 from meshpipe.report.plan import comparison_table
-from meshpipe.run.build import make_chooser
+from meshpipe.runs.build import make_chooser
 
 
 def test_every_schedule_is_there_with_its_bubble_or_its_reason() -> None:

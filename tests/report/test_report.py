@@ -18,7 +18,7 @@ from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.report.plan import layout_lines, print_plan, stage_table
 from meshpipe.report.tables import format_bytes, make_console
-from meshpipe.run.build import make_chooser
+from meshpipe.runs.build import make_chooser
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_file
-from meshpipe.run.warning import Warnings
+from meshpipe.runs.warning import Warnings
 
-LONGEST_LINE = 1 << 20
+MAX_LINE = 1 << 20
 """Upper limit of the length of a metrics line, in bytes; real lines are far shorter."""
 
 
@@ -99,6 +99,6 @@ def _cut_torn_line(path: Path) -> None:
     if not path.is_file():
         return
     with open(path, "r+b") as file:
-        start = max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE)
+        start = max(0, file.seek(0, os.SEEK_END) - MAX_LINE)
         file.seek(start)
         file.truncate(start + file.read().rfind(b"\n") + 1)

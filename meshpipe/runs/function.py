@@ -12,9 +12,9 @@ from meshpipe.processes.stop import StopRequest
 from meshpipe.report.live_line import LiveLine
 from meshpipe.report.phases import showing_phases
 from meshpipe.report.tables import make_console
-from meshpipe.run.history import History, RunResult
-from meshpipe.run.run import conduct
-from meshpipe.run.run_folder import in_run_dir
+from meshpipe.runs.history import History, RunResult
+from meshpipe.runs.run import conduct
+from meshpipe.runs.run_folder import in_run_dir
 
 
 def run(config: Config, *, name: str = "run", show: bool = True, handle_signals: bool = False) -> RunResult:

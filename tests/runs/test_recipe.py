@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from meshpipe.config import Config
-from meshpipe.run.recipe import RecipeError, discover, find
+from meshpipe.runs.recipe import RecipeError, discover, find
 
 TINY = Path(__file__).parents[1] / "tiny_recipes.py"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meshpipe.run.metrics import MetricsFile
+from meshpipe.runs.metrics import MetricsFile
 
 
 def read(path: Path) -> list[dict[str, object]]:

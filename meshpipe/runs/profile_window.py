@@ -9,7 +9,7 @@ from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
 from meshpipe.processes.coordination import process_index
-from meshpipe.run.warning import Warnings
+from meshpipe.runs.warning import Warnings
 
 
 def check_profile(config: Config) -> None:

@@ -9,7 +9,7 @@ import tiny_recipes
 
 from meshpipe.checkpoint import CheckpointConfig
 from meshpipe.optimizer.config import OptimizerConfig
-from meshpipe.run.settings import describe_config, describe_source
+from meshpipe.runs.settings import describe_config, describe_source
 
 CONFIG = tiny_recipes.pipeline()
 

@@ -29,20 +29,20 @@ from meshpipe.processes.progress import Progress
 from meshpipe.processes.stop import StopRequest
 from meshpipe.processes.stop_together import StopTogether
 from meshpipe.report.tables import count_of, format_bytes
-from meshpipe.run.journal import Journal
-from meshpipe.run.profile_window import ProfileWindow
-from meshpipe.run.progress_line import ProgressLine
-from meshpipe.run.record import (
+from meshpipe.runs.journal import Journal
+from meshpipe.runs.profile_window import ProfileWindow
+from meshpipe.runs.progress_line import ProgressLine
+from meshpipe.runs.record import (
     checkpoint_metadata,
     config_values,
     device_names,
     run_layout,
 )
-from meshpipe.run.run_folder import write_settings
-from meshpipe.run.start import Start
-from meshpipe.run.step_metrics import StepMetrics
-from meshpipe.run.trace_file import TraceFile
-from meshpipe.run.warning import Warnings
+from meshpipe.runs.run_folder import write_settings
+from meshpipe.runs.start import Start
+from meshpipe.runs.step_metrics import StepMetrics
+from meshpipe.runs.trace_file import TraceFile
+from meshpipe.runs.warning import Warnings
 from meshpipe.sharding import local_value
 from meshpipe.trainer import Trainer
 from meshpipe.training.result import NonFiniteError, StepResult

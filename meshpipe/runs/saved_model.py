@@ -9,8 +9,8 @@ from typing import Any
 from meshpipe.checkpoint import CheckpointError
 from meshpipe.errors import ArgumentError
 from meshpipe.models.model import ModelConfig
-from meshpipe.run.recipe import find
-from meshpipe.run.record import config_values
+from meshpipe.runs.recipe import find
+from meshpipe.runs.record import config_values
 
 
 def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> ModelConfig:

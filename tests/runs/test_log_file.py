@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 
 from meshpipe.phases import phase
-from meshpipe.run.log_file import LogFile
-from meshpipe.run.progress_line import ProgressLine
+from meshpipe.runs.log_file import LogFile
+from meshpipe.runs.progress_line import ProgressLine
 
 
 def test_the_log_has_what_is_printed_without_the_live_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("meshpipe.run.log_file.LOGGED_SECONDS", 0.05)
+    monkeypatch.setattr("meshpipe.runs.log_file.LOGGED_SECONDS", 0.05)
     output, path = io.StringIO(), tmp_path / "log.txt"
     console = Console(file=output, width=60, force_terminal=True)
     with LogFile(console) as log:

@@ -6,9 +6,9 @@ from meshpipe.observe.clock import MeasuredStep
 from meshpipe.observe.trace import write_trace
 from meshpipe.processes.coordination import process_index
 from meshpipe.report.picture import Panel, draw_timelines
-from meshpipe.run.warning import Warnings
+from meshpipe.runs.warning import Warnings
 
-LONGEST_TRACE = 10
+MAX_TRACE = 10
 """Number of timed steps in a trace; older ones are dropped."""
 
 
@@ -26,7 +26,7 @@ class TraceFile:
         """Never raises; warns once if the trace cannot be written."""
         is_first = not self._steps
         self._steps[step] = measured
-        if len(self._steps) > LONGEST_TRACE:
+        if len(self._steps) > MAX_TRACE:
             del self._steps[min(self._steps)]
         try:
             write_trace(self._file, self._steps)

@@ -6,7 +6,7 @@ import pyte
 import pytest
 from rich.console import Console
 
-from meshpipe.run.progress_line import ProgressLine, lines_every
+from meshpipe.runs.progress_line import ProgressLine, lines_every
 
 
 def step(number: int, **more: float) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import pytest
 
 from meshpipe.optimizer.config import OptimizerConfig
-from meshpipe.run.learning_rates import RATES_AT_ONCE, LearningRates
+from meshpipe.runs.learning_rates import RATES_AT_ONCE, LearningRates
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerConfig(warmup_steps=5, decay="cosine"), OptimizerConfig()])

@@ -17,7 +17,7 @@ from meshpipe.phases import phase
 from meshpipe.processes.coordination import all_gather, process_count, process_index
 from meshpipe.processes.printable import printable
 from meshpipe.report.tables import format_bytes
-from meshpipe.run.record import MAY_CHANGE, check_metadata, config_values
+from meshpipe.runs.record import MAY_CHANGE, check_metadata, config_values
 from meshpipe.trainer import Trainer
 
 WAIT_SECONDS = 1800.0
@@ -130,7 +130,7 @@ def _read(folder: str, step: int, steps: Sequence[int], argument: str) -> dict[s
     if step not in steps:
         raise ArgumentError(
             f"`{argument}` must name a step that is saved in {folder}. Got {step}. "
-            f"Whole steps there: {', '.join(map(str, steps))}."
+            f"Complete steps there: {', '.join(map(str, steps))}."
         )
     _check_whole(folder, step, steps, argument)
     return Checkpointer(folder).metadata(step)

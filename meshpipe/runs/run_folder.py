@@ -15,7 +15,7 @@ from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder, missing_folders, remove_empty
 from meshpipe.report.curves import draw_curves
 from meshpipe.report.past_run import METRICS, PastRunError, read_run
-from meshpipe.run.warning import Warnings
+from meshpipe.runs.warning import Warnings
 
 SETTINGS = "config.json"
 CURVES = "metrics.png"

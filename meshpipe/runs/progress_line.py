@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 SECONDS_BETWEEN_LINES = 30.0
 """Longest time between plain lines, if steps are not longer."""
-LONGEST_TIME = 10**9
+MAX_TIME = 10**9
 """Upper limit of the displayed time left, in seconds."""
 
 
@@ -43,7 +43,7 @@ class ProgressLine:
         # The first step is slower than the others; the moving average forgets it quickly.
         before = seconds if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = before + 0.3 * (seconds - before)
-        left = timedelta(seconds=min(LONGEST_TIME, round(self._seconds_per_step * (self._steps - step))))
+        left = timedelta(seconds=min(MAX_TIME, round(self._seconds_per_step * (self._steps - step))))
         text = f"loss {values['loss']:.4f}  {seconds:.3g} s/step  {speed(values)}  {left} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)

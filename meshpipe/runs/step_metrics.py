@@ -5,9 +5,9 @@ from typing import Any
 
 from meshpipe.config import Config
 from meshpipe.observe.utilisation import PeakMemory, Utilisation, model_flops
-from meshpipe.run.learning_rates import LearningRates
-from meshpipe.run.progress_line import speed
-from meshpipe.run.warning import Warnings
+from meshpipe.runs.learning_rates import LearningRates
+from meshpipe.runs.progress_line import speed
+from meshpipe.runs.warning import Warnings
 from meshpipe.sharding import local_value
 from meshpipe.trainer import Trainer
 from meshpipe.training.result import StepResult

@@ -11,7 +11,7 @@ from meshpipe.compiler.digest import ADDRESS, digest
 from meshpipe.config import Config
 from meshpipe.data import Source
 from meshpipe.processes.agreement import HASH
-from meshpipe.run.record import config_values
+from meshpipe.runs.record import config_values
 
 FILES = {
     "run_dir",

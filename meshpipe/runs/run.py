@@ -23,18 +23,18 @@ from meshpipe.processes.guard import Guard
 from meshpipe.processes.progress import StopLimit
 from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
-from meshpipe.run.build import make_trainer, saved_shapes
-from meshpipe.run.history import History
-from meshpipe.run.journal import Journal
-from meshpipe.run.log_file import LogFile
-from meshpipe.run.loop import Loop, Outputs
-from meshpipe.run.metrics import MetricsFile
-from meshpipe.run.profile_window import check_profile
-from meshpipe.run.record import check_can_be_saved, checkpoint_metadata, run_layout
-from meshpipe.run.run_folder import LOG, draw_run, in_run_dir, run_folder
-from meshpipe.run.settings import describe_config, describe_source
-from meshpipe.run.start import Start, find_start
-from meshpipe.run.trackers import check_trackers, started_trackers
+from meshpipe.runs.build import make_trainer, saved_shapes
+from meshpipe.runs.history import History
+from meshpipe.runs.journal import Journal
+from meshpipe.runs.log_file import LogFile
+from meshpipe.runs.loop import Loop, Outputs
+from meshpipe.runs.metrics import MetricsFile
+from meshpipe.runs.profile_window import check_profile
+from meshpipe.runs.record import check_can_be_saved, checkpoint_metadata, run_layout
+from meshpipe.runs.run_folder import LOG, draw_run, in_run_dir, run_folder
+from meshpipe.runs.settings import describe_config, describe_source
+from meshpipe.runs.start import Start, find_start
+from meshpipe.runs.trackers import check_trackers, started_trackers
 from meshpipe.trainer import Trainer
 
 END_SECONDS = 600.0

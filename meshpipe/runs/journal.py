@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from meshpipe.run.metrics import MetricsFile
-from meshpipe.run.trackers import Tracker
-from meshpipe.run.warning import Warnings
+from meshpipe.runs.metrics import MetricsFile
+from meshpipe.runs.trackers import Tracker
+from meshpipe.runs.warning import Warnings
 
 GROUPS = {"step": "train", "eval": "eval"}
 """The prefix of the names that trackers show, by event."""

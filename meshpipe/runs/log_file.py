@@ -15,7 +15,7 @@ from rich.control import Control
 
 from meshpipe.phases import Phase, listening
 from meshpipe.report.tables import PLAIN_WIDTH
-from meshpipe.run.warning import Warnings
+from meshpipe.runs.warning import Warnings
 
 LOGGED_SECONDS = 2.0
 """Shorter phases are not in the log."""

@@ -13,8 +13,8 @@ from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
 from meshpipe.processes.coordination import process_index
-from meshpipe.run.record import config_values
-from meshpipe.run.start import Start
+from meshpipe.runs.record import config_values
+from meshpipe.runs.start import Start
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 """The package that writes for each tracker."""

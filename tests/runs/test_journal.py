@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from event_files import read_events, scalars
 
-from meshpipe.run.journal import Journal
-from meshpipe.run.metrics import MetricsFile
-from meshpipe.run.trackers import TensorBoard
+from meshpipe.runs.journal import Journal
+from meshpipe.runs.metrics import MetricsFile
+from meshpipe.runs.trackers import TensorBoard
 
 
 class Failing:
