@@ -15,6 +15,7 @@ from meshpipe.config import Config
 from meshpipe.data import TextFilesConfig
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_file, check_folder, expand
+from meshpipe.observe.config import ObserveConfig
 from tests import tiny_recipes
 
 TINY = f"{Path(__file__).parent / 'tiny_recipes.py'}:pipeline"
@@ -37,12 +38,15 @@ def test_every_path_of_a_config_is_expanded(home: Path) -> None:
         compile_cache="~/c",
         metrics="~/m",
         trace="~/t.json",
+        run_dir="~/r",
+        observe=ObserveConfig(track=("tensorboard",), track_dir="~/b", profile_steps="1:2", profile_dir="~/p"),
         checkpoint=CheckpointConfig(checkpoint_dir="~/k"),
         pipeline=PipelineConfig(schedule="~/s.txt", partition="measured", costs="~/l.json"),
     )
     found = [config.compile_cache, config.metrics, config.trace, config.checkpoint.checkpoint_dir]
+    found += [config.run_dir, config.observe.track_dir, config.observe.profile_dir]
     found += [config.pipeline.schedule, config.pipeline.costs, TextFilesConfig(path="~/d").path]
-    assert found == [str(home / name) for name in ("c", "m", "t.json", "k", "s.txt", "l.json", "d")]
+    assert found == [str(home / name) for name in ("c", "m", "t.json", "k", "r", "b", "p", "s.txt", "l.json", "d")]
     assert Checkpointer("~/k").directory == home / "k"
     CompileCache("~/c")
     assert (home / "c").is_dir()
@@ -52,12 +56,22 @@ def test_every_text_of_a_config_that_names_a_path_is_one_of_those() -> None:
     """A new field that holds a path must be expanded too."""
     named = {
         field.name
-        for config in (Config, CheckpointConfig, PipelineConfig)
+        for config in (Config, CheckpointConfig, ObserveConfig, PipelineConfig)
         for field in fields(config)
         if field.type == (str | None) or field.type is str
         if field.name.endswith(("_dir", "_cache", "_file", "_from")) or field.name in ("metrics", "trace", "costs")
     }
-    assert named <= {"compile_cache", "metrics", "trace", "costs", "checkpoint_dir", "init_from"}
+    assert named <= {
+        "compile_cache",
+        "metrics",
+        "trace",
+        "costs",
+        "checkpoint_dir",
+        "init_from",
+        "run_dir",
+        "track_dir",
+        "profile_dir",
+    }
 
 
 def test_files_of_plan_and_folders_of_checkpoint_are_expanded(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

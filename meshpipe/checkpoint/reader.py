@@ -86,11 +86,7 @@ class CheckpointReader:
         steps = self.steps()
         if step in steps:
             return self.directory / str(step)
-        known = (
-            f"Complete steps there: {', '.join(map(str, steps))}."
-            if steps
-            else "None there is complete."
-        )
+        known = f"Complete steps there: {', '.join(map(str, steps))}." if steps else "None there is complete."
         raise CheckpointGoneError(f"The step must be one that is saved in {self.directory}. Got {step}. {known}")
 
     def _document(self, step: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Parses the arguments of a command into a recipe, its configuration and the command's own flags."""
 
 import difflib
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 Command = Callable[[list[str]], int]
 _WITHOUT_PREFIX = tyro.conf.arg(name="")
+PARTS_OF_RUNS = {"checkpoint", "observe"}
+FLAGS_OF_RUNS = {"metrics", "trace", "run-dir", "measure-every", "eval-every", "eval-batches", "skip-nonfinite"}
+"""What concerns `train` alone."""
 
 
 def choose(name: str, commands: dict[str, Command], program: str) -> Command:
@@ -95,7 +99,21 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
         chosen, unknown = tyro.cli(kind, args=arguments[1:], prog=program, return_unknown_args=True)
     if unknown:
         _refuse(unknown, [flag.name for flag in flags], command)
+    if command != "train":
+        _tell_unused(command, flags_of(config), flags_of(chosen.config))
     return recipe.name, chosen.config, getattr(chosen, "extra", None)
+
+
+def _tell_unused(command: str, before: Sequence[Flag], after: Sequence[Flag]) -> None:
+    """Prints which of the flags that were given concern a run alone."""
+    values = {flag.name: flag.default for flag in before}
+    unused = [
+        f"--{flag.name}"
+        for flag in after
+        if (flag.part in PARTS_OF_RUNS or flag.name in FLAGS_OF_RUNS) and flag.default != values[flag.name]
+    ]
+    if unused:
+        print(f"meshpipe: {command} makes no run, so it does not use {', '.join(unused)}.", file=sys.stderr)
 
 
 def _print_help(flags: Sequence[Flag], command: str, whole: bool, program: str, description: str) -> NoReturn:

@@ -97,7 +97,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     # Commands and recipes.
     "no command": (
         "",
-        "The command must be one of recipes, train, verify, plan, metrics, launch, checkpoint. Got none.",
+        "The command must be one of recipes, init, train, verify, plan, metrics, launch, checkpoint, doctor. Got none.",
     ),
     "unknown command": ("trian TINY", "Did you mean train?"),
     "no recipe": ("train", "The first argument must be a recipe: meshpipe train RECIPE [flags]. Got none."),
@@ -108,7 +108,6 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "recipe that is not a Config": ("train broken.py:number", "Return a Config from number"),
     "recipe that fails": ("train broken.py:fails", "fails on line 5: no such layout"),
     "recipe that is not Python": ("train notes.txt.py:f", "Correct the file."),
-    "no recipes folder": ("recipes", "Change to a folder that has one"),
     "layer that fails": (
         "train failing.py:fails --checkpoint-dir new/run --compile-cache new/programs",
         "KeyError: 'labels' This comes from layers/4 (lookup, stage 1), calle",
@@ -249,7 +248,7 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "mesh of very many devices": ("plan TINY --mesh.pipeline 100000000", "at most 4096 virtual CPU devices"),
     "very wide layers": (
         "train TINY --model.width 1000000000000",
-        "Each layer must take what the one before returns, and the first one the field `input` of the batch.",
+        "A run must fit into the memory of this machine, which its 2 virtual CPU devices share.",
     ),
     "very many microbatches": (
         "plan TINY --num-microbatches 1000000000 --batch-size 1000000000",

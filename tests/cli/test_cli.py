@@ -209,3 +209,9 @@ def test_help_of_a_recipe_shows_every_flag(in_process: Path, capsys: pytest.Capt
         --eval-every --measure-every --trace --partition --costs --memory-limit --data.count --model.width"""
     for flag in flags.split():
         assert f"{flag} " in out or f"{flag}, " in out, flag
+
+
+def test_a_plan_says_which_flags_it_does_not_use(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--run-dir", "run", "--checkpoint-every", "3", "--steps", "9"]) == 0
+    assert "plan makes no run, so it does not use --checkpoint-every, --run-dir." in capsys.readouterr().err
+    assert not (in_process / "run").exists()

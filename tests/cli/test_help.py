@@ -15,7 +15,7 @@ from meshpipe.cli import main
 from meshpipe.cli.flags import OTHER_NAMES, flags_of, suggestion
 from meshpipe.cli.help import COMMON
 from meshpipe.config import Config
-from meshpipe.pipeline.config import REMAT_POLICIES
+from meshpipe.pipeline.remat import REMAT_POLICIES
 from meshpipe.plan.schedules import SCHEDULES
 
 TINY = f"{Path(tiny_recipes.__file__)}:single"
