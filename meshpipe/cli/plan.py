@@ -11,6 +11,7 @@ from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
 
 if TYPE_CHECKING:
+    from meshpipe.choose.chooser import Chooser
     from meshpipe.config import Config
 
 
@@ -65,11 +66,8 @@ def plan(arguments: list[str]) -> int:
         from meshpipe.choose.chooser import measuring_mesh
         from meshpipe.host import keep_freed_memory
         from meshpipe.mesh import use_cpu_devices
-        from meshpipe.report.comparison import compare_schedules
+        from meshpipe.models.attention import cpu_devices_stand_in
         from meshpipe.report.picture import check_picture
-        from meshpipe.report.plan import print_comparison, print_plan
-        from meshpipe.report.profile import print_profile
-        from meshpipe.report.tables import make_console
     from meshpipe.runs.build import make_chooser
 
     if extra.plot is not None:
@@ -83,7 +81,18 @@ def plan(arguments: list[str]) -> int:
     measure_on = measuring_mesh(config.mesh) if measures else None
     if measure_on is not None:
         keep_freed_memory(measure_on)  # as training has it
-    chooser = make_chooser(config, mesh=mesh, measure_on=measure_on)
+    with cpu_devices_stand_in():
+        chooser = make_chooser(config, mesh=mesh, measure_on=measure_on)
+        _show(recipe, config, extra, chooser)
+    return COMPLETED
+
+
+def _show(recipe: str, config: "Config", extra: _PlanFlags, chooser: "Chooser") -> None:
+    from meshpipe.report.comparison import compare_schedules
+    from meshpipe.report.plan import print_comparison, print_plan
+    from meshpipe.report.profile import print_profile
+    from meshpipe.report.tables import make_console
+
     console = make_console()
     costs = None
     if extra.profile:
@@ -94,10 +103,9 @@ def plan(arguments: list[str]) -> int:
             console.print(f"Saved to {extra.save_costs}; use them with --costs {extra.save_costs}.\n")
     if extra.compare:
         print_comparison(console, recipe, config.pipeline, compare_schedules(chooser, costs))
-        return COMPLETED
+        return
     model = chooser.choose(costs)
     print_plan(console, recipe, model, chooser.transformation, extra.plot, wide=extra.wide)
     if extra.save_schedule is not None:
         extra.save_schedule.write_text(model.plan.to_text())
         console.print(f"\nSaved to {extra.save_schedule}; run it with --schedule {extra.save_schedule}.")
-    return COMPLETED

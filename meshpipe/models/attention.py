@@ -1,5 +1,7 @@
 """Which implementation computes attention: the one place that chooses."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -13,6 +15,25 @@ of cuDNN, which does not; or `auto`, by cuDNN where devices, dtype and head size
 
 HEAD_DIM_STEP = 8
 """cuDNN takes head sizes that are multiples of this."""
+
+NEWEST = 9.0
+"""The compute capability of a GPU that is only described."""
+
+_standing_in = 0
+"""How often `cpu_devices_stand_in` is entered."""
+
+
+@contextmanager
+def cpu_devices_stand_in() -> Iterator[None]:
+    """While entered, CPU devices stand in for those that will run a model: they compute attention by XLA, whatever is
+    asked for.
+    """
+    global _standing_in
+    _standing_in += 1
+    try:
+        yield
+    finally:
+        _standing_in -= 1
 
 
 @runtime_checkable
@@ -42,28 +63,44 @@ def choose_attention(
     """
     if asked == "xla":
         return "xla"
-    reason = why_not_cudnn(dtype, head_dim, traced_device() if device is None else device)
+    device = traced_device() if device is None else device
+    if stands_in(device):
+        reason = why_not_sizes(dtype, head_dim, NEWEST)
+    else:
+        reason = why_not_cudnn(dtype, head_dim, device)
     if reason is None and odd_mask:
-        reason = "with a mask, it takes an even number of positions"
+        reason = "with a mask, cuDNN needs an even number of positions"
     if reason is not None and asked == "cudnn":
         raise ArgumentError(
             f"`attention` cudnn must suit devices and sizes: {reason}. Choose `attention` auto or xla.", "model"
         )
-    return "cudnn" if reason is None else "xla"
+    return "cudnn" if reason is None and not stands_in(device) else "xla"
+
+
+def stands_in(device: Device) -> bool:
+    """Whether this is a CPU device in place of an unknown one."""
+    return _standing_in > 0 and device.platform == "cpu"
 
 
 def why_not_cudnn(dtype: Any, head_dim: int, device: Device) -> str | None:
     """Why cuDNN cannot compute it; None if it can."""
     if device.platform != "gpu" or any(name in device.device_kind for name in ("AMD", "Radeon", "gfx")):
-        return f"it runs on NVIDIA GPUs, and these are {device.platform} devices"
+        found = "this plan is laid out on CPU" if stands_in(device) else f"these are {device.platform}"
+        return f"cuDNN needs an NVIDIA GPU, and {found} devices"
     capability = _compute_capability(device)
     if capability < 8:
-        return f"it runs on GPUs of compute capability 8.0 and above, and this is a {device.device_kind}"
+        return f"cuDNN needs a GPU of compute capability 8.0 or above, and this is a {device.device_kind}"
+    return why_not_sizes(dtype, head_dim, capability)
+
+
+def why_not_sizes(dtype: Any, head_dim: int, capability: float) -> str | None:
+    """Why cuDNN cannot compute it on an NVIDIA GPU of this compute capability; None if it can."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in bfloat16 or float16, and the model in {jnp.dtype(dtype).name}"
+        return f"cuDNN computes in bfloat16 or float16, and the model in {jnp.dtype(dtype).name}"
     largest = 256 if capability >= 9 else 128
     if head_dim % HEAD_DIM_STEP or head_dim > largest:
-        return f"heads must have a multiple of {HEAD_DIM_STEP} features, at most {largest}, and have {head_dim}"
+        sizes = f"a multiple of {HEAD_DIM_STEP} features, at most {largest}"
+        return f"cuDNN needs heads with {sizes}, and these have {head_dim}"
     return None
 
 
@@ -78,4 +115,4 @@ def _compute_capability(device: Device) -> float:
     """Of a GPU that is there; one that is only described counts as new."""
     alike = (d for d in jax.devices() if d.device_kind == device.device_kind)
     text = getattr(device, "compute_capability", None) or getattr(next(alike, None), "compute_capability", None)
-    return float(text) if text else 9.0
+    return float(text) if text else NEWEST

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from meshpipe.errors import ArgumentError, check_whole
-from meshpipe.models.attention import AttentionName, choose_attention, why_not_cudnn
+from meshpipe.models.attention import AttentionName, choose_attention, stands_in, why_not_cudnn
 
 # Logical axes of parameters; meshpipe.sharding says which mesh axis each one is split over.
 EMBED, HEADS, HIDDEN, VOCAB = "embed", "heads", "hidden", "vocab"
@@ -110,9 +110,10 @@ def attention_notes(asked: AttentionName, dtype: str, head_dim: int, mesh: Mesh)
     device = mesh.devices.flat[0]
     chosen = choose_attention(asked, dtype=dtype, head_dim=head_dim, device=device)
     reason = why_not_cudnn(dtype, head_dim, device)
-    if asked == "auto" and reason is not None:
-        return [f"Attention by {chosen}, not cudnn: {reason}."]
-    return [f"Attention by {chosen}."]
+    if asked == "cudnn" and stands_in(device):
+        return ["Attention: cuDNN is asked for; this plan is laid out on CPU devices and counts XLA's."]
+    name = {"xla": "XLA", "cudnn": "cuDNN"}[chosen]
+    return [f"Attention by {name}{f': {reason}' if asked == 'auto' and reason is not None else ''}."]
 
 
 def check_heads(d_model: int, num_heads: int, num_kv_heads: int) -> None:

@@ -13,7 +13,7 @@ from staged import staged
 from meshpipe import PipelineConfig, make_mesh
 from meshpipe.layers.task import Task
 from meshpipe.models import LanguageModelConfig
-from meshpipe.models.attention import choose_attention
+from meshpipe.models.attention import choose_attention, cpu_devices_stand_in
 from meshpipe.report.plan import layout_lines
 from meshpipe.stage.jaxpr import nbytes
 from meshpipe.stage.programs import trace_backward, trace_split
@@ -37,11 +37,11 @@ OLD, AMPERE = Gpu("Tesla V100-SXM2-16GB", compute_capability="7.0"), Gpu("NVIDIA
         (Gpu(), "bfloat16", 128, None),
         (Gpu(), "float16", 256, None),
         (AMPERE, "bfloat16", 128, None),
-        (AMPERE, "bfloat16", 256, "at most 128, and have 256"),
+        (AMPERE, "bfloat16", 256, "at most 128, and these have 256"),
         (Gpu(), "float32", 64, "bfloat16 or float16, and the model in float32"),
         (Gpu(), "bfloat16", 20, "a multiple of 8 features"),
-        (OLD, "bfloat16", 64, "8.0 and above, and this is a Tesla V100"),
-        (Gpu("AMD Instinct MI300X"), "bfloat16", 64, "it runs on NVIDIA GPUs"),
+        (OLD, "bfloat16", 64, "8.0 or above, and this is a Tesla V100"),
+        (Gpu("AMD Instinct MI300X"), "bfloat16", 64, "cuDNN needs an NVIDIA GPU"),
         (Gpu("cpu", "cpu"), "bfloat16", 64, "these are cpu devices"),
         (Gpu("TPU v5", "tpu"), "bfloat16", 64, "these are tpu devices"),
     ],
@@ -73,10 +73,22 @@ def model(attention: Any, schedule: str = "1f1b", data: int = 1) -> Any:
 
 
 def test_a_model_says_what_it_takes_and_refuses_what_its_devices_lack() -> None:
-    assert model("auto").choices == ("Attention by xla, not cudnn: it runs on NVIDIA GPUs, and these are cpu devices.",)
-    assert model("xla").choices == ("Attention by xla.",)
+    assert model("auto").choices == ("Attention by XLA: cuDNN needs an NVIDIA GPU, and these are cpu devices.",)
+    assert model("xla").choices == ("Attention by XLA.",)
     assert not any("Attention" in line for line in layout_lines("mine", model("auto")))  # nothing to choose on CPU
     with pytest.raises(ValueError, match=r"cpu devices\. Choose `attention` auto or xla"):
+        model("cudnn")
+
+
+def test_a_plan_on_cpu_devices_says_what_it_counts_and_refuses_only_what_no_device_has() -> None:
+    with cpu_devices_stand_in():
+        (asked,) = model("cudnn").choices
+        (found,) = model("auto").choices
+        with pytest.raises(ValueError, match=r"and the model in float32\. Choose `attention` auto or xla"):
+            choose_attention("cudnn", dtype="float32", head_dim=64)
+    assert asked == "Attention: cuDNN is asked for; this plan is laid out on CPU devices and counts XLA's."
+    assert found == "Attention by XLA: cuDNN needs an NVIDIA GPU, and this plan is laid out on CPU devices."
+    with pytest.raises(ValueError, match="these are cpu devices"):
         model("cudnn")
 
 
