@@ -16,8 +16,8 @@ MAX_TIME = 10**9
 
 
 class ProgressLine:
-    """Shows step, loss, throughput and time left in a plain line every few steps. On a terminal, a live line below them
-    shows every step; it disappears at the end, and the plain lines stay.
+    """Shows step, loss, throughput and time left in a plain line every few steps; its times are means since the line
+    before. On a terminal, a live line below them shows every step; it disappears at the end, and the plain lines stay.
     """
 
     def __init__(self, console: Console, steps: int, start: int = 0) -> None:
@@ -26,6 +26,8 @@ class ProgressLine:
         self._every = lines_every(steps - start)
         self._last_line = time.monotonic()
         self._seconds_per_step: float | None = None
+        self._steps_since, self._seconds_since, self._work_since = 0, 0.0, 0.0
+        """Since the last plain line: steps, their time, and the tokens or examples in them."""
         self._bar: Progress | None = None
         if console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None):
             columns = (
@@ -44,12 +46,19 @@ class ProgressLine:
         before = seconds if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = before + 0.3 * (seconds - before)
         left = timedelta(seconds=min(MAX_TIME, round(self._seconds_per_step * (self._steps - step))))
-        text = f"loss {values['loss']:.4f}  {seconds:.3g} s/step  {speed(values)}  {left} left"
+        self._steps_since += 1
+        self._seconds_since += seconds
+        self._work_since += values[_rate_of(values)] * seconds
+        loss = f"loss {values['loss']:.4f}"
         if self._bar is not None:
+            text = f"{loss}  {seconds:.3g} s/step  {speed(values)}  {left} left"
             self._bar.update(self._task, completed=step, description=text)
         if self._is_due(step):
+            mean = self._seconds_since / self._steps_since
+            rate = speed({_rate_of(values): self._work_since / self._seconds_since})
+            self.say(f"step {step}/{self._steps}  {loss}  {mean:.3g} s/step  {rate}  {left} left")
             self._last_line = time.monotonic()
-            self.say(f"step {step}/{self._steps}  {text}")
+            self._steps_since, self._seconds_since, self._work_since = 0, 0.0, 0.0
 
     def _is_due(self, step: int) -> bool:
         late = time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
@@ -75,5 +84,9 @@ def lines_every(steps: int) -> int:
 
 def speed(values: Mapping[str, Any]) -> str:
     """The throughput: tokens per second if the model has tokens, else examples per second."""
-    unit = "tokens" if "tokens_per_s" in values else "examples"
-    return f"{values[f'{unit}_per_s']:,.0f} {unit}/s"
+    name = _rate_of(values)
+    return f"{values[name]:,.0f} {name.removesuffix('_per_s')}/s"
+
+
+def _rate_of(values: Mapping[str, Any]) -> str:
+    return "tokens_per_s" if "tokens_per_s" in values else "examples_per_s"

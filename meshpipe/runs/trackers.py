@@ -163,4 +163,4 @@ class WeightsAndBiases:
 
     def end(self, status: str) -> None:
         if self._run is not None:
-            self._run.finish(exit_code=0 if status == "completed" else 1)
+            self._run.finish(exit_code=1 if status == "failed" else 0)

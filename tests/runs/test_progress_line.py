@@ -24,6 +24,17 @@ def test_plain_lines_come_every_few_steps_and_last() -> None:
     assert lines[2] == "step 10/42  loss 2.5000  0.5 s/step  1,234 examples/s  0:00:16 left"
 
 
+def test_times_of_a_plain_line_are_means_since_the_line_before() -> None:
+    """A step that is seen to complete late makes the next one short; the mean of both is right."""
+    output = io.StringIO()
+    progress = ProgressLine(Console(file=output, width=200), steps=30)
+    for number in range(1, 5):
+        seconds = 0.0001 if number % 2 else 0.2
+        progress.step(step(number, step_time_s=seconds, examples_per_s=100 / seconds))
+    *_, line = output.getvalue().splitlines()
+    assert "0.1 s/step  1,000 examples/s" in line
+
+
 def test_throughput_is_in_tokens_if_there_are_tokens() -> None:
     output = io.StringIO()
     ProgressLine(Console(file=output, width=200), steps=1).step(step(1, tokens_per_s=99_000.0))
