@@ -204,6 +204,10 @@ class Checkpointer(CheckpointReader):
             self._background.shutdown()
             self._leave()
 
+    def abandon(self) -> None:
+        """Leaves the folder as it was before `prepare`; for a process that ends before its first save, any thread."""
+        self._leave()
+
     def _acquire(self) -> WriterLock:
         """Takes the folder for this process."""
         if self._lock is not None and not self._lock.is_held():

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -64,6 +65,8 @@ class Guard:
         self._folder = folder
         self.progress: Progress | None = None
         """Progress of this process once it runs steps; heartbeats carry it to the others."""
+        self.undo: list[Callable[[], object]] = []
+        """Called, the last first, when the process is stopped before its first step: each removes what it left."""
         self._stopped_until, self._stopped_for = -math.inf, 0.0
         """The end of this process's last pause (not scheduled, or stopped), and its length in seconds."""
         self._done = threading.Event()
@@ -134,7 +137,7 @@ class Guard:
         self._done.set()
         if self._exit_reporter is not None:
             self._exit_reporter.cancel()
-        leave(status)
+        leave(status, self.undo)
 
     def steps_of_all(self) -> dict[int, Steps]:
         """The progress of each process that runs steps, from its last heartbeat."""
@@ -194,7 +197,7 @@ class Guard:
         print(text, file=sys.stderr, flush=True)
         if self._exit_reporter is not None:
             self._exit_reporter.cancel()
-        leave(status)
+        leave(status, () if status in (FAILED, INVALID) else self.undo)
 
 
 def _silent(seen: dict[int, tuple[int, float]], since: float) -> int | None:
@@ -238,13 +241,17 @@ def _jax_folders() -> tuple[Path, ...]:
     return tuple(Path(spec.origin).parent for spec in found if spec is not None and spec.origin is not None)
 
 
-def leave(status: int) -> NoReturn:
+def leave(status: int, undo: Sequence[Callable[[], object]] = ()) -> NoReturn:
     """Exits immediately and skips JAX's shutdown, which aborts a process whose peers are gone.
 
+    Just before that it calls all of `undo`, the last first.
     Process 0 exits a little later than the others, which may still have to read messages from it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if process_count() > 1 and process_index() == 0:
         time.sleep(3 * POLL_SECONDS)
+    for remove in reversed(undo):
+        with contextlib.suppress(Exception):  # the process ends anyway
+            remove()
     exit_now(status)

@@ -90,7 +90,7 @@ def conduct(
     if not group.is_alone:
         agree(group, "settings", describe_config(config))
     with ExitStack() as files:
-        folder = files.enter_context(run_folder(config))
+        folder = files.enter_context(run_folder(config, guard.undo))
         own = folder if process_index() == 0 else None
         log = None if own is None else files.enter_context(LogFile(console))
         _check_outputs(config)
@@ -106,6 +106,7 @@ def conduct(
         if config.checkpoint.checkpoint_dir is not None:
             directory, keep = config.checkpoint.checkpoint_dir, config.checkpoint.checkpoint_keep
             checkpointer = files.enter_context(Checkpointer(directory, keep=keep))
+            guard.undo.append(checkpointer.abandon)
         trainer = _make_trainer(config, recipe, start, checkpointer, train_batches, console)
         if start is not None:
             _load(start, trainer, config, checkpointer, console)

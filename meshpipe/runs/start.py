@@ -18,6 +18,7 @@ from meshpipe.processes.coordination import all_gather, process_count, process_i
 from meshpipe.processes.printable import printable
 from meshpipe.report.tables import format_bytes
 from meshpipe.runs.record import MAY_CHANGE, check_metadata, config_values
+from meshpipe.runs.run_folder import CHECKPOINTS, used_by
 from meshpipe.trainer import Trainer
 
 WAIT_SECONDS = 1800.0
@@ -113,16 +114,29 @@ def _own_start(config: Config) -> Start | None:
         return None
     name = "resume" if options.resume_from is None else "resume_from"
     if not steps:
-        raise ArgumentError(
-            f"`{name}` needs a complete checkpoint in `checkpoint_dir`. Got {folder!r}, which has none. "
-            f"Name the folder of the run to resume, or leave `{name}` out to start a new one; "
-            "`init_from` starts from a checkpoint in another folder."
-        )
+        raise ArgumentError(_nothing_to_resume(config, name))
     step = steps[-1] if options.resume_from is None else options.resume_from
     metadata = _read(folder, step, steps, "resume_from")
     check_metadata(metadata, step, folder)
     check_continues(config, metadata, folder)
     return Start(folder, step, metadata, is_own=True)
+
+
+def _nothing_to_resume(config: Config, name: str) -> str:
+    """Why a run without a complete checkpoint cannot be resumed, and what its user can do instead."""
+    folder, argument = config.checkpoint.checkpoint_dir, "checkpoint_dir"
+    if config.run_dir is not None and folder == str(Path(config.run_dir) / CHECKPOINTS):
+        folder, argument = config.run_dir, "run_dir"
+        if used_by(Path(folder)) is not None:
+            return (
+                f"`{name}` needs a complete checkpoint in `{argument}`. Got {folder!r}, whose run saved none. To start "
+                f"a new run, leave `{name}` out, and name another folder or remove this one."
+            )
+    return (
+        f"`{name}` needs a complete checkpoint in `{argument}`. Got {folder!r}, which has none. "
+        f"Name the folder of the run to resume, or leave `{name}` out to start a new one; "
+        "`init_from` starts from a checkpoint in another folder."
+    )
 
 
 def _read(folder: str, step: int, steps: Sequence[int], argument: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from event_files import scalars
 
 from meshpipe.checkpoint import Checkpointer
+from meshpipe.checkpoint.lock import _boot
 from meshpipe.cli import main
 
 TOKENS = """
@@ -49,10 +50,15 @@ def train(place: Path, flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def run(place: Path) -> Path:
-    """The folder of a run of six steps, which nobody changes."""
+    """The folder of a run of six steps, which nobody changes. A run was killed there before its first step."""
+    folder = place / "runs" / "first"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "writer.lock").write_text(json.dumps({"boot": _boot()}))
+    for name in ("metrics.jsonl", "log.txt"):
+        (folder / name).touch()
     assert jax.device_count() == 8
     assert train(place, "--run-dir {place}/runs/first --steps 6 --track tensorboard --profile-steps 4:6") == 0
-    return place / "runs" / "first"
+    return folder
 
 
 def test_everything_is_in_the_folder(run: Path) -> None:
@@ -123,6 +129,10 @@ def test_a_used_folder_without_a_checkpoint_has_another_way_out(
     (folder / "config.json").write_text("{}")
     assert train(place, "--run-dir {place}/runs/failed") == 2
     assert "saved nothing to continue from: name another folder, or remove this one." in capsys.readouterr().err
+    assert train(place, "--run-dir {place}/runs/failed --resume") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"--resume needs a complete checkpoint in --run-dir. Got '{folder}', whose run saved none." in error
+    assert "leave --resume out, and name another folder or remove this one." in error
 
 
 def test_a_resumed_run_continues_in_the_folder(run: Path, place: Path) -> None:
