@@ -10,13 +10,13 @@ from jax.sharding import SingleDeviceSharding
 
 from meshpipe.checkpoint import CheckpointError, list_checkpoints
 from meshpipe.checkpoint.index import WEIGHTS, check_weights
+from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.checkpoint.reader import CheckpointReader
 from meshpipe.checkpoint.restore import restore_step
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.layer import LayerLike, Leaves, abstract_layers
 from meshpipe.layers.modules import host_device, modules_with, shared_groups_of
-from meshpipe.runs.run_folder import CHECKPOINTS
 from meshpipe.runs.saved_model import saved_model
 
 
@@ -60,7 +60,7 @@ def load(
     Raises `CheckpointError`, a `ValueError`, when there is no checkpoint, it is damaged, or a leaf of the layers is
     missing, has another shape or dtype, or is not one of the layers.
     """
-    reader = _reader(directory)
+    reader = reader_of(directory)
     step = list_checkpoints(reader.directory)[-1] if step is None else step
     saved = reader.leaves(step)
     device = host_device() if device is None else device
@@ -90,24 +90,6 @@ def load(
         device=device,
         train=train,
     )
-
-
-def _reader(directory: str | Path) -> CheckpointReader:
-    """Reads the checkpoints of this folder, or of the run whose `run_dir` it is.
-
-    Raises `CheckpointError` for the folder of one step, which is easily taken for the checkpoint.
-    """
-    reader = CheckpointReader(directory)
-    inside = CheckpointReader(reader.directory / CHECKPOINTS)
-    if not reader.steps() and inside.steps():
-        return inside
-    name, parent = reader.directory.name, reader.directory.parent
-    if name.isdecimal() and int(name) in CheckpointReader(parent).steps():
-        raise CheckpointError(
-            f"A checkpoint is named by the folder of its run. Got {reader.directory}, a step of it. "
-            f"Pass {str(parent)!r} and step={int(name)}."
-        )
-    return reader
 
 
 def _weights(step: int, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -127,7 +127,7 @@ def test_what_is_not_there_or_damaged_is_named(saved: Path, tmp_path: Path) -> N
         meshpipe.load(tmp_path)
     with pytest.raises(CheckpointError, match=r"Got 3. Complete steps there: 1, 4\."):
         meshpipe.load(saved, step=3)
-    with pytest.raises(CheckpointError, match=r"step=4"):
+    with pytest.raises(CheckpointError, match=r"Pass '.*' and step 4\."):
         meshpipe.load(saved / "4")
     copy = tmp_path / "copy"
     shutil.copytree(saved, copy)
@@ -198,6 +198,9 @@ def test_a_recipe_that_has_changed_is_no_longer_that_of_the_checkpoint(tmp_path:
     save_run(tmp_path / "none", file, model, recipe=None)
     with pytest.raises(CheckpointError, match=r"was not saved by a command. Pass the `layers` themselves"):
         meshpipe.load(tmp_path / "none", layers="recipe")
+    save_run(tmp_path / "unnamed", file, model, recipe="run")
+    with pytest.raises(CheckpointError, match=r"name 'run': it was saved by meshpipe.run without a recipe's `name`"):
+        meshpipe.load(tmp_path / "unnamed", layers="recipe")
 
 
 @pytest.mark.slow

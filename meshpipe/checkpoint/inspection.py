@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from meshpipe.checkpoint.errors import CheckpointError
-from meshpipe.checkpoint.names import CHECKSUMS
+from meshpipe.checkpoint.names import CHECKPOINTS, CHECKSUMS
 from meshpipe.checkpoint.reader import CheckpointReader, ProblemsError, load_step, step_problems
 
 
@@ -25,11 +25,31 @@ class CheckpointInfo:
     """For each leaf, `section/path`, its item, shape and dtype."""
 
 
-def describe_checkpoint(directory: str | Path, step: int) -> CheckpointInfo:
-    """What is known of a saved step without reading its arrays. Raises `CheckpointError` when it is not there or
-    damaged, and its subclass `CheckpointGoneError` when it was removed meanwhile.
+def reader_of(directory: str | Path) -> CheckpointReader:
+    """Reads the checkpoints of this folder, or of the run whose `run_dir` it is.
+
+    Raises `CheckpointError` for the folder of one step, which is easily taken for the checkpoint.
     """
     reader = CheckpointReader(directory)
+    inside = CheckpointReader(reader.directory / CHECKPOINTS)
+    if not reader.steps() and inside.steps():
+        return inside
+    name, parent = reader.directory.name, reader.directory.parent
+    if name.isdecimal() and int(name) in CheckpointReader(parent).steps():
+        raise CheckpointError(
+            f"A checkpoint is named by the folder of its run. Got {reader.directory}, a step of it. "
+            f"Pass {str(parent)!r} and step {int(name)}."
+        )
+    return reader
+
+
+def describe_checkpoint(directory: str | Path, step: int) -> CheckpointInfo:
+    """What is known of a saved step without reading its arrays. `directory` is a `checkpoint_dir` or a `run_dir`.
+
+    Raises `CheckpointError` when the step is not there or damaged, and its subclass `CheckpointGoneError` when it was
+    removed meanwhile.
+    """
+    reader = reader_of(directory)
     with reader.reading(step) as folder:
         saved = load_step(folder, step)
         size = sum(status.st_size for status in saved.found.values())
@@ -41,8 +61,11 @@ def describe_checkpoint(directory: str | Path, step: int) -> CheckpointInfo:
 
 
 def list_checkpoints(directory: str | Path) -> list[int]:
-    """Saved steps of a folder, oldest first. Raises `CheckpointError` when there is no such folder or no step in it."""
-    steps = CheckpointReader(directory).steps()
+    """Saved steps of a `checkpoint_dir` or `run_dir`, oldest first.
+
+    Raises `CheckpointError` when there is no such folder or no step in it.
+    """
+    steps = reader_of(directory).steps()
     if not steps:
         raise CheckpointError(
             f"The folder must hold checkpoints. Got {str(directory)!r}, which "
@@ -54,9 +77,10 @@ def list_checkpoints(directory: str | Path) -> list[int]:
 def verify_checkpoint(directory: str | Path, step: int, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with any byte of a step, one sentence for each file; empty when all is good.
 
-    With a `share` of `(i, n)` only the files of reader `i` of `n`, who together read all. Raises `CheckpointError` when
-    the step is not there, and its subclass `CheckpointGoneError` when it was removed meanwhile.
+    `directory` is a `checkpoint_dir` or a `run_dir`. With a `share` of `(i, n)` only the files of reader `i` of `n` are
+    read, who together read all. Raises `CheckpointError` when the step is not there, and its subclass
+    `CheckpointGoneError` when it was removed meanwhile.
     """
     reader, readers = share
-    folder = CheckpointReader(directory).folder(step)
+    folder = reader_of(directory).folder(step)
     return step_problems(folder, step, lambda name: zlib.crc32(name.encode()) % readers == reader)

@@ -1,5 +1,7 @@
 """The names of the files and folders of a checkpoint."""
 
+CHECKPOINTS = "checkpoints"
+"""Folder of all steps in the folder of a run."""
 META = "meta"
 """Folder of the JSON document of a step; one of Orbax's items."""
 DOCUMENT = f"{META}/metadata"

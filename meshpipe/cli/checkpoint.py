@@ -21,7 +21,7 @@ every byte against its checksum."""
 @dataclass(frozen=True)
 class _Folder:
     directory: tyro.conf.Positional[Path]
-    """Folder of a run's checkpoints."""
+    """The `--run-dir` or `--checkpoint-dir` of a run."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "directory")
@@ -30,7 +30,7 @@ class _Folder:
 @dataclass(frozen=True)
 class _FolderAndStep:
     directory: tyro.conf.Positional[Path]
-    """Folder of a run's checkpoints."""
+    """The `--run-dir` or `--checkpoint-dir` of a run."""
     step: int | None = None
     """One step; by default, show takes the newest and verify takes all."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from meshpipe.checkpoint.names import CHECKPOINTS
 from meshpipe.checkpoint.reader import CheckpointReader
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
@@ -22,7 +23,6 @@ from meshpipe.runs.warning import Warnings
 SETTINGS = "config.json"
 CURVES = "metrics.png"
 LOG = "log.txt"
-CHECKPOINTS = "checkpoints"
 TRACE = "trace.json"
 PROFILE = "profile"
 

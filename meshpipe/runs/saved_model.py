@@ -28,6 +28,11 @@ def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> Mod
             f"The metadata of a checkpoint must name the recipe that was trained. Those in {directory} name none: "
             "it was not saved by a command. Pass the `layers` themselves."
         )
+    if ":" not in recipe:
+        raise CheckpointError(
+            f"The metadata of a checkpoint must name the recipe that was trained. Those in {directory} name "
+            f"{recipe!r:.80}: it was saved by meshpipe.run without a recipe's `name`. Pass the `layers` themselves."
+        )
     model = find(recipe).config().model
     kind = saved.get("type")
     if kind != type(model).__name__:

@@ -9,6 +9,7 @@ from typing import Any
 from meshpipe.checkpoint import Checkpointer, verify_checkpoint
 from meshpipe.checkpoint.index import check_weights, tree_bytes
 from meshpipe.checkpoint.lock import check_free
+from meshpipe.checkpoint.names import CHECKPOINTS
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
@@ -18,7 +19,7 @@ from meshpipe.processes.coordination import all_gather, process_count, process_i
 from meshpipe.processes.printable import printable
 from meshpipe.report.tables import format_bytes
 from meshpipe.runs.record import MAY_CHANGE, check_metadata, config_values
-from meshpipe.runs.run_folder import CHECKPOINTS, used_by
+from meshpipe.runs.run_folder import used_by
 from meshpipe.trainer import Trainer
 
 WAIT_SECONDS = 1800.0

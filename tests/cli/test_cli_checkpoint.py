@@ -37,12 +37,15 @@ SLOW_TO_IMPORT = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "gra
 @pytest.mark.parametrize("command", ["list", "show", "verify"])
 def test_looking_at_checkpoints_imports_nothing_that_takes_seconds(command: str, tmp_path: Path) -> None:
     leaves = {"kernel": jnp.ones((2, 3), jnp.bfloat16), "count": jnp.ones((), jnp.int4)}
-    with Checkpointer(tmp_path) as checkpointer:
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:  # as in a `run_dir`
         checkpointer.save(7, [{"params": leaves}], {"layout": {"pipeline": 1}})
     arguments = [sys.executable, "-X", "importtime", "-m", "meshpipe", "checkpoint", command, str(tmp_path)]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert "7" in ended.stdout
+    with_both = [*arguments[:-1], str(tmp_path / "checkpoints" / "7")]
+    refused = subprocess.run(with_both, capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, "a step of it. Pass" in refused.stderr) == (2, True)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
     assert "meshpipe" in imported
     assert not imported & SLOW_TO_IMPORT
