@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -136,7 +137,12 @@ def _way_out(probe: Probe, accelerators: list[Accelerator], environment: Mapping
 
 
 def _print(console: "Console", name: str, text: str) -> None:
-    console.print(f"{name:<10} {text}", markup=False)
+    line = f"{name:<10} {text}"
+    if console.is_terminal:
+        line = textwrap.fill(
+            line, console.width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
+        )
+    console.print(line, markup=False)
 
 
 def _origin() -> str:

@@ -3,17 +3,24 @@
 import contextlib
 import errno
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from meshpipe.report.live_line import LiveLine
 
 
+OWN = "meshpipe"
+"""How messages on standard error begin."""
+
+
 class _Lasting:
     """A stream that never raises: after a write fails, `say` is called once and later output is dropped.
 
-    Writes fail when the reader has exited (`| head`), the disk is full or the terminal was closed.
+    Writes fail when the reader has exited (`| head`), the disk is full or the terminal was closed. On a terminal, lines
+    of messages of meshpipe end between words; elsewhere, each is one line.
     `stream` is the current `sys.stdout` or its replacement, and `line` what is to give way if it is a terminal.
     """
 
@@ -25,8 +32,11 @@ class _Lasting:
     def write(self, text: str) -> int:
         if not self._is_gone:
             try:
-                with contextlib.nullcontext() if self._line is None else self._line.giving_way(text):
+                if self._line is None:
                     self._write(text)
+                else:
+                    with self._line.giving_way(text):
+                        self._write(_between_words(text) if text.startswith(OWN) else text)
             except (OSError, ValueError) as error:  # ValueError: it was closed
                 self._give_up(error)
         return len(text)
@@ -56,6 +66,15 @@ class _Lasting:
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
         self._say(error)
+
+
+def _between_words(text: str) -> str:
+    width = shutil.get_terminal_size().columns
+
+    def broken(line: str) -> str:
+        return "\n".join(textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)) or line
+
+    return "\n".join(broken(line) if len(line) > width else line for line in text.split("\n"))
 
 
 @contextlib.contextmanager

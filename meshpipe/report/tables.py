@@ -12,10 +12,10 @@ PLAIN_WIDTH = 240
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console for standard output, standard error or nothing: as wide as the terminal, or wide enough for any
-    table.
+    """A console for standard output, standard error or nothing: as wide as the terminal, where lines end between
+    words, or wide enough for any table.
     """
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet)
+    console = Console(stderr=stderr, highlight=False, quiet=quiet)
     if console.is_terminal:
         return console
     return Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet, width=PLAIN_WIDTH)

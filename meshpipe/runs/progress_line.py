@@ -66,7 +66,7 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """Prints a line above the live one."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -15,6 +15,7 @@ from meshpipe.phases import phase
 from meshpipe.report import phases as shown
 from meshpipe.report.live_line import ERASE, LiveLine
 from meshpipe.report.phases import showing_phases
+from meshpipe.report.tables import make_console
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,24 @@ def test_a_live_line_is_never_wider_than_the_terminal(monkeypatch: pytest.Monkey
     with terminal, lasting_output(say=True) as line:
         assert line.show("Compiling stage 1 of 1000, 12 s")
     assert terminal.screen == f"{ERASE}Compiling stage 1 o"
+
+
+def test_lines_of_a_terminal_end_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    terminal = Terminal()
+    with terminal, lasting_output(say=True):
+        make_console().print("What is printed to a terminal ends between words.")
+        print("meshpipe: Errors do so too.\nIn all of their lines, also in the later ones.", file=sys.stderr)
+        print("What others say, such as a traceback, stays.", file=sys.stderr)
+    assert terminal.screen.split("\r\n") == [
+        "What is printed to a terminal ",
+        "ends between words.",
+        "meshpipe: Errors do so too.",
+        "In all of their lines, also in",
+        "the later ones.",
+        "What others say, such as a traceback, stays.",
+        "",
+    ]
 
 
 def test_unfinished_output_of_others_is_never_erased() -> None:
