@@ -69,5 +69,5 @@ def test_a_failure_is_raised_in_its_cell(executed: list[Any]) -> None:
 @pytest.mark.slow
 def test_the_log_of_a_run_folder_is_a_file_and_not_a_second_output(executed: list[Any]) -> None:
     run = text(executed[6])
-    assert run.count("Compiled in") == 2  # once printed, once in the file that was read
+    assert run.count("Compiled and initialised in") == 2  # once printed, once in the file that was read
     assert "(8," in run

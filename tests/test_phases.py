@@ -60,16 +60,16 @@ def test_a_trainer_tells_what_it_does() -> None:
     batch = {"inputs": jnp.ones((4, 3))}
     with meshpipe.listening(lambda phase: heard.append(str(phase))):
         trainer = meshpipe.Trainer(
-            [lambda rngs: nnx.Linear(3, 3, rngs=rngs)] * 2,
+            [lambda rngs: nnx.Linear(3, 3, rngs=rngs)] * 4,
             lambda output, batch: (output.sum(), jnp.float32(len(output))),
             optax.sgd(0.1),
             batch=batch,
-            mesh=meshpipe.make_mesh(2),
+            mesh=meshpipe.make_mesh(4),
         )
         made = len(heard)
         trainer.step(batch)
         assert len(heard) == made  # steps are not phases
         trainer.evaluate([batch])
-    for part in ("Examining layer 2 of 2", "Tracing stage 2 of 2", "Compiling stage 1 of 2", "Initialising"):
+    for part in ("Examining layer 4 of 4", "Tracing stage 4 of 4", "Compiling kind of stage 1 of 3", "Initialising"):
         assert part in heard[:made]
-    assert "Compiling to evaluate, stage 1 of 2" in heard[made:]
+    assert "Compiling to evaluate, kind of stage 1 of 3" in heard[made:]

@@ -11,7 +11,6 @@ from typing import Any
 
 from meshpipe.report.live_line import LiveLine
 
-
 OWN = "meshpipe"
 """How messages on standard error begin."""
 

@@ -185,7 +185,7 @@ def _make_trainer(
         train_batches.read_only(trainer.model.rows_read())
     for line in layout_lines(recipe, trainer.model):
         console.print(line)
-    console.print(f"Compiled in {trainer.compile_seconds:.1f} s.")
+    console.print(f"Compiled and initialised in {trainer.compile_seconds:.1f} s.")
     return trainer
 
 

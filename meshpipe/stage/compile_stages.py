@@ -53,7 +53,8 @@ def compile_stages(
     # Programs are compiled for the stages that were traced, and copied to the submeshes of the stages that share their
     # traces: a copy takes milliseconds.
     originals = [stage for stage in traced.values() if stage.original is None]
-    with phase(what, "stage", len(originals)) as compiling, ThreadPoolExecutor(THREADS) as pool:
+    unit = "stage" if len(originals) == len(traced) else "kind of stage"
+    with phase(what, unit, len(originals)) as compiling, ThreadPoolExecutor(THREADS) as pool:
         building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
         others = [pool.submit(task) for task in also]
         built = {index: future.result() for index, future in building.items()}

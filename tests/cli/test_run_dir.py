@@ -70,7 +70,7 @@ def test_everything_is_in_the_folder(run: Path) -> None:
     for picture in ("metrics.png", "trace.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
     log = [line[21:] for line in (run / "log.txt").read_text().splitlines()]
-    assert any(re.match(r"Compiled in [\d.]+ s\.", line) for line in log)
+    assert any(re.match(r"Compiled and initialised in [\d.]+ s\.", line) for line in log)
     assert [line.split()[1] for line in log if re.match(r"step \d+/6 ", line)] == [f"{n}/6" for n in range(1, 7)]
     assert any(line.startswith("Completed after step 6 of 6") for line in log)
 

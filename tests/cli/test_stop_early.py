@@ -94,7 +94,7 @@ def test_a_signal_while_it_reads_its_data(tmp_path: Path) -> None:
     """Its first batch never comes; the steps have not begun, but a stop waits for one: a second one does not."""
     process = start(tmp_path, "train", TINY, *SAVED, "--data.seconds", "1000")
     assert process.stdout is not None
-    while b"Compiled in" not in process.stdout.readline():
+    while b"Compiled and initialised in" not in process.stdout.readline():
         assert process.poll() is None
     check_ended(tmp_path, process, signal.SIGTERM)
 

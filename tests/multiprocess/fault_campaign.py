@@ -152,7 +152,7 @@ class Run:
         if phase == "compile":
             time.sleep(self.random.uniform(0, 0.8 * self.compile_seconds))
             return
-        self._until(started, lambda: "Compiled in" in self.log())
+        self._until(started, lambda: "Compiled and initialised in" in self.log())
         self.compile_seconds = time.monotonic() - joined
         if phase == "restore":
             time.sleep(self.random.uniform(0, 0.02))
@@ -166,7 +166,7 @@ class Run:
 
     def _phase(self) -> str:
         log = self.log()
-        if "Compiled in" not in log:
+        if "Compiled and initialised in" not in log:
             return "compile"
         if "  loss " not in log and "Resumed after" not in log:
             return "restore"

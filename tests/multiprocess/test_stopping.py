@@ -68,7 +68,7 @@ def test_a_hangup_saves_and_gives_129(tmp_path: Path) -> None:
 
 def test_a_stop_does_not_wait_for_ever_for_a_hanging_process(tmp_path: Path) -> None:
     processes = start_two(tmp_path, [str(HERE / "impatient.py"), "train", f"{UNEVEN}:hangs"])
-    wait_for(tmp_path, "Compiled in")
+    wait_for(tmp_path, "Compiled and initialised in")
     time.sleep(2)
     processes[0].send_signal(signal.SIGTERM)
     assert codes(tmp_path, processes, 60) == [1, 1], logs(tmp_path)
