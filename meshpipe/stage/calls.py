@@ -53,6 +53,7 @@ class StageCalls:
         slots[at.hoisted] = programs.hoisted(params, tuple([state[i] for i in stage.fixed]))
         slots[at.state] = tuple([state[i] for i in stage.changing])
         slots[at.inputs] = inputs
+        # Made anew for every step: backward donates accumulators, and those of the last step belong to the optimizer.
         slots[at.accumulators], slots[at.totals] = programs.zeros()
 
     def state_after(self, slots: Slots, before: Arrays) -> Arrays:
@@ -102,12 +103,14 @@ class StageCalls:
     def forward(self, microbatch: jax.Array, *, x: int | None, output: int | None, residuals: int | None) -> Call:
         stage, run, at = self._stage, self._programs.forward, self.slots
         params, hoisted, state, inputs, totals = at.params, at.hoisted, at.state, at.inputs, at.totals
+        # Where forward returns no residuals, everything that recomputing them reads is kept in their place.
         keeps_all = self._programs.recompute is not None
         kept_x = tuple(range(len(stage.x))) if keeps_all else stage.kept_x
         kept_state = tuple(range(len(stage.state))) if keeps_all else stage.kept_state
         assert run is not None
 
         def forward(slots: Slots) -> None:
+            # Backward reads the state that forward began with, so it is taken before the slot gets the new one.
             before, arrays = slots[state], () if x is None else slots[x]
             y, slots[state], fresh, slots[totals] = run(
                 slots[params], slots[hoisted], before, arrays, slots[inputs], microbatch, slots[totals]
@@ -115,6 +118,7 @@ class StageCalls:
             if output is not None:
                 slots[output] = y
             if residuals is not None:
+                # A list in a tuple takes less time than a generator, and this runs for every microbatch.
                 kept = tuple([arrays[i] for i in kept_x]), tuple([before[i] for i in kept_state])
                 slots[residuals] = (kept, fresh)
 
@@ -194,7 +198,7 @@ class StageCalls:
         run = programs.weight
 
         def backward_weight(slots: Slots) -> None:
-            if run is not None:
+            if run is not None:  # else the input part has computed every gradient
                 slots[accumulators] = run(
                     slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, *slots[for_weights]
                 )
@@ -206,6 +210,7 @@ class StageCalls:
         assert run is not None
 
         def reduce(slots: Slots) -> None:
+            # One argument each: buffers are donated one by one, and not all of them can be.
             slots[accumulators], slots[totals] = run(*slots[accumulators], *slots[totals])
 
         return reduce

@@ -149,6 +149,8 @@ def _compile_forward(
             outputs, so_far = [], totals.add(so_far, dict(enumerate(outputs)))
         return tuple(outputs), tuple(new_state), tuple(fresh), so_far
 
+    # XLA chooses the shardings of residuals, which are None here: only programs of this stage read them. Totals are
+    # donated, so they are added to in place.
     results = (_shardings(output), _shardings(stage.state), None, totals.shardings)
     lowered = jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals.shapes)
     return compiler.compile(lowered, mesh)
@@ -182,6 +184,7 @@ def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) 
 
 def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, Arrays]:
     params, hoisted, inputs, microbatch, kept, residuals, output_gradients = arguments
+    # The last stage returns the sum of the losses, whose derivative by itself is 1.
     seeds = (jnp.ones((), scalar_dtype()),) if stage.boundary_out is None else output_gradients
     gradients, into_x = stage.pull_back(params, hoisted, inputs, microbatch, kept, residuals, seeds)
     return tuple(gradients), tuple(into_x)
