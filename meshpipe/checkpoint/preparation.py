@@ -10,6 +10,7 @@ from meshpipe.checkpoint.index import Index, Tree, index_bytes, index_leaves
 from meshpipe.checkpoint.names import MAX_NAME
 from meshpipe.checkpoint.shards import leaf_files
 from meshpipe.files import missing_folders, remove_empty
+from meshpipe.machine import format_bytes
 
 _MAX_STEP = 16
 """Digits of a step, with room."""
@@ -39,8 +40,8 @@ def check_space(index: Index, directory: Path) -> None:
     free = shutil.disk_usage(nearest).free
     if size > free:
         raise CheckpointError(
-            f"The disk must have room for one checkpoint at least, which takes {size / 1e6:,.1f} MB. {directory} has "
-            f"{free / 1e6:,.1f} MB left. Make room, or save into another folder."
+            f"The disk must have room for one checkpoint at least, which takes {format_bytes(size)}. {directory} has "
+            f"{format_bytes(free)} left. Make room, or save into another folder."
         )
     status = os.statvfs(nearest)
     if status.f_files and files > status.f_favail:

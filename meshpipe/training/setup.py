@@ -65,8 +65,8 @@ def set_up(
     check: Callable[[StagedModel], None] | None = None,
     copies: int = 0,
 ) -> Setup:
-    """Chooses, compiles and places; arguments are those of `Trainer`. `check` sees the model before it is traced, and
-    `copies` is that of `MemoryCheck`.
+    """Chooses, compiles and places; arguments are those of `Trainer`. `check` sees a model that fits into the memory,
+    before it is traced, and `copies` is that of `MemoryCheck`.
 
     Raises `ValueError` where a trainer does.
     """
@@ -83,16 +83,19 @@ def set_up(
         if not group.is_alone:
             check_costs(chooser.config)
         model = chooser.choose()
-        if check is not None:
-            check(model)
         check_program(model.program)
     if not group.is_alone:
         agree(group, "model", describe_model(model) | {"seed": str(seed), "clip norm": str(clip_norm)})
-    started = time.perf_counter()
-    with report_failure(group, "programs"):
+    with report_failure(group, "memory"):
         memory = MemoryCheck(chooser.transformation, copies, _neighbours(group)) if check_memory else None
         if memory is not None:
             memory.least(model)
+    if not group.is_alone:  # a `check` waits for all processes
+        agree(group, "memory", {})
+    with report_failure(group, "programs"):
+        if check is not None:
+            check(model)
+        started = time.perf_counter()
         updates, tied, made = _compile(
             model, chooser.transformation, group.name, seed, clip_norm, compile_cache, memory
         )
