@@ -101,14 +101,20 @@ def test_a_kill_before_all_have_joined_ends_a_launch_within_seconds(tmp_path: Pa
 
 @pytest.mark.slow
 def test_before_the_first_step_a_stop_is_immediate_for_all(tmp_path: Path) -> None:
-    processes = start_two(tmp_path, ["-m", "meshpipe", "train", TINY, "--model.depth", "64", "--steps", "1000000"])
+    processes = start_two(tmp_path, ["-m", "meshpipe", "train", TINY, "--model.depth", "64", "--run-dir", "run"])
     wait_for(tmp_path, "No accelerator")
+    lock = tmp_path / "run" / "checkpoints" / "writer.lock"  # of process 0
+    deadline = time.monotonic() + 60
+    while not lock.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert lock.exists(), logs(tmp_path)
     processes[1].send_signal(signal.SIGTERM)
     started = time.monotonic()
     assert codes(tmp_path, processes) == [143, 143], logs(tmp_path)
     assert time.monotonic() - started < 10
     assert "SIGTERM: stopped before the first step; nothing was saved." in (tmp_path / "1.log").read_text()
     assert "process 0 stops because process 1 was asked to stop by SIGTERM." in (tmp_path / "0.log").read_text()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
