@@ -80,6 +80,8 @@ def find_start(config: Config) -> Start | None:
         return own
     options, folder = config.checkpoint, config.checkpoint.init_from
     steps = Checkpointer(folder).steps()
+    if not steps and (inside := Checkpointer(Path(folder) / CHECKPOINTS).steps()):  # it is a `run_dir`
+        folder, steps = str(Path(folder) / CHECKPOINTS), inside
     _check_shared("init_from", folder, steps)
     if not steps:
         raise ArgumentError(
