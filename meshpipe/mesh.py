@@ -71,7 +71,7 @@ def make_mesh(
         raise ValueError(
             "pipeline * data * tensor must not exceed the number of devices. "
             f"Got {pipeline} * {data} * {tensor} = {sizes.num_devices}, with {len(devices)} {devices[0].platform} "
-            f"device(s).{_way_out(devices[0].platform, sizes.num_devices)}"
+            f"device{'' if len(devices) == 1 else 's'}.{_way_out(devices[0].platform, sizes.num_devices)}"
         )
     grid = np.asarray(devices[: sizes.num_devices], dtype=object).reshape(pipeline, data, tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

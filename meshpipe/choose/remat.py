@@ -23,6 +23,17 @@ MAX_COMBINATIONS = 1000
 """Of a rank's stages; where there are more, all its stages take the same."""
 
 
+class TooLarge(ValueError):
+    """No rematerialisation keeps a rank within the memory limit."""
+
+    def __init__(self, message: str, needed: int, limit: int):
+        super().__init__(message)
+        self.needed = needed
+        """The bytes per device that would be enough."""
+        self.limit = limit
+        """The bytes per device that there may be."""
+
+
 @dataclass(frozen=True)
 class _Option:
     """What one rematerialisation costs a stage."""
@@ -78,10 +89,12 @@ def choose_remat(
             too_small.append((least, rank))
     if too_small:
         least, rank = max(too_small)
-        raise ValueError(
+        raise TooLarge(
             f"Every rank must fit into the memory limit. Rank {rank} needs {math.ceil(least):,} bytes on each device "
             f"with the rematerialisation that keeps least. Got a limit of {memory_limit:,} bytes. Raise it to that, or "
-            "use more ranks or smaller microbatches."
+            "use more ranks or smaller microbatches.",
+            math.ceil(least),
+            memory_limit,
         )
     return tuple(chosen[stage] for stage in range(model.plan.num_stages))
 

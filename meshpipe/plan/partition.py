@@ -18,8 +18,9 @@ def partition_evenly(num_layers: int, num_stages: int) -> tuple[range, ...]:
     Raises `ValueError` when there are fewer layers than stages.
     """
     if num_layers < num_stages:
+        layers = f"{num_layers} layer{'' if num_layers == 1 else 's'}"
         raise ValueError(
-            f"Every stage needs a layer. Got {num_layers} layer(s) for {num_stages} stages. "
+            f"Every stage needs a layer. Got {layers} for {num_stages} stages. "
             "Use fewer pipeline ranks or stages per rank, or cut the model into more layers."
         )
     length, longer = divmod(num_layers, num_stages)

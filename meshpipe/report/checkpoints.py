@@ -14,13 +14,21 @@ from meshpipe.checkpoint import CheckpointInfo
 from meshpipe.report.columns import Columns
 from meshpipe.report.tables import format_bytes, make_table
 
+AXES = ("pipeline", "data", "tensor")
+"""Of the mesh, whose own module would import JAX."""
+
 
 def checkpoint_table(checkpoints: Sequence[CheckpointInfo]) -> Columns:
     """One row per checkpoint: step, size, time, and the layout that it was saved from."""
-    table = make_table("step", "bytes", "saved", "recipe", "layout", right=("step", "bytes"), wrap=("layout",))
+    names = ("step", "bytes", "saved", "recipe", "pipeline x data x tensor", "schedule")
+    table = make_table(*names, right=("step", "bytes"))
     for info in checkpoints:
         recipe = _plain(info.metadata.get("recipe", ""))
-        table.add_row(str(info.step), format_bytes(info.bytes), _time(info), recipe, _plain(_layout(info)))
+        layout = info.metadata.get("layout")
+        found = layout if isinstance(layout, dict) else {}
+        sizes = " x ".join(str(found[axis]) for axis in AXES if axis in found)
+        schedule = _plain(found.get("schedule") or "")
+        table.add_row(str(info.step), format_bytes(info.bytes), _time(info), recipe, _plain(sizes), schedule)
     return table
 
 
@@ -45,7 +53,7 @@ def _layout(info: CheckpointInfo) -> str:
     layout = info.metadata.get("layout")
     if not isinstance(layout, dict):
         return ""
-    sizes = " x ".join(f"{axis} {layout[axis]}" for axis in ("pipeline", "data", "tensor") if axis in layout)
+    sizes = " x ".join(f"{axis} {layout[axis]}" for axis in AXES if axis in layout)
     return ", ".join(str(part) for part in (sizes, layout.get("schedule")) if part)
 
 

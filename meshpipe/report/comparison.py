@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 from meshpipe.choose.chooser import Chooser
 from meshpipe.choose.memory import stage_memory
+from meshpipe.choose.remat import TooLarge
+from meshpipe.machine import format_bytes
 from meshpipe.phases import each
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.layer_costs import ModelCosts
@@ -47,6 +49,9 @@ def compare_schedules(chooser: Chooser, costs: ModelCosts | None) -> Iterator[Co
 def _compared(chooser: Chooser, config: PipelineConfig, costs: ModelCosts | None) -> Comparison:
     try:
         model = replace(chooser, config=config).choose(costs)
+    except TooLarge as error:
+        reason = f"needs {format_bytes(error.needed)}, limit {format_bytes(error.limit)}"
+        return Comparison(config.schedule, config.stages_per_rank, None, reason)
     except ValueError as error:
         return Comparison(config.schedule, config.stages_per_rank, None, ". ".join(str(error).split(". ")[:2]))
     count = model.plan.num_stages // model.plan.num_ranks

@@ -183,6 +183,7 @@ def print_plan(
     times = model.stage_costs or Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
     memory = stage_memory(model, transformation)
     timeline = simulate(model.plan, times, memory)
+    ranks = predict_memory(model, transformation)  # traces, which says so: before anything is printed
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
     console.print(stage_table(model.stages, [layer.class_name for layer in model.layers], _remat_of_stages(model)))
     for note in (*model.notes, *model.choices):
@@ -198,7 +199,7 @@ def print_plan(
     for line in _unsplit(model, memory):
         print_text(console, line)
     print_text(console, f"Expected memory of each device of a rank, remat {_remat(model)}; live: microbatches at once:")
-    console.print(memory_table(predict_memory(model, transformation)))
+    console.print(memory_table(ranks))
     if plot is not None:
         title = f"{model.plan.schedule}, {_microbatches(model)}"
         draw_timelines([Panel(timeline, title, in_seconds=costs is not None)], plot)

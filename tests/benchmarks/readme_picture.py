@@ -26,7 +26,7 @@ COLUMNS, ROWS, SECONDS = 106, 18, 5
 """Size of a frame in characters, and how long each is shown."""
 LAYOUT = "--mesh.pipeline 2 --mesh.data 2"
 STEP = re.compile(r"step (\d+)/")
-PHASE = re.compile(r"[A-Z][a-z]+ (JAX |to evaluate,? )?(\.\.\.|took |stage )")
+PHASE = re.compile(r"[A-Z][a-z]+ (JAX |to evaluate,? )?(\.\.\.|took |(kind of )?stage )")
 """Lines on what a run is doing; on a terminal they are one line, which vanishes."""
 
 

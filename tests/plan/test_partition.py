@@ -38,7 +38,7 @@ def test_boundaries_are_the_first_layers_of_the_later_stages() -> None:
 
 
 def test_fewer_layers_than_stages_is_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("Got 3 layer(s) for 4 stages. Use fewer pipeline ranks")):
+    with pytest.raises(ValueError, match=re.escape("Got 3 layers for 4 stages. Use fewer pipeline ranks")):
         partition(3, 4)
 
 

@@ -1,6 +1,7 @@
 """The comparison of schedules: each on the model at hand, or why not."""
 
 import io
+import re
 from dataclasses import replace
 
 import tiny_recipes
@@ -26,7 +27,7 @@ def test_every_schedule_is_there_with_its_bubble_or_its_reason() -> None:
     with_three_rows = list(compare_schedules(with_three, None))
     three = {c.schedule: c for c in with_three_rows}
     assert three["interleaved-1f1b"].timeline is None
-    assert three["interleaved-1f1b"].reason.startswith("Every stage needs a layer. Got 4 layer(s) for 6 stages")
+    assert three["interleaved-1f1b"].reason.startswith("Every stage needs a layer. Got 4 layers for 6 stages")
     assert three["1f1b"].stages_per_rank == 1
     printed = io.StringIO()
     Console(file=printed, width=80, soft_wrap=True).print(comparison_table(with_three_rows))
@@ -38,3 +39,10 @@ def test_every_schedule_is_there_with_its_bubble_or_its_reason() -> None:
     names = [line.split()[0] for line in lines if line.split() and line.split()[0] in steps]
     assert [steps[name] for name in names] == sorted(steps.values())
     assert [line.split()[0] for line in lines if line.endswith("fastest")] == names[:1]
+
+
+def test_a_memory_limit_that_is_too_small_is_said_in_a_few_words() -> None:
+    config = tiny_recipes.pipeline()
+    limited = replace(config.pipeline, remat="auto", memory_limit="1kB")
+    rows = list(compare_schedules(make_chooser(replace(config, pipeline=limited)), None))
+    assert any(re.fullmatch(r"needs [\d.]+ [kM]?B, limit 1 kB", row.reason) for row in rows), rows
