@@ -9,7 +9,7 @@ from meshpipe.files import expand_fields
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Where and how often a run saves, and whether it goes on from what was saved."""
+    """Where and how often a run saves, and whether it continues from what was saved."""
 
     checkpoint_dir: str | None = None
     """Folder of the checkpoints, made when missing; None saves nothing."""
@@ -18,11 +18,11 @@ class CheckpointConfig:
     checkpoint_keep: int = 3
     """Newest checkpoints kept; older ones are removed after a save. 0 keeps all."""
     resume: bool = False
-    """Go on from the newest checkpoint of the folder; an error when there is none."""
+    """Continue from the newest checkpoint of the folder; an error when there is none."""
     resume_from: int | None = None
-    """Go on from this checkpoint of the folder. Newer ones are renamed to STEP.superseded once it is restored."""
+    """Continue from this checkpoint of the folder. Newer ones are renamed to STEP.superseded once it is restored."""
     auto_resume: bool = False
-    """Go on from the newest checkpoint of the folder if there is one, else start from the beginning."""
+    """Continue from the newest checkpoint of the folder if there is one, else start from the beginning."""
 
     init_from: str | None = None
     """Folder with a checkpoint of another run, to begin this one from; it is only read. Where a resumed run finds a
@@ -31,7 +31,7 @@ class CheckpointConfig:
     """The step to take from --init-from; None takes the newest."""
     init_what: Literal["weights", "all"] = "weights"
     """What to take from --init-from: `weights`, parameters and batch statistics, for a new run from step 0; or `all`,
-    with optimizer, step and position in the data, to go on with that run in another --checkpoint-dir."""
+    with optimizer, step and position in the data, to continue that run in another --checkpoint-dir."""
 
     @property
     def may_continue(self) -> bool:

@@ -51,7 +51,7 @@ def profile_layers(
     keys = [layer_key(stage) for stage in traced]
     distinct = dict(zip(keys[::-1], traced[::-1], strict=True))  # the first of each
     expected = "" if about is None else f" (about {max(1.0, about):.0f} s)"
-    programs = _compile(distinct, model.config.remat, expected)
+    programs = _compile(distinct, model.config.remat)
     rows = {name: np.asarray(_filled(value)) for name, value in batch.items()}
     inputs = model.inputs(rows, model.place_seed(0), 0)
     measured: dict[str, tuple[LayerCosts, Arrays]] = {}
@@ -71,9 +71,8 @@ def profile_layers(
     )
 
 
-def _compile(stages: Mapping[str, TracedStage], remat: str, expected: str) -> dict[str, StagePrograms]:
-    what = f"Compiling what is then measured{expected},"
-    with phase(what, "kind of layer", len(stages)) as compiling, ThreadPoolExecutor() as pool:
+def _compile(stages: Mapping[str, TracedStage], remat: str) -> dict[str, StagePrograms]:
+    with phase("Compiling the layers,", "kind of layer", len(stages)) as compiling, ThreadPoolExecutor() as pool:
 
         def build(stage: TracedStage) -> StagePrograms:
             programs = compile_stage(stage, set(Op), remat=remat)

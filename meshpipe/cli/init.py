@@ -30,9 +30,10 @@ def init(arguments: list[str]) -> int:
     sources = sorted(shipped().glob("*.py"))
     taken = [file for file in sources if (folder / file.name).exists()]
     if taken:
+        names = ", ".join(str(FOLDER / file.name) for file in taken)
         raise ArgumentError(
-            f"`meshpipe init` overwrites nothing. Got {flags.directory}, where "
-            f"{', '.join(str(FOLDER / file.name) for file in taken)} exists. Choose another folder."
+            f"`meshpipe init` overwrites nothing. Got {flags.directory}, where {names} "
+            f"exist{'s' if len(taken) == 1 else ''}. Choose another folder."
         )
     written: list[Path] = []
     try:

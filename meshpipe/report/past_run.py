@@ -98,6 +98,8 @@ def read_run(run: Path, name: str | None = None) -> PastRun:
                 except (ValueError, RecursionError) as error:
                     found.problems.append(f"{file}, line {number} is left out: {_why(error)}.")
     except OSError as error:
+        if not run.exists():
+            raise PastRunError(f"There is no run at {run}. Give a --run-dir or a metrics file.") from error
         missing = " A folder must be the --run-dir of a run." if run.is_dir() else ""
         message = f"A run is a metrics file, or the folder of a run. Got {file}: {error.strerror}.{missing}"
         raise PastRunError(message) from error

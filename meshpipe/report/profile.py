@@ -1,9 +1,11 @@
 """Tables of what layers cost, and of what cutting by these costs would gain."""
 
+from itertools import groupby
+
 from rich.console import Console
 
 from meshpipe.layers.staged_model import StagedModel
-from meshpipe.plan.layer_costs import ModelCosts
+from meshpipe.plan.layer_costs import LayerCosts, ModelCosts
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Timeline, simulate
 from meshpipe.report.columns import Columns
@@ -40,14 +42,19 @@ def print_profile(console: Console, costs: ModelCosts, before: StagedModel, afte
 
 
 def layer_table(costs: ModelCosts) -> Columns:
-    """One row per layer: milliseconds of its programs, and bytes."""
+    """One row per layer, or per run of equal ones: milliseconds of its programs, and bytes."""
     names = ("F", "B", "I", "W", "transfer", "parameters", "activations")
     table = make_table("layer", "kind", *names, right=("layer", *names))
-    for index, layer in enumerate(costs.layers):
-        times = (*(layer.time(op) for op in Op), layer.transfer)
-        sizes = (layer.parameter_bytes, layer.activation_bytes)
-        table.add_row(str(index), layer.kind, *map(_milliseconds, times), *map(format_bytes, sizes))
+    for _, run in groupby(enumerate(costs.layers), key=lambda numbered: _cells(numbered[1])):
+        (first, layer), *others = run
+        table.add_row(f"{first}-{others[-1][0]}" if others else str(first), *_cells(layer))
     return table
+
+
+def _cells(layer: LayerCosts) -> tuple[str, ...]:
+    times = (*(layer.time(op) for op in Op), layer.transfer)
+    sizes = (layer.parameter_bytes, layer.activation_bytes)
+    return (layer.kind, *map(_milliseconds, times), *map(format_bytes, sizes))
 
 
 def cut_table(models: dict[str, StagedModel]) -> Columns:

@@ -122,7 +122,7 @@ def test_what_is_measured_and_how_long_it_may_take_is_told() -> None:
     heard: list[str] = []
     with listening(lambda phase: heard.append(str(phase))):
         chooser().measure()
-    assert "Compiling what is then measured (about 1 s), kind of layer 1 of 4" in heard
+    assert "Compiling the layers, kind of layer 1 of 4" in heard
     assert "Measuring on cpu (about 1 s), layer 5 of 5" in heard
 
 

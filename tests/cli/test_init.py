@@ -42,9 +42,12 @@ def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipes").mkdir()
     Path("recipes", NAMES[-1]).write_text("my own")
     assert main(["init", "."]) == 2
-    assert f"overwrites nothing. Got ., where recipes/{NAMES[-1]} exists" in capsys.readouterr().err
+    assert f"overwrites nothing. Got ., where recipes/{NAMES[-1]} exists. " in capsys.readouterr().err
     assert [file.name for file in Path("recipes").iterdir()] == [NAMES[-1]]
     assert Path("recipes", NAMES[-1]).read_text() == "my own"
+    Path("recipes", NAMES[-2]).write_text("my own")
+    assert main(["init", "."]) == 2
+    assert f", recipes/{NAMES[-1]} exist. " in capsys.readouterr().err
 
 
 def test_other_recipes_stay() -> None:

@@ -16,7 +16,9 @@ from staged import staged
 from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.report.plan import layout_lines, print_plan, stage_table
+from meshpipe.report.profile import layer_table
 from meshpipe.report.tables import format_bytes, make_console
 from meshpipe.runs.build import make_chooser
 
@@ -34,6 +36,16 @@ def rows(table: object) -> list[str]:
     output = io.StringIO()
     Console(file=output, width=200).print(table)
     return [" ".join(line.split()) for line in output.getvalue().splitlines()]
+
+
+def test_equal_layers_that_follow_each_other_are_one_row() -> None:
+    embed, block = (LayerCosts(kind, 1.0, 2.0, 1.0, 1.0, 0.0, 288, 256) for kind in ("Embed", "Block"))
+    costs = ModelCosts((embed, block, block, block, embed), Setting(4, 1, 1, "none"), "cpu", 1.0)
+    assert [row.split()[:2] for row in rows(layer_table(costs))[1:]] == [
+        ["0", "Embed"],
+        ["1-3", "Block"],
+        ["4", "Embed"],
+    ]
 
 
 def test_stages_are_summed_and_layers_counted() -> None:
