@@ -104,7 +104,7 @@ def test_plan_measures_layers_and_proposes_a_cut(in_process: Path, capsys: pytes
     assert main(["plan", "tiny:pipeline", *measure]) == 0
     out = capsys.readouterr().out
     assert "Measured on cpu (data 1 x tensor 1) in " in out
-    assert re.search(r"^ +3 +Dense +[\d.]+ ", out, re.MULTILINE)
+    assert re.search(r"^ +([0-2]-)?3 +Dense +[\d.]+ ", out, re.MULTILINE)
     assert "given" in out
     assert "Predicted step: " in out
     assert ", by costs measured on cpu in " in out

@@ -71,7 +71,7 @@ def test_damaged_lines_are_told_with_file_and_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "phrase"),
-    [("", "has none"), ("garbage\n", "line 1 is left out"), (None, "There is no run at .* Give a --run-dir")],
+    [("", "has none"), ("garbage\n", "line 1 is left out"), (None, "There is no run at")],
 )
 def test_a_run_without_steps_is_refused(tmp_path: Path, content: str | None, phrase: str) -> None:
     file = tmp_path / "m.jsonl"
