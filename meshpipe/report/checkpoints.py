@@ -19,16 +19,15 @@ AXES = ("pipeline", "data", "tensor")
 
 
 def checkpoint_table(checkpoints: Sequence[CheckpointInfo]) -> Columns:
-    """One row per checkpoint: step, size, time, and the layout that it was saved from."""
-    names = ("step", "bytes", "saved", "recipe", "pipeline x data x tensor", "schedule")
-    table = make_table(*names, right=("step", "bytes"))
+    """One row per checkpoint: step, size, time, and the layout that it was saved from, as
+    pipeline x data x tensor.
+    """
+    names = ("step", "bytes", "saved", "recipe", "layout")
+    table = make_table(*names, right=("step", "bytes"), wrap=names[-1:])
     for info in checkpoints:
         recipe = _plain(info.metadata.get("recipe", ""))
-        layout = info.metadata.get("layout")
-        found = layout if isinstance(layout, dict) else {}
-        sizes = " x ".join(str(found[axis]) for axis in AXES if axis in found)
-        schedule = _plain(found.get("schedule") or "")
-        table.add_row(str(info.step), format_bytes(info.bytes), _time(info), recipe, _plain(sizes), schedule)
+        layout = _plain(_layout(info, named=False))
+        table.add_row(str(info.step), format_bytes(info.bytes), _time(info), recipe, layout)
     return table
 
 
@@ -48,12 +47,12 @@ def print_checkpoint(console: Console, info: CheckpointInfo) -> None:
     console.print(table)
 
 
-def _layout(info: CheckpointInfo) -> str:
-    """`pipeline 2 x data 1 x tensor 1, 1f1b`, as far as the saver told."""
+def _layout(info: CheckpointInfo, named: bool = True) -> str:
+    """`pipeline 2 x data 1 x tensor 1, 1f1b`, as far as the saver told; without names, `2 x 1 x 1, 1f1b`."""
     layout = info.metadata.get("layout")
     if not isinstance(layout, dict):
         return ""
-    sizes = " x ".join(f"{axis} {layout[axis]}" for axis in AXES if axis in layout)
+    sizes = " x ".join(f"{axis} {layout[axis]}" if named else str(layout[axis]) for axis in AXES if axis in layout)
     return ", ".join(str(part) for part in (sizes, layout.get("schedule")) if part)
 
 

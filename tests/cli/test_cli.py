@@ -120,6 +120,12 @@ def test_plan_chooses_what_is_computed_again(in_process: Path, capsys: pytest.Ca
     assert "remat auto (full none);" in out
 
 
+def test_plan_lays_out_what_this_machine_lacks(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = f"{RECIPES.parents[1] / 'recipes' / 'language_model.py'}:debug"
+    assert main(["plan", recipe, "--model.attention", "cudnn", "--model.dtype", "bfloat16"]) == 0
+    assert "cuDNN is asked for; this plan is laid out on CPU devices and counts XLA's." in capsys.readouterr().out
+
+
 def test_verify_agrees(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "tiny:pipeline", "--updates", "2"]) == 0
     out = capsys.readouterr().out

@@ -13,10 +13,12 @@ from flax import nnx
 from rich.console import Console
 from staged import staged
 
+from meshpipe.checkpoint import CheckpointInfo
 from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
+from meshpipe.report.checkpoints import checkpoint_table
 from meshpipe.report.plan import layout_lines, print_plan, stage_table
 from meshpipe.report.profile import layer_table
 from meshpipe.report.tables import format_bytes, make_console
@@ -36,6 +38,18 @@ def rows(table: object) -> list[str]:
     output = io.StringIO()
     Console(file=output, width=200).print(table)
     return [" ".join(line.split()) for line in output.getvalue().splitlines()]
+
+
+def test_a_checkpoint_is_one_line_of_80_columns() -> None:
+    layout = {"pipeline": 4, "data": 2, "tensor": 1, "schedule": "1f1b"}
+    metadata = {"recipe": "text_classifier:pipeline_data", "layout": layout}
+    saved = [CheckpointInfo(1000, 2_345_000_000, 1e9, metadata, {}), CheckpointInfo(2000, 1500, 1e9, {}, {})]
+    output = io.StringIO()
+    Console(file=output, width=80).print(checkpoint_table(saved))
+    *header, first, second = output.getvalue().splitlines()
+    assert max(map(len, (*header, first, second))) <= 80
+    assert first.split()[-7:] == ["text_classifier:pipeline_data", "4", "x", "2", "x", "1,", "1f1b"]
+    assert second.split()[:3] == ["2000", "1.5", "kB"]
 
 
 def test_equal_layers_that_follow_each_other_are_one_row() -> None:
