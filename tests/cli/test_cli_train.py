@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,7 +124,10 @@ def stopped(workplace: Workplace) -> Result:
 
 
 def test_the_output_of_a_run(whole: Result) -> None:
-    lines = whole.out.splitlines()
+    # On a slow machine, phases say that they take over two seconds.
+    lines = [
+        line for line in whole.out.splitlines() if not re.match(r"[A-Z][a-z]+ing .*( \.\.\.| took [\d.]+ s)", line)
+    ]
     assert whole.error == "", whole  # libraries keep quiet
     assert lines[0] == "No accelerator: running on 2 virtual CPU devices."
     assert "pipeline 2 x data 1 x tensor 1 = 2 cpu devices" in lines[1]

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pty
+import re
 import sys
 import time
 
@@ -46,9 +47,9 @@ def test_in_a_file_a_long_phase_has_a_line_again_and_again(capsys: pytest.Captur
         time.sleep(0.6)
     first, *others, last = lines_of(capsys.readouterr().out)
     assert first == "Compiling stage 1 of 2 ..."
-    assert set(others) <= {"Compiling stage 2 of 2, 1 s"}
     assert others
-    assert last.startswith("Compiling took 0.9 s") or last.startswith("Compiling took 1.")
+    assert all(re.fullmatch(r"Compiling stage 2 of 2, \d s", other) for other in others)
+    assert re.match(r"Compiling took \d\.\d s", last)
 
 
 def test_commands_whose_output_is_a_result_say_it_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,12 +98,13 @@ def test_on_a_terminal_the_line_is_live_and_gives_way_to_others() -> None:
         showing_phases(line, on_stderr=False),
         phase("Compiling", "stage", 4) as now,
     ):
-        time.sleep(0.15)
+        time.sleep(0.4)
         print("a warning")
         now.next()
-        time.sleep(0.15)
+        time.sleep(0.4)
     screen = terminal.screen
-    assert f"{ERASE}Compiling stage 1 of 4, 0 s{ERASE}a warning\r\n{ERASE}Compiling stage 2 of 4" in screen
+    erase = re.escape(ERASE)
+    assert re.search(rf"{erase}Compiling stage 1 of 4, \d s{erase}a warning\r\n{erase}Compiling stage 2 of 4", screen)
     assert screen.split("Compiling took")[0].endswith(ERASE)  # and nothing of the live line is left
     assert screen.endswith(" s.\r\n")
 
