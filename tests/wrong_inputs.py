@@ -110,7 +110,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "a generator": (lambda: train(x for x in [dense]), r"Got one generator"),
     "nothing": (lambda: train([]), r"A model needs at least one layer"),
     "a number": (lambda: train([dense, 3]), r"layers/1 is an int. For a constructor write"),
-    "too few": (lambda: train([dense]), r"Every stage needs a layer. Got 1 layer\(s\) for 2 stages"),
+    "too few": (lambda: train([dense]), r"Every stage needs a layer. Got 1 layer for 2 stages"),
     "class with arguments": (lambda: train([dense, nnx.Linear]), r"layers/1 \(Linear\) requires in_features, out_fea"),
     # Layers that fail.
     "branch on a value": (
