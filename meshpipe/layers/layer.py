@@ -267,27 +267,7 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...] | None)
     ((module, graphdef),) = built
     called = call_of(module, function)
     fields = {} if batch_fields is None else fields_of(path, module, called, batch_fields, asked)
-    params: dict[str, jax.ShapeDtypeStruct] = {}
-    state: dict[str, jax.ShapeDtypeStruct] = {}
-    axes: dict[str, tuple[str | None, ...]] = {}
-    streams: list[str] = []
-    check_distinct(
-        (join(path, key) for key, _ in nnx.to_flat_state(structure)), f"variables of {type(module).__name__}"
-    )
-    for key, variable in nnx.to_flat_state(structure):
-        leaf, value = join(path, key), _value(variable)
-        if isinstance(variable, nnx.RngState):
-            streams += [leaf] if isinstance(variable, nnx.RngKey) else []
-            continue
-        if not hasattr(value, "shape"):
-            raise ValueError(
-                f"Every variable of a layer must hold one array. {leaf} ({type(variable).__name__}) holds a "
-                f"{type(value).__name__}. Drop what the module has sown: nnx.pop(module, nnx.Intermediate)."
-            )
-        trainable = isinstance(variable, nnx.Param) and jnp.issubdtype(value.dtype, jnp.inexact)
-        (params if trainable else state)[leaf] = jax.ShapeDtypeStruct(value.shape, value.dtype)
-        if isinstance(variable, nnx.Variable) and (names := variable.get_metadata().get("out_sharding")):
-            axes[leaf] = tuple(names)
+    params, state, axes, streams = _sorted_leaves(path, type(module).__name__, structure)
     draws = is_given_rngs(called, fields, has_streams=bool(streams))
     if draws:
         streams.append(_stream_of_call(path))
@@ -309,6 +289,32 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...] | None)
     )
     variables = variables_of(path, module)
     return abstract, {leaf: v for leaf, v in variables.items() if not isinstance(v.get_value(), jax.core.Tracer)}
+
+
+def _sorted_leaves(
+    path: str, class_name: str, structure: nnx.State
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[str | None, ...]], list[str]]:
+    """Shapes of the parameters and of the other state, logical axes, and random streams of a module, by leaf path."""
+    params: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    axes: dict[str, tuple[str | None, ...]] = {}
+    streams: list[str] = []
+    check_distinct((join(path, key) for key, _ in nnx.to_flat_state(structure)), f"variables of {class_name}")
+    for key, variable in nnx.to_flat_state(structure):
+        leaf, value = join(path, key), _value(variable)
+        if isinstance(variable, nnx.RngState):
+            streams += [leaf] if isinstance(variable, nnx.RngKey) else []
+            continue
+        if not hasattr(value, "shape"):
+            raise ValueError(
+                f"Every variable of a layer must hold one array. {leaf} ({type(variable).__name__}) holds a "
+                f"{type(value).__name__}. Drop what the module has sown: nnx.pop(module, nnx.Intermediate)."
+            )
+        trainable = isinstance(variable, nnx.Param) and jnp.issubdtype(value.dtype, jnp.inexact)
+        (params if trainable else state)[leaf] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        if isinstance(variable, nnx.Variable) and (names := variable.get_metadata().get("out_sharding")):
+            axes[leaf] = tuple(names)
+    return params, state, axes, streams
 
 
 def _check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
