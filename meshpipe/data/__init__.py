@@ -6,6 +6,8 @@ from meshpipe.data.batches import DataConfig as DataConfig
 from meshpipe.data.batches import Source as Source
 from meshpipe.data.batches import batches as batches
 from meshpipe.data.batches import example_batch as example_batch
+from meshpipe.data.digits import Digits as Digits
+from meshpipe.data.digits import DigitsConfig as DigitsConfig
 from meshpipe.data.source import check_limits as check_limits
 from meshpipe.data.source import check_source as check_source
 from meshpipe.data.text import LabelledWindows as LabelledWindows

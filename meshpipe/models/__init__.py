@@ -4,4 +4,5 @@ from meshpipe.models.language_model import LanguageModelConfig as LanguageModelC
 from meshpipe.models.model import LayerConstructor as LayerConstructor
 from meshpipe.models.model import ModelConfig as ModelConfig
 from meshpipe.models.model import SumAndWeight as SumAndWeight
+from meshpipe.models.resnet import ResNetConfig as ResNetConfig
 from meshpipe.models.text_classifier import TextClassifierConfig as TextClassifierConfig
