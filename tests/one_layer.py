@@ -27,4 +27,4 @@ def draws(seed: int = 0, step: int = 0, microbatch: int = 0) -> Randomness:
 def call(
     layer: Layer, x: Any = X, *, train: bool = True, batch: Any = None, randomness: Randomness | None = None
 ) -> Any:
-    return layer(values(layer.params), values(layer.state), x, batch or {}, randomness or draws(), train=train)
+    return layer(values(layer.params), values(layer.state), x, batch or {}, randomness or draws(), train=train)[:2]

@@ -16,6 +16,7 @@ from meshpipe.layers.fields import RNGS, LayerCall, call_of, fields_of, is_given
 from meshpipe.layers.modes import fixed, mode_keywords, set_mode, told
 from meshpipe.layers.paths import check_distinct, join
 from meshpipe.layers.shared import Groups, Variables, shared_groups, variables_of
+from meshpipe.layers.sown import LossTerm, Sown, collect, is_sown, sowing, without_values
 from meshpipe.layers.writes import attributes_of, check_attributes, check_variables, check_written, written
 from meshpipe.phases import each
 
@@ -134,8 +135,8 @@ class Layer:
         randomness: Randomness,
         *,
         train: bool,
-    ) -> tuple[Any, Leaves]:
-        """The output of the layer and its state afterwards.
+    ) -> tuple[Any, Leaves, Sown]:
+        """The output of the layer, its state afterwards, and what it sowed.
 
         Raises `ValueError` when the call changes what would be lost: parameters, attributes, new variables.
         """
@@ -146,7 +147,8 @@ class Layer:
                 keywords[RNGS] = nnx.Rngs(_stream_key(_stream_of_call(self.path), randomness))
             keywords |= told(module, self.modes, train)
             call = module if self.function is None else partial(self.function, module)
-            output = call(activation, **keywords)
+            with sowing():
+                output = call(activation, **keywords)
             return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module, graph=True))}
 
         def retrace(values: list[Any], paths: Sequence[str]) -> list[Any]:
@@ -163,7 +165,8 @@ class Layer:
         shared_state = {path: group for path, group in self.shared.items() if path in self.state}
         kept = {path: value for path, value in before.items() if path in self.params or path in shared_state}
         check_written(name, written(kept, after, retrace), shared_state)
-        return output, {path: _value(after[path]) for path in self.state}
+        sown = {path: variable for path, variable in after.items() if path not in before and is_sown(variable)}
+        return output, {path: _value(after[path]) for path in self.state}, collect(name, sown)
 
     @property
     def _random_leaves(self) -> frozenset[str]:
@@ -305,6 +308,8 @@ def _sorted_leaves(
         if isinstance(variable, nnx.RngState):
             streams += [leaf] if isinstance(variable, nnx.RngKey) else []
             continue
+        if isinstance(variable, LossTerm):
+            raise without_values([leaf])
         if not hasattr(value, "shape"):
             raise ValueError(
                 f"Every variable of a layer must hold one array. {leaf} ({type(variable).__name__}) holds a "

@@ -58,7 +58,7 @@ def stage_function(
         def call(index: int, params: Any, state: Any, value: Any) -> tuple[Any, Any]:
             layer = layers[index]
             with call_of_layer(layer.path, layer.class_name, stage, value, train=train):
-                value, after = layer(params, state, value, batch, draws, train=train)
+                value, after, _ = layer(params, state, value, batch, draws, train=train)
             _check_output(layer, value)
             return sums(value, batch) if loss is not None and index == len(layers) - 1 else value, after
 

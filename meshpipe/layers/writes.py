@@ -12,6 +12,7 @@ from flax import nnx
 from meshpipe.compiler.fingerprint import fingerprint
 from meshpipe.layers.modes import ATTRIBUTES
 from meshpipe.layers.paths import join
+from meshpipe.layers.sown import is_sown
 from meshpipe.stage.passthrough import forwarded
 
 _PLAIN = (int, float, bool, str, type(None), FunctionType)
@@ -65,25 +66,23 @@ def check_attributes(kind: str, before: Mapping[str, Any], after: Mapping[str, A
         )
 
 
-def check_variables(kind: str, before: Mapping[str, Any], random: Collection[str], after: Mapping[str, Any]) -> None:
-    """Raises `WriteError` when a call made variables (values that it sows are such), dropped some, or gave one another
-    shape or dtype. `random` has the paths of random streams, which are not among those before.
+def check_variables(
+    kind: str, before: Mapping[str, Any], random: Collection[str], after: Mapping[str, Any], method: str = "__call__"
+) -> None:
+    """Raises `WriteError` when a call made variables other than those that are collected (`sown.py`), dropped some, or
+    gave one another shape or dtype. `random` has the paths of random streams, which are not among those before.
     """
-    if made := [path for path in after if path not in before and path not in random]:
-        sown = [path for path in made if isinstance(after[path], nnx.Intermediate)]
+    if made := [path for path in after if path not in before and path not in random and not is_sown(after[path])]:
+        types = ", ".join(sorted({type(after[path]).__name__ for path in made}))
         raise WriteError(
-            f"Every variable of a layer must be made by its constructor. {kind} made {_some(sown or made)} in "
-            "__call__, which nothing would read. "
-            + (
-                "Return what it sows, or call the part that sows through nnx.capture(part, nnx.Intermediate), which "
-                "returns the output and what was sown."
-                if sown
-                else "Make it in the constructor, or keep the value in a local name."
-            )
+            f"Every variable of a layer must be made by its constructor. {kind} made {_some(made)} ({types}) in "
+            f"{method}, which nothing would read. Make it in the constructor, or keep the value in a local name. "
+            "To sow a term of the loss, use the type meshpipe.LossTerm, and for a value of the metrics "
+            "nnx.Intermediate."
         )
     if dropped := [path for path in before if path not in after]:
         raise WriteError(
-            f"A layer's variables must stay where they are. {kind} dropped {_some(dropped)} in __call__. "
+            f"A layer's variables must stay where they are. {kind} dropped {_some(dropped)} in {method}. "
             "Set its value in place: variable[...] = value."
         )
     for path, value in before.items():
@@ -91,7 +90,7 @@ def check_variables(kind: str, before: Mapping[str, Any], random: Collection[str
         if getattr(new, "shape", None) != value.shape or new.dtype != value.dtype:
             found = f"{new.dtype}{list(new.shape)}" if hasattr(new, "shape") else type(new).__name__
             raise WriteError(
-                f"A variable must keep its shape and dtype. {kind} made {path} {found} in __call__; it was "
+                f"A variable must keep its shape and dtype. {kind} made {path} {found} in {method}; it was "
                 f"{value.dtype}{list(value.shape)}. Cast what is written to it."
             )
 

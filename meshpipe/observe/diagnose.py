@@ -64,7 +64,8 @@ def _replay(
                 fields: Any = fields,
                 draws: Any = draws,
             ) -> Any:
-                return layer(own, kept, value, fields, Randomness(*draws), train=True)
+                value, after, _ = layer(own, kept, value, fields, Randomness(*draws), train=True)
+                return value, after
 
             with jax.set_mesh(model.stages[stage].submesh):
                 value, pullback, after = jax.vjp(forward, own, value, has_aux=True)

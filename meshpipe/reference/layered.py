@@ -30,7 +30,7 @@ class LayeredModel:
         leaves = {path: params[name] for path, name in self.names.items() if name in params}
         value, written = batch[self._input], dict(state)
         for layer in self._layers:
-            value, after = layer(leaves, written, value, batch, Randomness(*draws), train=True)
+            value, after, _ = layer(leaves, written, value, batch, Randomness(*draws), train=True)
             written |= after
         return value, written
 

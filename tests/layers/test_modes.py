@@ -23,7 +23,7 @@ def layer_of(layer: Any, *fields: str) -> Layer:
 def call(layer: Layer, *, train: bool, batch: Any = None) -> Any:
     params, state = layer.initialise(jax.random.key(0), jnp.uint32(0))
     draws = Randomness(jax.random.key_data(jax.random.key(0)), jnp.uint32(0), jnp.uint32(0))
-    return layer(params, state, X, batch or {}, draws, train=train)
+    return layer(params, state, X, batch or {}, draws, train=train)[:2]
 
 
 class Net(nnx.Module):

@@ -1,0 +1,130 @@
+"""What layers sow in their calls: terms of the loss, and values for the metrics."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from meshpipe.errors import ArgumentError, kind_of
+from meshpipe.sharding import scalar_dtype
+
+
+class LossTerm(nnx.Variable[Any]):
+    """The type of a term that a layer adds to the loss: `self.sow(meshpipe.LossTerm, "balance", value)`.
+
+    The value is a sum over the microbatch, already times its coefficient. Arrays are added up, and so is what several
+    calls and layers sow under one name. Like the sum that the loss returns, the sum over the whole batch is divided
+    once, by the weight of the loss over the whole batch.
+    """
+
+
+RESERVED = frozenset(
+    {
+        *("loss", "weight", "grad_norm", "learning_rate", "step", "event", "time", "eval_time_s", "step_time_s"),
+        *("examples_per_s", "tokens_per_s", "tokens_per_s_per_device", "tokens_seen", "model_flops_per_s_per_device"),
+        *("model_flops_utilisation", "peak_memory_bytes", "peak_host_memory_bytes", "data_wait_share"),
+        *("bubble_fraction", "left_out"),
+    }
+)
+"""Names that what is sown for the loss or the metrics must not have: results of steps and evaluations have them."""
+
+
+class Sown(NamedTuple):
+    """What the call of a layer sowed, by name."""
+
+    terms: dict[str, jax.Array]
+    """Terms of the loss: sums over the microbatch."""
+    metrics: dict[str, tuple[jax.Array, int]]
+    """Scalars that were sown as `nnx.Intermediate`: their sum, and how many there were."""
+    values: dict[str, Any]
+    """What else was sown as `nnx.Intermediate`, in the tuples that NNX makes."""
+
+
+def is_sown(variable: Any) -> bool:
+    """Whether a variable that a call made is one of those that are collected."""
+    return isinstance(variable, LossTerm | nnx.Intermediate)
+
+
+def collect(layer: str, made: Mapping[str, nnx.Variable[Any]]) -> Sown:
+    """Sorts what a call sowed, by leaf path. Raises `ArgumentError` for names and values that cannot be.
+
+    `layer` names the layer in errors.
+    """
+    terms: dict[str, jax.Array] = {}
+    metrics: dict[str, tuple[jax.Array, int]] = {}
+    values: dict[str, Any] = {}
+    for path, variable in made.items():
+        name, value = path.rpartition("/")[2], variable.get_value()
+        parts = jax.tree.leaves(value)
+        if isinstance(variable, LossTerm):
+            check_name(name, layer)
+            _check_real(name, layer, parts)
+            total = sum((jnp.asarray(part, scalar_dtype()).sum() for part in parts), jnp.zeros((), scalar_dtype()))
+            terms[name] = terms[name] + total if name in terms else total
+        elif isinstance(variable, nnx.Perturbation):
+            continue  # zeros, that the call adds to a value
+        elif parts and all(_is_number(part) for part in parts):
+            check_name(name, layer)
+            scalars = [jnp.asarray(part, scalar_dtype()) for part in parts]
+            before, count = metrics.get(name, (jnp.zeros((), scalar_dtype()), 0))
+            metrics[name] = jax.lax.stop_gradient(sum(scalars, before)), count + len(scalars)
+        else:
+            values[name] = (*values.get(name, ()), *(value if isinstance(value, tuple) else (value,)))
+    if both := sorted(terms.keys() & (metrics.keys() | values.keys())):
+        raise ArgumentError(
+            "What is sown under one name must be either a term of the loss or an nnx.Intermediate. "
+            f"{layer} sows {both[0]!r} as both. Rename one."
+        )
+    return Sown(terms, metrics, values)
+
+
+def check_name(name: str, layer: str) -> None:
+    """Raises `ArgumentError` for a name that results of steps and evaluations have."""
+    if name in RESERVED:
+        raise ArgumentError(
+            f"What a layer sows must not have a name that the results of a step have. {layer} sows {name!r}. "
+            "Rename it, e.g. balance."
+        )
+
+
+def without_values(paths: Sequence[str]) -> ArgumentError:
+    """The error for a module that holds what earlier calls have sown."""
+    return ArgumentError(
+        f"A module must not hold what earlier calls have sown. Got {', '.join(paths[:3])}. Drop it: "
+        "nnx.pop(module, meshpipe.LossTerm)."
+    )
+
+
+@contextmanager
+def sowing() -> Iterator[None]:
+    """Lets modules sow without `nnx.capture`, which would drop what they sow under other types without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*Using 'Module.(sow|perturb)\(\)' outside", DeprecationWarning)
+        yield
+
+
+def _check_real(name: str, layer: str, parts: Sequence[Any]) -> None:
+    wrong = [part for part in parts if not _is_array(part) or jnp.iscomplexobj(part)]
+    if wrong or not parts:
+        got = kind_of(wrong[0]) if wrong and not _is_array(wrong[0]) else "complex numbers" if wrong else "nothing"
+        raise ArgumentError(
+            f"A term of the loss must be a real number, or an array of them to be added up. {layer} sows {got} as "
+            f"{name!r}."
+        )
+
+
+def _is_number(part: Any) -> bool:
+    return _is_array(part) and np.shape(part) == () and not _is_key(part) and not jnp.iscomplexobj(part)
+
+
+def _is_key(part: Any) -> bool:
+    return isinstance(part, jax.Array) and jnp.issubdtype(part.dtype, jax.dtypes.prng_key)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray | np.generic | int | float | complex)
