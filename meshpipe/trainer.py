@@ -13,6 +13,7 @@ from meshpipe.layers.layer import LayerLike, Leaves
 from meshpipe.layers.modules import host_device, local_leaves, modules_with, shared_groups_of, write
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.layers.staged_model import StagedModel, StageInfo
+from meshpipe.layers.sums import LOSS, WEIGHT
 from meshpipe.layers.task import Task
 from meshpipe.observe.clock import MeasuredStep, measure_step
 from meshpipe.observe.diagnose import first_non_finite
@@ -184,8 +185,8 @@ class Trainer:
         the batch's fields, shapes or dtypes are not those of the example.
         """
         batch = self.model.microbatches.read(batch)
-        gradients, after, totals, measured = self._accumulate(batch, measure=measure, observe=observe)
-        found = self._training.update(gradients, after, totals)
+        gradients, after, sums, measured = self._accumulate(batch, measure=measure, observe=observe)
+        found = self._training.update(gradients, after, sums)
         self.step_number += 1
         result = StepResult(self.step_number, *found, self.optimizer.finite, measured)
         self._unchecked.add(result.step, result.good, batch)
@@ -197,9 +198,11 @@ class Trainer:
         A tied parameter's gradient stands under its owner's path. Of several processes, each has the gradients of its
         own stages. Where the weight of the whole batch is 0, there is no mean, and the sums are returned.
         """
-        gradients, _, totals, _ = self._accumulate(batch)
+        gradients, _, sums, _ = self._accumulate(batch)
         gradients = self.tied.sum_gradients(gradients)
-        total, weight = from_last_stage(self.model, self.group, [local_value(value) for value in totals[:2]])
+        of_last = sums.get(self.plan.num_stages - 1, {})
+        found = from_last_stage(self.model, self.group, {name: local_value(value) for name, value in of_last.items()})
+        total, weight = found[LOSS], found[WEIGHT]
         divisor = scalar_dtype().type(weight or 1)
         stages = self.model.parameters
         return jnp.asarray(total / divisor, scalar_dtype()), {

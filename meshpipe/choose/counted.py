@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr
@@ -18,6 +17,7 @@ from meshpipe.plan.layer_costs import LayerCosts, ModelCosts
 from meshpipe.stage.jaxpr import nbytes
 from meshpipe.stage.operations import count_bytes, count_operations
 from meshpipe.stage.programs import trace_split
+from meshpipe.stage.spec import on_submesh
 from meshpipe.stage.traced import TracedStage
 
 
@@ -95,9 +95,7 @@ def count_layers(model: StagedModel, stages: Sequence[TracedStage], why: str, *,
 def _count(stage: TracedStage, kind: str, model: StagedModel, *, moves: bool) -> LayerCosts:
     devices = model.mesh.devices.size
     forward, whole, of_input, *of_weights = (ACCELERATOR.seconds(p, devices) for p in _programs(stage))
-    given: Sequence[Any] = (
-        () if stage.boundary_out is None else stage.boundary_out.on(stage.spec.mesh, stage.microbatch_size)
-    )
+    given = on_submesh(stage.boundaries_out, stage.spec.mesh, stage.microbatch_size)
     again = forward if model.config.remat == "full" else 0.0
     return LayerCosts(
         kind=kind,

@@ -21,6 +21,7 @@ from meshpipe.sharding import abstract
 from meshpipe.stage.jaxpr import nbytes
 from meshpipe.stage.programs import trace_pullback, trace_split
 from meshpipe.stage.recomputed import recomputed_bytes
+from meshpipe.stage.spec import gradients_on_submesh
 from meshpipe.stage.traced import TracedStage
 
 ONE_UNIT_EACH = Costs(dict.fromkeys(Op, 1.0))
@@ -176,7 +177,8 @@ def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> Stage
     if splits:
         with jax.set_mesh(stage.spec.mesh):
             parts = trace_split(stage, *shapes)
-        gradients = [] if stage.boundary_out is None else _leaf_bytes(_output_gradients(stage))
+        of_outputs = gradients_on_submesh(stage.boundaries_out, stage.spec.mesh, stage.microbatch_size)
+        gradients = _leaf_bytes(of_outputs)
         from_forward = [*kept_x, *kept_state, *([] if recomputes else residuals)]
         of_microbatch = [*kept_x, *kept_state, *residuals, *gradients]
         carried = [] if parts.is_whole else parts.carried
@@ -189,17 +191,12 @@ def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> Stage
         made_for_weights=crossing + found,
         input=input_bytes,
         kept_input=kept_input,
-        input_gradient=device_bytes(stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)),
+        input_gradient=device_bytes(gradients_on_submesh(stage.boundaries_in, stage.spec.mesh, stage.microbatch_size)),
         recomputed=sum(residuals) if recomputes else 0,
         recomputed_inside=inside,
         found_for_weights=found,
         new_state=device_bytes(stage.state),
     )
-
-
-def _output_gradients(stage: TracedStage) -> Sequence[jax.ShapeDtypeStruct]:
-    assert stage.boundary_out is not None
-    return stage.boundary_out.gradients_on(stage.spec.mesh, stage.microbatch_size)
 
 
 def shapes_of(values: Iterable[Var]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -231,7 +228,7 @@ def _hoisted_bytes(stage: TracedStage) -> int:
 def _split_bytes(stage: TracedStage, value: Var) -> int:
     """Bytes per device of a value whose layout XLA chooses."""
     mesh = stage.spec.mesh.shape
-    ends: list[Any] = [*stage.x_vars, *(stage.output_vars if not stage.spec.is_last else ())]
+    ends: list[Any] = [*stage.x_vars, *stage.output_vars]
     shape = value.aval.shape  # type: ignore[attr-defined]
     over_data = any(size and size % stage.microbatch_size == 0 for size in shape)
     over_tensor = over_data and shape not in {v.aval.shape for v in ends}

@@ -23,6 +23,7 @@ from meshpipe.sharding import Arrays, Shapes, abstract, replicated
 from meshpipe.stage.calls import Call, Slots, StageCalls, StageSlots
 from meshpipe.stage.operations import count_operations
 from meshpipe.stage.programs import StagePrograms, compile_stage, trace_backward
+from meshpipe.stage.spec import differentiable_leaves, on_submesh
 from meshpipe.stage.traced import TracedStage
 
 MIN_CALLS, MAX_CALLS = 5, 50
@@ -109,7 +110,7 @@ def layer_key(stage: TracedStage) -> str:
     shardings = [
         shape.sharding.spec for shape in (*stage.params, *stage.fixed_state, *stage.state, *stage.x, *stage.inputs)
     ]
-    return f"{program}\n{shardings}\n{stage.input_names}\n{stage.spec.is_last}"
+    return f"{program}\n{shardings}\n{stage.input_names}\n{stage.sum_names}"
 
 
 _STEP = StageSlots(params=0, hoisted=1, state=2, inputs=3, accumulators=4, totals=5)
@@ -121,7 +122,7 @@ class _Run:
     """The programs of one stage on values of about the size that they have at the start of training."""
 
     def __init__(self, stage: TracedStage, programs: StagePrograms, x: Arrays, inputs: Arrays):
-        self._boundary, self._size = stage.boundary_out, stage.microbatch_size
+        self._boundaries, self._size = stage.boundaries_out, stage.microbatch_size
         self._calls = StageCalls(stage, programs, _STEP)
         self._slots: Slots = [None] * (_FOR_WEIGHTS + 1)
         self._calls.begin(self._slots, _place(stage.params), _place(tuple(stage.spec.state.values())), inputs)
@@ -131,17 +132,17 @@ class _Run:
         self._forward(self._slots)
         self.output: Arrays = self._slots[_OUTPUT]
         self._activation_bytes = _device_bytes(jax.tree.leaves(self._slots[_RESIDUALS]))
-        if self._boundary is not None:
-            self._slots[_OUTPUT_GRADIENTS] = tuple(self.output[i] for i in self._boundary.differentiable)
+        self._slots[_OUTPUT_GRADIENTS] = tuple(self.output[i] for i in differentiable_leaves(self._boundaries))
 
     def measure(self, kind: str, next_rank: Mesh | None) -> LayerCosts:
         calls, microbatch = self._calls, self._microbatch
-        given = None if self._boundary is None else _OUTPUT_GRADIENTS
-        whole = calls.backward(microbatch, residuals=_RESIDUALS, output_gradients=given, x_gradients=_X_GRADIENTS)
+        whole = calls.backward(
+            microbatch, residuals=_RESIDUALS, output_gradients=_OUTPUT_GRADIENTS, x_gradients=_X_GRADIENTS
+        )
         of_input = calls.backward_input(
             microbatch,
             residuals=_RESIDUALS,
-            output_gradients=given,
+            output_gradients=_OUTPUT_GRADIENTS,
             x_gradients=_X_GRADIENTS,
             for_weights=_FOR_WEIGHTS,
         )
@@ -175,9 +176,9 @@ class _Run:
         return run
 
     def _transfer(self, mesh: Mesh) -> float:
-        if self._boundary is None:
+        if not self._boundaries:
             return 0.0
-        move = transfer_to(tuple(shape.sharding for shape in self._boundary.on(mesh, self._size)))
+        move = transfer_to(tuple(shape.sharding for shape in on_submesh(self._boundaries, mesh, self._size)))
         (seconds,) = _seconds(lambda: move(self.output))
         return seconds
 

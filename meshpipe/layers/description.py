@@ -65,8 +65,8 @@ def describe_programs(model: StagedModel) -> dict[str, str]:
     found: dict[str, str] = {}
     texts: dict[int, str] = {}
     for s, stage in model.traced.items():
-        for first, boundary in ((s - 1, stage.boundary_in), (s, stage.boundary_out)):
-            if boundary is not None:
+        for first, boundaries in ((s - 1, stage.boundaries_in), (s, stage.boundaries_out)):
+            for boundary in boundaries:
                 shapes = boundary.on(model.stages[first + 1].submesh, stage.microbatch_size)
                 crosses = [repr(boundary.treedef), *map(_shape, shapes)]
                 found[f"values from stage {first} to {first + 1}"] = HASH + digest(crosses)

@@ -32,8 +32,6 @@ class Forwards:
     """The stages of this process; likewise the programs."""
     programs: Mapping[int, StagePrograms]
     path_hashes: Mapping[int, jax.Array]
-    names: Sequence[str]
-    """Of the means that are summed up, which are known where the last stage is local."""
     output: Boundary | None
     """What the last layer puts out for a microbatch, where that is kept in place of a loss."""
     _executors: dict[int, Executor] = field(default_factory=dict)

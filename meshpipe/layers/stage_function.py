@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from meshpipe.errors import kind_of
 from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
 from meshpipe.layers.layer import Layer, Randomness
-from meshpipe.stage.spec import StageFunction
+from meshpipe.layers.sums import LOSS, WEIGHT, metric_sums
+from meshpipe.stage.spec import StageFunction, StageOutput
 
 Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
 """Output of the last layer and the microbatch -> sum of losses, weight."""
@@ -30,28 +31,26 @@ def stage_function(
     input: str | None,
     loss: Loss | None,
     metrics: Metrics | None = None,
-    names: list[str] | None = None,
     policies: Sequence[Callable[..., bool] | None] = (),
     train: bool,
 ) -> StageFunction:
     """The function of a stage that the engine traces.
 
     `input` is the batch field that the first stage reads, and None for the others. `loss` is None for all stages but
-    the last, which returns the sum of the losses, their weight, and the sums and weights of `metrics`; their names are
-    added to `names`. `policies` say what `jax.checkpoint` saves of each layer, of the last one together with the loss;
+    the last, which has the sum of the losses, their weight, and the sums and weights of `metrics`, and hands on no
+    value. `policies` say what `jax.checkpoint` saves of each layer, of the last one together with the loss;
     None saves all. Errors of layers, loss and metrics get a note with the layer's path and the shapes.
     """
     streams = streams_of(layers)
 
-    def sums(value: Any, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    def sums(value: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         assert loss is not None
         extra = {} if metrics is None else _metrics(metrics, value, batch)
-        if names is not None:
-            names[:] = list(extra)
-        return (*_loss(loss, value, batch), *(v for pair in extra.values() for v in pair))
+        total, weight = _loss(loss, value, batch)
+        return {LOSS: total, WEIGHT: weight, **metric_sums(extra)}
 
-    def run(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
-        value = activation if input is None else batch[input]
+    def run(params: Any, state: Any, values: tuple[Any, ...], batch: Any, randomness: Any) -> StageOutput:
+        value = values[0] if input is None else batch[input]
         seed, paths, step, microbatch = randomness
         draws = Randomness(seed, step, microbatch, {path: paths[i] for i, path in enumerate(streams)})
 
@@ -69,7 +68,10 @@ def stage_function(
                 value = jax.tree.map(_stored, value) if index > 0 else value
             value, after = run_layer(_part(params, layer.params), _part(state, layer.state), value)
             state = {**state, **after}
-        return sums(value, batch) if loss is not None and not layers else value, state
+        if loss is None:
+            return StageOutput((value,), {}, None, state)
+        found = value if layers else sums(value, batch)
+        return StageOutput((), found, found[LOSS], state)
 
     return run
 

@@ -33,7 +33,7 @@ from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.simulate import Costs
 from meshpipe.sharding import is_local, place, replicated
 from meshpipe.stage.compile_stages import compile_stages
-from meshpipe.stage.spec import Boundary, StageSpec, boundary_after
+from meshpipe.stage.spec import Boundary, StageSpec, boundaries_after
 from meshpipe.stage.target import Target
 from meshpipe.stage.traced import TracedStage
 
@@ -176,7 +176,7 @@ class StagedModel:
         Where the last stage is local, all stages are traced forward, for their shapes only.
         """
         if self.task.metrics is not None and self.plan.num_stages - 1 in self.local:
-            self._trace((), remat=("none",) * self.plan.num_stages, train=False, names=[])
+            self._trace((), remat=("none",) * self.plan.num_stages, train=False)
 
     @cached_property
     def evaluation(self) -> Forwards:
@@ -197,13 +197,10 @@ class StagedModel:
         return self._forwards("predict", microbatches, outputs=True)
 
     def _forwards(self, name: str, microbatches: Microbatches, *, outputs: bool = False) -> Forwards:
-        names: list[str] = []
         remat = ("none",) * self.plan.num_stages
-        traced, output = self._trace(
-            self.local, remat=remat, train=False, names=names, fields=microbatches.fields, outputs=outputs
-        )
+        traced, output = self._trace(self.local, remat=remat, train=False, fields=microbatches.fields, outputs=outputs)
         if outputs:
-            _check_rows(output, microbatches.size // microbatches.count)
+            _check_rows(output[0], microbatches.size // microbatches.count)
         return Forwards(
             name=f"{self._name}/{name}",
             plan=self.plan,
@@ -212,8 +209,7 @@ class StagedModel:
             traced=traced,
             programs=compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache), what=f"Compiling to {name},"),
             path_hashes=self._path_hashes,
-            names=("loss", *names),
-            output=output if outputs else None,
+            output=output[0] if outputs else None,
         )
 
     def place_seed(self, seed: int) -> dict[int, jax.Array]:
@@ -235,22 +231,21 @@ class StagedModel:
         *,
         remat: Sequence[str],
         train: bool,
-        names: list[str] | None = None,
         fields: Mapping[str, jax.ShapeDtypeStruct] | None = None,
         outputs: bool = False,
-    ) -> tuple[dict[int, TracedStage], Boundary | None]:
+    ) -> tuple[dict[int, TracedStage], tuple[Boundary, ...]]:
         """Traces the wanted stages. Of the other stages before the last wanted one (or of all, if none is wanted), it
         finds only the shapes of their outputs.
 
         With `outputs`, the last stage returns the value of the last layer, not a loss, and its shape is always found.
-        The second result is the output of the last stage that was looked at.
+        The second result has the boundaries of the values that the last stage which was looked at hands on.
         """
         last = self.plan.num_stages - 1 if outputs else max(wanted, default=self.plan.num_stages - 1)
         fields = self.microbatches.fields if fields is None else fields
         traced: dict[int, TracedStage] = {}
         seen: dict[Hashable, TracedStage] = {}
-        handed_on: dict[Hashable, Boundary] = {}
-        boundary: Boundary | None = None
+        handed_on: dict[Hashable, tuple[Boundary, ...]] = {}
+        boundaries: tuple[Boundary, ...] = ()
         stages = list(enumerate(zip(self._meshes, self.parameters, strict=True)))[: last + 1]
         for s, (mesh, owned) in each("Tracing", "stage", stages):
             has_loss = s == self.plan.num_stages - 1 and not outputs
@@ -264,31 +259,28 @@ class StagedModel:
                     [self.layers[i] for i in self.cuts[s]],
                     input=self.task.input if s == 0 else None,
                     loss=self.task.loss if has_loss else None,
-                    metrics=self.task.metrics if names is not None else None,
-                    names=names,
+                    metrics=None if train else self.task.metrics,
                     policies=[_policy(self.layer_remat[i]) if by_layer else None for i in self.cuts[s]],
                     train=train,
                 ),
                 params=owned.params,
                 state=owned.state,
-                is_first=s == 0,
-                is_last=has_loss,
                 streams=len(self._streams(s)),
                 gathered=self._gathered[s],
                 checkpoint_policy=None if remat[s] == "full" else _policy(remat[s]),
             )
-            kind = self._kind(spec, boundary, remat[s])
+            kind = self._kind(spec, boundaries, remat[s], has_loss=has_loss)
             if s not in wanted:
                 if kind not in handed_on:
-                    handed_on[kind] = boundary_after(spec, boundary, fields)
-                boundary = handed_on[kind]
+                    handed_on[kind] = boundaries_after(spec, boundaries, fields)
+                boundaries = handed_on[kind]
                 continue
-            if boundary is not None and kind in seen:
-                traced[s] = seen[kind].shared_with(spec, boundary)
+            if kind in seen:
+                traced[s] = seen[kind].shared_with(spec, boundaries)
             else:
-                traced[s] = seen[kind] = TracedStage(spec, boundary, fields)
-            boundary = traced[s].boundary_out
-        return traced, boundary
+                traced[s] = seen[kind] = TracedStage(spec, boundaries, fields)
+            boundaries = traced[s].boundaries_out
+        return traced, boundaries
 
     def _streams(self, stage: int) -> list[str]:
         return streams_of([self.layers[i] for i in self.cuts[stage]])
@@ -301,15 +293,15 @@ class StagedModel:
             s: place(np.array(found, np.uint32), replicated(self._meshes[s])) for s, found in hashes.items() if found
         }
 
-    def _kind(self, spec: StageSpec, boundary: Boundary | None, remat: str) -> Hashable:
+    def _kind(self, spec: StageSpec, boundaries: Sequence[Boundary], remat: str, *, has_loss: bool) -> Hashable:
         """A key that is equal for the stages of one `_trace` call that can share a trace; their paths may differ."""
         kinds = tuple(self.layers[i].kind for i in self.cuts[spec.index])
         leaves = [*spec.params.values(), *spec.state.values()]
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
         gathered = tuple(path in spec.gathered for path in spec.params)
         policies = tuple(self.layer_remat[i] for i in self.cuts[spec.index])
-        before = None if boundary is None else boundary.kind
-        return spec.is_first, spec.is_last, kinds, shapes, gathered, remat, policies, before
+        before = tuple(boundary.kind for boundary in boundaries)
+        return spec.index == 0, has_loss, kinds, shapes, gathered, remat, policies, before
 
     def _parameters(self, stage: int, borrowed_leaves: frozenset[str]) -> StageParameters:
         params: dict[str, jax.ShapeDtypeStruct] = {}
@@ -346,9 +338,8 @@ def _policy(remat: str) -> Callable[..., bool] | None:
     return getattr(jax.checkpoint_policies, name) if name in CHECKPOINT_POLICIES else None
 
 
-def _check_rows(output: Boundary | None, size: int) -> None:
+def _check_rows(output: Boundary, size: int) -> None:
     """Raises `ArgumentError` unless every array that the last layer puts out has a row for each example."""
-    assert output is not None
     for leaf in output.leaves:
         if leaf.shape[:1] != (size,):
             raise ArgumentError(

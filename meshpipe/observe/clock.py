@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from meshpipe.observe.probe import smallest
-from meshpipe.pipeline.executor import Executor
+from meshpipe.pipeline.executor import Executor, Sums
 from meshpipe.plan.lower import Buffer, Compute, Transfer
 from meshpipe.plan.plan import Action, Plan
 from meshpipe.plan.simulate import Timeline
@@ -98,13 +98,13 @@ class StepClock:
 
 def measure_step(
     executor: Executor, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
-) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays, MeasuredStep]:
+) -> tuple[dict[int, Arrays], dict[int, Arrays], Sums, MeasuredStep]:
     """Runs a step, waits for it, and returns what `Executor.run` returns and when each action and transfer ran."""
     examples = executor.accumulators()
     jax.block_until_ready((params, state, inputs, examples))
     clock = StepClock(executor.plan, examples)
-    gradients, after, totals = executor.run(params, state, inputs, clock.observe)
-    return gradients, after, totals, clock.finish()
+    gradients, after, sums = executor.run(params, state, inputs, clock.observe)
+    return gradients, after, sums, clock.finish()
 
 
 def _side(transfer: Transfer) -> tuple[int, int, str]:

@@ -21,6 +21,11 @@ Observer = Callable[[Compute | Transfer, Arrays, Arrays], None]
 it updated. The next action of the stage donates the accumulators, so copy them before waiting."""
 
 
+Sums = dict[int, dict[str, jax.Array]]
+"""What stages add up over the microbatches of a step, by stage and name: in the last stage the sum of the losses
+(`loss`), their weight (`weight`), and in evaluation the sums of metrics."""
+
+
 class Executor:
     """A program with its buffers resolved to slots of a list, so that a step is a walk over a flat list of calls.
 
@@ -60,6 +65,7 @@ class Executor:
             s: StageCalls(stage, programs[s], StageSlots(**{name: self._new_slot() for name in names}))
             for s, stage in traced.items()
         }
+        self._summing = [s for s, stage in traced.items() if stage.sum_names]
         local = [instruction for instruction in program.instructions if self._is_local(instruction)]
         reduced = {instruction.stage for instruction in local if isinstance(instruction, Reduce)}
         if reduced != {s for s, calls in self._calls.items() if calls.reduces}:
@@ -91,19 +97,16 @@ class Executor:
         state: Mapping[int, Arrays],
         inputs: Mapping[int, Arrays],
         observe: Observer | None = None,
-    ) -> tuple[dict[int, Arrays], dict[int, Arrays], Arrays]:
-        """Runs one batch. Returns gradients and new state of every local stage, and the totals of the last stage.
+    ) -> tuple[dict[int, Arrays], dict[int, Arrays], Sums]:
+        """Runs one batch. Returns gradients and new state of every local stage, and the sums of those that have some.
 
-        Totals are the sum of the losses, its weight and, in evaluation, the sums of the metrics; they are empty where
-        the last stage is not local. Everything is dispatched asynchronously. Gradients are those of the sum of the
-        losses: divide by the weight.
+        Everything is dispatched asynchronously. Gradients are those of the sum of the losses: divide by the weight.
         """
         slots = self._run(params, state, inputs, observe)
-        last = next((s for s, stage in self._traced.items() if stage.spec.is_last), None)
         return (
             {s: slots[calls.slots.accumulators] for s, calls in self._calls.items()},
             {s: calls.state_after(slots, state[s]) for s, calls in self._calls.items()},
-            () if last is None else slots[self._calls[last].slots.totals],
+            {s: self._calls[s].sums(slots) for s in self._summing},
         )
 
     def outputs(
@@ -231,9 +234,9 @@ class Executor:
         (kind, target), source = (instruction.target.kind, instruction.target.stage), instruction.source.stage
         if (kind, target) not in self._moves:
             # Either side knows what crosses the boundary.
-            boundary = self._traced[max(source, target)].boundary_in if max(source, target) in self._traced else None
-            boundary = boundary or self._traced[min(source, target)].boundary_out
-            assert boundary is not None
+            before, after = min(source, target), max(source, target)
+            is_known = after in self._traced
+            (boundary,) = self._traced[after].boundaries_in if is_known else self._traced[before].boundaries_out
             size = next(iter(self._traced.values())).microbatch_size
             on = boundary.on if kind == "x" else boundary.gradients_on
             name = f"{self._name} {kind} {target}"

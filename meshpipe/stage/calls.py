@@ -30,8 +30,8 @@ class StageSlots:
     accumulators: int
     """Gradient accumulators, which each backward donates and replaces."""
     totals: int
-    """Last stage only: sum of the losses and weight so far, and in evaluation the sums of metrics. Each forward donates
-    and replaces them."""
+    """The sums so far: in the last stage loss and weight, and in evaluation metrics. Each forward donates and replaces
+    them."""
 
 
 class StageCalls:
@@ -59,6 +59,10 @@ class StageCalls:
     def state_after(self, slots: Slots, before: Arrays) -> Arrays:
         """All state of the stage after a step that began with `before`."""
         return replaced(before, self._stage.changing, slots[self.slots.state])
+
+    def sums(self, slots: Slots) -> dict[str, jax.Array]:
+        """By name, the sums over the microbatches that have run."""
+        return dict(zip(self._stage.sum_names, slots[self.slots.totals], strict=True))
 
     @property
     def reduces(self) -> bool:

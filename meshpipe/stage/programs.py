@@ -16,6 +16,7 @@ from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, compile_
 from meshpipe.stage.jaxpr import function_of, inline
 from meshpipe.stage.recomputed import has_checkpoint
 from meshpipe.stage.reuse import reuse
+from meshpipe.stage.spec import gradients_on_submesh, on_submesh
 from meshpipe.stage.split_backward import SplitBackward
 from meshpipe.stage.traced import TracedStage, split
 
@@ -27,7 +28,7 @@ class StagePrograms:
     prepare: Callable[..., list[jax.Array]] | None
     """Parameters, fixed state -> values computed once per step, where there are any."""
     zeros: Callable[[], tuple[Arrays, Arrays]]
-    """Fresh accumulators of gradients (none for a forward-only stage), and totals (none but for the last stage)."""
+    """Fresh accumulators of gradients (none for a forward-only stage), and totals (none for a stage without sums)."""
     forward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays]] | None = None
     """Parameters, hoisted, changing state, x, inputs, microbatch, totals (donated)
     -> output, state, residuals, totals."""
@@ -129,31 +130,34 @@ def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> Sta
 
 
 def _forward_part(stage: TracedStage, *, residuals: bool) -> AccumulatedOutputs:
-    """The traced forward; what the last stage puts out is added to the totals."""
-    totals = {i: i for i in range(len(_totals(stage)))}
+    """The traced forward; its sums, which follow the values that it hands on, are added to the totals."""
+    totals = _numbered(range(len(stage.sum_vars)), len(stage.output_vars))
     return AccumulatedOutputs(stage, stage.forward(outputs=True, residuals=residuals), totals)
 
 
 def _compile_forward(
     stage: TracedStage, part: AccumulatedOutputs, totals: Accumulators, arguments: tuple[Any, ...], compiler: Compiler
 ) -> jax.stages.Compiled:
-    mesh, boundary = stage.spec.mesh, stage.boundary_out
-    output: Shapes = () if boundary is None else boundary.on(mesh, stage.microbatch_size)
-    num_outputs, num_state = len(stage.output_vars), len(stage.state)
+    mesh = stage.spec.mesh
+    output = on_submesh(stage.boundaries_out, mesh, stage.microbatch_size)
     run = part.function(totals.unreduced)
 
     def forward(params, hoisted, state, x, inputs, microbatch, so_far):  # type: ignore[no-untyped-def]
         flat = run(*params, *hoisted, *state, *x, *inputs, microbatch)
-        outputs, new_state, fresh = split(flat, (num_outputs, num_state, len(flat) - num_outputs - num_state))
-        if boundary is None:
-            outputs, so_far = [], totals.add(so_far, dict(enumerate(outputs)))
-        return tuple(outputs), tuple(new_state), tuple(fresh), so_far
+        outputs, sums, new_state, fresh = _parts_of_forward(stage, flat)
+        return tuple(outputs), tuple(new_state), tuple(fresh), totals.add(so_far, dict(enumerate(sums)))
 
     # XLA chooses the shardings of residuals, which are None here: only programs of this stage read them. Totals are
     # donated, so they are added to in place.
     results = (_shardings(output), _shardings(stage.state), None, totals.shardings)
     lowered = jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals.shapes)
     return compiler.compile(lowered, mesh)
+
+
+def _parts_of_forward(stage: TracedStage, flat: Sequence[Any]) -> list[list[Any]]:
+    """What a forward returns: values, sums, state and residuals."""
+    sizes = len(stage.output_vars), len(stage.sum_vars), len(stage.state)
+    return split(flat, (*sizes, len(flat) - sum(sizes)))
 
 
 def _compile_recompute(stage: TracedStage, arguments: tuple[Any, ...], compiler: Compiler) -> jax.stages.Compiled:
@@ -176,16 +180,15 @@ def _compile_backwards(
 
 def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> tuple[Any, ...]:
     """Shapes of what a backward takes after the accumulators."""
-    boundary = stage.boundary_out
-    output_gradients = () if boundary is None else boundary.gradients_on(stage.spec.mesh, stage.microbatch_size)
+    output_gradients = gradients_on_submesh(stage.boundaries_out, stage.spec.mesh, stage.microbatch_size)
     kept = tuple(stage.x[i] for i in stage.kept_x), tuple(stage.state[i] for i in stage.kept_state)
     return stage.params, hoisted, stage.inputs, stage.microbatch, kept, residuals, output_gradients
 
 
 def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, Arrays]:
     params, hoisted, inputs, microbatch, kept, residuals, output_gradients = arguments
-    # The last stage returns the sum of the losses, whose derivative by itself is 1.
-    seeds = (jnp.ones((), scalar_dtype()),) if stage.boundary_out is None else output_gradients
+    # The derivative of the sum of the losses by itself is 1.
+    seeds = (*output_gradients, jnp.ones((), scalar_dtype())) if stage.has_objective else output_gradients
     gradients, into_x = stage.pull_back(params, hoisted, inputs, microbatch, kept, residuals, seeds)
     return tuple(gradients), tuple(into_x)
 
@@ -281,14 +284,14 @@ def _compile_forward_backward(
     arguments: tuple[Any, ...],
     compiler: Compiler,
 ) -> jax.stages.Compiled:
-    assert stage.boundary_out is None
+    assert not stage.boundaries_out
     assert parts.whole is not None
-    gradients, num_outputs, num_state = parts.gradients, len(stage.output_vars), len(stage.state)
+    gradients = parts.gradients
     run_forward, run_backward = forward.function(totals.unreduced), parts.whole.function(gradients.unreduced)
 
     def forward_backward(accumulators, params, hoisted, state, x, inputs, microbatch, so_far):  # type: ignore[no-untyped-def]
         flat = run_forward(*params, *hoisted, *state, *x, *inputs, microbatch)
-        outputs, new_state, fresh = split(flat, (num_outputs, num_state, len(flat) - num_outputs - num_state))
+        _, losses, new_state, fresh = _parts_of_forward(stage, flat)
         kept = [*(x[i] for i in stage.kept_x), *(state[i] for i in stage.kept_state)]
         values = [*params, *hoisted, *inputs, microbatch, *kept, *fresh]
         if parts.has_checkpoint:
@@ -300,8 +303,8 @@ def _compile_forward_backward(
             gradients.add(accumulators, dict(enumerate(found))),
             tuple(into_x),
             tuple(new_state),
-            totals.add(so_far, dict(enumerate(outputs))),
-            tuple(outputs[:1]),
+            totals.add(so_far, dict(enumerate(losses))),
+            tuple(losses[:1]),
         )
 
     shardings = gradients.shardings, _shardings(_x_gradients(stage)), _shardings(stage.state), totals.shardings, None
@@ -343,7 +346,7 @@ def _compile_backward_part(stage: TracedStage, lowered: jax.stages.Lowered, comp
 
 
 def _x_gradients(stage: TracedStage) -> Shapes:
-    return stage.boundary_in.gradients_on(stage.spec.mesh, stage.microbatch_size)
+    return gradients_on_submesh(stage.boundaries_in, stage.spec.mesh, stage.microbatch_size)
 
 
 def _gradients(params: Shapes) -> Shapes:
@@ -352,9 +355,8 @@ def _gradients(params: Shapes) -> Shapes:
 
 
 def _totals(stage: TracedStage) -> Shapes:
-    """The loss and its weight, and in evaluation further sums: of the last stage alone."""
-    count = len(stage.output_vars) if stage.spec.is_last else 0
-    return (abstract((), scalar_dtype(), replicated(stage.spec.mesh)),) * count
+    """What the stage adds up over microbatches: in the last stage the loss, its weight, and in evaluation metrics."""
+    return (abstract((), scalar_dtype(), replicated(stage.spec.mesh)),) * len(stage.sum_vars)
 
 
 def _compile_prepare(stage: TracedStage, compiler: Compiler) -> tuple[Callable[..., list[jax.Array]] | None, Shapes]:

@@ -1,9 +1,9 @@
 """One stage before tracing: its function, its place, and the shapes of what it owns, takes and hands on."""
 
 import enum
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,36 @@ from meshpipe.sharding import Shapes, abstract, activation_sharding
 from meshpipe.stage.target import Target
 
 
+class StageOutput(NamedTuple):
+    """What a stage makes of one microbatch."""
+
+    values: tuple[Any, ...]
+    """A pytree of arrays for each value that it hands on to other stages."""
+    sums: Mapping[str, jax.Array]
+    """Scalars to add up over the microbatches of a step, by name. Each stage has names of its own."""
+    objective: jax.Array | None
+    """What is differentiated besides the values: the part of the loss that this stage has, a sum over the
+    microbatch. None where it has none."""
+    state: Mapping[str, jax.Array]
+    """All of its state afterwards."""
+
+
 @runtime_checkable
 class StageFunction(Protocol):
     """What a stage computes on one microbatch, as a pure function of flat dictionaries.
 
-    It returns its output and the new state. The output of the last stage is a tuple of scalars to accumulate over the
-    microbatches, `(sum of losses, weight, ...)`; the first of them is differentiated. `randomness` is `(seed key data,
-    path hashes, step, microbatch)`.
+    `values` has a pytree for each value that the stage is handed. `randomness` is `(seed key data, path hashes, step,
+    microbatch)`.
     """
 
     def __call__(
         self,
         params: dict[str, jax.Array],
         state: dict[str, jax.Array],
-        activation: Any,
+        values: tuple[Any, ...],
         batch: dict[str, jax.Array],
         randomness: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-    ) -> tuple[Any, dict[str, jax.Array]]: ...
+    ) -> StageOutput: ...
 
 
 class Given(enum.Enum):
@@ -56,8 +69,6 @@ class StageSpec:
     function: StageFunction
     params: Mapping[str, jax.ShapeDtypeStruct]
     state: Mapping[str, jax.ShapeDtypeStruct]
-    is_first: bool
-    is_last: bool
     streams: int = 0
     """Number of random streams of its layers. The hash of each stream's path is an input: uint32, `[streams]`."""
     gathered: frozenset[str] = frozenset()
@@ -68,7 +79,7 @@ class StageSpec:
 
 
 class Boundary:
-    """The shape of the value that one stage hands to the next: any pytree of arrays."""
+    """The shape of a value that one stage hands to others: any pytree of arrays."""
 
     def __init__(self, value: Any):
         self.leaves, self.treedef = jax.tree.flatten(value)
@@ -92,22 +103,48 @@ class Boundary:
         return tuple(leaves[i] for i in self.differentiable)
 
 
-def boundary_after(
-    spec: StageSpec, boundary_in: Boundary | None, fields: Mapping[str, jax.ShapeDtypeStruct]
-) -> Boundary:
-    """What a stage of another process hands on. Takes the arguments of `TracedStage`.
+def on_submesh(boundaries: Sequence[Boundary], mesh: Mesh, microbatch_size: int) -> Shapes:
+    """Shapes and shardings of the leaves of all values, one value after the other."""
+    return tuple(shape for boundary in boundaries for shape in boundary.on(mesh, microbatch_size))
+
+
+def gradients_on_submesh(boundaries: Sequence[Boundary], mesh: Mesh, microbatch_size: int) -> Shapes:
+    """Shapes and shardings of the gradients of the floating-point leaves of all values."""
+    return tuple(shape for boundary in boundaries for shape in boundary.gradients_on(mesh, microbatch_size))
+
+
+def differentiable_leaves(boundaries: Sequence[Boundary]) -> tuple[int, ...]:
+    """Which leaves of all values are floating-point numbers, in the order of `on_submesh`."""
+    found: list[int] = []
+    first = 0
+    for boundary in boundaries:
+        found += [first + i for i in boundary.differentiable]
+        first += len(boundary.leaves)
+    return tuple(found)
+
+
+def unflattened(boundaries: Sequence[Boundary], leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """The values, from all of their leaves."""
+    rest = iter(leaves)
+    return tuple(jax.tree.unflatten(b.treedef, [next(rest) for _ in b.leaves]) for b in boundaries)
+
+
+def boundaries_after(
+    spec: StageSpec, boundaries_in: Sequence[Boundary], fields: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[Boundary, ...]:
+    """What a stage of another process hands on, a boundary for each value. Takes the arguments of `TracedStage`.
 
     Only its shape is needed here, so nothing is differentiated: a process traces no more than its own stages.
     """
-    activation = None if boundary_in is None else jax.tree.unflatten(boundary_in.treedef, boundary_in.leaves)
+    values = tuple(jax.tree.unflatten(boundary.treedef, boundary.leaves) for boundary in boundaries_in)
     batch = {name: jax.ShapeDtypeStruct(field.shape[1:], field.dtype) for name, field in fields.items()}
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     scalar = jax.ShapeDtypeStruct((), jnp.uint32)
     randomness = key, jax.ShapeDtypeStruct((spec.streams,), jnp.uint32), scalar, scalar
 
     def output(*arguments: Any) -> Any:
-        return jax.tree.map(jnp.asarray, spec.function(*arguments)[0])
+        return jax.tree.map(jnp.asarray, spec.function(*arguments).values)
 
     with jax.set_mesh(spec.mesh):
-        shapes = jax.eval_shape(output, dict(spec.params), dict(spec.state), activation, batch, randomness)
-    return Boundary(shapes)
+        shapes = jax.eval_shape(output, dict(spec.params), dict(spec.state), values, batch, randomness)
+    return tuple(map(Boundary, shapes))

@@ -1,6 +1,7 @@
 """Traces a stage once, together with its derivative, and cuts the trace into the parts of its programs."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from meshpipe.stage.jaxpr import (
     variables,
 )
 from meshpipe.stage.residuals import least_to_keep
-from meshpipe.stage.spec import Boundary, Given, StageSpec
+from meshpipe.stage.spec import Boundary, Given, StageSpec, differentiable_leaves, on_submesh, unflattened
 
 
 class TracedStage:
@@ -36,20 +37,23 @@ class TracedStage:
 
     Arguments:
         spec: The stage.
-        boundary_in: What the previous stage hands over; None for the first stage.
+        boundaries_in: What other stages hand over, a boundary for each value.
         fields: Shapes of one step's batch fields, `(num_microbatches, microbatch_size, ...)`.
     """
 
-    def __init__(self, spec: StageSpec, boundary_in: Boundary | None, fields: Mapping[str, jax.ShapeDtypeStruct]):
+    def __init__(self, spec: StageSpec, boundaries_in: Sequence[Boundary], fields: Mapping[str, jax.ShapeDtypeStruct]):
         self.spec = spec
-        self.boundary_in = boundary_in or Boundary(())
+        self.boundaries_in = tuple(boundaries_in)
         self.fields = dict(fields)
         self.original: TracedStage | None = None
         """The stage that was traced, if this one shares its trace; else None."""
+        self.has_objective = False
+        """Whether it adds to the loss; its backward then starts from 1 there."""
         self.microbatch_size = next(iter(fields.values())).shape[1]
         mesh = spec.mesh
         self.params: Shapes = tuple(spec.params.values())
-        self.x = self.boundary_in.on(mesh, self.microbatch_size)
+        self.x = on_submesh(self.boundaries_in, mesh, self.microbatch_size)
+        """The leaves of all values that it is handed, one value after the other."""
         self.microbatch = abstract((), jnp.uint32, replicated(mesh))
         seed = abstract(
             jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32, replicated(mesh)
@@ -66,15 +70,18 @@ class TracedStage:
             closed = inline(closed)
         # Tracing leaves equations behind that no output needs; they would count as readers of what they read.
         self.closed = extract(closed, closed.jaxpr.invars, closed.jaxpr.outvars, effects=True)
-        (output, new_state), pullback = shapes
-        self.boundary_out = None if spec.is_last else Boundary(output)
+        (values, sums, new_state), pullback = shapes
+        self.boundaries_out = tuple(map(Boundary, values))
+        self.sum_names = tuple(sums)
+        """The names of the sums that it adds up over the microbatches of a step, in the order of the program's
+        outputs."""
         self.pullback = jax.tree.structure(pullback)
-        self._slice_variables(inputs, len(jax.tree.leaves(output)), len(new_state))
+        self._slice_variables(inputs, len(jax.tree.leaves(values)), len(sums), len(new_state))
 
     def _forward_with_pullback(
         self, params: Arrays, state: Arrays, x: Arrays, inputs: Arrays, microbatch: jax.Array
     ) -> tuple[Any, Any]:
-        spec, boundary = self.spec, self.boundary_in
+        spec, differentiable = self.spec, differentiable_leaves(self.boundaries_in)
         seed, paths, step, *fields = inputs
         in_step = zip(spec.params, params, self.params_in_step, strict=True)
         params = tuple(_gather(p, whole) if path in spec.gathered else p for path, p, whole in in_step)
@@ -88,39 +95,39 @@ class TracedStage:
 
         def run(params: Arrays, floating: Arrays) -> tuple[Any, Any]:
             leaves = list(x)
-            for i, leaf in zip(boundary.differentiable, floating, strict=True):
+            for i, leaf in zip(differentiable, floating, strict=True):
                 leaves[i] = leaf
-            activation = None if spec.is_first else jax.tree.unflatten(boundary.treedef, leaves)
-            output, new_state = spec.function(
+            values, sums, objective, new_state = spec.function(
                 dict(zip(spec.params, params, strict=True)),
                 state_dict,
-                activation,
+                unflattened(self.boundaries_in, leaves),
                 batch,
                 (seed, paths, step, microbatch),
             )
-            if spec.is_last:
-                output = tuple(jnp.asarray(v, scalar_dtype()) for v in output)
-                floating_out = [output[0]]
-            else:
-                output = jax.tree.map(jnp.asarray, output)
-                floating_out = [v for v in jax.tree.leaves(output) if jnp.issubdtype(v.dtype, jnp.inexact)]
-            return floating_out, (output, tuple(new_state[path] for path in spec.state))
+            values = jax.tree.map(jnp.asarray, values)
+            floating_out = [v for v in jax.tree.leaves(values) if jnp.issubdtype(v.dtype, jnp.inexact)]
+            self.has_objective = objective is not None
+            if objective is not None:
+                floating_out.append(jnp.asarray(objective, scalar_dtype()))
+            # A plain dict would come back with its names sorted.
+            scalars = OrderedDict((name, jnp.asarray(value, scalar_dtype())) for name, value in sums.items())
+            return floating_out, (values, scalars, tuple(new_state[path] for path in spec.state))
 
-        floating = tuple(x[i] for i in boundary.differentiable)
+        floating = tuple(x[i] for i in differentiable)
         if spec.checkpoint_policy is not None:
             run = jax.checkpoint(run, policy=spec.checkpoint_policy)
         _, pullback, results = jax.vjp(run, params, floating, has_aux=True)
         return results, pullback
 
-    def _slice_variables(self, inputs: Shapes, num_outputs: int, num_state: int) -> None:
+    def _slice_variables(self, inputs: Shapes, num_outputs: int, num_sums: int, num_state: int) -> None:
         """Names the inputs and outputs of the traced program, and decides what forward stores for backward."""
         jaxpr = self.closed.jaxpr
         sizes = (len(self.params), num_state, len(self.x), len(inputs), 1)
         self.param_vars, state_vars, self.x_vars, input_vars, (self.microbatch_var,) = split(jaxpr.invars, sizes)
-        outputs, new_state_vars, self.pullback_vars = split(
-            jaxpr.outvars, (num_outputs, num_state, len(jaxpr.outvars) - num_outputs - num_state)
+        made = (num_outputs, num_sums, num_state)
+        self.output_vars, self.sum_vars, new_state_vars, self.pullback_vars = split(
+            jaxpr.outvars, (*made, len(jaxpr.outvars) - sum(made))
         )
-        self.output_vars = outputs
         # The traced program returns all of the state. A leaf that is an input and an output would be copied in every
         # microbatch, and different microbatches would keep copies of the same values for backward.
         self.changing = tuple(i for i, v in enumerate(state_vars) if new_state_vars[i] is not v)
@@ -199,18 +206,18 @@ class TracedStage:
 
     def retraced(self) -> "TracedStage":
         """The same stage with a trace of its own, where it shared that of another."""
-        return TracedStage(self.spec, None if self.spec.is_first else self.boundary_in, self.fields)
+        return TracedStage(self.spec, self.boundaries_in, self.fields)
 
-    def shared_with(self, spec: StageSpec, boundary_in: Boundary) -> "TracedStage":
+    def shared_with(self, spec: StageSpec, boundaries_in: Sequence[Boundary]) -> "TracedStage":
         """A stage that shares this trace: it computes the same from other leaves, on a submesh of the same shape.
 
         Its shapes lie on its own submesh. The trace still names the submesh of the stage that was traced, so it serves
         to tell what the programs take and store, and must not be compiled: programs are copied (`copy_stage`).
         """
         shared = copy.copy(self)
-        shared.spec, shared.boundary_in, shared.original = spec, boundary_in, self
+        shared.spec, shared.boundaries_in, shared.original = spec, tuple(boundaries_in), self
         shared.params = tuple(spec.params.values())
-        shared.x = boundary_in.on(spec.mesh, self.microbatch_size)
+        shared.x = on_submesh(boundaries_in, spec.mesh, self.microbatch_size)
         shared.microbatch, *inputs = (
             abstract(s.shape, s.dtype, NamedSharding(spec.mesh, s.sharding.spec))
             for s in (self.microbatch, *self.inputs)
@@ -223,10 +230,10 @@ class TracedStage:
         return extract(self.closed, [*self.param_vars, *self.fixed_vars], self.prepared_vars)
 
     def forward(self, *, outputs: bool, residuals: bool) -> ClosedJaxpr:
-        """Parameters, hoisted values, changing state, x, inputs, microbatch -> output and state (with `outputs`),
-        residuals.
+        """Parameters, hoisted values, changing state, x, inputs, microbatch -> values, sums and state (with
+        `outputs`), residuals.
         """
-        wanted = [*self.output_vars, *self.new_state_vars] if outputs else []
+        wanted = [*self.output_vars, *self.sum_vars, *self.new_state_vars] if outputs else []
         return extract(
             self.closed,
             [

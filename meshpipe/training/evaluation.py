@@ -1,17 +1,16 @@
 """Means over batches without an update, and the broadcast of the last stage's values."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.forwards import Forwards
 from meshpipe.layers.microbatches import OwnBatch
 from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.sums import means
 from meshpipe.processes.group import Group
 from meshpipe.sharding import local_value
 from meshpipe.training.state import TrainingState
@@ -33,19 +32,18 @@ def evaluate(
     """
     if isinstance(batches, Mapping):
         raise ArgumentError("`evaluate` takes batches, one after the other. Got one. Write evaluate([batch]).")
-    sums: list[np.ndarray] = []
+    found: list[dict[str, float]] = []
     for batch in batches:
         for forwards, count, part in _pieces(model, batch):
             inputs = forwards.inputs(part, seed_data)
             group.calls += 1
-            _, _, totals = forwards.executor(count).run(training.params, training.state, inputs)
-            sums.append(np.asarray([local_value(value) for value in totals], np.float64))
-    if not sums:
+            _, _, sums = forwards.executor(count).run(training.params, training.state, inputs)
+            of_last = sums.get(model.plan.num_stages - 1, {})
+            found.append({name: float(local_value(value)) for name, value in of_last.items()})
+    if not found:
         raise ArgumentError("Evaluation needs at least one batch. Got `batches` without any.")
-    total = np.sum(sums, axis=0)
-    sums_and_weights = zip(model.evaluation.names, total[::2].tolist(), total[1::2].tolist(), strict=bool(len(total)))
-    means = {name: value / weight if weight else math.nan for name, value, weight in sums_and_weights}
-    return from_last_stage(model, group, means)
+    total = {name: sum(sums[name] for sums in found) for name in found[0]}
+    return from_last_stage(model, group, means(total) if total else {})
 
 
 def _pieces(model: StagedModel, batch: Mapping[str, Any]) -> Iterator[tuple[Forwards, int, OwnBatch]]:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from meshpipe.layers.layer import Leaves
 from meshpipe.layers.paths import by_path
+from meshpipe.layers.sums import LOSS, WEIGHT
 from meshpipe.optimizer.optimizer import Optimizer
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.tied import TiedLeaves
+from meshpipe.pipeline.executor import Sums
 from meshpipe.sharding import Arrays
 
 StateTree = dict[str, dict[str, Any]]
@@ -44,12 +46,14 @@ class TrainingState:
         ]
 
     def update(
-        self, gradients: Mapping[int, Arrays], after: Mapping[int, Arrays], totals: Arrays
+        self, gradients: Mapping[int, Arrays], after: Mapping[int, Arrays], sums: Sums
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Applies one update. `after` is the state that forward produced, which replaces the current state.
 
         Returns loss, norm of the gradient, whether all losses and norms were finite, and whether it was applied.
         """
+        of_last = sums.get(len(self._stages) - 1)
+        totals = () if of_last is None else (of_last[LOSS], of_last[WEIGHT])
         self.params, self._of_optimizer, self.state, found = self._optimizer.update(
             self.params, self._of_optimizer, self._tied.sum_gradients(gradients), self.state, after, totals
         )

@@ -13,8 +13,8 @@ def test_a_metric_cannot_take_the_place_of_another_value(name: str) -> None:
         return {"accuracy": (output.sum(), 1), name: (output.sum(), 1)}
 
     run = stage_function(
-        0, [], input="inputs", loss=lambda output, batch: (output.sum(), 1), metrics=metrics, names=[], train=False
+        0, [], input="inputs", loss=lambda output, batch: (output.sum(), 1), metrics=metrics, train=False
     )
     zero = jnp.uint32(0)
     with pytest.raises(ValueError, match=f"A metric must not have one of the names .*. Got {name}."):
-        run({}, {}, None, {"inputs": np.ones(3, np.float32)}, (zero, jnp.zeros(0), zero, zero))
+        run({}, {}, (), {"inputs": np.ones(3, np.float32)}, (zero, jnp.zeros(0), zero, zero))

@@ -207,8 +207,7 @@ def test_what_is_no_parameter_stays(trainer: Trainer) -> None:
 def test_stages_are_as_asked_for(trainer: Trainer) -> None:
     assert [stage.layers for stage in trainer.stages] == [range(1), range(1, 6), range(6, 7), range(7, 11)]
     assert [stage.parameter_count for stage in trainer.stages] == [20, 16 + 60 + 60 + 76 + 20, 0, 60]
-    boundary = trainer.model.traced[0].boundary_out
-    assert boundary is not None
+    (boundary,) = trainer.model.traced[0].boundaries_out
     assert len(boundary.leaves) == 4
     assert len(boundary.differentiable) == 3
 

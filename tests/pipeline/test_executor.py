@@ -14,7 +14,7 @@ from meshpipe.plan.plan import Op
 from meshpipe.plan.schedules import SCHEDULES, make_plan
 from meshpipe.sharding import abstract, batch_sharding, replicated
 from meshpipe.stage.programs import StagePrograms, compile_stage
-from meshpipe.stage.spec import StageSpec
+from meshpipe.stage.spec import Boundary, StageOutput, StageSpec
 from meshpipe.stage.target import CPU
 from meshpipe.stage.traced import TracedStage
 
@@ -22,15 +22,16 @@ ROWS, WIDTH, STAGES = 2, 4, 3
 MESHES = submeshes(make_mesh(STAGES, 2))
 
 
-def scale(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
+def scale(params: Any, state: Any, values: Any, batch: Any, randomness: Any) -> StageOutput:
     """Counts its microbatches; the last stage adds up the outputs, weighted."""
-    value = batch["inputs"] if activation is None else activation
-    return jnp.sin(value) * params["scale"], {"seen": state["seen"] + 1}
+    value = values[0] if values else batch["inputs"]
+    return StageOutput((jnp.sin(value) * params["scale"],), {}, None, {"seen": state["seen"] + 1})
 
 
-def last(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
-    value, after = scale(params, state, activation, batch, randomness)
-    return ((value * batch["weight"][:, None]).sum(), batch["weight"].sum()), after
+def last(params: Any, state: Any, values: Any, batch: Any, randomness: Any) -> StageOutput:
+    (value,), _, _, after = scale(params, state, values, batch, randomness)
+    loss = (value * batch["weight"][:, None]).sum()
+    return StageOutput((), {"loss": loss, "weight": batch["weight"].sum()}, loss, after)
 
 
 def traced_stages(num_microbatches: int) -> dict[int, TracedStage]:
@@ -39,7 +40,7 @@ def traced_stages(num_microbatches: int) -> dict[int, TracedStage]:
         "weight": jax.ShapeDtypeStruct((num_microbatches, ROWS), jnp.float32),
     }
     stages: dict[int, TracedStage] = {}
-    boundary = None
+    boundaries: tuple[Boundary, ...] = ()
     for index, mesh in enumerate(MESHES):
         spec = StageSpec(
             index=index,
@@ -48,11 +49,9 @@ def traced_stages(num_microbatches: int) -> dict[int, TracedStage]:
             function=last if index == STAGES - 1 else scale,
             params={"scale": abstract((WIDTH,), jnp.float32, replicated(mesh))},
             state={"seen": abstract((), jnp.int32, replicated(mesh))},
-            is_first=index == 0,
-            is_last=index == STAGES - 1,
         )
-        stages[index] = TracedStage(spec, boundary, fields)
-        boundary = stages[index].boundary_out
+        stages[index] = TracedStage(spec, boundaries, fields)
+        boundaries = stages[index].boundaries_out
     return stages
 
 
@@ -124,9 +123,10 @@ def test_a_step_sums_gradients_and_losses_and_advances_state(
         return (value * weight[..., None]).sum()
 
     total, expected = jax.value_and_grad(whole)(scales)
-    for gradients, state, (loss, summed_weight) in results:
-        np.testing.assert_allclose(loss, total, rtol=1e-5)
-        np.testing.assert_allclose(summed_weight, weight.sum(), rtol=1e-6)
+    for gradients, state, sums in results:
+        assert list(sums) == [STAGES - 1]
+        np.testing.assert_allclose(sums[STAGES - 1]["loss"], total, rtol=1e-5)
+        np.testing.assert_allclose(sums[STAGES - 1]["weight"], weight.sum(), rtol=1e-6)
         for s in traced:
             np.testing.assert_allclose(gradients[s][0], expected[s], rtol=1e-4, atol=1e-6)
             assert gradients[s][0].sharding == place[s]

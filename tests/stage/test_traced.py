@@ -1,7 +1,6 @@
 """One stage, traced: what it reads, what it keeps for backward, and that its parts make up the whole."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from meshpipe.layers.task import Task
 from meshpipe.mesh import submeshes
 from meshpipe.sharding import abstract, replicated
 from meshpipe.stage.jaxpr import function_of
-from meshpipe.stage.spec import Boundary, Given, StageSpec
+from meshpipe.stage.spec import Boundary, Given, StageFunction, StageOutput, StageSpec, gradients_on_submesh
 from meshpipe.stage.target import CPU
 from meshpipe.stage.traced import TracedStage
 
@@ -87,7 +86,7 @@ def backward(stage: TracedStage) -> ClosedJaxpr:
             stage.residual_vars,
         )
     )
-    seeds = (jnp.float32(1),) if stage.boundary_out is None else stage.boundary_out.gradients_on(stage.spec.mesh, ROWS)
+    seeds = gradients_on_submesh(stage.boundaries_out, stage.spec.mesh, ROWS) or (jnp.float32(1),)
     arguments = (stage.params, hoisted, stage.inputs, stage.microbatch, (kept_x, kept_state), fresh, seeds)
     return jax.make_jaxpr(stage.pull_back)(*arguments)
 
@@ -143,25 +142,22 @@ def test_a_dropout_mask_is_drawn_in_forward_and_kept(stages: list[TracedStage]) 
 
 
 def test_boundaries_are_what_the_layers_return(stages: list[TracedStage]) -> None:
-    assert [stage.boundary_out and [leaf.shape for leaf in stage.boundary_out.leaves] for stage in stages] == [
-        [(ROWS, WIDTH)],
-        [(ROWS, WIDTH)],
-        [(ROWS, WIDTH)],
-        None,
-    ]
+    shapes = [[[leaf.shape for leaf in boundary.leaves] for boundary in stage.boundaries_out] for stage in stages]
+    assert shapes == [[[(ROWS, WIDTH)]]] * 3 + [[]]
 
 
-def spec(function: Callable[..., Any], params: dict[str, tuple[int, ...]], **place: Any) -> StageSpec:
+def spec(function: StageFunction, params: dict[str, tuple[int, ...]]) -> StageSpec:
     shapes = {path: abstract(shape, jnp.float32, replicated(MESH)) for path, shape in params.items()}
     state = {"count": abstract((), jnp.int32, replicated(MESH))}
-    return StageSpec(0, MESH, CPU, function, shapes, state, **place)
+    return StageSpec(0, MESH, CPU, function, shapes, state)
 
 
-def middle(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
-    """A stage written without NNX: several values in and out, integers among them, and a counter."""
+def middle(params: Any, state: Any, values: Any, batch: Any, randomness: Any) -> StageOutput:
+    """A stage written without NNX: several arrays in and out, integers among them, and a counter."""
+    (activation,) = values
     h = jnp.sin(activation["h"]) @ params["w"] + batch["shift"][:, None]
     h = h * (1 + state["count"])
-    return {"h": (h, activation["i"] + 1), "scale": 2.0}, {"count": state["count"] + 1}
+    return StageOutput(({"h": (h, activation["i"] + 1), "scale": 2.0},), {}, None, {"count": state["count"] + 1})
 
 
 def test_the_parts_of_a_stage_make_up_its_function_and_derivative() -> None:
@@ -171,7 +167,7 @@ def test_the_parts_of_a_stage_make_up_its_function_and_derivative() -> None:
     shift = jnp.asarray(rng.normal(size=(MICROBATCHES, ROWS)), jnp.float32)
     fields = {"shift": jax.ShapeDtypeStruct(shift.shape, shift.dtype)}
     boundary = Boundary(jax.eval_shape(lambda: x))
-    stage = TracedStage(spec(middle, {"w": w.shape}, is_first=False, is_last=False), boundary, fields)
+    stage = TracedStage(spec(middle, {"w": w.shape}), [boundary], fields)
 
     assert stage.input_names == ("shift",)
     hoisted = function_of(stage.prepare())(w)
@@ -181,11 +177,11 @@ def test_the_parts_of_a_stage_make_up_its_function_and_derivative() -> None:
     assert (int(new_count), float(scale), index.tolist()) == (5, 2.0, [1, 2, 3])
 
     def whole(w: jax.Array, h: jax.Array) -> jax.Array:
-        return middle({"w": w}, {"count": 4}, {**x, "h": h}, {"shift": shift[1]}, None)[0]["h"][0]
+        return middle({"w": w}, {"count": 4}, ({**x, "h": h},), {"shift": shift[1]}, None).values[0]["h"][0]
 
     np.testing.assert_allclose(out, whole(w, x["h"]), rtol=1e-6)
-    assert stage.boundary_out is not None
-    assert stage.boundary_out.differentiable == (0, 2)
+    (after,) = stage.boundaries_out
+    assert after.differentiable == (0, 2)
     seeds = (jnp.asarray(rng.normal(size=out.shape), jnp.float32), jnp.zeros(()))
     kept = tuple(jax.tree.leaves(x)[i] for i in stage.kept_x), tuple((count,)[i] for i in stage.kept_state)
     (into_w,), (into_h,) = stage.pull_back((w,), tuple(hoisted), (shift,), microbatch, kept, tuple(fresh), seeds)
@@ -199,8 +195,8 @@ def test_inputs_that_backward_needs_are_kept_as_they_came() -> None:
     fields = {"shift": jax.ShapeDtypeStruct((MICROBATCHES, ROWS), jnp.float32)}
     boundary = Boundary({"h": jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)})
 
-    def product(params: Any, state: Any, activation: Any, batch: Any, randomness: Any) -> tuple[Any, Any]:
-        return activation["h"] @ params["w"], state
+    def product(params: Any, state: Any, values: Any, batch: Any, randomness: Any) -> StageOutput:
+        return StageOutput((values[0]["h"] @ params["w"],), {}, None, state)
 
-    stage = TracedStage(spec(product, {"w": (WIDTH, WIDTH)}, is_first=False, is_last=False), boundary, fields)
+    stage = TracedStage(spec(product, {"w": (WIDTH, WIDTH)}), [boundary], fields)
     assert (stage.kept_x, stage.residual_vars, stage.kept_state) == ((0,), [], ())
