@@ -1,7 +1,8 @@
 """Which stage makes which values, which stages read them, and where gradients go: plain data."""
 
+import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 
 
@@ -16,10 +17,20 @@ class Value:
     targets: tuple[int, ...]
     """The later stages that read it, ascending; never empty."""
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it has no name, so that it is *the* value between two neighbours."""
-        return not self.name
+    def __str__(self) -> str:
+        """For example `memory 1 -> 2 3`."""
+        return f"{self.name} {self.source} -> {' '.join(map(str, self.targets))}".lstrip()
+
+    @classmethod
+    def parse(cls, text: str) -> "Value":
+        """Reads what `str` writes; raises `ValueError` for any other text."""
+        match = re.fullmatch(r"(?:(\S+) )?([0-9]{1,9}) -> ([0-9]{1,9}(?: [0-9]{1,9})*)", text)
+        if match is None:
+            raise ValueError(
+                "A value is a name, the stage that makes it, an arrow and the stages that read it, e.g. "
+                f"`memory 1 -> 2 3`; one without a name goes to the next stage. Got {text!r}."
+            )
+        return cls(match[1] or "", int(match[2]), tuple(map(int, match[3].split())))
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,26 @@ class Graph:
         """Whether the stages that read the value send its gradient back: whether its source has a backward."""
         return self._backward[value.source]
 
+    def sources(self, stage: int) -> tuple[int, ...]:
+        """The stages whose outputs the stage reads, ascending."""
+        return self._sources.get(stage, ())
+
+    def readers(self, stage: int) -> tuple[int, ...]:
+        """The stages that send it a gradient, ascending: those that read its outputs, if it has a backward."""
+        return self._readers.get(stage, ())
+
+    @cached_property
+    def _sources(self) -> dict[int, tuple[int, ...]]:
+        return {s: tuple(sorted({v.source for v in inputs})) for s, inputs in enumerate(self._inputs)}
+
+    @cached_property
+    def _readers(self) -> dict[int, tuple[int, ...]]:
+        return {
+            s: tuple(sorted({target for value in outputs for target in value.targets}))
+            for s, outputs in enumerate(self._outputs)
+            if self._backward[s]
+        }
+
     @cached_property
     def _inputs(self) -> tuple[tuple[Value, ...], ...]:
         return tuple(tuple(v for v in self.values if stage in v.targets) for stage in range(self.num_stages))
@@ -82,6 +113,7 @@ class Graph:
         return tuple(found)
 
 
+@cache
 def chain(num_stages: int) -> Graph:
     """Trained stages that each read the output of the one before."""
     values = tuple(Value("", stage, (stage + 1,)) for stage in range(num_stages - 1))

@@ -3,9 +3,10 @@
 import enum
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from meshpipe.plan.graph import Graph, Value, chain
 from meshpipe.plan.grid import draw, draw_html, draw_pages, time_columns
 
 
@@ -84,6 +85,39 @@ class Plan:
     peak_activations: tuple[int, ...] | None = None
     """For each rank, the most activations that it may hold at once; None promises nothing. An activation is what one
     stage keeps of one microbatch, from its forward until the last backward action that reads it."""
+    graph: Graph = Graph((), ())
+    """What the stages read of each other, and which are trained. Without it, all are trained, and each reads the output
+    of the one before."""
+
+    def __post_init__(self) -> None:
+        if not self.graph.trains:
+            object.__setattr__(self, "graph", chain(len(self.stage_ranks)))
+
+    def on(self, graph: Graph) -> "Plan":
+        """The plan for stages that read of each other what the graph says, in the same order.
+
+        A stage that has no backward in the graph loses its backward actions, and one that has a backward and no trained
+        parameters makes it in one piece, since nothing is left for its weight part.
+
+        Raises `PlanError` if the plan trains on another graph already, or has another number of stages.
+        """
+        if graph.num_stages != self.num_stages:
+            raise PlanError(
+                f"A plan and its graph must have the same stages. Got {graph.num_stages} stages in the graph for a "
+                f"plan of {self.num_stages}."
+            )
+        if not (self.graph == graph or self.graph.is_chain or self.forward_only):
+            raise PlanError(
+                "A plan that has been made for a graph of stages fits only that graph, since stages without a backward "
+                f"have lost theirs. Got a plan with {describe(self.graph)}, for a model with {describe(graph)}. Write "
+                "the plan again from its schedule for this model."
+            )
+        orders = tuple(tuple(kept for action in order if (kept := _on(graph, action))) for order in self.orders)
+        return replace(self, orders=orders, graph=graph)
+
+    def has_backward(self, stage: int) -> bool:
+        """Whether the stage runs a backward, so that its forward keeps something for it."""
+        return not self.forward_only and self.graph.has_backward(stage)
 
     def __repr__(self) -> str:
         sizes = f"ranks={self.num_ranks}, stages={self.num_stages}, microbatches={self.num_microbatches}"
@@ -128,14 +162,16 @@ class Plan:
         """The actions, of this rank or others, whose results this one reads."""
         stage, microbatch = action.stage, action.microbatch
         if action.op is Op.FORWARD:
-            return (Action(stage - 1, Op.FORWARD, microbatch),) if stage > 0 else ()
+            return tuple([Action(source, Op.FORWARD, microbatch) for source in self.graph.sources(stage)])
         if action.op is Op.BACKWARD_WEIGHT:
             return (Action(stage, Op.BACKWARD_INPUT, microbatch),)
-        forward = Action(stage, Op.FORWARD, microbatch)
-        if stage + 1 >= self.num_stages:
-            return (forward,)
-        split = Action(stage + 1, Op.BACKWARD_INPUT, microbatch)
-        return (forward, split if split in self.actions else Action(stage + 1, Op.BACKWARD, microbatch))
+        readers = [self.backward_of(reader, microbatch) for reader in self.graph.readers(stage)]
+        return (Action(stage, Op.FORWARD, microbatch), *readers)
+
+    def backward_of(self, stage: int, microbatch: int) -> Action:
+        """The action that makes the gradients of what the stage reads: its BACKWARD_INPUT, or else its BACKWARD."""
+        split = Action(stage, Op.BACKWARD_INPUT, microbatch)
+        return split if split in self.actions else Action(stage, Op.BACKWARD, microbatch)
 
     def start_times(
         self, duration: Callable[[Action], float] = lambda action: 1, transfer: float = 0.0
@@ -177,7 +213,7 @@ class Plan:
         """The number of activations that the rank holds while each action of its order runs."""
         live, counts = 0, []
         for action in self.orders[rank]:
-            live += action.op is Op.FORWARD and not self.forward_only
+            live += action.op is Op.FORWARD and self.has_backward(action.stage)
             counts.append(live)
             live -= action.op.accumulates
         return counts
@@ -207,6 +243,7 @@ class Plan:
         ]
         if self.peak_activations is not None:
             lines.append(f"peak activations: {' '.join(map(str, self.peak_activations))}")
+        lines += _graph_lines(self.graph)
         lines += [f"rank {rank}: {' '.join(map(str, order))}".rstrip() for rank, order in enumerate(self.orders)]
         return "\n".join(lines) + "\n"
 
@@ -219,7 +256,53 @@ class Plan:
         fields, orders = _parse_lines(text)
         (num_microbatches,) = _integers("microbatches", fields, exactly_one=True)
         peak_activations = _integers("peak activations", fields) if "peak activations" in fields else None
-        return cls(fields["schedule"], num_microbatches, _integers("stage ranks", fields), orders, peak_activations)
+        stage_ranks = _integers("stage ranks", fields)
+        graph = _parse_graph(fields, len(stage_ranks))
+        return cls(fields["schedule"], num_microbatches, stage_ranks, orders, peak_activations, graph)
+
+
+_KEYS = ("schedule", "microbatches", "stage ranks", "peak activations", "frozen stages", "values")
+
+
+def _on(graph: Graph, action: Action) -> Action | None:
+    """What is left of an action in the graph."""
+    stage, op, microbatch = action.stage, action.op, action.microbatch
+    if op is Op.FORWARD or graph.trains[stage]:
+        return action
+    if not graph.has_backward(stage) or op is Op.BACKWARD_WEIGHT:
+        return None
+    return Action(stage, Op.BACKWARD, microbatch)
+
+
+def _graph_lines(graph: Graph) -> Iterator[str]:
+    """Lines of a plan that say what its graph has besides a chain of trained stages."""
+    if not all(graph.trains):
+        frozen = (str(stage) for stage, trained in enumerate(graph.trains) if not trained)
+        yield f"frozen stages: {' '.join(frozen)}"
+    if graph.values != chain(graph.num_stages).values:
+        yield f"values: {'; '.join(map(str, graph.values)) or 'none'}"
+
+
+def describe(graph: Graph) -> str:
+    """In words, what a graph has besides a chain of trained stages."""
+    return ", ".join(_graph_lines(graph)) or "a chain of trained stages"
+
+
+def _parse_graph(fields: dict[str, str], num_stages: int) -> Graph:
+    frozen = _integers("frozen stages", fields) if "frozen stages" in fields else ()
+    if any(stage >= num_stages for stage in frozen):
+        raise PlanError(
+            f"`frozen stages` of a plan must be stages from 0 to {num_stages - 1}. Got {fields['frozen stages']!r}."
+        )
+    trains = tuple(stage not in frozen for stage in range(num_stages))
+    text = fields.get("values")
+    if text is None:
+        return Graph(trains, chain(num_stages).values)
+    try:
+        values = () if text == "none" else tuple(Value.parse(part.strip()) for part in text.split(";"))
+        return Graph(trains, values)
+    except ValueError as error:
+        raise PlanError(f"`values` of a plan must be a graph of its stages. Got {text!r}: {error}") from None
 
 
 def _parse_lines(text: str) -> tuple[dict[str, str], tuple[tuple[Action, ...], ...]]:
@@ -229,7 +312,7 @@ def _parse_lines(text: str) -> tuple[dict[str, str], tuple[tuple[Action, ...], .
         key, colon, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         if not key and not colon:
             continue
-        if key in ("schedule", "microbatches", "stage ranks", "peak activations") and key not in fields and value:
+        if key in _KEYS and key not in fields and value:
             fields[key] = value
         elif key == f"rank {len(orders)}" and colon:
             try:
@@ -239,7 +322,8 @@ def _parse_lines(text: str) -> tuple[dict[str, str], tuple[tuple[Action, ...], .
         else:
             raise PlanError(
                 "The text of a plan has the lines `schedule: NAME`, `microbatches: COUNT`, `stage ranks: RANK ...` and "
-                "perhaps `peak activations: COUNT ...`, each once, and `rank 0: ACTION ...`, `rank 1: ACTION ...` in "
+                "perhaps `peak activations: COUNT ...`, `frozen stages: STAGE ...` and "
+                "`values: NAME STAGE -> STAGE ...; ...`, each once, and `rank 0: ACTION ...`, `rank 1: ACTION ...` in "
                 f"order. Got {line.strip()!r} on line {number}."
             )
     missing = [key for key in ("schedule", "microbatches", "stage ranks") if key not in fields]

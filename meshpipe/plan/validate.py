@@ -50,6 +50,11 @@ def _check_sizes(plan: Plan) -> None:
             f"Every stage must be on one of the ranks 0 to {plan.num_ranks - 1}, and every rank hold a stage. "
             f"Got stage ranks {' '.join(map(str, plan.stage_ranks))}. Change `stage ranks`, or add or remove ranks."
         )
+    elif plan.graph.num_stages != plan.num_stages:
+        message = (
+            "The graph of a plan must have its stages. "
+            f"Got {plan.graph.num_stages} stages in the graph of a plan of {plan.num_stages}. Make it for this plan."
+        )
     elif plan.peak_activations is not None and len(plan.peak_activations) != plan.num_ranks:
         message = (
             "`peak activations` must have one count for each rank. "
@@ -89,9 +94,17 @@ def _check_complete(plan: Plan) -> None:
     for stage, microbatch in product(range(plan.num_stages), range(plan.num_microbatches)):
         present = [action for op in Op if (action := Action(stage, op, microbatch)) in plan.actions]
         ops = "".join(action.op for action in present)
-        if ops in ("FB", "FIW") or (ops == "F" and plan.forward_only):
+        if ops in ("FB", "FIW") if plan.has_backward(stage) else ops == "F":
             continue
         rank = plan.stage_ranks[stage]
+        if not plan.graph.has_backward(stage):
+            raise _error(
+                plan,
+                "A stage that is not trained, and reads nothing of one that is, has only an F for each microbatch. Got "
+                f"{' '.join(map(str, present)) or 'nothing'} for stage {stage} and microbatch {microbatch}. Correct it "
+                f"on rank {rank}.",
+                (rank, plan.orders[rank].index(present[-1])) if present else None,
+            )
         raise _error(
             plan,
             "Every stage needs, for each microbatch, an F and either a B or both an I and a W; or, in a plan of "
@@ -105,7 +118,7 @@ def _check_microbatch_order(plan: Plan) -> None:
     for kind, ops in (("forwards", (Op.FORWARD,)), ("gradients (B or W)", (Op.BACKWARD, Op.BACKWARD_WEIGHT))):
         latest: dict[int, Action] = {}
         for place, action in _cells(plan):
-            if action.op not in ops:
+            if action.op not in ops or not (action.op is Op.FORWARD or plan.graph.trains[action.stage]):
                 continue
             before = latest.get(action.stage)
             if before is not None and before.microbatch > action.microbatch:
