@@ -74,7 +74,8 @@ class Free:
 @dataclass(frozen=True, slots=True)
 class Reduce:
     """All-reduce the gradients of a stage, and the sums that it makes such as the loss, over the data axis of its
-    rank. A stage that has neither does nothing here."""
+    rank. A stage that has neither does nothing here.
+    """
 
     rank: int
     stage: int

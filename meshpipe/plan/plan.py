@@ -70,6 +70,10 @@ class Action:
         return cls(int(match[1]), Op(match[2]), int(match[3]))
 
 
+_CHAIN = Graph((), ())
+"""Stands for the chain of as many trained stages as a plan has."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The compute order of every rank over one batch. `validate` checks it; the schedules make valid ones."""
@@ -85,12 +89,12 @@ class Plan:
     peak_activations: tuple[int, ...] | None = None
     """For each rank, the most activations that it may hold at once; None promises nothing. An activation is what one
     stage keeps of one microbatch, from its forward until the last backward action that reads it."""
-    graph: Graph = Graph((), ())
+    graph: Graph = _CHAIN
     """What the stages read of each other, and which are trained. Without it, all are trained, and each reads the output
     of the one before."""
 
     def __post_init__(self) -> None:
-        if not self.graph.trains:
+        if self.graph is _CHAIN:
             object.__setattr__(self, "graph", chain(len(self.stage_ranks)))
 
     def on(self, graph: Graph) -> "Plan":
