@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from meshpipe.config import Config as Config
     from meshpipe.data import DataConfig as DataConfig
     from meshpipe.layers.fields import call as call
+    from meshpipe.layers.fields import named as named
+    from meshpipe.layers.fields import reading as reading
     from meshpipe.layers.fields import with_fields as with_fields
     from meshpipe.layers.layer import LayerLike as LayerLike
     from meshpipe.loading import load as load
@@ -47,6 +49,8 @@ _MODULES = {
     "Config": "meshpipe.config",
     "DataConfig": "meshpipe.data",
     "call": "meshpipe.layers.fields",
+    "named": "meshpipe.layers.fields",
+    "reading": "meshpipe.layers.fields",
     "with_fields": "meshpipe.layers.fields",
     "LayerLike": "meshpipe.layers.layer",
     "load": "meshpipe.loading",

@@ -112,6 +112,8 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "a number": (lambda: train([dense, 3]), r"layers/1 is an int. For a constructor write"),
     "too few": (lambda: train([dense]), r"Every stage needs a layer. Got 1 layer for 2 stages"),
     "class with arguments": (lambda: train([dense, nnx.Linear]), r"layers/1 \(Linear\) requires in_features, out_fea"),
+    "the name last": (lambda: meshpipe.named(dense, "memory"), r"named takes a name, then a layer. Got a function as"),
+    "number to read": (lambda: train([dense, meshpipe.reading(1, dense)]), r"reading takes a name.* Got an int as the"),
     # Layers that fail.
     "branch on a value": (
         called(Branches),

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from meshpipe.errors import advise, kind_of
+from meshpipe.layers.paths import join
 
 Make = Callable[[nnx.Rngs], nnx.Module]
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
@@ -72,6 +73,25 @@ def module_of(path: str, layer: Any, make: Make) -> nnx.Module:
             f"A layer must have a __call__ that takes the activation. {path} is {kind_of(module)}, which has none."
         )
     return module
+
+
+def check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
+    """Raises `ValueError` for an array that is no variable.
+
+    Flax 0.12 takes a plain array that is made under a trace for a constant, and the trace ends before it is used.
+    """
+    keys = [tuple(map(str, key)) for key, _ in nnx.to_flat_state(structure)]
+    known = {key[:length] for key in keys for length in range(len(key) + 1)}
+    for where, node in nnx.iter_graph(module, graph=True):
+        for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
+            attribute = (*map(str, where), name)
+            parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, nnx.Pytree | nnx.Variable))
+            if attribute not in known and any(isinstance(part, jax.Array) for part in parts):
+                raise ValueError(
+                    "The arrays of a layer must be variables. "
+                    f"{join(path, attribute)} is a plain array; write nnx.Variable(...) around it, or "
+                    "nnx.Param(...) if it is trained."
+                )
 
 
 def _check_kind(path: str, layer: Any) -> None:

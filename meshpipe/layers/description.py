@@ -12,6 +12,7 @@ from meshpipe.compiler.digest import digest, digest_of_text
 from meshpipe.environment import versions
 from meshpipe.layers.layer import Layer
 from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.wiring import Wiring
 from meshpipe.mesh import describe
 from meshpipe.pipeline.peers import by_sockets
 from meshpipe.processes.agreement import HASH
@@ -43,6 +44,8 @@ def describe_model(model: StagedModel) -> dict[str, str]:
         "batch": ", ".join(f"{name} {_shape(shape)}" for name, shape in sorted(model.microbatches.shapes.items())),
         "input": model.task.input,
         "number of layers": str(len(model.layers)),
+        "named outputs": ", ".join(f"{name} of layers/{i}" for i, name in model.wiring.names.items()) or "none",
+        "what layers read": HASH + digest(_words(model.wiring)),
         "plan": f"{plan.schedule} of {plan.num_stages} stages on {ranks}, {plan.num_microbatches} microbatches",
         "cut into stages": ",".join(str(layers.start) for layers in model.cuts),
         "rematerialisation": ",".join(model.remat or ()),
@@ -84,6 +87,11 @@ def _code(layer: Layer) -> list[Any]:
         values = {path: _checksum(value) for path, value in layer.values.items()}
         return [layer.graphdef, layer.fields, values]
     return [layer.graphdef, layer.fields, layer.make]
+
+
+def _words(wiring: Wiring) -> list[str]:
+    given = [[(k, str(source)) for k, source in sorted(keywords.items())] for keywords in wiring.keywords]
+    return [str(part) for part in (wiring.inputs, given, sorted(wiring.loss.items()), sorted(wiring.metrics.items()))]
 
 
 def _checksum(value: Any) -> Any:

@@ -1,8 +1,9 @@
-"""How a layer is called: by which function, and with which batch fields besides its input."""
+"""How a layer is called: by which function, with which input, and with which batch fields and named outputs besides."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from keyword import iskeyword
 from typing import Any
 
 from flax import nnx
@@ -20,22 +21,94 @@ class LayerCall:
 
     layer: Any
     fields: Mapping[str, str] | None = None
-    """The batch fields that the call gets, by keyword; None passes fields by the names of its parameters."""
+    """The batch fields and named outputs that the call gets, by keyword; None passes them by the names of its
+    parameters."""
     function: Callable[..., Any] | None = None
     """`function(module, x)` calls the module; None is the module's own call."""
+    name: str | None = None
+    """The name by which later layers, the loss and the metrics get its output; None is without."""
+    input: str | None = None
+    """The batch field or named output that it is called with; None is the output of the layer before it."""
 
 
 def with_fields(layer: Any, /, **fields: str) -> LayerCall:
-    """A layer whose `__call__` gets exactly these batch fields, by keyword.
+    """A layer whose `__call__` gets exactly these batch fields and named outputs, by keyword.
 
     `with_fields(nnx.BatchNorm(8, rngs=rngs), mask="keep")` calls the layer with `mask=batch["keep"]`;
     `with_fields(Block)` calls it with its input alone.
 
     Arguments:
         layer: A module or its constructor.
-        **fields: The batch field for each keyword of the call.
+        **fields: The batch field, or the name of an earlier layer's output, for each keyword of the call.
     """
-    return replace(layer, fields=fields) if isinstance(layer, LayerCall) else LayerCall(layer, fields)
+    return replace(_call_of(layer), fields=fields)
+
+
+def named(name: str, layer: Any, /) -> LayerCall:
+    """A layer whose output has a name.
+
+    Every later layer whose call has a parameter of that name gets the output, as it gets a batch field, at whichever
+    stage it lives; so do the loss and the metrics, by a third parameter. The next layer is called with it as usual. The
+    output goes straight from the stage that makes it to those that read it, and its gradients straight back.
+
+    Arguments:
+        name: An identifier that is neither a batch field nor the name of another output.
+        layer: A module, its constructor, or a function.
+
+    Raises `ValueError` for a name that no parameter can have, and for a layer that has a name.
+    """
+    _check_name("named", "memory", name)
+    found = _call_of(layer)
+    if found.name is not None:
+        raise ArgumentError(
+            f"An output has one name. Got {name!r} for an output that is named {found.name!r}. Readers may call it as "
+            f"they like: with_fields(layer, {name}={found.name!r})."
+        )
+    if name in KEYWORDS or name == RNGS:
+        raise ArgumentError(
+            f"An output must not be named {name!r}: by that parameter, calls ask for their mode or a random stream. "
+            "Choose another name."
+        )
+    return replace(found, name=name)
+
+
+def reading(source: str, layer: Any, /) -> LayerCall:
+    """A layer that is called with a batch field or a named output, in place of the output of the layer before it.
+
+    `reading("targets", Embed)` begins a decoder, or a second tower. The layer after it is called with its output as
+    usual. The output of the layer before it must be used elsewhere: give it a name.
+
+    Arguments:
+        source: A field of the batch, or the name of an earlier layer's output.
+        layer: A module, its constructor, or a function.
+
+    Raises `ValueError` for a layer that reads something else already.
+    """
+    _check_name("reading", "targets", source)
+    found = _call_of(layer)
+    if found.input is not None:
+        raise ArgumentError(
+            f"A layer is called with one input. Got reading({source!r}, ...) of a layer that reads {found.input!r}. "
+            "For a second one, give its call a parameter of that name."
+        )
+    return replace(found, input=source)
+
+
+def _call_of(layer: Any) -> LayerCall:
+    return layer if isinstance(layer, LayerCall) else LayerCall(layer)
+
+
+def _check_name(function: str, example: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise ArgumentError(
+            f"{function} takes a name, then a layer. Got {kind_of(name)} as the name. Write e.g. "
+            f"{function}({example!r}, layer)."
+        )
+    if function == "named" and (not name.isidentifier() or iskeyword(name)):
+        raise ArgumentError(
+            f"The name of an output must be one that a parameter can have. Got {name!r}. Write e.g. "
+            f"{function}({example!r}, layer)."
+        )
 
 
 def call(layer: Any, function: Callable[..., Any], /) -> LayerCall:
@@ -43,7 +116,7 @@ def call(layer: Any, function: Callable[..., Any], /) -> LayerCall:
 
     `call(nnx.BatchNorm(8, rngs=rngs), lambda norm, x: norm(x.reshape(-1, 8)).reshape(x.shape))` needs no class around
     the module. The paths of its leaves are those of the module alone. Further parameters of the function get the batch
-    fields of their name, as those of a call that you wrote; `train`, `training`, `deterministic` and
+    fields and named outputs of their name, as those of a call that you wrote; `train`, `training`, `deterministic` and
     `use_running_average` get the mode, and `rngs` a random stream.
 
     Arguments:
@@ -55,9 +128,7 @@ def call(layer: Any, function: Callable[..., Any], /) -> LayerCall:
             f"`function` must be a function of the module and its input. Got {kind_of(function)}. Write e.g. "
             "call(layer, lambda module, x: module(x))."
         )
-    if isinstance(layer, LayerCall):
-        return replace(layer, function=function)
-    return LayerCall(layer, function=function)
+    return replace(_call_of(layer), function=function)
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:
@@ -79,43 +150,71 @@ def parameters_of(called: Callable[..., Any]) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def fields_of(
-    path: str,
-    module: nnx.Module,
-    called: Callable[..., Any],
-    batch_fields: Sequence[str],
-    asked: Mapping[str, str] | None,
-) -> dict[str, str]:
-    """The batch fields that a layer's call gets, by keyword.
+@dataclass(frozen=True)
+class Names:
+    """What a layer may ask for by name: the fields of the batch, and named outputs."""
 
-    `asked` has those of `with_fields`. Without it, a call that the user wrote gets every field whose name one of its
-    parameters has. A call that Flax wrote gets none, since its parameters have meanings of their own. Raises
-    `ValueError` when a parameter without a default remains, or a field that was asked for does not exist.
+    fields: Sequence[str]
+    outputs: Mapping[str, str]
+    """The layer that makes each named output, in words."""
+    later: Mapping[str, str]
+    """Likewise for those that do not exist yet when the layer is called: its own, and those of layers after it."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields or name in self.outputs
+
+    def __str__(self) -> str:
+        outputs = f", and the named outputs before it are {', '.join(self.outputs)}" if self.outputs else ""
+        return f"the batch has {', '.join(self.fields)}{outputs}"
+
+
+def check_exists(layer: str, name: str, names: Names, rule: str, way_out: str = "") -> None:
+    """Raises `ValueError` unless a name that a layer asks for is known when it is called."""
+    if name in names:
+        return
+    if name in names.later:
+        raise ValueError(
+            f"A named output must exist before it is read. {layer} reads {name!r}, the output of {names.later[name]}. "
+            "Put the layer that makes it first, or give the parameter a default, which is used where it does not exist."
+        )
+    raise ValueError(f"{rule} Got {name!r} for {layer}; {names}.{way_out}")
+
+
+def fields_of(
+    path: str, module: nnx.Module, called: Callable[..., Any], names: Names, asked: Mapping[str, str] | None
+) -> dict[str, str]:
+    """The batch fields and named outputs that a layer's call gets, by keyword.
+
+    `asked` has those of `with_fields`. Without it, a call that the user wrote gets all whose name one of its parameters
+    has. A call that Flax wrote gets none, since its parameters have meanings of their own. Raises `ValueError` when a
+    parameter without a default remains, or something that was asked for does not exist.
     """
     kind = type(module)
     parameters = parameters_of(called)
+    layer = f"{path} ({kind.__name__})"
     if asked is not None:
-        _check_asked(f"{path} ({kind.__name__})", called, batch_fields, asked)
+        _check_asked(layer, called, names, asked)
         found = dict(asked)
     elif is_of_flax(called):
         found = {}
     else:
-        found = {p.name: p.name for p in parameters if p.name in batch_fields}
+        found = {p.name: p.name for p in parameters if p.name in names}
     for p in parameters:
         if p.default is p.empty and p.name not in found and p.name not in KEYWORDS and p.name != RNGS:
-            fields = ", ".join(batch_fields)
             way_out = "Add the field or give it a default."
-            if p.name in batch_fields:
-                way_out = f"Ask for the field: meshpipe.with_fields(layer, {p.name}={p.name!r})."
+            if p.name in names:
+                way_out = f"Ask for it: meshpipe.with_fields(layer, {p.name}={p.name!r})."
+            elif p.name in names.later:
+                check_exists(layer, p.name, names, "")
             raise ValueError(
-                "After its input, a layer's __call__ may only require batch fields, `train` and `rngs`. "
-                f"{path} ({kind.__name__}) requires {p.name!r}; the batch has {fields}. {way_out}"
+                "After its input, a layer's __call__ may only require batch fields, named outputs, `train` and `rngs`. "
+                f"{layer} requires {p.name!r}; {names}. {way_out}"
             )
     return found
 
 
 def optional_fields(called: Callable[..., Any], fields: Mapping[str, str]) -> tuple[str, ...]:
-    """The fields that a call gets by name although the parameter has a default."""
+    """The keywords that a call gets by name although the parameter has a default."""
     optional = {p.name for p in parameters_of(called) if p.default is not p.empty}
     return tuple(name for name in fields if name in optional)
 
@@ -134,17 +233,37 @@ def is_of_flax(called: Callable[..., Any]) -> bool:
     return module.split(".")[0] == "flax"
 
 
-def _check_asked(layer: str, called: Callable[..., Any], batch_fields: Sequence[str], asked: Mapping[str, str]) -> None:
+def _check_asked(layer: str, called: Callable[..., Any], names: Names, asked: Mapping[str, str]) -> None:
     signature = inspect.signature(called).parameters.values()
-    names = {p.name for p in parameters_of(called)}
-    for keyword, field in asked.items():
-        if field not in batch_fields:
-            raise ValueError(
-                f"with_fields must name fields of the batch. Got {field!r} for {layer}; the batch has "
-                f"{', '.join(batch_fields)}."
-            )
-        if keyword not in names and not any(p.kind is p.VAR_KEYWORD for p in signature):
+    taken = {p.name for p in parameters_of(called)}
+    for keyword, source in asked.items():
+        check_exists(layer, source, names, "with_fields must name fields of the batch or named outputs.")
+        if keyword not in taken and not any(p.kind is p.VAR_KEYWORD for p in signature):
             raise ValueError(
                 f"with_fields must name parameters of the layer's __call__ after its input. Got {keyword!r} for "
-                f"{layer}, which takes {', '.join(sorted(names)) or 'none'}."
+                f"{layer}, which takes {', '.join(sorted(taken)) or 'none'}."
             )
+
+
+def output_names(layers: Sequence[Any], batch_fields: Collection[str]) -> dict[int, str]:
+    """The names of outputs by the index of their layer. Raises `ValueError` for one that is a batch field or that two
+    outputs have.
+    """
+    found: dict[int, str] = {}
+    for index, layer in enumerate(layers):
+        name = layer.name if isinstance(layer, LayerCall) else None
+        if name is None:
+            continue
+        if name in batch_fields:
+            raise ValueError(
+                f"A name must be that of a batch field or of an output, not of both. The output of layers/{index} is "
+                f"named {name!r}, which is a field of the batch. Choose another name."
+            )
+        if name in found.values():
+            first = next(i for i, other in found.items() if other == name)
+            raise ValueError(
+                f"Every named output must have a name of its own. Got {name!r} for those of layers/{first} and "
+                f"layers/{index}. Rename one."
+            )
+        found[index] = name
+    return found

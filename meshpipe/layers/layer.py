@@ -11,8 +11,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.compiler.fingerprint import fingerprint
-from meshpipe.layers.constructors import constructor_of, module_of
-from meshpipe.layers.fields import RNGS, LayerCall, call_of, fields_of, is_given_rngs, optional_fields, parameters_of
+from meshpipe.layers.constructors import check_arrays, constructor_of, module_of
+from meshpipe.layers.fields import (
+    RNGS,
+    LayerCall,
+    Names,
+    call_of,
+    check_exists,
+    fields_of,
+    is_given_rngs,
+    optional_fields,
+    output_names,
+    parameters_of,
+)
 from meshpipe.layers.modes import fixed, mode_keywords, set_mode, told
 from meshpipe.layers.paths import check_distinct, join
 from meshpipe.layers.shared import Groups, Variables, shared_groups, variables_of
@@ -24,7 +35,8 @@ Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
 LayerLike: TypeAlias = nnx.Module | Callable[..., Any] | LayerCall
 """A module, a constructor that takes an `nnx.Rngs` or nothing, or a function of the activation such as `nnx.relu`,
-perhaps with how it is called (`with_fields`, `call`); with constructors no process ever holds the whole model."""
+perhaps with how it is called (`with_fields`, `call`, `named`, `reading`); with constructors no process ever holds the
+whole model."""
 
 _INITIALISE, _RUN = 0, 1
 
@@ -70,7 +82,7 @@ class Layer:
     axes: Mapping[str, tuple[str | None, ...]]
     """Logical axes of the leaves that name them."""
     fields: Mapping[str, str]
-    """The batch fields that the call gets, by keyword."""
+    """The batch field or named output that the call gets, by keyword."""
     optional: tuple[str, ...]
     """Those of these keywords that have a default and were not asked for with `with_fields`."""
     modes: tuple[str, ...]
@@ -84,6 +96,11 @@ class Layer:
     origin: Origin
     function: Callable[..., Any] | None = None
     """Calls the module, in place of its own call; see `meshpipe.call`."""
+    name: str | None = None
+    """Of its output; see `meshpipe.named`."""
+    input: str | None = None
+    """The batch field or named output that it is called with; None is the output of the layer before it, or the input
+    of the model."""
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Leaves whose variable several layers hold, each with all the paths of that variable."""
 
@@ -131,24 +148,23 @@ class Layer:
         params: Mapping[str, jax.Array],
         state: Mapping[str, jax.Array],
         activation: Any,
-        batch: Mapping[str, Any],
+        keywords: Mapping[str, Any],
         randomness: Randomness,
         *,
         train: bool,
     ) -> tuple[Any, Leaves, Sown]:
-        """The output of the layer, its state afterwards, and what it sowed.
+        """The output of the layer, its state afterwards, and what it sowed. `keywords` has the values of `fields`.
 
         Raises `ValueError` when the call changes what would be lost: parameters, attributes, new variables.
         """
 
         def run(module: nnx.Module) -> tuple[Any, dict[str, Any]]:
-            keywords = {keyword: batch[field] for keyword, field in self.fields.items()}
+            further: dict[str, Any] = dict(told(module, self.modes, train))
             if self.draws:
-                keywords[RNGS] = nnx.Rngs(_stream_key(_stream_of_call(self.path), randomness))
-            keywords |= told(module, self.modes, train)
+                further[RNGS] = nnx.Rngs(_stream_key(_stream_of_call(self.path), randomness))
             call = module if self.function is None else partial(self.function, module)
             with sowing():
-                output = call(activation, **keywords)
+                output = call(activation, **{keyword: keywords[keyword] for keyword in self.fields}, **further)
             return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module, graph=True))}
 
         def retrace(values: list[Any], paths: Sequence[str]) -> list[Any]:
@@ -203,29 +219,40 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str] | N
     left open, and it cannot be called.
 
     Raises `ValueError` when a layer is neither a module, nor a constructor of one, nor a function of the activation, or
-    its call needs something that is not a batch field. Errors of constructors get a note that says which it is.
+    its call needs something that is neither a batch field nor an output with a name. Errors of constructors get a note
+    that says which it is.
     """
     fields = None if batch_fields is None else tuple(batch_fields)
-    made: dict[int, Layer] = {}
+    names = output_names(layers, fields or ())
+    made: dict[int, tuple[Layer, nnx.Module]] = {}
     """By constructor. Each is called once, however often it is in the list: it makes the same each time, unless it uses
     variables that existed before."""
-    result = []
+    result: list[Layer] = []
     variables: list[Variables] = []
-    for index, layer in enumerate(each("Examining", "layer", layers)):
-        path = f"layers/{index}"
-        if id(layer) in made:
-            result.append(_at(path, made[id(layer)]))
-            continue
-        abstract, held = _abstract(path, layer, fields)
-        result.append(abstract)
-        variables.append(held)
-        if not held:
-            made[id(layer)] = abstract
+    for index, entry in enumerate(each("Examining", "layer", layers)):
+        path, given = f"layers/{index}", entry.layer if isinstance(entry, LayerCall) else entry
+        if id(given) in made:
+            first, module = made[id(given)]
+            layer = _at(path, first)
+        else:
+            layer, module = _abstract(path, given)
+            held = variables_of(path, module)
+            variables.append({p: v for p, v in held.items() if not isinstance(v.get_value(), jax.core.Tracer)})
+            if not variables[-1]:
+                made[id(given)] = layer, module
+        known = None if fields is None else _names_at(index, fields, names, result)
+        result.append(_called(layer, module, entry if isinstance(entry, LayerCall) else LayerCall(entry), known))
     groups = {leaf: group for group in shared_groups(variables) for leaf in group}
     return tuple(
         replace(layer, shared={p: groups[p] for p in (*layer.params, *layer.state) if p in groups}) if groups else layer
         for layer in result
     )
+
+
+def _names_at(index: int, fields: Sequence[str], names: Mapping[int, str], before: Sequence[Layer]) -> Names:
+    """What the layer at an index may ask for; `names` has those of all outputs."""
+    outputs = {name: f"{before[i].path} ({before[i].class_name})" for i, name in names.items() if i < index}
+    return Names(fields, outputs, {name: f"layers/{i}" for i, name in names.items() if i >= index})
 
 
 def shared_parameters(layers: Sequence[Layer]) -> Groups:
@@ -250,30 +277,43 @@ def _at(path: str, layer: Layer) -> Layer:
     )
 
 
-def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...] | None) -> tuple[Layer, Variables]:
-    """A layer, and those of its variables that existed before it was made."""
-    asked = layer.fields if isinstance(layer, LayerCall) else None
-    given: Any = layer.layer if isinstance(layer, LayerCall) else layer
-    function = layer.function if isinstance(layer, LayerCall) else None
+def _called(layer: Layer, module: nnx.Module, call: LayerCall, names: Names | None) -> Layer:
+    """A layer with what its call takes; without `names`, that is left open."""
+    called = call_of(module, call.function)
+    fields = {} if names is None else fields_of(layer.path, module, called, names, call.fields)
+    if names is not None and call.input is not None:
+        where = f"{layer.path} ({layer.class_name})"
+        check_exists(where, call.input, names, "A layer must read a field of the batch, or a named output.")
+    draws = is_given_rngs(called, fields, has_streams=bool(layer.streams))
+    return replace(
+        layer,
+        fields=fields,
+        optional=optional_fields(called, fields) if call.fields is None else (),
+        modes=mode_keywords(module, [p for p in parameters_of(called) if p.name not in fields]),
+        streams=(*layer.streams, _stream_of_call(layer.path)) if draws else layer.streams,
+        draws=draws,
+        function=call.function,
+        name=call.name,
+        input=call.input,
+    )
+
+
+def _abstract(path: str, given: Any) -> tuple[Layer, nnx.Module]:
+    """A layer whose call is left open, and the traced module."""
     make, ready = constructor_of(path, given)
     built: list[tuple[nnx.Module, nnx.GraphDef]] = []
 
     def build() -> nnx.State:
         module = module_of(path, given, make)
         graphdef, structure = nnx.split(module, graph=True)
-        _check_arrays(path, module, structure)
+        check_arrays(path, module, structure)
         built.append((module, graphdef))
         return structure
 
     with nnx.use_eager_sharding(False):
         structure = jax.eval_shape(build)
     ((module, graphdef),) = built
-    called = call_of(module, function)
-    fields = {} if batch_fields is None else fields_of(path, module, called, batch_fields, asked)
     params, state, axes, streams = _sorted_leaves(path, type(module).__name__, structure)
-    draws = is_given_rngs(called, fields, has_streams=bool(streams))
-    if draws:
-        streams.append(_stream_of_call(path))
     abstract = Layer(
         path=path,
         graphdef=graphdef,
@@ -281,17 +321,15 @@ def _abstract(path: str, layer: LayerLike, batch_fields: tuple[str, ...] | None)
         params=params,
         state=state,
         axes=axes,
-        fields=fields,
-        optional=optional_fields(called, fields) if asked is None else (),
-        modes=mode_keywords(module, [p for p in parameters_of(called) if p.name not in fields]),
+        fields={},
+        optional=(),
+        modes=(),
         fixed=tuple(f"{join(path, key)}.{name}" for key, name in fixed(module)),
         streams=tuple(streams),
-        draws=draws,
-        function=function,
+        draws=False,
         origin=Origin(make, _leaves(path, nnx.state(ready, graph=True)) if ready is not None else None),
     )
-    variables = variables_of(path, module)
-    return abstract, {leaf: v for leaf, v in variables.items() if not isinstance(v.get_value(), jax.core.Tracer)}
+    return abstract, module
 
 
 def _sorted_leaves(
@@ -320,22 +358,6 @@ def _sorted_leaves(
         if isinstance(variable, nnx.Variable) and (names := variable.get_metadata().get("out_sharding")):
             axes[leaf] = tuple(names)
     return params, state, axes, streams
-
-
-def _check_arrays(path: str, module: nnx.Module, structure: nnx.State) -> None:
-    """Flax 0.12 takes a plain array that is made under a trace for a constant, and the trace ends before it is used."""
-    keys = [tuple(map(str, key)) for key, _ in nnx.to_flat_state(structure)]
-    known = {key[:length] for key in keys for length in range(len(key) + 1)}
-    for where, node in nnx.iter_graph(module, graph=True):
-        for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
-            attribute = (*map(str, where), name)
-            parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, nnx.Pytree | nnx.Variable))
-            if attribute not in known and any(isinstance(part, jax.Array) for part in parts):
-                raise ValueError(
-                    "The arrays of a layer must be variables. "
-                    f"{join(path, attribute)} is a plain array; write nnx.Variable(...) around it, or "
-                    "nnx.Param(...) if it is trained."
-                )
 
 
 def _random_state(path: str, variable: nnx.Variable, randomness: Randomness) -> jax.Array:

@@ -20,12 +20,11 @@ def _tied(groups: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _fields(layers: Sequence[Layer]) -> Iterator[str]:
-    for (name, fields), found in _grouped(
-        [((layer.class_name, layer.optional), layer.path) for layer in layers if layer.optional]
-    ):
-        yield (
-            f"Batch fields given to optional keywords of the same name: {', '.join(fields)} of {name} ({_some(found)})."
-        )
+    outputs = {layer.name for layer in layers}
+    for what, are_outputs in (("Batch fields", False), ("Named outputs", True)):
+        given = [(la, tuple(k for k in la.optional if (la.fields[k] in outputs) is are_outputs)) for la in layers]
+        for (name, fields), found in _grouped([((la.class_name, keys), la.path) for la, keys in given if keys]):
+            yield f"{what} given to optional keywords of the same name: {', '.join(fields)} of {name} ({_some(found)})."
 
 
 def _fixed(layers: Sequence[Layer]) -> Iterator[str]:

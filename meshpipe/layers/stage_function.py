@@ -15,10 +15,10 @@ from meshpipe.layers.layer import Layer, Randomness
 from meshpipe.layers.sums import LOSS, WEIGHT, metric_sums
 from meshpipe.stage.spec import StageFunction, StageOutput
 
-Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
-"""Output of the last layer and the microbatch -> sum of losses, weight."""
-Metrics = Callable[[Any, Mapping[str, jax.Array]], Mapping[str, tuple[jax.Array, jax.Array]]]
-"""Output of the last layer and the microbatch -> further sums and weights to report in evaluation."""
+Loss = Callable[..., tuple[jax.Array, jax.Array]]
+"""Output of the last layer, the microbatch and, by keyword, named outputs -> sum of losses, weight."""
+Metrics = Callable[..., Mapping[str, tuple[jax.Array, jax.Array]]]
+"""The same -> further sums and weights to report in evaluation."""
 
 _RESERVED = frozenset({"loss", "step", "event", "eval_time_s"})
 """Names that metrics must not have: the results of an evaluation and the metrics file use them."""
@@ -57,7 +57,8 @@ def stage_function(
         def call(index: int, params: Any, state: Any, value: Any) -> tuple[Any, Any]:
             layer = layers[index]
             with call_of_layer(layer.path, layer.class_name, stage, value, train=train):
-                value, after, _ = layer(params, state, value, batch, draws, train=train)
+                keywords = {keyword: batch[field] for keyword, field in layer.fields.items()}
+                value, after, _ = layer(params, state, value, keywords, draws, train=train)
             _check_output(layer, value)
             return sums(value, batch) if loss is not None and index == len(layers) - 1 else value, after
 

@@ -20,6 +20,7 @@ from meshpipe.layers.notes import notes_on
 from meshpipe.layers.shared import merge_groups
 from meshpipe.layers.stage_function import stage_function, streams_of
 from meshpipe.layers.task import Task
+from meshpipe.layers.wiring import wire
 from meshpipe.mesh import DATA, submeshes
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.tied import borrowed
@@ -77,6 +78,7 @@ class StagedModel:
         """What the model has chosen for the devices of the mesh, a sentence each."""
         self.microbatches = Microbatches(task.batch, task.input, config.num_microbatches, mesh)
         self.layers = abstract_layers(task.layers, self.microbatches.shapes)
+        self.wiring = wire(self.layers, task.loss, task.metrics, input=task.input, fields=self.microbatches.shapes)
         self.tied = merge_groups(task.tied, shared_parameters(self.layers))
         """Groups of leaves that are one parameter: the groups that the task names, and leaves of one `nnx.Variable`."""
         ranks = submeshes(mesh)
@@ -192,8 +194,8 @@ class StagedModel:
     @cached_property
     def prediction(self) -> Forwards:
         """Keeps the outputs of the last layer, given the fields that layers read; compiled when first used."""
-        read = {self.task.input, *(name for layer in self.layers for name in layer.fields.values())}
-        microbatches = self.microbatches.resized(self.microbatches.size, self.microbatches.count, read)
+        size, count = self.microbatches.size, self.microbatches.count
+        microbatches = self.microbatches.resized(size, count, self.wiring.fields)
         return self._forwards("predict", microbatches, outputs=True)
 
     def _forwards(self, name: str, microbatches: Microbatches, *, outputs: bool = False) -> Forwards:

@@ -20,7 +20,8 @@ class Reference:
     submodules of it, its own initial values are compared with theirs. It stays as it is."""
     _: KW_ONLY
     call: Callable[[Any, Mapping[str, jax.Array]], Any] | None = None
-    """`call(model, microbatch)` returns what the loss takes. None calls the model with the input field alone."""
+    """`call(model, microbatch)` returns what the loss takes: the output, or, where the loss reads named outputs, the
+    pair `(output, {"memory": ...})` with each of them. None calls the model with the input field alone."""
     paths: Mapping[str, str] = field(default_factory=dict)
     """Where in the model the leaves of layers are, by leading path: `{"layers/0": "embed", "layers/3/norm": "norm"}`.
 

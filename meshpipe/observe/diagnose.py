@@ -1,6 +1,6 @@
 """Finds where a step first stopped being finite, by running it again layer by layer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from meshpipe.layers.layer import Leaves, Randomness
 from meshpipe.layers.staged_model import StagedModel
+from meshpipe.layers.wiring import Output, get
 from meshpipe.sharding import replicated, scalar_dtype, widened
 
 
@@ -43,59 +44,85 @@ def _replay(
     model: StagedModel, params: Leaves, state: Leaves, batch: Mapping[str, Any], randomness: Randomness
 ) -> tuple[str | None, Leaves]:
     """One microbatch: the first value that is not finite, and the state afterwards."""
-    value: Any = jnp.asarray(batch[model.task.input])
-    pullbacks = []
+    outputs: dict[int, Any] = {}
+    pullbacks: list[tuple[int, str, Any]] = []
     for stage, cut in enumerate(model.cuts):
         place = replicated(model.stages[stage].submesh)
-        value = jax.device_put(value, place)
-        fields = jax.device_put(dict(batch), place)
         draws = jax.device_put((randomness.seed, randomness.step, randomness.microbatch), place)
         for index in cut:
             layer = model.layers[index]
             where = f"{layer.path} (stage {stage})"
+            reads = [jax.device_put(get(source, batch, outputs), place) for source in model.wiring.reads(index)]
             own = {path: params[path] for path in layer.params}
             kept = {path: state[path] for path in layer.state}
 
             def forward(
-                own: Leaves,
-                value: Any,
-                layer: Any = layer,
-                kept: Leaves = kept,
-                fields: Any = fields,
-                draws: Any = draws,
+                own: Leaves, value: Any, *others: Any, layer: Any = layer, kept: Leaves = kept, draws: Any = draws
             ) -> Any:
-                value, after, _ = layer(own, kept, value, fields, Randomness(*draws), train=True)
+                keywords = dict(zip(layer.fields, others, strict=True))
+                value, after, _ = layer(own, kept, value, keywords, Randomness(*draws), train=True)
                 return value, after
 
             with jax.set_mesh(model.stages[stage].submesh):
-                value, pullback, after = jax.vjp(forward, own, value, has_aux=True)
-            if not _all_finite(jax.tree.leaves((value, after))):
+                outputs[index], pullback, after = jax.vjp(forward, own, *reads, has_aux=True)
+            if not _all_finite(jax.tree.leaves((outputs[index], after))):
                 return f"the output of {where} is not finite", state
             state = {**state, **after}
-            pullbacks.append((where, place, pullback))
-    (total, weight), pullback = _loss(model, value, fields)
+            pullbacks.append((index, where, pullback))
+    return _replay_backward(model, outputs, pullbacks, batch), state
+
+
+def _replay_backward(
+    model: StagedModel, outputs: Mapping[int, Any], pullbacks: Sequence[tuple[int, str, Any]], batch: Any
+) -> str | None:
+    """The first value that is not finite from the loss down."""
+    places = {index: replicated(model.stages[s].submesh) for s, cut in enumerate(model.cuts) for index in cut}
+    of_loss = [model.wiring.output, *model.wiring.loss.values()]
+    with jax.set_mesh(model.stages[-1].submesh):
+        total, pullback, weight = _loss(model, [outputs[output.layer] for output in of_loss], batch)
     if not _all_finite([total, weight]):
-        return "every layer's output is finite, and the loss is not", state
-    (gradient,) = pullback(jnp.ones_like(total))
-    if not _all_finite(jax.tree.leaves(gradient)):
-        return "the gradient of the loss with respect to the last layer's output is not finite", state
-    for where, place, pull in reversed(pullbacks):
-        own_gradient, gradient = pull(jax.device_put(gradient, place))
+        return "every layer's output is finite, and the loss is not"
+    gradients: dict[int, Any] = {}
+    found = pullback(jnp.ones_like(total))
+    if not _all_finite(jax.tree.leaves(found)):
+        return "the gradient of the loss with respect to the outputs that it reads is not finite"
+    for output, gradient in zip(of_loss, found, strict=True):
+        _add(gradients, output.layer, gradient, places)
+    for index, where, pull in reversed(pullbacks):
+        if index not in gradients:  # nothing in the loss depends on it
+            continue
+        own_gradient, *found = pull(gradients.pop(index))
         for path, leaf in own_gradient.items():
             if not _all_finite([leaf]):
-                return f"outputs and loss are finite; the gradient of {path} in {where} is not", state
-        if not _all_finite(jax.tree.leaves(gradient)):
-            return f"outputs and loss are finite; the gradient of the input of {where} is not", state
-    return None, state
+                return f"outputs and loss are finite; the gradient of {path} in {where} is not"
+        if not _all_finite(jax.tree.leaves(found)):
+            return f"outputs and loss are finite; the gradient of the input of {where} is not"
+        for source, gradient in zip(model.wiring.reads(index), found, strict=True):
+            if isinstance(source, Output):
+                _add(gradients, source.layer, gradient, places)
+    return None
 
 
-def _loss(model: StagedModel, value: Any, fields: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    def loss(value: Any) -> tuple[jax.Array, jax.Array]:
-        total, weight = model.task.loss(value, fields)
+def _add(gradients: dict[int, Any], layer: int, gradient: Any, places: Mapping[int, Any]) -> None:
+    """Adds to the gradient of a layer's output, on the submesh of its stage."""
+    gradient = jax.device_put(gradient, places[layer])
+    before = gradients.get(layer, gradient)
+
+    def add(a: Any, b: Any) -> Any:
+        return a if a.dtype == jax.dtypes.float0 else a + b
+
+    gradients[layer] = gradient if before is gradient else jax.tree.map(add, before, gradient)
+
+
+def _loss(model: StagedModel, values: Sequence[Any], batch: Any) -> tuple[jax.Array, Any, jax.Array]:
+    place = replicated(model.stages[-1].submesh)
+    fields = jax.device_put(dict(batch), place)
+
+    def run(output: Any, *named: Any) -> Any:
+        total, weight = model.task.loss(output, fields, **dict(zip(model.wiring.loss, named, strict=True)))
         return jnp.asarray(total, scalar_dtype()), jnp.asarray(weight, scalar_dtype())
 
-    total, pullback, weight = jax.vjp(loss, value, has_aux=True)
-    return (total, weight), pullback
+    return jax.vjp(run, *jax.device_put(list(values), place), has_aux=True)
 
 
 def _all_finite(leaves: Iterable[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The layers one after the other as one plain model."""
+"""The layers, called in order, as one plain model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from meshpipe.layers.layer import Layer, Randomness, path_hash
-from meshpipe.reference.plain import Leaves
+from meshpipe.layers.wiring import Wiring, get
+from meshpipe.reference.plain import Leaves, LossInputs
 
 
 class LayeredModel:
-    """The user's layers called in their order; parameters that others own are taken from their owners."""
+    """The user's layers called in their order; parameters that others own are taken from their owners.
 
-    def __init__(self, layers: Sequence[Layer], *, input: str, seed: int, tied: Sequence[Sequence[str]]):
-        self._layers, self._input = layers, input
+    It returns all that the loss reads of them.
+    """
+
+    def __init__(self, layers: Sequence[Layer], wiring: Wiring, *, seed: int, tied: Sequence[Sequence[str]]):
+        self._layers, self._wiring = layers, wiring
         owners = {path: group[0] for group in tied for path in group}
         self.names: Mapping[str, str] = {
             path: owners.get(path, path) for layer in layers for path in (*layer.params, *layer.state)
@@ -28,11 +32,14 @@ class LayeredModel:
 
     def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[Any, Leaves]:
         leaves = {path: params[name] for path, name in self.names.items() if name in params}
-        value, written = batch[self._input], dict(state)
-        for layer in self._layers:
-            value, after, _ = layer(leaves, written, value, batch, Randomness(*draws), train=True)
+        outputs: dict[int, Any] = {}
+        written = dict(state)
+        for index, layer in enumerate(self._layers):
+            value = get(self._wiring.inputs[index], batch, outputs)
+            keywords = {k: get(source, batch, outputs) for k, source in self._wiring.keywords[index].items()}
+            outputs[index], after, _ = layer(leaves, written, value, keywords, Randomness(*draws), train=True)
             written |= after
-        return value, written
+        return LossInputs(outputs[index], {k: outputs[o.layer] for k, o in self._wiring.loss.items()}), written
 
     def describe(self) -> str:
         return "the same layers one after the other"

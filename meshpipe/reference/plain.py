@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,16 @@ from jax.extend.core import Var
 Leaves = dict[str, jax.Array]
 """Arrays by name. A leaf has the name that it has in the layers, e.g. `layers/3/kernel`."""
 Batch = Mapping[str, Any]
-Loss = Callable[[Any, Mapping[str, jax.Array]], tuple[Any, Any]]
-"""Output and microbatch -> sum of losses, weight."""
+Loss = Callable[..., tuple[Any, Any]]
+"""Output, microbatch and, by keyword, named outputs -> sum of losses, weight."""
+
+
+class LossInputs(NamedTuple):
+    """What a model puts out for its loss."""
+
+    output: Any
+    named: Mapping[str, Any]
+    """Further outputs by keyword of the loss."""
 
 
 @runtime_checkable
@@ -33,8 +41,8 @@ class PlainModel(Protocol):
     initial: Leaves
     """The values that it starts from, as far as it knows them by itself."""
 
-    def run(self, params: Leaves, state: Leaves, batch: Batch, draws: Any) -> tuple[Any, Leaves]:
-        """The output, and the leaves that forward may have written, as they are afterwards."""
+    def run(self, params: Leaves, state: Leaves, batch: Batch, draws: Any) -> tuple[LossInputs, Leaves]:
+        """The outputs, and the leaves that forward may have written, as they are afterwards."""
         ...
 
     def describe(self) -> str: ...
@@ -142,7 +150,7 @@ class PlainTraining:
     def _sum_and_gradient(self) -> Any:
         def total(params: Leaves, state: Leaves, batch: Batch, draws: Any) -> Any:
             output, written = self._model.run(params, state, batch, draws)
-            loss, weight = self._loss(output, batch)
+            loss, weight = self._loss(output.output, batch, **output.named)
             scalar = jnp.result_type(float)  # of 64 bits where JAX has them
             return jnp.asarray(loss, scalar), (jnp.asarray(weight, scalar), written)
 

@@ -1,23 +1,25 @@
 """The user's uncut model as one plain model. It shares no code with the layers, whose training it judges."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meshpipe.errors import kind_of
 from meshpipe.models.reference import Reference
 from meshpipe.reference.correspondence import Key, correspond, text, trains
-from meshpipe.reference.plain import Leaves
+from meshpipe.reference.plain import Leaves, LossInputs
 
 
 class UncutModel:
     """The model of a `Reference`, whose leaves are named as the leaves of the layers that they correspond to.
 
     `params` and `state` are the leaves of the layers, in the order of the layers. A leaf of the model that no layer has
-    keeps its own value, and the path that it has in the model, in parentheses, as its name. Raises `ValueError` when a
-    leaf of the layers corresponds to none of the model, or a path names nothing.
+    keeps its own value, and the path that it has in the model, in parentheses, as its name. `named` are the outputs
+    that the loss reads by name. Raises `ValueError` when a leaf of the layers corresponds to none of the model, or a
+    path names nothing.
     """
 
     def __init__(
@@ -28,9 +30,11 @@ class UncutModel:
         state: Mapping[str, Any],
         *,
         input: str,
+        named: Collection[str],
         seed: int,
         tied: Sequence[Sequence[str]],
     ):
+        self._named = frozenset(named)
         self._call = reference.call or (lambda model, batch: model(batch[input]))
         with nnx.use_eager_sharding(False):
             model = reference.model if isinstance(reference.model, nnx.Module) else reference.model(nnx.Rngs(seed))
@@ -57,7 +61,7 @@ class UncutModel:
         self.kept: Leaves = {name: leaf for name, leaf in copies.items() if name not in self.names.values()}
         self.splits = len(self.trained) < len(own)
 
-    def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[Any, Leaves]:
+    def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[LossInputs, Leaves]:
         values = {**state, **params}
         variables = []
         for key, variable in self._variables.items():
@@ -73,7 +77,23 @@ class UncutModel:
                     f"not have. Got a model that draws from {text(key[:-1])}. Set the rate of dropout to 0 in the "
                     "layers and the reference; without `reference`, verify compares dropout too."
                 )
-        return output, {name: _array(after[key]) for key, name in self._names.items() if key in after}
+        written = {name: _array(after[key]) for key, name in self._names.items() if key in after}
+        return self._loss_inputs(output), written
+
+    def _loss_inputs(self, output: Any) -> LossInputs:
+        if not self._named:
+            return LossInputs(output, {})
+        if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
+            if output[1].keys() == self._named:
+                return LossInputs(*output)
+            got = f"a dict of {', '.join(map(repr, output[1])) or 'nothing'}"
+        else:
+            got = kind_of(output)
+        names = ", ".join(f"{name!r}: ..." for name in sorted(self._named))
+        raise ValueError(
+            "A reference must return what the loss reads: its output, and a dict of the outputs that it reads by name. "
+            f"Got {got}. Write meshpipe.Reference(model, call=lambda model, microbatch: (output, {{{names}}}))."
+        )
 
     def describe(self) -> str:
         return f"the uncut {self._class_name}"

@@ -248,11 +248,12 @@ def _plain_model(
     tied = trainer.model.tied
     if reference is None:
         whole = abstract_layers(layers, trainer.model.microbatches.shapes)
-        return LayeredModel(whole, input=input, seed=seed, tied=tied)
+        return LayeredModel(whole, trainer.model.wiring, seed=seed, tied=tied)
     given = reference if isinstance(reference, Reference) else Reference(reference)
     params, state = trainer.params, trainer.state
     own = [layer.layer if isinstance(layer, LayerCall) else layer for layer in layers]
-    return UncutModel(given, own, params, state, input=input, seed=seed, tied=tied)
+    named = trainer.model.wiring.loss
+    return UncutModel(given, own, params, state, input=input, named=named, seed=seed, tied=tied)
 
 
 def _compare_counts(comparison: Comparison, trainer: Trainer) -> None:

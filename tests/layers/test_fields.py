@@ -73,11 +73,14 @@ def test_fields_that_are_asked_for_are_all_that_is_given() -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (with_fields(Own, y="z"), r"must name fields of the batch. Got 'z' for layers/0 \(Own\); the batch has inputs"),
+        (
+            with_fields(Own, y="z"),
+            r"must name fields of the batch or named outputs. Got 'z' for layers/0 \(Own\); the batch has inputs",
+        ),
         (with_fields(Own, y="y", musk="mask"), r"Got 'musk' for layers/0 \(Own\), which takes mask, other, y"),
         (
             with_fields(Own),
-            r"layers/0 \(Own\) requires 'y'; .* Ask for the field: meshpipe.with_fields\(layer, y='y'\)",
+            r"layers/0 \(Own\) requires 'y'; .* Ask for it: meshpipe.with_fields\(layer, y='y'\)",
         ),
         (
             lambda rngs: nnx.LSTMCell(WIDTH, WIDTH, rngs=rngs),

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from meshpipe.reference.comparison import Comparison
-from meshpipe.reference.plain import PlainTraining, Values
+from meshpipe.reference.plain import LossInputs, PlainTraining, Values
 
 
 def only(comparison):
@@ -55,7 +55,7 @@ class Rotation:
         self.splits = False
 
     def run(self, params, state, batch, draws):
-        return batch["inputs"] * params["layers/0/angle"], {}
+        return LossInputs(batch["inputs"] * params["layers/0/angle"], {}), {}
 
     def describe(self):
         return "a rotation"
