@@ -9,6 +9,9 @@ from meshpipe.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from meshpipe import host as host
+    from meshpipe.adapters.config import LoraConfig as LoraConfig
+    from meshpipe.adapters.lora import lora as lora
+    from meshpipe.adapters.merge import merge_lora as merge_lora
     from meshpipe.checkpoint import Checkpointer as Checkpointer
     from meshpipe.checkpoint import CheckpointError as CheckpointError
     from meshpipe.config import Config as Config
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "host": "meshpipe.host",
+    "LoraConfig": "meshpipe.adapters.config",
+    "lora": "meshpipe.adapters.lora",
+    "merge_lora": "meshpipe.adapters.merge",
     "Checkpointer": "meshpipe.checkpoint",
     "CheckpointError": "meshpipe.checkpoint",
     "Config": "meshpipe.config",

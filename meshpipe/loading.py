@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from meshpipe.adapters.merge import merge_lora
 from meshpipe.checkpoint import CheckpointError, list_checkpoints
 from meshpipe.checkpoint.index import WEIGHTS, check_weights
 from meshpipe.checkpoint.inspection import reader_of
@@ -17,6 +18,7 @@ from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.layer import LayerLike, Leaves, abstract_layers
 from meshpipe.layers.modules import host_device, modules_with, shared_groups_of
+from meshpipe.layers.shared import with_adapters
 from meshpipe.runs.saved_model import saved_model
 
 
@@ -31,6 +33,7 @@ def load(
     tied: Sequence[Sequence[str]] = (),
     device: jax.Device | None = None,
     train: bool = False,
+    merged: bool = False,
 ) -> list[Any]: ...
 def load(
     directory: str | Path,
@@ -40,6 +43,7 @@ def load(
     tied: Sequence[Sequence[str]] = (),
     device: jax.Device | None = None,
     train: bool = False,
+    merged: bool = False,
 ) -> Any:
     """The weights of a checkpoint of any layout: parameters and other state by leaf path, or modules with them.
 
@@ -56,6 +60,8 @@ def load(
             variables that several of the `layers` hold.
         device: The device that holds the arrays; None takes the host's CPU device.
         train: Whether the modules are in training mode; by default they are in evaluation mode.
+        merged: Whether the adapters of `meshpipe.lora` are added to their kernels: then the modules are those of the
+            base.
 
     Raises `CheckpointError`, a `ValueError`, when there is no checkpoint, it is damaged, or a leaf of the layers is
     missing, has another shape or dtype, or is not one of the layers.
@@ -65,9 +71,9 @@ def load(
     saved = reader.leaves(step)
     device = host_device() if device is None else device
     if layers is None:
-        if tied or train:
+        if tied or train or merged:
             raise ArgumentError(
-                "`tied` and `train` are for `layers`. Got them alone. Pass `layers`, or leave them out."
+                "`tied`, `train` and `merged` are for `layers`. Got them alone. Pass `layers`, or leave them out."
             )
         return _read(reader, step, _weights(step, saved), device)
     metadata = reader.metadata(step)
@@ -82,14 +88,16 @@ def load(
     _check_tied(tied, wanted)
     values = _read(reader, step, wanted, device)
     seed = metadata.get("seed")
-    return modules_with(
+    groups = with_adapters(tuple(map(tuple, tied)), values)
+    modules = modules_with(
         found,
         values,
-        (*tied, *shared_groups_of(found)),
+        (*groups, *shared_groups_of(found)),
         seed=seed if isinstance(seed, int) and 0 <= seed < 2**32 else 0,
         device=device,
         train=train,
     )
+    return merge_lora(modules) if merged else modules
 
 
 def _weights(step: int, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, jax.ShapeDtypeStruct]:

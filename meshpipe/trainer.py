@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from meshpipe.adapters.merge import merge_lora
 from meshpipe.html import html_table
 from meshpipe.layers.layer import LayerLike, Leaves
-from meshpipe.layers.modules import host_device, local_leaves, modules_with, shared_groups_of, write
+from meshpipe.layers.modules import host_device, local_leaves, modules_with, shared_groups_of, write, write_merged
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.layers.staged_model import StagedModel, StageInfo
 from meshpipe.layers.sums import LOSS, WEIGHT
@@ -241,8 +242,11 @@ class Trainer:
             return self._predictor.predict(batches)
         return map(self._predictor.predict, batches)
 
-    def modules(self, *, device: jax.Device | None = None, train: bool = False) -> list[Any]:
+    def modules(self, *, device: jax.Device | None = None, train: bool = False, merged: bool = False) -> list[Any]:
         """A new NNX module for each layer with the trained values, in evaluation mode unless `train`.
+
+        With `merged`, the adapters of `meshpipe.lora` are added to their kernels, as by `meshpipe.merge_lora`, and the
+        modules are those of the base.
 
         Called one after the other, with the batch fields that they take, they compute what `predict` returns. The
         values are copies on one `device`, by default the host's CPU device. Tied and shared leaves are one variable.
@@ -257,17 +261,25 @@ class Trainer:
         made = dict(
             zip(held, modules_with(layers, values, groups, seed=self.seed, device=device, train=train), strict=True)
         )
+        if merged:
+            made = dict(zip(made, merge_lora(list(made.values())), strict=True))
         return [made.get(i) for i in range(len(self.model.layers))]
 
-    def update(self, layers: Sequence[LayerLike]) -> None:
+    def update(self, layers: Sequence[LayerLike], *, merged: bool = False) -> None:
         """Writes the trained values into modules: those that the trainer was made from, or others with the same leaves.
+
+        With `merged`, they are modules without adapters, such as those that `meshpipe.lora` was given; adapters are
+        added to their kernels.
 
         Variables stay on their devices; random streams and modes do not change. The entry of a layer without leaves may
         be anything. With several processes, all must call it; each writes the layers of its own stages. Raises
         `ValueError`, before anything is written, when an entry is not a module, or its leaves are not those of its
         layer.
         """
-        write(self.model.layers, layers, local_leaves({**self.params, **self.state}, host_device()))
+        if merged:
+            write_merged(self.model.layers, layers, self.modules(merged=True))
+        else:
+            write(self.model.layers, layers, local_leaves({**self.params, **self.state}, host_device()))
 
     def check(self, result: StepResult) -> None:
         """Waits for the step. Raises `NonFiniteError` if a number is not finite.

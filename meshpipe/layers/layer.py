@@ -138,7 +138,7 @@ class Layer:
 
         To be traced under `jit`, where it allocates nothing.
         """
-        key = jax.random.fold_in(jax.random.fold_in(seed, _INITIALISE), path_hash)
+        key = first_key(seed, path_hash)
         with nnx.use_eager_sharding(False):
             leaves = _leaves(self.path, nnx.state(self.make(nnx.Rngs(key)), graph=True))
         return {p: leaves[p] for p in self.params}, {p: leaves[p] for p in self.state}
@@ -258,6 +258,11 @@ def _names_at(index: int, fields: Sequence[str], names: Mapping[int, str], befor
 def shared_parameters(layers: Sequence[Layer]) -> Groups:
     """The groups of parameters that are one variable; the first path of a group owns it."""
     return tuple(dict.fromkeys(layer.shared[path] for layer in layers for path in layer.params if path in layer.shared))
+
+
+def first_key(seed: jax.Array, path_hash: jax.Array | int) -> jax.Array:
+    """The key that the first values of a layer are drawn from."""
+    return jax.random.fold_in(jax.random.fold_in(seed, _INITIALISE), path_hash)
 
 
 def _at(path: str, layer: Layer) -> Layer:

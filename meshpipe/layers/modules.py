@@ -1,6 +1,7 @@
 """The user's modules with the values of training: made anew, or written into modules that were given."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from meshpipe.errors import ArgumentError, kind_of
 from meshpipe.layers.fields import LayerCall
 from meshpipe.layers.layer import Layer, Leaves, Randomness
 from meshpipe.layers.paths import join
+from meshpipe.layers.shared import FACTORS
 from meshpipe.sharding import local_value, replicated
 
 
@@ -80,6 +82,21 @@ def write(layers: Sequence[Layer], given: Any, values: Mapping[str, jax.Array]) 
             nnx.update(*update)
 
 
+def write_merged(layers: Sequence[Layer], given: Any, modules: Sequence[nnx.Module | None]) -> None:
+    """As `write`, with the values of modules without the adapters of their layers; None for layers of others."""
+    values: dict[str, jax.Array] = {}
+    without: list[Layer] = []
+    for layer, module in zip(layers, modules, strict=True):
+        if module is None:
+            without.append(layer)
+            continue
+        flat = nnx.to_flat_state(nnx.state(module, graph=True))
+        found = {join(layer.path, key): v for key, v in flat if not isinstance(v, nnx.RngState)}
+        values |= {path: v.get_value() if isinstance(v, nnx.Variable) else v for path, v in found.items()}
+        without.append(replace(layer, params={path: leaf for path, leaf in layer.params.items() if path in found}))
+    write(without, given, values)
+
+
 def _update(layer: Layer, module: Any, values: Mapping[str, jax.Array]) -> tuple[nnx.Module, nnx.State] | None:
     """The new state of a module, or None if there is nothing to write."""
     wanted = {**layer.params, **layer.state}
@@ -95,7 +112,10 @@ def _update(layer: Layer, module: Any, values: Mapping[str, jax.Array]) -> tuple
     variables = {join(layer.path, key): (key, v) for key, v in flat if not isinstance(v, nnx.RngState)}
     for path in sorted(wanted.keys() ^ variables.keys()):
         where = "the trained layer" if path in wanted else "the module that was given"
-        raise ArgumentError(f"A module must have the leaves of its layer. Only {where} has {path}.")
+        way_out = ""
+        if path.endswith(FACTORS):
+            way_out = " Pass `merged=True` to add it to its kernel." if path in wanted else " Pass modules without it."
+        raise ArgumentError(f"A module must have the leaves of its layer. Only {where} has {path}.{way_out}")
     entries = []
     for path, (key, variable) in variables.items():
         held = variable.get_value() if isinstance(variable, nnx.Variable) else variable

@@ -1,6 +1,6 @@
 """Finds, by identity, the variables that several layers hold: ready-made modules, or what constructors capture, may."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -10,6 +10,11 @@ from meshpipe.layers.paths import join
 Variables = Mapping[str, nnx.Variable[Any]]
 """Those of one layer by leaf path."""
 Groups = tuple[tuple[str, ...], ...]
+
+FACTORS = ("lora/lora_a", "lora/lora_b")
+"""Where below a module the factors of its adapter are."""
+KERNELS = ("kernel", "embedding")
+"""What an adapter may be of."""
 
 
 def variables_of(path: str, module: nnx.Module) -> dict[str, nnx.Variable[Any]]:
@@ -25,6 +30,17 @@ def shared_groups(layers: Sequence[Variables]) -> Groups:
         for path, variable in layer.items():
             paths.setdefault(id(variable), []).append(path)
     return tuple(tuple(group) for group in paths.values() if len(group) > 1)
+
+
+def with_adapters(groups: Groups, leaves: Container[str]) -> Groups:
+    """The groups, and those of the adapters of tied kernels (`meshpipe.lora`): one kernel has one adapter."""
+    found = []
+    for group in groups:
+        parents = [path.rpartition("/") for path in group]
+        if all(name in KERNELS for _, _, name in parents):
+            of_adapters = [tuple(f"{parent}/{factor}" for parent, _, _ in parents) for factor in FACTORS]
+            found += [paths for paths in of_adapters if all(path in leaves for path in paths)]
+    return (*groups, *(group for group in found if group not in groups))
 
 
 def merge_groups(named: Sequence[Sequence[str]], found: Groups) -> Groups:

@@ -17,7 +17,7 @@ from meshpipe.layers.initialise import placed
 from meshpipe.layers.layer import Layer, abstract_layers, path_hash, shared_parameters
 from meshpipe.layers.microbatches import Microbatches
 from meshpipe.layers.notes import notes_on
-from meshpipe.layers.shared import merge_groups
+from meshpipe.layers.shared import merge_groups, with_adapters
 from meshpipe.layers.stage_function import stage_function, streams_of
 from meshpipe.layers.task import Task
 from meshpipe.layers.wiring import wire
@@ -79,7 +79,8 @@ class StagedModel:
         self.microbatches = Microbatches(task.batch, task.input, config.num_microbatches, mesh)
         self.layers = abstract_layers(task.layers, self.microbatches.shapes)
         self.wiring = wire(self.layers, task.loss, task.metrics, input=task.input, fields=self.microbatches.shapes)
-        self.tied = merge_groups(task.tied, shared_parameters(self.layers))
+        tied = merge_groups(task.tied, shared_parameters(self.layers))
+        self.tied = with_adapters(tied, {path for layer in self.layers for path in layer.params})
         """Groups of leaves that are one parameter: the groups that the task names, and leaves of one `nnx.Variable`."""
         ranks = submeshes(mesh)
         self.rules.check((n for layer in self.layers for names in layer.axes.values() for n in names), ranks[0])
