@@ -103,6 +103,8 @@ class Layer:
     of the model."""
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Leaves whose variable several layers hold, each with all the paths of that variable."""
+    once: tuple[str, ...] = ()
+    """Paths of its modules with a method `after_step`, which runs once per step."""
 
     @property
     def make(self) -> Callable[[nnx.Rngs], nnx.Module]:
@@ -158,31 +160,55 @@ class Layer:
         Raises `ValueError` when the call changes what would be lost: parameters, attributes, new variables.
         """
 
-        def run(module: nnx.Module) -> tuple[Any, dict[str, Any]]:
+        def call(module: nnx.Module) -> Any:
             further: dict[str, Any] = dict(told(module, self.modes, train))
             if self.draws:
                 further[RNGS] = nnx.Rngs(_stream_key(_stream_of_call(self.path), randomness))
-            call = module if self.function is None else partial(self.function, module)
+            called = module if self.function is None else partial(self.function, module)
             with sowing():
-                output = call(activation, **{keyword: keywords[keyword] for keyword in self.fields}, **further)
+                return called(activation, **{keyword: keywords[keyword] for keyword in self.fields}, **further)
+
+        values: dict[str, Any] = {**{p: params[p] for p in self.params}, **{p: state[p] for p in self.state}}
+        output, after = self.run(call, values, randomness, train=train)
+        sown = {path: variable for path, variable in after.items() if path not in values and is_sown(variable)}
+        return output, {path: _value(after[path]) for path in self.state}, collect(self.title, sown)
+
+    def run(
+        self,
+        call: Callable[[Any], Any],
+        values: Mapping[str, Any],
+        randomness: Randomness,
+        *,
+        train: bool,
+        method: str = "__call__",
+    ) -> tuple[Any, dict[str, Any]]:
+        """What `call` returns for the module with these values, and the module's variables afterwards.
+
+        Raises `ValueError` when the call changes what would be lost; `method` is its name there.
+        """
+
+        def run(module: nnx.Module) -> tuple[Any, dict[str, Any]]:
+            output = call(module)
             return output, {join(self.path, key): v for key, v in nnx.to_flat_state(nnx.state(module, graph=True))}
 
-        def retrace(values: list[Any], paths: Sequence[str]) -> list[Any]:
-            _, after = run(self.module({**before, **dict(zip(paths, values, strict=True))}, randomness, train))
+        def retrace(values_now: list[Any], paths: Sequence[str]) -> list[Any]:
+            _, after = run(self.module({**values, **dict(zip(paths, values_now, strict=True))}, randomness, train))
             return [_value(after[path]) for path in paths]
 
-        before: dict[str, Any] = {**{p: params[p] for p in self.params}, **{p: state[p] for p in self.state}}
-        module = self.module(before, randomness, train)
+        module = self.module(values, randomness, train)
         attributes = attributes_of(self.path, module)
         output, after = run(module)
-        name = f"{self.path} ({self.class_name})"
-        check_variables(name, before, self._random_leaves, after)
-        check_attributes(name, attributes, attributes_of(self.path, module))
+        check_variables(self.title, values, self._random_leaves, after, method)
+        check_attributes(self.title, attributes, attributes_of(self.path, module), method)
         shared_state = {path: group for path, group in self.shared.items() if path in self.state}
-        kept = {path: value for path, value in before.items() if path in self.params or path in shared_state}
-        check_written(name, written(kept, after, retrace), shared_state)
-        sown = {path: variable for path, variable in after.items() if path not in before and is_sown(variable)}
-        return output, {path: _value(after[path]) for path in self.state}, collect(name, sown)
+        kept = {path: value for path, value in values.items() if path in self.params or path in shared_state}
+        check_written(self.title, written(kept, after, retrace), shared_state, method)
+        return output, after
+
+    @property
+    def title(self) -> str:
+        """How errors name it."""
+        return f"{self.path} ({self.class_name})"
 
     @property
     def _random_leaves(self) -> frozenset[str]:
@@ -279,6 +305,7 @@ def _at(path: str, layer: Layer) -> Layer:
         axes={moved(leaf): names for leaf, names in layer.axes.items()},
         streams=tuple(map(moved, layer.streams)),
         fixed=tuple(map(moved, layer.fixed)),
+        once=tuple(map(moved, layer.once)),
     )
 
 
@@ -332,9 +359,16 @@ def _abstract(path: str, given: Any) -> tuple[Layer, nnx.Module]:
         fixed=tuple(f"{join(path, key)}.{name}" for key, name in fixed(module)),
         streams=tuple(streams),
         draws=False,
+        once=tuple(join(path, key) for key, _ in run_once_per_step(module)),
         origin=Origin(make, _leaves(path, nnx.state(ready, graph=True)) if ready is not None else None),
     )
     return abstract, module
+
+
+def run_once_per_step(module: nnx.Module) -> list[tuple[tuple[Any, ...], Any]]:
+    """The parts of a module, with their keys, whose method `after_step` runs once per step."""
+    parts = nnx.iter_modules(module, graph=True)
+    return [(tuple(key), part) for key, part in parts if callable(getattr(type(part), "after_step", None))]
 
 
 def _sorted_leaves(

@@ -11,7 +11,7 @@ def notes_on(layers: Sequence[Layer], tied: Sequence[Sequence[str]] = ()) -> tup
 
     `tied` has the groups of parameters that were found to be one variable.
     """
-    return (*_tied(tied), *_fields(layers), *_fixed(layers))
+    return (*_tied(tied), *_fields(layers), *_fixed(layers), *_once(layers))
 
 
 def _tied(groups: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -31,6 +31,11 @@ def _fixed(layers: Sequence[Layer]) -> Iterator[str]:
     parts = [path.rpartition(".") for layer in layers for path in layer.fixed]
     for name, found in _grouped([(name, path) for path, _, name in parts]):
         yield f"Kept in training as the modules have it: {name}=True of {_some(found)}."
+
+
+def _once(layers: Sequence[Layer]) -> Iterator[str]:
+    if found := [path for layer in layers for path in layer.once]:
+        yield f"Run once per step, after the update: after_step of {_some(found)}."
 
 
 def _grouped(pairs: Sequence[tuple[Any, str]]) -> Iterator[tuple[Any, list[str]]]:

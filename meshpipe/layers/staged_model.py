@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.errors import ArgumentError
+from meshpipe.layers.after_step import after_step_of
 from meshpipe.layers.forwards import Forwards
 from meshpipe.layers.initialise import placed
 from meshpipe.layers.layer import Layer, abstract_layers, path_hash, shared_parameters
@@ -165,7 +166,9 @@ class StagedModel:
         if check is not None:
             check(self)
         for s, stage in self.traced.items():
-            self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths)
+            once = self.parameters[s].after_step
+            written = frozenset[str]() if once is None else once.writes
+            self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths - written)
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()
         self._cache = compiler.cache
@@ -313,7 +316,9 @@ class StagedModel:
             of_params, of_state = placed(self.layers[index], self._meshes[stage], self.rules)
             params.update(of_params)
             state.update(of_state)
-        return StageParameters(self._meshes[stage], params, state, borrowed_leaves.intersection(params))
+        of_others = borrowed_leaves.intersection(params)
+        once = after_step_of([self.layers[i] for i in self.cuts[stage]], of_others)
+        return StageParameters(self._meshes[stage], params, state, of_others, after_step=once)
 
     def _gathered_leaves(self, stage: int) -> frozenset[str]:
         """The parameters of the stage that are split over the data axis only between steps."""

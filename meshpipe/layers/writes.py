@@ -55,12 +55,14 @@ def _parts(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, nnx.Pyt
         yield from _parts(join(path, (key,)), child, seen)
 
 
-def check_attributes(kind: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def check_attributes(
+    kind: str, before: Mapping[str, Any], after: Mapping[str, Any], method: str = "__call__"
+) -> None:
     """Raises `WriteError` when a call assigned an attribute or changed one in place."""
     changed = [name for name in {**before, **after} if not _same(before.get(name, _NONE), after.get(name, _NONE))]
     if changed:
         raise WriteError(
-            "A layer's __call__ is traced once and then runs compiled, so it cannot keep Python values. "
+            f"A layer's {method} is traced once and then runs compiled, so it cannot keep Python values. "
             f"{kind} changed {_some(changed)}. Keep a number that changes in an nnx.Variable made by the constructor, "
             "and other values in local names."
         )
@@ -110,7 +112,9 @@ def written(
     return [path for i, (path, source) in enumerate(zip(replaced, forwarded(traced.jaxpr), strict=True)) if source != i]
 
 
-def check_written(kind: str, paths: Sequence[str], shared: Mapping[str, Sequence[str]]) -> None:
+def check_written(
+    kind: str, paths: Sequence[str], shared: Mapping[str, Sequence[str]], method: str = "__call__"
+) -> None:
     """Raises `WriteError` for writes to parameters, and to state that several layers share."""
     for path in paths:
         if path in shared:
@@ -120,9 +124,14 @@ def check_written(kind: str, paths: Sequence[str], shared: Mapping[str, Sequence
                 f"{others}; the layers may lie on different devices. Give each layer its own (nnx.clone, or a "
                 "constructor in the list), or do not write to it: for a norm, use_running_average=True."
             )
+    if paths and method != "__call__":
+        raise WriteError(
+            f"Parameters are changed by the optimizer alone. {kind} writes to {_some(paths)} in {method}. Keep what it "
+            "updates in an nnx.Variable of another type than nnx.Param."
+        )
     if paths:
         raise WriteError(
-            f"Parameters are changed by the optimizer alone. {kind} writes to {_some(paths)} in __call__, as "
+            f"Parameters are changed by the optimizer alone. {kind} writes to {_some(paths)} in {method}, as "
             "nnx.WeightNorm and nnx.SpectralNorm do; what that trains depends on the number of microbatches. Compute "
             "the value in a local name and use that (jnp.dot(x, kernel / norm)), or keep it in an nnx.Variable of "
             "another type than nnx.Param, which calls may change."

@@ -68,6 +68,9 @@ class Optimizer:
         self._changing = {
             i: [k for k, path in enumerate(stages[i].state) if path not in stages[i].fixed] for i in self._local
         }
+        self._read_after_step = {
+            i: [k for k, path in enumerate(stages[i].state) if path in stages[i].read_after_step] for i in self._local
+        }
         self._last_is_local = is_local(stages[-1].mesh)
         self._up, self._down = self._links(name)
         self._nothing = {i: place(np.zeros((), scalar_dtype()), self._everywhere[i]) for i in self._local}
@@ -166,7 +169,8 @@ class Optimizer:
             norm = jax.jit(self._sum_of_squares(stage), out_shardings=self._everywhere[index])
             self._norms[index] = programs.compile(norm.lower(gradients, (scalar, scalar)), stage.mesh)
             jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
-            arguments = (params, opt_state, gradients, state, state, scalar, applied)
+            read = tuple(stage.read_after_step.values())
+            arguments = (params, opt_state, gradients, state, state, scalar, applied, read)
             self._updates[index] = programs.compile(jitted.lower(*arguments), stage.mesh)
             self._inits[index] = self._compile_init(index, programs)
 
@@ -192,7 +196,8 @@ class Optimizer:
         borrowed = tuple(path in stage.borrowed for path in stage.params)
         alone = index if self._kinds[index] is None else None
         counted = self._counted(stage)
-        return self._kinds[index], alone, shapes, borrowed, counted, len(stage.params), len(stage.changing)
+        once = None if stage.after_step is None else stage.after_step.kind
+        return self._kinds[index], alone, shapes, borrowed, counted, once, len(stage.params), len(stage.changing)
 
     def update(
         self,
@@ -234,7 +239,8 @@ class Optimizer:
             scale, applied, *_ = scalars[i]  # type: ignore[misc]
             opt_state = jax.tree.leaves(states[i])
             old, new = (tuple([state[i][k] for k in self._changing[i]]) for state in (before, after))
-            results[i] = self._updates[i](leaves, opt_state, gradients[i], old, new, scale, applied)
+            read = tuple([before[i][k] for k in self._read_after_step[i]])
+            results[i] = self._updates[i](leaves, opt_state, gradients[i], old, new, scale, applied, read)
         summed = scalars[last if self._last_is_local else self._local[0]]
         assert summed is not None
         _, applied, loss, norm, self.good = summed
@@ -272,7 +278,7 @@ class Optimizer:
         return factor / divisor, good & counts, loss, norm, good
 
     def _update(self, stage: StageParameters) -> Callable[..., tuple[Arrays, Any, Arrays, jax.Array]]:
-        def update(params, opt_state, gradients, before, after, scale, applied):  # type: ignore[no-untyped-def]
+        def update(params, opt_state, gradients, before, after, scale, applied, read):  # type: ignore[no-untyped-def]
             named = dict(zip(stage.params, params, strict=True))
             owned = {path: named[path] for path in stage.owned}
             scaled = {
@@ -283,6 +289,9 @@ class Optimizer:
             with call_of_optimizer():
                 updates, new_state = self._transformation.update(scaled, opt_state, owned)
             new = {**named, **optax.apply_updates(owned, updates)}
+            if stage.after_step is not None:
+                state = dict(zip((*stage.changing, *stage.read_after_step), (*after, *read), strict=True))
+                after = tuple({**state, **stage.after_step.run(new, state)}[path] for path in stage.changing)
 
             def keep(changed: Any, unchanged: Any) -> Any:
                 return jax.tree.map(lambda a, b: jnp.where(applied, a, b), changed, unchanged)

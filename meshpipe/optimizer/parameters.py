@@ -1,6 +1,6 @@
 """What the optimizer knows of a stage."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -8,6 +8,19 @@ from jax.sharding import Mesh
 
 ShapesByPath = Mapping[str, jax.ShapeDtypeStruct]
 """The shapes and shardings of a stage's leaves, by leaf path."""
+
+
+@dataclass(frozen=True)
+class AfterStep:
+    """What a stage computes once per step, from its updated parameters and the state after the last microbatch."""
+
+    run: Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], dict[str, jax.Array]]
+    """Parameters and state, as far as `reads` names them -> the state that it writes."""
+    reads: frozenset[str]
+    """Leaf paths; those that it writes are among them."""
+    writes: frozenset[str]
+    kind: Hashable
+    """A key that is equal for stages that compute the same, whatever the paths of their leaves."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,8 @@ class StageParameters:
     borrowed: frozenset[str] = frozenset()
     """Tied parameters that another leaf owns: they receive its value after every update."""
     fixed: frozenset[str] = frozenset()
-    """State that forward does not change, such as frozen weights and masks; updates do not touch it either."""
+    """State that a step does not change, such as frozen weights and masks; updates do not touch it."""
+    after_step: AfterStep | None = None
 
     @property
     def owned(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -28,5 +42,11 @@ class StageParameters:
 
     @property
     def changing(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The state that forward changes, such as batch statistics."""
+        """The state that a step changes, such as batch statistics."""
         return {path: shape for path, shape in self.state.items() if path not in self.fixed}
+
+    @property
+    def read_after_step(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The state that a step does not change, and `after_step` reads."""
+        reads = frozenset[str]() if self.after_step is None else self.after_step.reads
+        return {path: shape for path, shape in self.state.items() if path in self.fixed and path in reads}

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from meshpipe.layers.after_step import run_after_step
 from meshpipe.layers.layer import Layer, Randomness, path_hash
 from meshpipe.layers.wiring import Wiring, get
 from meshpipe.reference.plain import Leaves, LossInputs
@@ -40,6 +41,14 @@ class LayeredModel:
             outputs[index], after, _ = layer(leaves, written, value, keywords, Randomness(*draws), train=True)
             written |= after
         return LossInputs(outputs[index], {k: outputs[o.layer] for k, o in self._wiring.loss.items()}), written
+
+    def after_step(self, params: Leaves, state: Leaves) -> Leaves:
+        leaves = {path: params[name] for path, name in self.names.items() if name in params}
+        written: Leaves = {}
+        for layer in self._layers:
+            if layer.once:
+                written |= run_after_step(layer, {**leaves, **{path: state[path] for path in layer.state}})
+        return written
 
     def describe(self) -> str:
         return "the same layers one after the other"

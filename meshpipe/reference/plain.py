@@ -45,6 +45,10 @@ class PlainModel(Protocol):
         """The outputs, and the leaves that forward may have written, as they are afterwards."""
         ...
 
+    def after_step(self, params: Leaves, state: Leaves) -> Leaves:
+        """The state that the model updates once per step, from the new parameters and the state after forward."""
+        ...
+
     def describe(self) -> str: ...
 
 
@@ -123,11 +127,12 @@ class PlainTraining:
         return Gradients(float(total / weight), norm, mean, written, counts=True)
 
     def update(self, values: Values, gradients: Mapping[str, Any]) -> Values:
-        """The parameters that have gradients, and the optimizer's state, after Optax has seen those gradients."""
+        """All values after Optax has seen those gradients; `values` has the state as forward left it."""
         params = {name: values.params[name] for name in gradients}
         moved = jax.device_put({name: np.asarray(g) for name, g in gradients.items()}, self.device)
         new, opt_state = self._update(params, values.opt_state, moved)
-        return Values({**values.params, **new}, values.state, opt_state)
+        params = {**values.params, **new}
+        return Values(params, {**values.state, **self._after_step(params, values.state)}, opt_state)
 
     def _frozen(self, values: Values, gradients: Mapping[str, Any]) -> set[str]:
         """The parameters whose gradients the optimizer ignores for good, which do not count in the norm."""
@@ -155,6 +160,10 @@ class PlainTraining:
             return jnp.asarray(loss, scalar), (jnp.asarray(weight, scalar), written)
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+    @cached_property
+    def _after_step(self) -> Any:
+        return jax.jit(self._model.after_step)
 
     @cached_property
     def _update(self) -> Any:

@@ -155,9 +155,9 @@ def test_clipping_each_stage_is_found(monkeypatch):
     def update(self, stage):
         inner, norm = original(self, stage), self._sum_of_squares(stage)
 
-        def clipped(params, opt_state, gradients, before, after, scale, good):
+        def clipped(params, opt_state, gradients, before, after, scale, *others):
             own = jnp.sqrt(norm(gradients, ()))
-            return inner(params, opt_state, gradients, before, after, 0.1 / own, good)
+            return inner(params, opt_state, gradients, before, after, 0.1 / own, *others)
 
         return clipped
 
