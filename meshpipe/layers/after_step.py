@@ -50,7 +50,7 @@ def after_step_of(layers: Sequence[Layer], borrowed: Collection[str]) -> AfterSt
 
 
 def run_after_step(layer: Layer, values: Mapping[str, Any]) -> Leaves:
-    """The state of a layer after its modules' `after_step`, from the values of all its leaves; to be traced.
+    """The state of a layer after its modules' `after_step`, from values that include all its leaves; to be traced.
 
     Raises `ValueError` as `after_step_of` does.
     """
@@ -68,7 +68,8 @@ def run_after_step(layer: Layer, values: Mapping[str, Any]) -> Leaves:
 
     zero = jnp.uint32(0)
     nothing = Randomness(jax.random.key_data(jax.random.key(0)), zero, zero)
-    _, after = layer.run(call, values, nothing, train=True, method=METHOD)
+    own = {path: values[path] for path in (*layer.params, *layer.state)}
+    _, after = layer.run(call, own, nothing, train=True, method=METHOD)
     return {path: v.get_value() if isinstance(v := after[path], nnx.Variable) else v for path in layer.state}
 
 

@@ -55,9 +55,7 @@ def _parts(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, nnx.Pyt
         yield from _parts(join(path, (key,)), child, seen)
 
 
-def check_attributes(
-    kind: str, before: Mapping[str, Any], after: Mapping[str, Any], method: str = "__call__"
-) -> None:
+def check_attributes(kind: str, before: Mapping[str, Any], after: Mapping[str, Any], method: str = "__call__") -> None:
     """Raises `WriteError` when a call assigned an attribute or changed one in place."""
     changed = [name for name in {**before, **after} if not _same(before.get(name, _NONE), after.get(name, _NONE))]
     if changed:

@@ -61,6 +61,15 @@ class Values:
     opt_state: Any
 
 
+class Updated(NamedTuple):
+    """What an update leaves."""
+
+    params: Leaves
+    opt_state: Any
+    once: Leaves
+    """The state that the model updates once per step."""
+
+
 @dataclass(frozen=True)
 class Gradients:
     """What one batch yields before the optimizer."""
@@ -126,13 +135,13 @@ class PlainTraining:
             return Gradients(0.0, 0.0, mean, written, counts=False)
         return Gradients(float(total / weight), norm, mean, written, counts=True)
 
-    def update(self, values: Values, gradients: Mapping[str, Any]) -> Values:
-        """All values after Optax has seen those gradients; `values` has the state as forward left it."""
+    def update(self, values: Values, gradients: Mapping[str, Any]) -> Updated:
+        """What follows from those gradients; `values` has the state as forward left it."""
         params = {name: values.params[name] for name in gradients}
         moved = jax.device_put({name: np.asarray(g) for name, g in gradients.items()}, self.device)
         new, opt_state = self._update(params, values.opt_state, moved)
         params = {**values.params, **new}
-        return Values(params, {**values.state, **self._after_step(params, values.state)}, opt_state)
+        return Updated(params, opt_state, self._after_step(params, values.state))
 
     def _frozen(self, values: Values, gradients: Mapping[str, Any]) -> set[str]:
         """The parameters whose gradients the optimizer ignores for good, which do not count in the norm."""

@@ -62,12 +62,7 @@ class UncutModel:
         self.splits = len(self.trained) < len(own)
 
     def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[LossInputs, Leaves]:
-        values = {**state, **params}
-        variables = []
-        for key, variable in self._variables.items():
-            value = values[self._names[key]] if key in self._names else _array(variable)
-            variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
-        model = nnx.merge(self._graphdef, nnx.from_flat_state(variables))
+        model = self._made({**state, **params})
         output = self._call(model, batch)
         after = dict(nnx.to_flat_state(nnx.state(model)))
         for key, variable in self._variables.items():
@@ -94,6 +89,21 @@ class UncutModel:
             "A reference must return what the loss reads: its output, and a dict of the outputs that it reads by name. "
             f"Got {got}. Write meshpipe.Reference(model, call=lambda model, microbatch: (output, {{{names}}}))."
         )
+
+    def after_step(self, params: Leaves, state: Leaves) -> Leaves:
+        model = self._made({**state, **params})
+        for _, part in nnx.iter_modules(model, graph=True):
+            if hasattr(part, "after_step"):
+                part.after_step()
+        after = dict(nnx.to_flat_state(nnx.state(model)))
+        return {name: _array(after[key]) for key, name in self._names.items() if name in state}
+
+    def _made(self, values: Leaves) -> nnx.Module:
+        variables = []
+        for key, variable in self._variables.items():
+            value = values[self._names[key]] if key in self._names else _array(variable)
+            variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
+        return nnx.merge(self._graphdef, nnx.from_flat_state(variables))
 
     def describe(self) -> str:
         return f"the uncut {self._class_name}"

@@ -192,11 +192,12 @@ class _Verification:
         gradients = {path: expected.gradients[name] for path, name in self._owned.items()}
         others = {name: g for name, g in expected.gradients.items() if name not in self._owned.values()}
         self._comparison.leaves(update, "gradient", after.gradients, {**gradients, **others})
-        state = {path: expected.written[name] for path, name in self._names(after.state) if name in expected.written}
-        self._comparison.leaves(update, "state", after.state, state)
-        written = {name: expected.written.get(name, leaf) for name, leaf in values.params.items()}
+        written, kept = ({n: expected.written.get(n, v) for n, v in w.items()} for w in (values.params, values.state))
         recorded = {name: after.gradients[path] for path, name in reversed(self._owned.items())}
-        updated = self._training.update(Values(written, values.state, values.opt_state), recorded)
+        updated = self._training.update(Values(written, kept, values.opt_state), recorded)
+        changed = {**expected.written, **updated.once}
+        state = {path: changed[name] for path, name in self._names(after.state) if name in changed}
+        self._comparison.leaves(update, "state", after.state, state)
         params = {path: updated.params[name] for path, name in self._owned.items()}
         self._comparison.changes(update, "parameter", after.params, params, before.params)
         self._compare_optimizer(update, before, after, updated.opt_state)

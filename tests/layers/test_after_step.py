@@ -7,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from meshpipe import PipelineConfig, Trainer, make_mesh
+import meshpipe.reference.plain
+from meshpipe import PipelineConfig, Trainer, make_mesh, verify
 from meshpipe.layers.after_step import after_step_of
 from meshpipe.layers.layer import abstract_layers
 
@@ -124,7 +125,10 @@ class Remembers(Base):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (Takes, r"after_step runs once per step, and takes no arguments. That of Takes in layers/0 \(Takes\) takes step"),
+        (
+            Takes,
+            r"after_step runs once per step, and takes no arguments. That of Takes in layers/0 \(Takes\) takes step",
+        ),
         (Draws, r"after_step must not draw random numbers. layers/0 \(Draws\) does"),
         (Writes, r"Parameters are changed by the optimizer alone. .* layers/0/linear/kernel in after_step. Keep what"),
         (Makes, r"\(Makes\) made layers/0/new \(Variable\) in after_step"),
@@ -160,3 +164,46 @@ def test_it_sees_the_updated_parameters():
     after = np.asarray(trainer.params["layers/0/linear/kernel"])
     assert np.any(after != before)
     np.testing.assert_array_equal(trainer.state["layers/0/mean"], 0.5 * after)
+
+
+class Uncut(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([layer(rngs) for layer in LAYERS])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("reference", [None, Uncut])
+def test_verify_follows_it(reference):
+    pipeline = PipelineConfig(num_microbatches=2)
+    options = {"batches": BATCHES[:2], "mesh": make_mesh(2), "pipeline": pipeline, "reference": reference}
+    report = verify(LAYERS, experts.loss, optax.sgd(0.1), **options)
+    assert report.ok, report.first
+    assert any(d.path == "layers/1/bias" and d.quantity == "state" for d in report.differences)
+
+
+def test_verify_finds_that_it_runs_with_each_microbatch(monkeypatch):
+    """The bias follows the tokens of half a batch, twice."""
+    call = experts.BalancedByBias.__call__
+
+    def call_and_update(self, x):
+        output = call(self, x)
+        if engine:
+            self.after_step()
+        return output
+
+    original, engine = meshpipe.reference.plain.PlainTraining.gradients, [True]
+
+    def right(self, *arguments):
+        engine.clear()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(meshpipe.reference.plain.PlainTraining, "gradients", right)
+    monkeypatch.setattr(experts.BalancedByBias, "__call__", call_and_update)
+    pipeline = PipelineConfig(num_microbatches=2)
+    report = verify(LAYERS, experts.loss, optax.sgd(0.1), batches=BATCHES[:1], mesh=make_mesh(2), pipeline=pipeline)
+    assert not report.ok
+    assert report.first.path == "layers/1/bias"
