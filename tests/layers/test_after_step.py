@@ -176,7 +176,7 @@ class Uncut(nnx.Module):
         return x
 
 
-@pytest.mark.parametrize("reference", [None, Uncut])
+@pytest.mark.parametrize("reference", [None, pytest.param(Uncut, marks=pytest.mark.slow)])
 def test_verify_follows_it(reference):
     pipeline = PipelineConfig(num_microbatches=2)
     options = {"batches": BATCHES[:2], "mesh": make_mesh(2), "pipeline": pipeline, "reference": reference}
@@ -185,6 +185,7 @@ def test_verify_follows_it(reference):
     assert any(d.path == "layers/1/bias" and d.quantity == "state" for d in report.differences)
 
 
+@pytest.mark.slow
 def test_verify_finds_that_it_runs_with_each_microbatch(monkeypatch):
     """The bias follows the tokens of half a batch, twice."""
     call = experts.BalancedByBias.__call__
@@ -205,5 +206,4 @@ def test_verify_finds_that_it_runs_with_each_microbatch(monkeypatch):
     monkeypatch.setattr(experts.BalancedByBias, "__call__", call_and_update)
     pipeline = PipelineConfig(num_microbatches=2)
     report = verify(LAYERS, experts.loss, optax.sgd(0.1), batches=BATCHES[:1], mesh=make_mesh(2), pipeline=pipeline)
-    assert not report.ok
-    assert report.first.path == "layers/1/bias"
+    assert {"layers/1/bias", "layers/2/bias"} <= {d.path for d in report.differences if not d.ok}
