@@ -6,10 +6,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from meshpipe.adapters.config import LoraConfig
+from meshpipe.adapters.lora import with_lora
 from meshpipe.checkpoint import CheckpointConfig
 from meshpipe.data import DataConfig, check_source, example_batch
 from meshpipe.errors import ArgumentError, check_seed, check_whole
 from meshpipe.files import expand_fields
+from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig
 from meshpipe.models.model import ModelConfig
@@ -28,6 +31,7 @@ PARTS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "checkpoint": CheckpointConfig,
     "observe": ObserveConfig,
+    "lora": LoraConfig,
 }
 
 
@@ -51,6 +55,8 @@ class Config:
     """Schedule, microbatches, rematerialisation and partition of layers into stages."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=OptimizerConfig)
     """Optimizer and learning-rate schedule."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters that are trained in place of the model."""
     checkpoint: Annotated[CheckpointConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CheckpointConfig)
     """Where and how often to save, and whether to resume."""
     observe: Annotated[ObserveConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ObserveConfig)
@@ -115,10 +121,14 @@ class Config:
                 f"{_nearest_batch_sizes(self.batch_size, microbatches * self.mesh.data)}"
             )
 
+    def layers(self) -> Sequence[LayerLike]:
+        """The layers of the model, with the adapters of the run. Raises `ValueError` where none can be had."""
+        return with_lora(_as_list("layers", self.model.layers()), self.lora)
+
     def task(self) -> Task:
         """The task of the run. Raises `ValueError` when the data cannot be read, or the model has no list of layers."""
         return Task(
-            _as_list("layers", self.model.layers()),
+            self.layers(),
             self.model.loss,
             batch=example_batch(check_source(self.data.train_source()), self.batch_size),
             input=self.model.input,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from meshpipe.adapters.lora import with_lora
 from meshpipe.adapters.merge import merge_lora
 from meshpipe.checkpoint import CheckpointError, list_checkpoints
 from meshpipe.checkpoint.index import WEIGHTS, check_weights
@@ -19,7 +20,7 @@ from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.layer import LayerLike, Leaves, abstract_layers
 from meshpipe.layers.modules import host_device, modules_with, shared_groups_of
 from meshpipe.layers.shared import with_adapters
-from meshpipe.runs.saved_model import saved_model
+from meshpipe.runs.saved_model import saved_lora, saved_model
 
 
 @overload
@@ -79,7 +80,7 @@ def load(
     metadata = reader.metadata(step)
     if isinstance(layers, str):
         model = saved_model(metadata, reader.directory, layers)
-        layers, tied = model.layers(), (*model.tied(), *tied)
+        layers, tied = with_lora(model.layers(), saved_lora(metadata, reader.directory)), (*model.tied(), *tied)
     check_layers(layers)
     found = abstract_layers(layers, None)
     wanted = {f"params/{path}": leaf for layer in found for path, leaf in layer.params.items()}

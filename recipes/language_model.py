@@ -6,6 +6,7 @@ microbatches per stage, a rule of thumb that keeps four stages busy 84 % of the 
 
 from dataclasses import replace
 
+from meshpipe.adapters.config import LoraConfig
 from meshpipe.config import Config
 from meshpipe.data import TextFilesConfig
 from meshpipe.mesh import MeshConfig
@@ -60,6 +61,15 @@ def debug() -> Config:
         mesh=MeshConfig(pipeline=2),
         pipeline=PipelineConfig(num_microbatches=8),
         steps=20,
+    )
+
+
+def lora() -> Config:
+    """4 devices, as `pipeline`: trains adapters of rank 8 on a frozen model; give it trained weights by --init-from."""
+    return replace(
+        pipeline(),
+        lora=LoraConfig(rank=8),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5, decay="cosine", clip_norm=1.0),
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.adapters.adapted import ADAPTER, Adapter, Dims, dims_of, graft, kernel_of
-from meshpipe.adapters.config import check_lora
+from meshpipe.adapters.config import LoraConfig, check_lora
 from meshpipe.adapters.targets import Key, Targets
 from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.constructors import Make, constructor_of, module_of
@@ -105,6 +105,20 @@ def lora(
         result.append(replace(entry, layer=new) if isinstance(entry, LayerCall) else new)
     chosen.check()
     return result
+
+
+def with_lora(layers: Sequence[LayerLike], config: LoraConfig) -> Sequence[LayerLike]:
+    """The layers with the adapters of a config, if it has any."""
+    if not config.rank:
+        return layers
+    return lora(
+        layers,
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets,
+        dropout=config.dropout,
+        rank_stabilised=config.rank_stabilised,
+    )
 
 
 def adapt(module: nnx.Module, parts: Sequence[Key], size: Size, key: jax.Array, shared: dict[int, Adapter]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 import tyro
 
-PREFIXED = ("mesh", "model", "data")
+PREFIXED = ("mesh", "model", "data", "lora")
 """The parts of a config whose name begins the names of their flags."""
 OTHER_NAMES: Mapping[str, str] = {
     "batch": "batch-size",
@@ -27,6 +27,10 @@ OTHER_NAMES: Mapping[str, str] = {
     "grad-clip": "clip-norm",
     "iterations": "steps",
     "logdir": "run-dir",
+    "lora-alpha": "lora.alpha",
+    "lora-dropout": "lora.dropout",
+    "lora-r": "lora.rank",
+    "lora-rank": "lora.rank",
     "lr": "learning-rate",
     "lr-schedule": "decay",
     "max-grad-norm": "clip-norm",
@@ -42,6 +46,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "profile": "profile-steps",
     "save-dir": "checkpoint-dir",
     "save-every": "checkpoint-every",
+    "target-modules": "lora.targets",
     "tensorboard": "track",
     "tp": "mesh.tensor",
     "train-steps": "steps",

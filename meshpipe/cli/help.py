@@ -40,7 +40,7 @@ GROUPS: Mapping[str, str] = {
 }
 """The group of fields of the config itself; others are in `training`."""
 PART_GROUPS: Mapping[str, str] = {"": "training", "observe": "outputs"}
-ORDER = ("training", "optimizer", "evaluation", "mesh", "pipeline", "model", "data", "outputs", "checkpoint")
+ORDER = ("training", "optimizer", "evaluation", "mesh", "pipeline", "model", "lora", "data", "outputs", "checkpoint")
 
 
 def common_page(flags: Sequence[Flag], command: str) -> type:

@@ -115,9 +115,12 @@ def verify(
 
 
 def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
-    """`verify` for a recipe's config, on the first batches that it would train on, with the reference of its model."""
+    """`verify` for a recipe's config, on the first batches that it would train on, with the reference of its model.
+
+    That has no adapters: a model with some is compared with its own layers.
+    """
     return verify(
-        config.model.layers(),
+        config.layers(),
         config.model.loss,
         config.optimizer.build(config.steps),
         batches=itertools.islice(batches(config.data.train_source(), config.batch_size, config.seed), updates),
@@ -129,7 +132,7 @@ def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
         tied=config.model.tied(),
         rules=PRESETS[config.sharding],
         compile_cache=config.compile_cache,
-        reference=config.model.reference(),
+        reference=None if config.lora.rank else config.model.reference(),
         check_memory=not config.force,
     )
 

@@ -18,6 +18,7 @@ from meshpipe.layers.staged_model import StagedModel
 
 MAY_CHANGE: Mapping[str, frozenset[str]] = {
     "model": frozenset(),
+    "lora": frozenset(),
     "optimizer": frozenset({"learning_rate", "warmup_steps", "decay", "weight_decay", "clip_norm"}),
 }
 """Fields that may change when a run is resumed: they affect future steps, not the saved state."""

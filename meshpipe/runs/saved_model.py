@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from meshpipe.adapters.config import LoraConfig
 from meshpipe.checkpoint import CheckpointError
 from meshpipe.errors import ArgumentError
 from meshpipe.models.model import ModelConfig
@@ -50,6 +51,22 @@ def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> Mod
                 "themselves."
             )
     return made
+
+
+def saved_lora(metadata: Mapping[str, Any], directory: Path) -> LoraConfig:
+    """The adapters that the metadata of a step describe; those of older versions describe none.
+
+    Raises `CheckpointError` for metadata that no run writes.
+    """
+    config = metadata.get("config")
+    saved = config.get("lora", {}) if isinstance(config, dict) else {}
+    try:
+        return LoraConfig(**{**saved, "targets": tuple(saved.get("targets", ()))})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"The metadata of a checkpoint must describe its adapters as a run saves them. Got {saved!r:.80} in "
+            f"{directory}: {error}"
+        ) from None
 
 
 def _with_values(config: Any, saved: Mapping[str, Any]) -> Any:

@@ -25,7 +25,7 @@ FILES = {
     "costs",
 }
 """Fields that name files and folders. Only their presence is compared, since paths may differ between machines."""
-WITH_PREFIX = {"mesh", "model", "data"}
+WITH_PREFIX = {"mesh", "model", "data", "lora"}
 """Parts of a config whose name prefixes their flags."""
 
 

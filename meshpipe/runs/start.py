@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meshpipe.adapters.config import LoraConfig
 from meshpipe.checkpoint import Checkpointer, verify_checkpoint
 from meshpipe.checkpoint.index import check_weights, tree_bytes
 from meshpipe.checkpoint.lock import check_free
@@ -194,7 +195,8 @@ def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) ->
     Layout, schedule, partition, microbatches, number of steps, learning rate and how often to save may change. Model,
     kind of optimizer, seed and batch size may not. The data is checked later, by its saved position.
     """
-    saved = metadata.get("config", {})
+    without = json.loads(json.dumps(config_values(LoraConfig())))
+    saved = {"lora": without, **metadata.get("config", {})}  # older versions had no adapters
     asked = json.loads(json.dumps(config_values(config)))
     for name in ("seed", "batch_size"):
         if saved.get(name) != asked[name]:
