@@ -24,15 +24,22 @@ class ModelConfig(abc.ABC):
     """Batch field that the first layer is called with."""
 
     @abc.abstractmethod
-    def layers(self) -> list[LayerConstructor]:
-        """Constructors of the layers in order; nothing is allocated until one is called."""
+    def layers(self) -> Sequence[Any]:
+        """Constructors of the layers in order, perhaps with how each is called (`meshpipe.named`, `reading`, `call`,
+        `with_fields`); nothing is allocated until one is called.
+        """
 
     @abc.abstractmethod
-    def loss(self, output: Any, batch: Mapping[str, jax.Array]) -> SumAndWeight:
-        """Sum of the losses of one microbatch's elements, and their number (or weight); both float32 scalars."""
+    def loss(self, output: Any, batch: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> SumAndWeight:
+        """Sum of the losses of one microbatch's elements, and their number (or weight); both float32 scalars.
 
-    def metrics(self, output: Any, batch: Mapping[str, jax.Array]) -> dict[str, SumAndWeight]:
-        """Further means to report in evaluation, each as a sum and a weight."""
+        Further parameters get the named outputs that they name.
+        """
+
+    def metrics(
+        self, output: Any, batch: Mapping[str, jax.Array], *args: Any, **kwargs: Any
+    ) -> dict[str, SumAndWeight]:
+        """Further means to report in evaluation, each as a sum and a weight; it gets what a loss gets."""
         return {}
 
     def tokens(self, batch: Mapping[str, np.ndarray]) -> int | None:

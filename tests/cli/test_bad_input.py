@@ -67,7 +67,7 @@ BROKEN = "def number():\n    return 3\n\ndef fails():\n    raise ValueError('no 
 
 FAILING = """
 from dataclasses import dataclass, replace
-from meshpipe import Config
+from meshpipe import Config, named
 from tests import tiny_recipes
 
 def lookup(x):
@@ -82,6 +82,30 @@ class Failing(tiny_recipes.DenseConfig):
 class Unbuilt(tiny_recipes.DenseConfig):
     def layers(self):
         return [lambda rngs: 1 / 0] * 4
+
+@dataclass(frozen=True, kw_only=True)
+class Unread(tiny_recipes.DenseConfig):
+    def layers(self):
+        return [named("memory", layer) if i == 1 else layer for i, layer in enumerate(super().layers())]
+
+@dataclass(frozen=True, kw_only=True)
+class Early(tiny_recipes.DenseConfig):
+    def layers(self):
+        return [*super().layers(), lambda x, memory: x + memory, named("memory", lambda x: x), lambda x, memory: x]
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(tiny_recipes.DenseConfig):
+    def loss(self, output, batch, memory):
+        return super().loss(output, batch)
+
+def unread() -> Config:
+    return replace(tiny_recipes.pipeline(), model=Unread())
+
+def early() -> Config:
+    return replace(tiny_recipes.pipeline(), model=Early())
+
+def asking() -> Config:
+    return replace(tiny_recipes.pipeline(), model=Asking())
 
 def fails() -> Config:
     return replace(tiny_recipes.pipeline(), model=Failing())
@@ -123,6 +147,18 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     "layer that cannot be made": (
         "verify failing.py:unbuilt",
         "ZeroDivisionError: division by zero This comes from the constructor of layers/0 (<lambda>).",
+    ),
+    "output that is not read": (
+        "train failing.py:unread --checkpoint-dir new/run --compile-cache new/programs",
+        "A named output must be read by name. Got 'memory', the output of layers/1 (Dense), which no layer after it",
+    ),
+    "output that does not exist yet": (
+        "plan failing.py:early",
+        "A named output must exist before it is read. layers/4 (<lambda>) reads 'memory', the output of layers/5.",
+    ),
+    "loss that asks for no output": (
+        "verify failing.py:asking",
+        "the loss may only require named outputs. Got the parameter 'memory'; no output has a name. Name it",
     ),
     # Flags.
     "unknown flag": (
