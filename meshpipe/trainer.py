@@ -1,6 +1,6 @@
 """A trainer: layers, a loss and an optimizer on a mesh; one step of it, and evaluation."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import jax
@@ -13,7 +13,7 @@ from meshpipe.html import html_table
 from meshpipe.layers.layer import LayerLike, Leaves
 from meshpipe.layers.modules import host_device, local_leaves, modules_with, shared_groups_of, write, write_merged
 from meshpipe.layers.stage_function import Loss, Metrics
-from meshpipe.layers.staged_model import StagedModel, StageInfo
+from meshpipe.layers.staged_model import StageInfo
 from meshpipe.layers.sums import LOSS, WEIGHT
 from meshpipe.layers.task import Task
 from meshpipe.observe.clock import MeasuredStep, measure_step
@@ -26,7 +26,7 @@ from meshpipe.stage.target import Target
 from meshpipe.training.evaluation import evaluate, from_last_stage
 from meshpipe.training.prediction import Predictor
 from meshpipe.training.result import NonFiniteError, StepResult
-from meshpipe.training.setup import Setup, set_up
+from meshpipe.training.setup import Check, Setup, set_up
 from meshpipe.training.state import StateTree
 from meshpipe.training.unchecked import UncheckedSteps
 
@@ -112,11 +112,12 @@ class Trainer:
         compile_cache: str | None = None,
         target: Target | None = None,
         check_memory: bool = False,
-        check: Callable[[StagedModel], None] | None = None,
+        check: Check | None = None,
         copies: int = 0,
     ) -> "Trainer":
-        """Like the constructor, but takes a `Task`. `check` may reject the model before it is traced, and `copies` says
-        how often all values are held once more, on the first device.
+        """Like the constructor, but takes a `Task`. `check` may reject the model before it is traced, or return a state
+        to start from, which then belongs to the trainer; no first values are made for it. `copies` says how often all
+        values are held once more, on the first device.
         """
         trainer = cls.__new__(cls)
         trainer._begin(
@@ -126,7 +127,7 @@ class Trainer:
 
     def _begin(self, made: Setup) -> None:
         self.seed = made.seed
-        self.step_number = 0
+        self.step_number = made.step
         """Number of the last update; 0 before the first."""
         self.group, self.model, self.optimizer, self.tied = made.group, made.model, made.optimizer, made.tied
         self.compile_seconds = made.compile_seconds

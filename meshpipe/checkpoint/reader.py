@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshpipe.checkpoint.checksums import Checksums, differences, file_problem, load_list
+from meshpipe.checkpoint.checksums import Checksums, differences, file_problem, load_list, size_differences
 from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, parse_json
 from meshpipe.checkpoint.errors import CheckpointError, CheckpointGoneError
 from meshpipe.checkpoint.files import DamagedFileError, below
@@ -94,14 +94,25 @@ class CheckpointReader:
             return load_step(folder, step).document
 
     @contextmanager
-    def reading(self, step: int) -> Iterator[Path]:
-        """The folder of a step; what is wrong with it becomes a `CheckpointError` that names the newest good one."""
+    def watching(self, step: int) -> Iterator[Path]:
+        """The folder of a step. A `ProblemsError` is left alone unless the step was removed meanwhile, which is no
+        damage and raises `CheckpointGoneError`.
+        """
         folder = self.folder(step)
         identity = _identity(folder, step)
         try:
             yield folder
-        except ProblemsError as error:
+        except ProblemsError:
             _check_there(folder, step, identity)
+            raise
+
+    @contextmanager
+    def reading(self, step: int) -> Iterator[Path]:
+        """The folder of a step; what is wrong with it becomes a `CheckpointError` that names the newest good one."""
+        try:
+            with self.watching(step) as folder:
+                yield folder
+        except ProblemsError as error:
             found = sentences(error.problems)
             good = newest_good_step(self.directory, but=step)
             advice = "No other step there is good." if good is None else f"The newest good step is {good}."
@@ -160,10 +171,18 @@ def step_problems(folder: Path, step: int, concerns: Callable[[str], bool] = lam
     """What is wrong with the files of a step, one sentence each. Raises `CheckpointGoneError` when it was removed
     meanwhile.
     """
+    return _problems(folder, step, lambda saved: differences(folder, saved.found, saved.files, concerns))
+
+
+def outline_problems(folder: Path, step: int) -> list[str]:
+    """What `step_problems` finds without reading the files of leaves: by their names and sizes."""
+    return _problems(folder, step, lambda saved: size_differences(saved.found, saved.files))
+
+
+def _problems(folder: Path, step: int, compare: Callable[[SavedStep], Mapping[str, str]]) -> list[str]:
     identity = _identity(folder, step)
     try:
-        saved = load_step(folder, step)
-        found = sentences(differences(folder, saved.found, saved.files, concerns))
+        found = sentences(compare(load_step(folder, step)))
     except ProblemsError as error:
         found = sentences(error.problems)
     except CheckpointError as error:

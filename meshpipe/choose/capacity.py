@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from meshpipe.choose.memory import (
     ONE_UNIT_EACH,
@@ -28,6 +29,8 @@ from meshpipe.stage.jaxpr import nbytes
 
 Parts = Mapping[str, int]
 """Bytes by what they are for."""
+Free = Mapping[Any, int | None]
+"""Free bytes by device, or of the host by None; None where they are not known."""
 MANY_TIMES = 4
 """A step whose upper bound fits so often is not looked at more closely."""
 
@@ -85,6 +88,12 @@ class MemoryCheck:
     """How often parameters, state and optimizer state are held once more, whole and on the first device."""
     neighbours: Collection[int] = ()
     """The other processes on this machine, whose CPU devices share its memory."""
+    free: Free | None = None
+    """What was free before anything was allocated for the model; None looks when asked."""
+
+    def as_of_now(self, mesh: Mesh) -> "MemoryCheck":
+        """The same, for after arrays of the model are there, which otherwise would count as needed and in use."""
+        return replace(self, free=_free_in(mesh))
 
     def least(self, model: StagedModel) -> None:
         """Raises `ArgumentError` when parameters, gradients and optimizer state alone do not fit; traces nothing."""
@@ -111,7 +120,8 @@ class MemoryCheck:
         for stage in model.traced.values():
             of_microbatch = nbytes(stage.residual_vars) + 4 * _size(stage.x) + 2 * _size(stage.state)
             bound += nbytes(stage.prepared_vars) + _size(stage.inputs) + model.plan.num_microbatches * of_microbatch
-        free = _free(model)
+        known = [free for free in self._free(model.mesh).values() if free is not None]
+        free = min(known, default=None)
         return free is not None and MANY_TIMES * model.mesh.devices.size * bound < free
 
     def _check(self, model: StagedModel, ranks: Sequence[Parts]) -> None:
@@ -119,7 +129,7 @@ class MemoryCheck:
         needs = (
             self._of_host(model, ranks, copies)
             if on_cpu(model.mesh)
-            else _of_devices(model.mesh.devices, ranks, copies)
+            else _of_devices(model.mesh.devices, ranks, copies, self._free(model.mesh))
         )
         worst = max(needs, key=lambda need: need.missing, default=None)
         if worst is not None and worst.missing:
@@ -127,7 +137,7 @@ class MemoryCheck:
 
     def _of_host(self, model: StagedModel, ranks: Sequence[Parts], copies: Parts) -> Iterable[Need]:
         """All virtual CPU devices of this machine share its memory."""
-        free = free_memory()
+        (free,) = self._free(model.mesh).values()
         parts = Counter(copies)
         count = 0
         for rank, of_device in enumerate(ranks):
@@ -137,6 +147,9 @@ class MemoryCheck:
             count += here
         shared = "" if count == 1 else f", which its {count} virtual CPU devices share"
         return [] if free is None else [Need(f"the memory of this machine{shared}", free, parts)]
+
+    def _free(self, mesh: Mesh) -> Free:
+        return _free_in(mesh) if self.free is None else self.free
 
 
 def _whole(model: StagedModel, transformation: optax.GradientTransformation) -> int:
@@ -153,12 +166,9 @@ def _size(leaves: Iterable[Any]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _free(model: StagedModel) -> int | None:
-    """Free bytes of the host or of the fullest device; None where they are not known."""
-    if on_cpu(model.mesh):
-        return free_memory()
-    found = [_free_on(device) for device in model.mesh.devices.flat]
-    return min((free for free in found if free is not None), default=None)
+def _free_in(mesh: Mesh) -> Free:
+    """What is free of the memory that the devices of a mesh use: their own, or the host's."""
+    return {None: free_memory()} if on_cpu(mesh) else {device: _free_on(device) for device in mesh.devices.flat}
 
 
 def _free_on(device: Any) -> int | None:
@@ -172,11 +182,11 @@ def _parts(memory: RankMemory) -> Parts:
     return {name: value for name, value in vars(memory).items() if name not in ("rank", "live_activations")}
 
 
-def _of_devices(devices: np.ndarray, ranks: Sequence[Parts], copies: Parts) -> Iterable[Need]:
+def _of_devices(devices: np.ndarray, ranks: Sequence[Parts], copies: Parts, free_of: Free) -> Iterable[Need]:
     """Every device of this process that says how much memory it has."""
     for rank, of_device in enumerate(ranks):
         for device in devices[rank].flat:
-            free = _free_on(device)
+            free = free_of[device]
             if free is not None:
                 parts = {**of_device, **(copies if device is devices.flat[0] else {})}
                 yield Need(f"the memory of {device.platform}:{device.id}", free, parts)

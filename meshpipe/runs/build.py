@@ -1,7 +1,5 @@
 """Builds the trainer and the chooser of a recipe's config."""
 
-from collections.abc import Callable
-
 import jax
 from jax.sharding import Mesh
 
@@ -11,11 +9,13 @@ from meshpipe.layers.paths import by_path
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.optimizer.state import state_shapes
 from meshpipe.trainer import Trainer
+from meshpipe.training.setup import Check
 from meshpipe.training.state import StateTree
 
 
-def make_trainer(config: Config, check: Callable[[StagedModel], None] | None = None) -> Trainer:
-    """The compiled trainer of a recipe. `check` is called with its model before compilation.
+def make_trainer(config: Config, check: Check | None = None) -> Trainer:
+    """The compiled trainer of a recipe. `check` is called with its model before compilation, and may return what the
+    trainer starts from.
 
     Raises `ValueError` when the parts of the config do not fit together.
     """

@@ -36,6 +36,7 @@ from meshpipe.runs.settings import describe_config, describe_source
 from meshpipe.runs.start import Start, find_start
 from meshpipe.runs.trackers import check_trackers, started_trackers
 from meshpipe.trainer import Trainer
+from meshpipe.training.state import StartingState
 
 END_SECONDS = 600.0
 """How long processes wait for each other at the end of a run."""
@@ -96,6 +97,7 @@ def conduct(
         _check_outputs(config)
         start = find_start(config)
         if start is not None and start.is_own and start.step >= config.steps:
+            start.verify()
             console.print(f"Nothing left to do: {start.folder} holds step {start.step}, and --steps is {config.steps}.")
             return Ended(COMPLETED, start.step, saved_step=start.step)
         with phase("Opening the data"):
@@ -109,7 +111,7 @@ def conduct(
             guard.undo.append(checkpointer.abandon)
         trainer = _make_trainer(config, recipe, start, checkpointer, train_batches, console)
         if start is not None:
-            _load(start, trainer, config, checkpointer, console)
+            _tell_start(start, config, checkpointer, console)
         if own is not None and log is not None:
             log.open(own / LOG)
         file = files.enter_context(MetricsFile(_metrics_file(config), append=config.checkpoint.may_continue))
@@ -169,15 +171,16 @@ def _make_trainer(
     train_batches: BatchIterator,
     console: Console,
 ) -> Trainer:
-    """The compiled trainer, after a check that it can be loaded and saved; prints its layout."""
+    """The compiled trainer, which starts where it is to, after a check that it can be saved; prints its layout."""
 
-    def check(model: StagedModel) -> None:
+    def check(model: StagedModel) -> StartingState | None:
+        shapes = saved_shapes(config, model)
         if start is not None:
             start.check(model)
         if checkpointer is not None:
-            shapes = saved_shapes(config, model)
             position, layout = train_batches.get_state(), run_layout(config, model)
             checkpointer.prepare(shapes, checkpoint_metadata(config, recipe, layout, 0, position))
+        return None if start is None else start.read(shapes)
 
     with no_garbage_collection():
         trainer = make_trainer(config, check)
@@ -189,8 +192,9 @@ def _make_trainer(
     return trainer
 
 
-def _load(start: Start, trainer: Trainer, config: Config, checkpointer: Checkpointer | None, console: Console) -> None:
-    console.print(start.load(trainer))
+def _tell_start(start: Start, config: Config, checkpointer: Checkpointer | None, console: Console) -> None:
+    """Says where the trainer starts, and renames the steps that its updates will replace."""
+    console.print(str(start))
     if checkpointer is not None and config.checkpoint.resume_from is not None and process_index() == 0:
         for later in checkpointer.supersede(start.step):
             console.print(f"Step {later} is now {later}.superseded.")

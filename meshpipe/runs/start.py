@@ -1,16 +1,18 @@
 """Where a run starts: from scratch, from its own newest checkpoint, or from a checkpoint of another run."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from meshpipe.adapters.config import LoraConfig
-from meshpipe.checkpoint import Checkpointer, verify_checkpoint
+from meshpipe.checkpoint import Checkpointer, CheckpointError, verify_checkpoint
 from meshpipe.checkpoint.index import check_weights, tree_bytes
 from meshpipe.checkpoint.lock import check_free
 from meshpipe.checkpoint.names import CHECKPOINTS
+from meshpipe.checkpoint.reader import newest_good_step, outline_problems
+from meshpipe.checkpoint.restore import restore_or_problems
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
@@ -21,10 +23,11 @@ from meshpipe.processes.printable import printable
 from meshpipe.report.tables import format_bytes
 from meshpipe.runs.record import MAY_CHANGE, check_metadata, config_values
 from meshpipe.runs.run_folder import used_by
-from meshpipe.trainer import Trainer
+from meshpipe.training.state import StartingState, StateTree
 
 WAIT_SECONDS = 1800.0
 """How long processes wait for each other to read a checkpoint."""
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Start:
     """Its saved metadata."""
     is_own: bool
     """Whether it lies in the run's own folder, so it need not be saved again."""
+    argument: str = "resume_from"
+    """The argument that names another step to start from."""
     weights_only: bool = False
     """Whether the run begins at step 0 and takes only parameters and other model state."""
 
@@ -56,13 +61,46 @@ class Start:
         found |= {f"state/{path}": leaf for stage in model.parameters for path, leaf in stage.state.items()}
         check_weights(self.step, found, leaves, self.folder)
 
-    def load(self, trainer: Trainer) -> str:
-        """Loads the checkpoint into the trainer, and returns a sentence about it."""
-        shapes = trainer.abstract_state_tree(optimizer=not self.weights_only)
-        size = format_bytes(tree_bytes(shapes))
-        with phase(f"Reading step {self.step} of {self.folder} ({size})"):
-            trees = Checkpointer(self.folder).restore(self.step, shapes)
-            trainer.load_state_tree(trees, 0 if self.weights_only else self.step, donate=True)
+    def read(self, shapes: Sequence[StateTree]) -> StartingState:
+        """Reads what the run starts from to the devices of this process, each file once, and compares it with its
+        checksum on the way. `shapes` are those of all stages with the optimizer's state.
+
+        Every process of a run calls it. Raises `ArgumentError` in all of them when one finds damage.
+        """
+        if self.weights_only:
+            shapes = [{name: tree[name] for name in ("params", "state")} for tree in shapes]
+        with phase(f"Reading step {self.step} of {self.folder} ({format_bytes(tree_bytes(shapes))})"):
+            found = self._read_intact(lambda: restore_or_problems(Checkpointer(self.folder), self.step, shapes))
+        return StartingState(found, 0 if self.weights_only else self.step)
+
+    def verify(self) -> None:
+        """Reads every byte of the step, a share in each process, for a run that needs none of it. Raises as `read`."""
+        share = process_index(), process_count()
+        size = format_bytes(Checkpointer(self.folder).bytes_of(self.step))
+        with phase(f"Checking step {self.step} in {self.folder} ({size})"):
+            self._read_intact(lambda: (None, verify_checkpoint(self.folder, self.step, share=share)))
+
+    def _read_intact(self, read: Callable[[], tuple[_Read, list[str]]]) -> _Read:
+        """What `read` returns, unless it says in any process what is wrong with files of the step, or fails there."""
+        failure = ""
+        try:
+            found, problems = read()
+        except CheckpointError as error:
+            if process_count() == 1:
+                raise
+            failure, problems = str(error), []
+        if process_count() > 1:
+            said = all_gather(f"meshpipe/{self.argument}/problems", json.dumps([failure, problems]), WAIT_SECONDS)
+            of_all = [json.loads(text) for text in said]
+            problems = sorted({problem for _, found_there in of_all for problem in found_there})
+            failure = next((failed for failed, _ in of_all if failed), "")
+        if problems:
+            raise _damaged(self.folder, self.step, problems, self.argument)
+        if failure:
+            raise CheckpointError(printable(failure))
+        return found
+
+    def __str__(self) -> str:
         if self.is_own:
             return f"Resumed after step {self.step} of {self.folder}."
         if self.weights_only:
@@ -71,8 +109,9 @@ class Start:
 
 
 def find_start(config: Config) -> Start | None:
-    """The checkpoint that the config asks to start from, after a check of all its bytes; None to start from scratch.
+    """The checkpoint that the config asks to start from, which has all its files; None to start from scratch.
 
+    Only what is written down of it is read. Its arrays are read, and compared with their checksums, by `Start.read`.
     Raises `ValueError` when a required checkpoint is missing, belongs to another run, or would mix with a new run. All
     processes raise the same error.
     """
@@ -97,7 +136,14 @@ def find_start(config: Config) -> Start | None:
             raise ArgumentError(
                 f"`steps` must be above the step that a run continues from. Got {config.steps}, and {step}."
             )
-    return Start(folder, step, metadata, is_own=False, weights_only=options.init_what == "weights")
+    return Start(
+        folder,
+        step,
+        metadata,
+        is_own=False,
+        argument="init_step",
+        weights_only=options.init_what == "weights",
+    )
 
 
 def _own_start(config: Config) -> Start | None:
@@ -144,14 +190,17 @@ def _nothing_to_resume(config: Config, name: str) -> str:
 
 
 def _read(folder: str, step: int, steps: Sequence[int], argument: str) -> dict[str, Any]:
-    """The metadata of a step, after all its bytes were checked."""
+    """The metadata of a step, which has all its files in their sizes."""
     if step not in steps:
         raise ArgumentError(
             f"`{argument}` must name a step that is saved in {folder}. Got {step}. "
             f"Complete steps there: {', '.join(map(str, steps))}."
         )
-    _check_whole(folder, step, steps, argument)
-    return Checkpointer(folder).metadata(step)
+    reader = Checkpointer(folder)
+    problems = outline_problems(reader.folder(step), step)
+    if problems:
+        raise _damaged(folder, step, problems, argument)
+    return reader.metadata(step)
 
 
 def _check_shared(argument: str, folder: str, steps: Sequence[int]) -> None:
@@ -167,23 +216,12 @@ def _check_shared(argument: str, folder: str, steps: Sequence[int]) -> None:
         )
 
 
-def _check_whole(folder: str, step: int, steps: Sequence[int], argument: str) -> None:
-    """Checks every byte of a step, a share in each process. Damage is thus found before a long compilation, not
-    after it.
-    """
-    size = format_bytes(Checkpointer(folder).bytes_of(step))
-    with phase(f"Checking step {step} in {folder} ({size})"):
-        problems = verify_checkpoint(folder, step, share=(process_index(), process_count()))
-    if process_count() > 1:
-        failures = all_gather(f"meshpipe/{argument}/problems", json.dumps(problems), WAIT_SECONDS)
-        problems = sorted({problem for text in failures for problem in json.loads(text)})
-    if not problems:
-        return
-    good = next((other for other in reversed(steps) if other != step and not verify_checkpoint(folder, other)), None)
+def _damaged(folder: str, step: int, problems: Sequence[str], argument: str) -> ArgumentError:
+    good = newest_good_step(Checkpointer(folder).directory, but=step)
     way_out = (
         "All other steps there are damaged." if good is None else f"Pass `{argument}` {good}, the newest intact step."
     )
-    raise ArgumentError(
+    return ArgumentError(
         f"A run can only start from an intact checkpoint. Got step {step} in {folder}, which is damaged: "
         f"{printable('; '.join(problems[:3]))}. {way_out}"
     )

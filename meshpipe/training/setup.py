@@ -32,7 +32,9 @@ from meshpipe.processes.agreement import AGREE_SECONDS, agree, report_failure
 from meshpipe.processes.group import Group
 from meshpipe.processes.uneven_exit import watch, watch_keys
 from meshpipe.stage.target import Target
-from meshpipe.training.state import TrainingState
+from meshpipe.training.state import StartingState, TrainingState
+
+Check = Callable[[StagedModel], StartingState | None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Setup:
     optimizer: Optimizer
     tied: TiedLeaves
     state: TrainingState
+    step: int
+    """The update after which training starts; 0 with first values."""
     seed_data: dict[int, jax.Array]
     """The seed's key data on every local stage's submesh."""
     compile_seconds: float
@@ -62,11 +66,12 @@ def set_up(
     compile_cache: str | None,
     target: Target | None,
     check_memory: bool = False,
-    check: Callable[[StagedModel], None] | None = None,
+    check: Check | None = None,
     copies: int = 0,
 ) -> Setup:
     """Chooses, compiles and places; arguments are those of `Trainer`. `check` sees a model that fits into the memory,
-    before it is traced, and `copies` is that of `MemoryCheck`.
+    before it is traced, and may return what to start from: then no first values are made. `copies` is that of
+    `MemoryCheck`.
 
     Raises `ValueError` where a trainer does.
     """
@@ -90,21 +95,22 @@ def set_up(
         memory = MemoryCheck(chooser.transformation, copies, _neighbours(group)) if check_memory else None
         if memory is not None:
             memory.least(model)
+            memory = memory.as_of_now(model.mesh)
     if not group.is_alone:  # a `check` waits for all processes
         agree(group, "memory", {})
     with report_failure(group, "programs"):
-        if check is not None:
-            check(model)
+        start = None if check is None else check(model)
         started = time.perf_counter()
         updates, tied, made = _compile(
-            model, chooser.transformation, group.name, seed, clip_norm, compile_cache, memory
+            model, chooser.transformation, group.name, seed, clip_norm, compile_cache, memory, first=start is None
         )
     if not group.is_alone:  # until here nothing has moved
         agree(group, "programs", describe_programs(model) | updates.description())
     watch(group)
     seed_data = model.place_seed(seed)
-    state = TrainingState(model.parameters, model.local, updates, tied, made)
-    return Setup(seed, group, model, updates, tied, state, seed_data, time.perf_counter() - started)
+    state = TrainingState(model.parameters, model.local, updates, tied, made, start)
+    step = 0 if start is None else start.step
+    return Setup(seed, group, model, updates, tied, state, step, seed_data, time.perf_counter() - started)
 
 
 def _neighbours(group: Group) -> set[int]:
@@ -121,8 +127,12 @@ def _compile(
     clip_norm: float | None,
     compile_cache: str | None,
     memory: MemoryCheck | None,
+    *,
+    first: bool,
 ) -> tuple[Optimizer, TiedLeaves, list[tuple[Leaves, Leaves]]]:
-    """Compiles everything that a step runs, and initialises the local layers in the same pool of threads."""
+    """Compiles everything that a step runs; with `first` values, initialises the local layers in the same pool of
+    threads.
+    """
     tied = TiedLeaves(model.tied, model.parameters, f"{name}/tied")
     cache = open_cache(compile_cache)
     compiler = Compiler(cache)
@@ -137,7 +147,8 @@ def _compile(
         made.extend(initialise(model.layers_on_submeshes, model.rules, seed, model.target, compiler))
 
     try:
-        model.compile([make_optimizer, make_parameters], compiler, name, None if memory is None else memory.traced)
+        also = [make_optimizer, make_parameters] if first else [make_optimizer]
+        model.compile(also, compiler, name, None if memory is None else memory.traced)
     except BaseException:
         if cache is not None:
             cache.remove_if_empty()

@@ -1,6 +1,7 @@
 """Everything that training changes: parameters, other state such as batch statistics, and the optimizer's state."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,11 +20,21 @@ StateTree = dict[str, dict[str, Any]]
 """What a stage owns, by leaf path: `{"params": ..., "state": ..., "optimizer": ...}`."""
 
 
+@dataclass(frozen=True)
+class StartingState:
+    """What training starts from in place of first values. The arrays belong to the trainer, which donates them."""
+
+    trees: Sequence[StateTree]
+    """On the devices of the stages; without `optimizer`, its state begins anew."""
+    step: int
+    """The update after which they were so."""
+
+
 class TrainingState:
     """The arrays of the local stages, each on its submesh, which an update donates and replaces.
 
     `stages` has the shapes of all stages, also of those in other processes. `made` has the initial values of the local
-    layers: parameters and other state.
+    layers, parameters and other state; with a `start` they are not read.
     """
 
     def __init__(
@@ -33,17 +44,28 @@ class TrainingState:
         optimizer: Optimizer,
         tied: TiedLeaves,
         made: Sequence[tuple[Leaves, Leaves]],
+        start: StartingState | None = None,
     ):
         self._stages, self._local, self._optimizer, self._tied = stages, local, optimizer, tied
-        params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
-        state = {path: leaf for _, layer in made for path, leaf in layer.items()}
-        self.params = tied.share_values({s: tuple(params[path] for path in stages[s].params) for s in local})
-        """Parameters by stage, in the order of the stage's leaves."""
-        self.state: dict[int, Arrays] = {s: tuple(state[path] for path in stages[s].state) for s in local}
-        self._of_optimizer = optimizer.init(self.params)
         self._optimizer_paths = [
             tuple(by_path(shapes, stage.params)) for stage, shapes in zip(stages, optimizer.state_shapes, strict=True)
         ]
+        self.params: dict[int, Arrays] = {}
+        """Parameters by stage, in the order of the stage's leaves."""
+        self.state: dict[int, Arrays] = {}
+        self._of_optimizer: dict[int, Any] = {}
+        if start is None:
+            self._begin(made)
+        else:
+            self.load(start.trees, donate=True)
+
+    def _begin(self, made: Sequence[tuple[Leaves, Leaves]]) -> None:
+        params = {path: leaf for layer, _ in made for path, leaf in layer.items()}
+        state = {path: leaf for _, layer in made for path, leaf in layer.items()}
+        stages, local = self._stages, self._local
+        self.params = self._tied.share_values({s: tuple(params[path] for path in stages[s].params) for s in local})
+        self.state = {s: tuple(state[path] for path in stages[s].state) for s in local}
+        self._of_optimizer = self._optimizer.init(self.params)
 
     def update(
         self, gradients: Mapping[int, Arrays], after: Mapping[int, Arrays], sums: Sums

@@ -22,6 +22,7 @@ from pathlib import Path
 from processes import ROOT, TIMEOUT, environment
 
 from meshpipe.checkpoint import Checkpointer, verify_checkpoint
+from meshpipe.checkpoint.lock import LOCK
 from meshpipe.processes.launch import free_port
 
 PHASES = ("compile", "step", "save", "restore")
@@ -64,6 +65,8 @@ class Run:
     compile_seconds: float = 1.5
     """How long it lately took from joining to the first step."""
     logs: list[Path] = field(default_factory=list)
+    began: float = 0.0
+    """When the last round began, in seconds since 1970."""
 
     @property
     def metrics(self) -> Path:
@@ -75,6 +78,7 @@ class Run:
 
     def start(self, *flags: str) -> list[subprocess.Popen[bytes]]:
         self.rounds += 1
+        self.began = time.time()
         self.logs = [self.folder / f"round-{self.rounds}-process-{number}.log" for number in range(self.processes)]
         command = [sys.executable, "-m", "meshpipe", "train", RECIPE, *FLAGS, "--mesh.pipeline", str(self.processes)]
         place = ["--coordinator", f"127.0.0.1:{free_port()}", "--process-count", str(self.processes)]
@@ -98,7 +102,7 @@ class Run:
         started = self.start("--steps", "1000000")
         try:
             self._reach(kill.phase, started)
-            before, moment = self.steps, self._phase()
+            before, moment = self.steps, self._phase(kill.phase)
             memory = max(map(_megabytes, started))
             started[kill.victim].kill()
             at = time.monotonic()
@@ -152,11 +156,12 @@ class Run:
         if phase == "compile":
             time.sleep(self.random.uniform(0, 0.8 * self.compile_seconds))
             return
-        self._until(started, lambda: "Compiled and initialised in" in self.log())
-        self.compile_seconds = time.monotonic() - joined
-        if phase == "restore":
+        if phase == "restore":  # which begins once the folder is taken, and lasts for milliseconds
+            self._until(started, self._has_lock)
             time.sleep(self.random.uniform(0, 0.02))
             return
+        self._until(started, lambda: "Compiled and initialised in" in self.log())
+        self.compile_seconds = time.monotonic() - joined
         # The first of all kills comes here too, so that those in a restore have something to restore.
         self._until(started, lambda: "  loss " in self.log() and bool(self.steps))
         time.sleep(self.random.uniform(0, 1))
@@ -164,13 +169,14 @@ class Run:
         if phase == "save":
             time.sleep(self.random.uniform(0, 0.01))
 
-    def _phase(self) -> str:
-        log = self.log()
-        if "Compiled and initialised in" not in log:
-            return "compile"
-        if "  loss " not in log and "Resumed after" not in log:
-            return "restore"
+    def _phase(self, meant: str) -> str:
+        if "Compiled and initialised in" not in self.log():
+            return "restore" if meant == "restore" else "compile"
         return "save" if self._is_saving() else "step"
+
+    def _has_lock(self) -> bool:
+        lock = self.folder / "run" / LOCK
+        return lock.exists() and lock.stat().st_mtime >= self.began
 
     def _is_saving(self) -> bool:
         return any((self.folder / "run").glob("*.partial"))

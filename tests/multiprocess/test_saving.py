@@ -4,6 +4,7 @@ a run goes on with another number of processes.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,27 @@ def train(folder: Path, processes: int, *flags: str) -> dict[int, float]:
 def test_saved_by_two_processes_and_resumed_by_one(tmp_path: Path) -> None:
     together = train(tmp_path, 2, "--steps", "4", "--checkpoint-every", "2")
     assert verify_checkpoint(tmp_path / "run", 2) == []
+    check_refused_together(tmp_path)
     alone = train(tmp_path, 1, "--steps", "4", "--resume-from", "2")
     assert alone == {step: together[step] for step in (3, 4)}
     assert sorted(os.listdir(tmp_path / "run")) == ["2", "4", "4.superseded"]
+
+
+def check_refused_together(folder: Path) -> None:
+    """Damage that only process 1 reads ends both processes, before they compile."""
+    shutil.copytree(folder / "run", folder / "damaged")
+    weights = next(path for path in (folder / "damaged" / "4" / "stage_1").glob("params.*/*") if path.name != ".zarray")
+    content = bytearray(weights.read_bytes())
+    content[0] ^= 1
+    weights.write_bytes(content)
+    command = ["-m", "meshpipe", "train", RECIPE, "--checkpoint-dir", "damaged", "--steps", "6", "--resume"]
+    ended = run_processes(2, command, folder)
+    assert ended.codes == [2, 2], ended
+    assert "Compiled" not in ended.logs[0], ended
+    for log in ended.logs:
+        assert f"{weights.relative_to(folder / 'damaged' / '4')} has changed bytes" in log, ended
+        assert "Pass --resume-from 2, the newest intact step." in log, ended
+    assert not (folder / "damaged" / "writer.lock").exists(), ended
 
 
 @pytest.mark.slow
