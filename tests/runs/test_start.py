@@ -20,6 +20,7 @@ TINY = f"train {Path(__file__).parents[1] / 'tiny_recipes.py'}:pipeline --eval-b
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert jax.device_count() == 8
     folder = tmp_path_factory.mktemp("trained")
     assert main(f"{TINY} --steps 4 --checkpoint-every 2 --checkpoint-dir {folder / 'run'}".split()) == 0
     return folder / "run"
