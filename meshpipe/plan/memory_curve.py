@@ -22,6 +22,8 @@ class _End(NamedTuple):
 
     time: float
     place: int
+    rank: int = 0
+    """Of several at one time and place, the lowest rank comes first."""
     action: Action | None = None
     """The action of the rank whose end it is; None for another time."""
 
@@ -43,7 +45,7 @@ class MemoryCurve:
         self._memory, self._transfer, self._late = on_graph(memory, plan.graph), transfer, late
         self._taken: dict[Action, float] = defaultdict(float)
         self._given_back: dict[Action, float] = defaultdict(float)
-        self._others: list[tuple[float, int, float]] = []
+        self._others: list[tuple[float, int, int, float]] = []
         for action in plan.orders[rank]:
             self._add_action(action)
         for value in plan.graph.values:
@@ -54,9 +56,9 @@ class MemoryCurve:
         """Times at which the bytes change, in order, with the bytes from then on."""
         changes = list(self._others)
         for action in self._plan.orders[self._rank]:
-            changes.append((self._starts[action], TAKEN, self._taken[action]))
-            changes.append((*self._end_of(action)[:2], -self._given_back[action]))
-        changes.sort(key=lambda change: change[:2])
+            changes.append((self._starts[action], TAKEN, 0, self._taken[action]))
+            changes.append((*self._end_of(action)[:3], -self._given_back[action]))
+        changes.sort(key=lambda change: change[:3])
         always = sum(self._memory[stage].always for stage in self._plan.stages_of(self._rank))
         totals = accumulate((change for *_, change in changes), initial=always)
         return list(zip((0.0, *(time for time, *_ in changes)), totals, strict=True))
@@ -88,7 +90,7 @@ class MemoryCurve:
         }
         size = max(_at(self._memory[stage].inputs, place) for stage, place in places.items())
         for microbatch in range(plan.num_microbatches):
-            if size:
+            if size and (kept or ranks[value.source] == self._rank):
                 self._hold(value, size, kept, microbatch)
             if graph.has_gradient(value) and not plan.forward_only:
                 for stage, place in places.items():
@@ -100,45 +102,45 @@ class MemoryCurve:
         """A value on this rank: all of it up to its last use, then what the activations of its readers keep of it."""
         ranks, source = self._plan.stage_ranks, Action(value.source, Op.FORWARD, microbatch)
         home = ranks[value.source]
-        arrivals = self._arrivals(value, microbatch)
+        readers = self._first_readers(value, microbatch)
         uses = [self._end_of(Action(stage, Op.FORWARD, microbatch)) for stage in kept]
         if home == self._rank:
             self._taken[source] += size
-            uses += [self._sent(source, rank, time, late=value.name in self._late) for rank, time in arrivals.items()]
-        elif kept:
-            place = FROM_LOWER if home < self._rank and value.name not in self._late else FROM_HIGHER
-            self._others.append((arrivals[self._rank], place, size))
+            uses += [self._sent(value, source, reader) for reader in readers.values()]
+        elif value.name in self._late:
+            arrival = max(self._ends[source], self._starts[readers[self._rank]] - self._transfer)
+            self._others.append((arrival, FROM_HIGHER, home, size))
         else:
-            return
-        levels = [(max(uses), size)]
+            self._others.append((self._ends[source], self._from(home), home, size))
+        levels = [(max(uses, key=lambda end: end[:3]), size)]
         for stage, part in kept.items():
             if part:
                 levels.append((self._end_of(self._plan.backward_of(stage, microbatch)), part))
-        levels.sort()
+        levels.sort(key=lambda level: level[0][:3])
         held = size
         for index, (end, _) in enumerate(levels):
             left = max((part for _, part in levels[index + 1 :]), default=0.0)
             self._give_back(end, held - left)
             held = left
 
-    def _arrivals(self, value: Value, microbatch: int) -> dict[int, float]:
-        """For each other rank that reads the value, when that has space for it: once it is made, or right before it is
-        first read.
-        """
-        ranks, made = self._plan.stage_ranks, self._ends[Action(value.source, Op.FORWARD, microbatch)]
-        readers: dict[int, list[float]] = defaultdict(list)
+    def _first_readers(self, value: Value, microbatch: int) -> dict[int, Action]:
+        """For each other rank that reads the value, the action that does so first."""
+        ranks, found = self._plan.stage_ranks, dict[int, Action]()
         for stage in value.targets:
-            if ranks[stage] != ranks[value.source]:
-                readers[ranks[stage]].append(self._starts[Action(stage, Op.FORWARD, microbatch)])
-        if value.name not in self._late:
-            return dict.fromkeys(readers, made)
-        return {rank: max(made, min(starts) - self._transfer) for rank, starts in readers.items()}
+            rank, action = ranks[stage], Action(stage, Op.FORWARD, microbatch)
+            if rank != ranks[value.source] and (rank not in found or self._starts[action] < self._starts[found[rank]]):
+                found[rank] = action
+        return found
 
-    def _sent(self, source: Action, rank: int, time: float, *, late: bool) -> _End:
-        """When the source of a value needs it no longer for the transfer to a rank that begins at a time."""
-        if not self._transfer and not late:
-            return self._end_of(source)
-        return _End(time + self._transfer, GIVEN_BACK if self._transfer or rank < self._rank else AT_LAST)
+    def _sent(self, value: Value, source: Action, reader: Action) -> _End:
+        """When the rank of a value's source no longer needs it to send it to the rank of a reader."""
+        rank = self._plan.stage_ranks[reader.stage]
+        if value.name in self._late:
+            return _End(self._ends[reader], self._from(rank), rank)  # where exactly is up to the order of dispatch
+        return _End(self._ends[source] + self._transfer, GIVEN_BACK) if self._transfer else self._end_of(source)
+
+    def _from(self, rank: int) -> int:
+        return FROM_LOWER if rank < self._rank else FROM_HIGHER
 
     def _send_back(self, value: Value, reader: int, size: float, microbatch: int) -> None:
         """The gradient of a value that one of its readers makes."""
@@ -152,19 +154,19 @@ class MemoryCurve:
                 self._give_back(_End(end, GIVEN_BACK) if self._transfer else self._end_of(made), size)
         if ranks[value.source] == self._rank:
             if not stays:
-                place = FROM_LOWER if ranks[reader] < self._rank else FROM_HIGHER
-                self._others.append((self._ends[made], place, size))
+                rank = ranks[reader]
+                self._others.append((self._ends[made], self._from(rank), rank, size))
             self._give_back(self._end_of(used), size)
 
     def _end_of(self, action: Action) -> _End:
         end = self._ends[action]
-        return _End(end, GIVEN_BACK if end > self._starts[action] else AT_LAST, action)
+        return _End(end, GIVEN_BACK if end > self._starts[action] else AT_LAST, action=action)
 
     def _give_back(self, end: _End, size: float) -> None:
         if end.action is not None:
             self._given_back[end.action] += size
         elif size:
-            self._others.append((end.time, end.place, -size))
+            self._others.append((*end[:3], -size))
 
 
 def _at(sizes: Sequence[float], place: int) -> float:

@@ -113,12 +113,11 @@ class Timeline:
         """Times at which the bytes that each device of the rank holds change, in order, with the bytes from then on.
 
         Space is taken when an action starts and given back when it ends. A value that moves has space on both sides
-        from the end of its action until it has arrived; one that is late, while it moves. What a program needs inside itself is not counted.
+        from the end of its action until it has arrived; one that is late, while it moves. What a program needs inside
+        itself is not counted.
         """
         assert self.memory, "simulate the plan with the memory of its stages"
-        return MemoryCurve(
-            rank, self.plan, self.starts, self.ends, self.memory, self.transfer, self.late
-        ).points()
+        return MemoryCurve(rank, self.plan, self.starts, self.ends, self.memory, self.transfer, self.late).points()
 
     @cached_property
     def peak_bytes(self) -> tuple[float, ...]:
