@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from meshpipe.layers.fields import reading as reading
     from meshpipe.layers.fields import with_fields as with_fields
     from meshpipe.layers.layer import LayerLike as LayerLike
+    from meshpipe.layers.sown import LossTerm as LossTerm
     from meshpipe.loading import load as load
     from meshpipe.mesh import MeshConfig as MeshConfig
     from meshpipe.mesh import make_mesh as make_mesh
@@ -59,6 +60,7 @@ _MODULES = {
     "reading": "meshpipe.layers.fields",
     "with_fields": "meshpipe.layers.fields",
     "LayerLike": "meshpipe.layers.layer",
+    "LossTerm": "meshpipe.layers.sown",
     "load": "meshpipe.loading",
     "MeshConfig": "meshpipe.mesh",
     "make_mesh": "meshpipe.mesh",

@@ -14,10 +14,10 @@ from meshpipe.layers.layer import LayerLike, Leaves
 from meshpipe.layers.modules import host_device, local_leaves, modules_with, shared_groups_of, write, write_merged
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.layers.staged_model import StageInfo
-from meshpipe.layers.sums import LOSS, WEIGHT
 from meshpipe.layers.task import Task
 from meshpipe.observe.clock import MeasuredStep, measure_step
 from meshpipe.observe.diagnose import first_non_finite
+from meshpipe.optimizer.sums import LOSS, WEIGHT
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Observer
 from meshpipe.plan.plan import Plan
@@ -190,7 +190,9 @@ class Trainer:
         gradients, after, sums, measured = self._accumulate(batch, measure=measure, observe=observe)
         found = self._training.update(gradients, after, sums)
         self.step_number += 1
-        result = StepResult(self.step_number, *found, self.optimizer.finite, measured)
+        scalars = found.loss, found.norm, found.good, found.applied
+        finite = self.optimizer.finite
+        result = StepResult(self.step_number, *scalars, finite, measured, found.terms, found.metrics)
         self._unchecked.add(result.step, result.good, batch)
         return result
 

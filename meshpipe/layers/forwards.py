@@ -32,6 +32,8 @@ class Forwards:
     """The stages of this process; likewise the programs."""
     programs: Mapping[int, StagePrograms]
     path_hashes: Mapping[int, jax.Array]
+    adds_up_early: bool
+    """Whether stages before the last one have sums too, which layers sow."""
     output: Boundary | None
     """What the last layer puts out for a microbatch, where that is kept in place of a loss."""
     _executors: dict[int, Executor] = field(default_factory=dict)

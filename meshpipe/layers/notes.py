@@ -6,12 +6,15 @@ from typing import Any
 from meshpipe.layers.layer import Layer
 
 
-def notes_on(layers: Sequence[Layer], tied: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
+def notes_on(
+    layers: Sequence[Layer], tied: Sequence[Sequence[str]] = (), unread: Sequence[tuple[str, str]] = ()
+) -> tuple[str, ...]:
     """One sentence for each kind of effect that a reader of the layer list may not expect.
 
-    `tied` has the groups of parameters that were found to be one variable.
+    `tied` has the groups of parameters that were found to be one variable, and `unread` the class and name of what
+    layers sow and nothing reads.
     """
-    return (*_tied(tied), *_fields(layers), *_fixed(layers), *_once(layers))
+    return (*_tied(tied), *_fields(layers), *_fixed(layers), *_once(layers), *_unread(unread))
 
 
 def _tied(groups: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -36,6 +39,11 @@ def _fixed(layers: Sequence[Layer]) -> Iterator[str]:
 def _once(layers: Sequence[Layer]) -> Iterator[str]:
     if found := [path for layer in layers for path in layer.once]:
         yield f"Run once per step, after the update: after_step of {_some(found)}."
+
+
+def _unread(sown: Sequence[tuple[str, str]]) -> Iterator[str]:
+    for name, found in _grouped(sown):
+        yield f"Sown by {name} and dropped, since they are no scalars: {', '.join(found)}."
 
 
 def _grouped(pairs: Sequence[tuple[Any, str]]) -> Iterator[tuple[Any, list[str]]]:

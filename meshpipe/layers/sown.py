@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from meshpipe.errors import ArgumentError, kind_of
+from meshpipe.optimizer.sums import LOSS, WEIGHT, is_term, metric_sums, term_sums
 from meshpipe.sharding import scalar_dtype
 
 
@@ -81,6 +82,32 @@ def collect(layer: str, made: Mapping[str, nnx.Variable[Any]]) -> Sown:
             f"{layer} sows {both[0]!r} as both. Rename one."
         )
     return Sown(terms, metrics, values)
+
+
+def sums_of_sown(sown: Sown, layer: Any, batch: Mapping[str, Any], unread: set[tuple[str, str]]) -> dict[str, object]:
+    """What the call of a layer with a microbatch adds to the sums of its stage.
+
+    The mean of a metric weighs a microbatch by its examples. Names of what nothing reads are added to `unread`.
+    """
+    unread.update((layer.class_name, name) for name in sown.values)
+    examples = next(iter(batch.values())).shape[0]
+    metrics = {name: (total * examples, jnp.float32(count * examples)) for name, (total, count) in sown.metrics.items()}
+    return {**term_sums(sown.terms), **metric_sums(metrics)}
+
+
+def add_sums(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds up sums of one name; the loss and its weight stand first."""
+    names = [name for name in (LOSS, WEIGHT) if name in first or name in second]
+    return {
+        name: first[name] + second[name] if name in first and name in second else {**first, **second}[name]
+        for name in dict.fromkeys((*names, *first, *second))
+    }
+
+
+def objective_of(sums: Mapping[str, Any]) -> Any:
+    """What is differentiated of a stage's sums: the loss and all terms. None where it has neither."""
+    parts = [jnp.asarray(value, scalar_dtype()) for name, value in sums.items() if name == LOSS or is_term(name)]
+    return sum(parts[1:], start=parts[0]) if parts else None
 
 
 def check_name(name: str, layer: str) -> None:

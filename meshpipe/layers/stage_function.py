@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from meshpipe.errors import kind_of
 from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
 from meshpipe.layers.layer import Layer, Randomness
-from meshpipe.layers.sums import LOSS, WEIGHT, metric_sums
+from meshpipe.layers.sown import add_sums, objective_of, sums_of_sown
+from meshpipe.optimizer.sums import LOSS, WEIGHT, metric_sums
 from meshpipe.stage.spec import StageFunction, StageOutput
 
 Loss = Callable[..., tuple[jax.Array, jax.Array]]
@@ -32,6 +33,7 @@ def stage_function(
     loss: Loss | None,
     metrics: Metrics | None = None,
     policies: Sequence[Callable[..., bool] | None] = (),
+    unread: set[tuple[str, str]] | None = None,
     train: bool,
 ) -> StageFunction:
     """The function of a stage that the engine traces.
@@ -39,7 +41,8 @@ def stage_function(
     `input` is the batch field that the first stage reads, and None for the others. `loss` is None for all stages but
     the last, which has the sum of the losses, their weight, and the sums and weights of `metrics`, and hands on no
     value. `policies` say what `jax.checkpoint` saves of each layer, of the last one together with the loss;
-    None saves all. Errors of layers, loss and metrics get a note with the layer's path and the shapes.
+    None saves all. What layers sow is added up unless `unread` is None; what nothing reads of it is named there, by
+    class of the layer and name. Errors of layers, loss and metrics get a note with the layer's path and the shapes.
     """
     streams = streams_of(layers)
 
@@ -54,25 +57,30 @@ def stage_function(
         seed, paths, step, microbatch = randomness
         draws = Randomness(seed, step, microbatch, {path: paths[i] for i, path in enumerate(streams)})
 
-        def call(index: int, params: Any, state: Any, value: Any) -> tuple[Any, Any]:
+        def call(index: int, params: Any, state: Any, value: Any) -> tuple[Any, Any, dict[str, Any]]:
             layer = layers[index]
             with call_of_layer(layer.path, layer.class_name, stage, value, train=train):
                 keywords = {keyword: batch[field] for keyword, field in layer.fields.items()}
-                value, after, _ = layer(params, state, value, keywords, draws, train=train)
+                value, after, sown = layer(params, state, value, keywords, draws, train=train)
             _check_output(layer, value)
-            return sums(value, batch) if loss is not None and index == len(layers) - 1 else value, after
+            found = sums_of_sown(sown, layer, batch, unread) if unread is not None else {}
+            if loss is None or index < len(layers) - 1:
+                return value, after, found
+            return None, after, add_sums(found, sums(value, batch))
 
+        found: dict[str, Any] = {}
         for index, layer in enumerate(layers):
-            run_layer: Callable[..., tuple[Any, Any]] = partial(call, index)
+            run_layer: Callable[..., tuple[Any, Any, dict[str, Any]]] = partial(call, index)
             if policies and policies[index] is not None:
                 run_layer = jax.checkpoint(run_layer, policy=policies[index])
                 value = jax.tree.map(_stored, value) if index > 0 else value
-            value, after = run_layer(_part(params, layer.params), _part(state, layer.state), value)
+            value, after, of_layer = run_layer(_part(params, layer.params), _part(state, layer.state), value)
+            found = add_sums(found, of_layer)
             state = {**state, **after}
         if loss is None:
-            return StageOutput((value,), {}, None, state)
-        found = value if layers else sums(value, batch)
-        return StageOutput((), found, found[LOSS], state)
+            return StageOutput((value,), found, objective_of(found), state)
+        found = found if layers else sums(value, batch)
+        return StageOutput((), found, objective_of(found), state)
 
     return run
 

@@ -24,6 +24,7 @@ from meshpipe.layers.task import Task
 from meshpipe.layers.wiring import wire
 from meshpipe.mesh import DATA, submeshes
 from meshpipe.optimizer.parameters import StageParameters
+from meshpipe.optimizer.sums import further_sums
 from meshpipe.optimizer.tied import borrowed
 from meshpipe.phases import each
 from meshpipe.pipeline.config import PipelineConfig
@@ -92,6 +93,8 @@ class StagedModel:
         """The policy of every layer, in stages whose rematerialisation is `layer`."""
         self._cache: CompileCache | None = None
         self._of_rest: dict[int, Forwards] = {}
+        self._unread: set[tuple[str, str]] = set()
+        """What layers sow and nothing reads: their class, and the name."""
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.local = tuple(s for s, submesh in enumerate(self._meshes) if is_local(submesh))
         """Stages on devices of this process. Of the others, only shapes are known."""
@@ -119,7 +122,8 @@ class StagedModel:
     def notes(self) -> tuple[str, ...]:
         """Effects of how the layers are written, one sentence each."""
         named = {frozenset(group) for group in self.task.tied}
-        return notes_on(self.layers, [g for g in shared_parameters(self.layers) if frozenset(g) not in named])
+        groups = [group for group in shared_parameters(self.layers) if frozenset(group) not in named]
+        return notes_on(self.layers, groups, sorted(self._unread))
 
     @property
     def stage_costs(self) -> Costs | None:
@@ -165,7 +169,10 @@ class StagedModel:
         self._check_metrics()
         if check is not None:
             check(self)
+        if len(self.local) < self.plan.num_stages and any(further_sums(s.sum_names) for s in self.traced.values()):
+            raise ValueError("Layers that sow loss terms or metrics run in one process. Got several.")
         for s, stage in self.traced.items():
+            self.parameters[s] = replace(self.parameters[s], sums=further_sums(stage.sum_names))
             once = self.parameters[s].after_step
             written = frozenset[str]() if once is None else once.writes
             self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths - written)
@@ -215,6 +222,7 @@ class StagedModel:
             traced=traced,
             programs=compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache), what=f"Compiling to {name},"),
             path_hashes=self._path_hashes,
+            adds_up_early=any(stage.sum_names for s, stage in traced.items() if s < self.plan.num_stages - 1),
             output=output[0] if outputs else None,
         )
 
@@ -267,6 +275,7 @@ class StagedModel:
                     loss=self.task.loss if has_loss else None,
                     metrics=None if train else self.task.metrics,
                     policies=[_policy(self.layer_remat[i]) if by_layer else None for i in self.cuts[s]],
+                    unread=None if outputs else self._unread,
                     train=train,
                 ),
                 params=owned.params,

@@ -14,6 +14,7 @@ from meshpipe.compiler.digest import digest
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.separable import call_of_optimizer, describe_updates, kinds_and_frozen
 from meshpipe.optimizer.state import state_shapes
+from meshpipe.optimizer.sums import LOSS, WEIGHT, further_sums, is_term, name_of_mean, weight_of
 from meshpipe.pipeline.transfer import transfer_between
 from meshpipe.processes.agreement import HASH
 from meshpipe.sharding import Arrays, abstract, is_local, place, replicated, scalar_dtype
@@ -30,9 +31,13 @@ class Scalars(NamedTuple):
     norm: jax.Array
     """Global norm of the gradient before clipping; 0 if the weight of the batch is 0."""
     good: jax.Array
-    """Whether loss and norm are finite, and those of every update since the last `reset`."""
+    """Whether loss, terms and norm are finite, and those of every update since the last `reset`."""
     applied: jax.Array
     """Whether the update was made: it is good, and the weight of the batch is not 0."""
+    terms: dict[str, jax.Array]
+    """The terms that layers add to the loss, by name: means over the whole batch, as the loss is."""
+    metrics: dict[str, jax.Array]
+    """Means of what layers sow for the metrics, by name."""
 
 
 class Optimizer:
@@ -58,6 +63,9 @@ class Optimizer:
         self._transformation = transformation
         self._stages = stages
         self._clip_norm = clip_norm
+        self._sums = further_sums(name for stage in stages for name in stage.sums)
+        self._means = tuple(name for name in self._sums if weight_of(name) is not None)
+        """The sums of which means are reported."""
         self._last = replicated(stages[-1].mesh)
         self._everywhere = [replicated(stage.mesh) for stage in stages]
         self.state_shapes = [state_shapes(transformation, stage) for stage in stages]
@@ -79,8 +87,8 @@ class Optimizer:
         """For each local stage, whether the last update left its parameters finite."""
 
     def _links(self, name: str) -> tuple[dict[int, Move], dict[int, Move]]:
-        """Transfers of sums of squares from each stage to its parent, and of scalars back, where one end is in this
-        process.
+        """Transfers of sums of squares, and of what else stages add up, from each stage to its parent, and of scalars
+        back, where one end is in this process.
         """
         up: dict[int, Move] = {}
         down: dict[int, Move] = {}
@@ -88,12 +96,12 @@ class Optimizer:
             above = parent(i, len(self._stages))
             if i in self._local or above in self._local:
                 scalar = abstract((), scalar_dtype(), self._everywhere[i])
-                # Loss, norm and what is good are read in every process.
+                # Loss, norm, what is good and further means are read in every process.
                 flag = abstract((), jnp.bool_, self._everywhere[i])
-                scalars = (scalar, flag, scalar, scalar, flag)
+                scalars = (scalar, flag, scalar, scalar, flag, *[scalar] * len(self._means))
                 square = abstract((), scalar_dtype(), self._everywhere[above])
                 mesh = self._stages[above].mesh
-                up[i] = transfer_between(f"{name}/norm {i}", stage.mesh, (square,))
+                up[i] = transfer_between(f"{name}/norm {i}", stage.mesh, (square,) * (1 + len(self._sums)))
                 down[i] = transfer_between(
                     f"{name}/scale {i}", mesh, scalars if jax.process_count() > 1 else scalars[:2]
                 )
@@ -166,8 +174,9 @@ class Optimizer:
             applied = abstract((), jnp.bool_, self._everywhere[index])
             params, state = tuple(stage.params.values()), tuple(stage.changing.values())
             shardings = jax.tree.map(lambda s: s.sharding, (params, opt_state, state, applied))
-            norm = jax.jit(self._sum_of_squares(stage), out_shardings=self._everywhere[index])
-            self._norms[index] = programs.compile(norm.lower(gradients, (scalar, scalar)), stage.mesh)
+            summed = jax.jit(self._add(stage), out_shardings=self._everywhere[index])
+            own, below = (scalar,) * len(stage.sums), (scalar,) * (1 + len(self._sums))
+            self._norms[index] = programs.compile(summed.lower(gradients, own, (below, below)), stage.mesh)
             jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
             read = tuple(stage.read_after_step.values())
             arguments = (params, opt_state, gradients, state, state, scalar, applied, read)
@@ -177,7 +186,7 @@ class Optimizer:
         def compile_summary() -> None:
             scalar, good = abstract((), scalar_dtype(), self._last), abstract((), jnp.bool_, self._last)
             summary = jax.jit(self._summary, out_shardings=self._last)
-            lowered = summary.lower(scalar, (scalar, scalar), good)
+            lowered = summary.lower((scalar,) * (1 + len(self._sums)), (scalar, scalar), good)
             self._summarise = programs.compile(lowered, self._stages[-1].mesh)
 
         with ThreadPoolExecutor() as pool:
@@ -197,7 +206,8 @@ class Optimizer:
         alone = index if self._kinds[index] is None else None
         counted = self._counted(stage)
         once = None if stage.after_step is None else stage.after_step.kind
-        return self._kinds[index], alone, shapes, borrowed, counted, once, len(stage.params), len(stage.changing)
+        sizes = len(stage.params), len(stage.changing)
+        return self._kinds[index], alone, shapes, borrowed, counted, once, stage.sums, sizes
 
     def update(
         self,
@@ -206,7 +216,7 @@ class Optimizer:
         gradients: Mapping[int, Arrays],
         before: Mapping[int, Arrays],
         after: Mapping[int, Arrays],
-        totals: Arrays,
+        sums: Mapping[int, Mapping[str, jax.Array]],
     ) -> tuple[dict[int, Arrays], dict[int, Any], dict[int, Arrays], Scalars]:
         """The new parameters, optimizer state and other state of every local stage, and the scalars of the update.
 
@@ -216,21 +226,24 @@ class Optimizer:
             gradients: Gradients of the summed loss, by local stage.
             before: Other state at the start of the step. What forward does not change is handed on as it is.
             after: Other state at the end of the step.
-            totals: The sum of the losses and their weight; read only where the last stage is local.
+            sums: What each local stage added up: the last one the sum of the losses and their weight, and every stage
+                what its `StageParameters` names.
         """
         last = len(self._stages) - 1
-        below: dict[int, Arrays] = dict.fromkeys(self._local, ())
+        below: dict[int, tuple[Arrays, ...]] = dict.fromkeys(self._local, ())
 
-        def square_of(i: int) -> Arrays:
-            return (self._norms[i](gradients[i], (below[i] + (self._nothing[i],) * 2)[:2]),)
+        def added(i: int) -> Arrays:
+            nothing = (self._nothing[i],) * (1 + len(self._sums))
+            own = tuple([sums[i][name] for name in self._stages[i].sums])
+            return self._norms[i](gradients[i], own, (*below[i], nothing, nothing)[:2])
 
         for i, move in self._up.items():
-            arrived = move(square_of(i) if i in below else None)
+            arrived = move(added(i) if i in below else None)
             if arrived is not None:
-                below[parent(i, len(self._stages))] += arrived
+                below[parent(i, len(self._stages))] += (arrived,)
         scalars: dict[int, Arrays | None] = {}
         if self._last_is_local:
-            scalars[last] = self._summarise(*square_of(last), totals, self.good)
+            scalars[last] = self._summarise(added(last), (sums[last][LOSS], sums[last][WEIGHT]), self.good)
         for i, move in reversed(self._down.items()):
             above = scalars.get(parent(i, len(self._stages)))
             scalars[i] = move(above if above is None or jax.process_count() > 1 else above[:2])
@@ -243,16 +256,32 @@ class Optimizer:
             results[i] = self._updates[i](leaves, opt_state, gradients[i], old, new, scale, applied, read)
         summed = scalars[last if self._last_is_local else self._local[0]]
         assert summed is not None
-        _, applied, loss, norm, self.good = summed
+        _, applied, loss, norm, self.good, *found = summed
+        means = dict(zip(self._means, found, strict=True))
+        terms, metrics = (
+            {name_of_mean(name): mean for name, mean in means.items() if is_term(name) is wanted}
+            for wanted in (True, False)
+        )
         new_params, leaves_of = ({i: r[k] for i, r in results.items()} for k in range(2))
         new_state = {i: replaced(before[i], self._changing[i], r[2]) for i, r in results.items()}
         new_states = {i: jax.tree.unflatten(jax.tree.structure(states[i]), new) for i, new in leaves_of.items()}
         self.finite = {i: r[3] for i, r in results.items()}
-        return new_params, new_states, new_state, Scalars(loss, norm, self.good, applied)
+        return new_params, new_states, new_state, Scalars(loss, norm, self.good, applied, terms, metrics)
 
     def _counted(self, stage: StageParameters) -> tuple[bool, ...]:
         """Which gradients of a stage count in the global norm."""
         return tuple(path not in stage.borrowed and path not in self._frozen for path in stage.params)
+
+    def _add(self, stage: StageParameters) -> Callable[[Arrays, Arrays, tuple[Arrays, ...]], Arrays]:
+        """Adds up the squares of a stage's gradients and its sums, and those from the stages below it in the tree."""
+        squares = self._sum_of_squares(stage)
+
+        def add(gradients: Arrays, own: Arrays, below: tuple[Arrays, ...]) -> Arrays:
+            named = dict(zip(stage.sums, own, strict=True))
+            start = squares(gradients, ()), *(named.get(name, jnp.zeros((), scalar_dtype())) for name in self._sums)
+            return tuple(sum(values, start=first) for first, *values in zip(start, *below, strict=True))
+
+        return add
 
     def _sum_of_squares(self, stage: StageParameters) -> Callable[[Arrays, Arrays], jax.Array]:
         counted = self._counted(stage)
@@ -263,19 +292,29 @@ class Optimizer:
 
         return sum_of_squares
 
-    def _summary(
-        self, square: jax.Array, totals: Arrays, good: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Scale of the gradients, whether to update, mean loss, norm, and whether both and all before were finite."""
+    def _summary(self, added: Arrays, totals: Arrays, good: jax.Array) -> Arrays:
+        """Scale of the gradients, whether to update, mean loss, norm, whether both and all before were finite, and
+        further means.
+        """
+        square, *rest = added
         total, weight = totals
+        sums = {**dict(zip(self._sums, rest, strict=True)), WEIGHT: weight}
         counts = weight != 0
         divisor = jnp.where(counts, weight, 1)
+
+        def mean(name: str) -> jax.Array:
+            if is_term(name):
+                return jnp.where(counts, sums[name] / divisor, sums[name] * 0)
+            return sums[name] / sums[str(weight_of(name))]
+
         # 0 where nothing counts, and NaN where there was one.
         loss, norm = (jnp.where(counts, value / divisor, value * 0) for value in (total, jnp.sqrt(square)))
         clip = self._clip_norm
         factor = jnp.ones((), norm.dtype) if clip is None else jnp.where(norm > clip, clip / norm, 1.0)
-        good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
-        return factor / divisor, good & counts, loss, norm, good
+        means = [mean(name) for name in self._means]
+        for value in (loss, norm, *(m for name, m in zip(self._means, means, strict=True) if is_term(name))):
+            good = good & jnp.isfinite(value)
+        return factor / divisor, good & counts, loss, norm, good, *means
 
     def _update(self, stage: StageParameters) -> Callable[..., tuple[Arrays, Any, Arrays, jax.Array]]:
         def update(params, opt_state, gradients, before, after, scale, applied, read):  # type: ignore[no-untyped-def]

@@ -35,6 +35,8 @@ class StageParameters:
     fixed: frozenset[str] = frozenset()
     """State that a step does not change, such as frozen weights and masks; updates do not touch it."""
     after_step: AfterStep | None = None
+    sums: tuple[str, ...] = ()
+    """What it adds up over the microbatches of a step besides the loss and its weight (`sums.py`)."""
 
     @property
     def owned(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -35,12 +35,14 @@ class LayeredModel:
         leaves = {path: params[name] for path, name in self.names.items() if name in params}
         outputs: dict[int, Any] = {}
         written = dict(state)
+        terms: dict[str, Any] = {}
         for index, layer in enumerate(self._layers):
             value = get(self._wiring.inputs[index], batch, outputs)
             keywords = {k: get(source, batch, outputs) for k, source in self._wiring.keywords[index].items()}
-            outputs[index], after, _ = layer(leaves, written, value, keywords, Randomness(*draws), train=True)
+            outputs[index], after, sown = layer(leaves, written, value, keywords, Randomness(*draws), train=True)
             written |= after
-        return LossInputs(outputs[index], {k: outputs[o.layer] for k, o in self._wiring.loss.items()}), written
+            terms |= {name: terms.get(name, 0.0) + term for name, term in sown.terms.items()}
+        return LossInputs(outputs[index], {k: outputs[o.layer] for k, o in self._wiring.loss.items()}, terms), written
 
     def after_step(self, params: Leaves, state: Leaves) -> Leaves:
         leaves = {path: params[name] for path, name in self.names.items() if name in params}

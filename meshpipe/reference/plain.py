@@ -24,6 +24,8 @@ class LossInputs(NamedTuple):
     output: Any
     named: Mapping[str, Any]
     """Further outputs by keyword of the loss."""
+    terms: Mapping[str, Any]
+    """What the model adds to the loss, by name: sums over the microbatch."""
 
 
 @runtime_checkable
@@ -81,6 +83,8 @@ class Gradients:
     """Of the mean loss, after clipping."""
     written: Leaves
     """The leaves that forward wrote, as they are after the last microbatch."""
+    terms: Mapping[str, float]
+    """What the model adds to the loss, by name, as means like the loss."""
     counts: bool
     """False where the weight of the whole batch is 0: there is no mean to follow, and the update is to be left out."""
 
@@ -89,8 +93,8 @@ class PlainTraining:
     """A model, a loss and an optimizer on one device: `jax.value_and_grad` of the batch's mean loss, then Optax.
 
     It keeps nothing between updates: each is computed from the values that it is given. The batch is taken whole,
-    unless the model draws random numbers or has state: those depend on the microbatch by definition, so the same
-    microbatches are run one after the other and their sums added up before the one division.
+    unless the model draws random numbers, has state or adds terms to the loss: those depend on the microbatch by
+    definition, so the same microbatches are run one after the other and their sums added up before the one division.
     """
 
     def __init__(
@@ -107,19 +111,24 @@ class PlainTraining:
         self.device = jax.devices()[0]
         self._seed = jax.random.key_data(jax.random.key(seed))
         self._frozen_names: set[str] | None = None
-        self._split = num_microbatches if model.splits else 1
+        self._num_microbatches = num_microbatches
+        self._split: int | None = None
+        """How many microbatches a batch is run in; None before the first."""
 
     def gradients(self, values: Values, batch: Batch, step: int) -> Gradients:
         """The loss and its gradients for a batch; `step` counts from 0."""
-        rows = {name: np.split(np.asarray(value), self._split) for name, value in batch.items()}
-        microbatches = jax.device_put([{n: v[m] for n, v in rows.items()} for m in range(self._split)], self.device)
+        microbatches = self._microbatches(values, batch)
         params, state = values.params, values.state
         written: Leaves = {}
-        sums, gradients = [], None
+        sums: list[tuple[float, float]] = []
+        terms: list[Mapping[str, float]] = []
+        gradients = None
         for index, microbatch in enumerate(microbatches):
             draws = jax.device_put((self._seed, np.uint32(step), np.uint32(index)), self.device)
-            (total, (weight, after)), gradient = self._sum_and_gradient(params, state, microbatch, draws)
+            found, gradient = self._sum_and_gradient(params, state, microbatch, draws)
+            _, (total, weight, of_model, after) = found
             sums.append((float(total), float(weight)))
+            terms.append({name: float(term) for name, term in of_model.items()})
             gradients = gradient if gradients is None else jax.tree.map(jnp.add, gradients, gradient)
             written |= after
             params = {name: after.get(name, leaf) for name, leaf in params.items()}
@@ -132,8 +141,18 @@ class PlainTraining:
         if self._clip_norm is not None and norm > self._clip_norm:
             mean = {name: np.asarray(g * float(self._clip_norm / norm)) for name, g in mean.items()}
         if not weight:
-            return Gradients(0.0, 0.0, mean, written, counts=False)
-        return Gradients(float(total / weight), norm, mean, written, counts=True)
+            return Gradients(0.0, 0.0, mean, written, dict.fromkeys(terms[0], 0.0), counts=False)
+        means = {name: sum(found[name] for found in terms) / float(weight) for name in terms[0]}
+        return Gradients(float(total / weight), norm, mean, written, means, counts=True)
+
+    def _microbatches(self, values: Values, batch: Batch) -> list[Any]:
+        """The batch, whole or split, on the device."""
+        if self._split is None:
+            draws = self._seed, np.uint32(0), np.uint32(0)
+            made = jax.eval_shape(self._model.run, values.params, values.state, dict(batch), draws)[0]
+            self._split = self._num_microbatches if self._model.splits or made.terms else 1
+        rows = {name: np.split(np.asarray(value), self._split) for name, value in batch.items()}
+        return jax.device_put([{n: v[m] for n, v in rows.items()} for m in range(self._split)], self.device)
 
     def update(self, values: Values, gradients: Mapping[str, Any]) -> Updated:
         """What follows from those gradients; `values` has the state as forward left it."""
@@ -166,7 +185,9 @@ class PlainTraining:
             output, written = self._model.run(params, state, batch, draws)
             loss, weight = self._loss(output.output, batch, **output.named)
             scalar = jnp.result_type(float)  # of 64 bits where JAX has them
-            return jnp.asarray(loss, scalar), (jnp.asarray(weight, scalar), written)
+            loss, weight = jnp.asarray(loss, scalar), jnp.asarray(weight, scalar)
+            objective = loss + sum(output.terms.values(), jnp.zeros((), scalar))
+            return objective, (loss, weight, output.terms, written)
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.errors import kind_of
+from meshpipe.layers.sown import LossTerm
 from meshpipe.models.reference import Reference
 from meshpipe.reference.correspondence import Key, correspond, text, trains
 from meshpipe.reference.plain import Leaves, LossInputs
@@ -63,7 +64,7 @@ class UncutModel:
 
     def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[LossInputs, Leaves]:
         model = self._made({**state, **params})
-        output = self._call(model, batch)
+        output, sown = nnx.capture(self._call, LossTerm)(model, batch)
         after = dict(nnx.to_flat_state(nnx.state(model)))
         for key, variable in self._variables.items():
             if isinstance(variable, nnx.RngCount) and isinstance(_array(after[key]), jax.core.Tracer):
@@ -73,14 +74,14 @@ class UncutModel:
                     "layers and the reference; without `reference`, verify compares dropout too."
                 )
         written = {name: _array(after[key]) for key, name in self._names.items() if key in after}
-        return self._loss_inputs(output), written
+        return self._loss_inputs(output, _terms(sown)), written
 
-    def _loss_inputs(self, output: Any) -> LossInputs:
+    def _loss_inputs(self, output: Any, terms: Mapping[str, Any]) -> LossInputs:
         if not self._named:
-            return LossInputs(output, {})
+            return LossInputs(output, {}, terms)
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
             if output[1].keys() == self._named:
-                return LossInputs(*output)
+                return LossInputs(*output, terms)
             got = f"a dict of {', '.join(map(repr, output[1])) or 'nothing'}"
         else:
             got = kind_of(output)
@@ -107,6 +108,15 @@ class UncutModel:
 
     def describe(self) -> str:
         return f"the uncut {self._class_name}"
+
+
+def _terms(sown: nnx.State) -> dict[str, Any]:
+    """The terms of the loss in what a model sowed, by name: sums over arrays, calls and modules."""
+    terms: dict[str, Any] = {}
+    for key, variable in nnx.to_flat_state(sown):
+        parts = [jnp.asarray(part, jnp.result_type(float)).sum() for part in jax.tree.leaves(variable.get_value())]
+        terms[str(key[-1])] = sum(parts, terms.get(str(key[-1]), 0.0))
+    return terms
 
 
 def _array(variable: Any) -> Any:

@@ -164,30 +164,34 @@ class _Verification:
         self._compare_tied(0, before)
         scalars = []
         for update, batch in enumerate(each("Comparing", "update", batches), start=1):
-            loss, norm = self._step(batch)
+            found = self._step(batch)
             after = snapshot(self._trainer, self._training.device)
-            scalars.append((float(loss), float(norm)))
+            scalars.append({quantity: float(value) for quantity, value in found.items()})
             self._compare(update, batch, scalars[-1], before, after)
             before = after
         self._trainer.load_state_tree(start, 0)
         again = [self._step(batch) for batch in each("Repeating", "update", batches)]
         for update, (found, expected) in enumerate(zip(again, scalars, strict=True), start=1):
-            for quantity, a, b in zip(("loss", "gradient norm"), found, expected, strict=True):
-                self._comparison.scalar(update, f"uninterrupted {quantity}", float(a), b)
+            for quantity, value in found.items():
+                self._comparison.scalar(update, f"uninterrupted {quantity}", float(value), expected[quantity])
 
-    def _step(self, batch: Batch) -> tuple[SupportsFloat, SupportsFloat]:
+    def _step(self, batch: Batch) -> dict[str, SupportsFloat]:
+        """The scalars of an update, by quantity."""
         borrowed = {name: np.array(value) for name, value in batch.items()}
         result = self._trainer.step(borrowed)
         overwrite(borrowed)
-        return result.loss, result.grad_norm
+        terms = {f"term {name}": value for name, value in result.terms.items()}
+        return {"loss": result.loss, "gradient norm": result.grad_norm, **terms}
 
     def _compare(
-        self, update: int, batch: Batch, scalars: tuple[float, float], before: Snapshot, after: Snapshot
+        self, update: int, batch: Batch, scalars: Mapping[str, float], before: Snapshot, after: Snapshot
     ) -> None:
         values = self._values(before)
         expected = self._training.gradients(values, batch, update - 1)
-        self._comparison.scalar(update, "loss", scalars[0], expected.loss)
-        self._comparison.scalar(update, "gradient norm", scalars[1], expected.norm)
+        terms = {f"term {name}": value for name, value in expected.terms.items()}
+        wanted = {"loss": expected.loss, "gradient norm": expected.norm, **terms}
+        for quantity in dict.fromkeys((*wanted, *scalars)):
+            self._comparison.scalar(update, quantity, scalars.get(quantity, 0.0), wanted.get(quantity, 0.0))
         self._compare_tied(update, after)
         if not expected.counts:
             self._compare_left_out(update, before, after)

@@ -48,6 +48,7 @@ class StepMetrics:
         values: dict[str, Any] = {
             "step": result.step,
             "loss": float(local_value(result.loss)),
+            **{name: float(local_value(value)) for name, value in (*result.terms.items(), *result.metrics.items())},
             "grad_norm": float(local_value(result.grad_norm)),
             # The schedule counts the updates before this one.
             "learning_rate": self._rates.after(result.step - 1 - self.left_out),

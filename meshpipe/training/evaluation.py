@@ -10,7 +10,7 @@ from meshpipe.errors import ArgumentError
 from meshpipe.layers.forwards import Forwards
 from meshpipe.layers.microbatches import OwnBatch
 from meshpipe.layers.staged_model import StagedModel
-from meshpipe.layers.sums import means
+from meshpipe.optimizer.sums import LOSS, WEIGHT, means
 from meshpipe.processes.group import Group
 from meshpipe.sharding import local_value
 from meshpipe.training.state import TrainingState
@@ -32,18 +32,29 @@ def evaluate(
     """
     if isinstance(batches, Mapping):
         raise ArgumentError("`evaluate` takes batches, one after the other. Got one. Write evaluate([batch]).")
-    found: list[dict[str, float]] = []
+    found: list[dict[int, dict[str, float]]] = []
     for batch in batches:
         for forwards, count, part in _pieces(model, batch):
             inputs = forwards.inputs(part, seed_data)
             group.calls += 1
             _, _, sums = forwards.executor(count).run(training.params, training.state, inputs)
-            of_last = sums.get(model.plan.num_stages - 1, {})
-            found.append({name: float(local_value(value)) for name, value in of_last.items()})
+            found.append({s: {n: float(local_value(v)) for n, v in own.items()} for s, own in sums.items()})
     if not found:
         raise ArgumentError("Evaluation needs at least one batch. Got `batches` without any.")
-    total = {name: sum(sums[name] for sums in found) for name in found[0]}
-    return from_last_stage(model, group, means(total) if total else {})
+    own = {s: {name: sum(sums[s][name] for sums in found) for name in found[0][s]} for s in found[0]}
+    if group.is_alone or not model.evaluation.adds_up_early:
+        return from_last_stage(model, group, means(_total(own)) if model.plan.num_stages - 1 in own else {})
+    texts = group.gather("sums", json.dumps(own), LAST_STAGE_SECONDS)
+    return means(_total({int(s): sums for text in texts for s, sums in json.loads(text).items()}))
+
+
+def _total(sums: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Adds up the sums of all stages; the loss, which the last one has, stands first."""
+    total: dict[str, float] = {LOSS: 0.0, WEIGHT: 0.0}
+    for s in sorted(sums):
+        for name, value in sums[s].items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def _pieces(model: StagedModel, batch: Mapping[str, Any]) -> Iterator[tuple[Forwards, int, OwnBatch]]:

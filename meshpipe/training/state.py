@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from meshpipe.layers.layer import Leaves
 from meshpipe.layers.paths import by_path
-from meshpipe.layers.sums import LOSS, WEIGHT
-from meshpipe.optimizer.optimizer import Optimizer
+from meshpipe.optimizer.optimizer import Optimizer, Scalars
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.tied import TiedLeaves
 from meshpipe.pipeline.executor import Sums
@@ -67,17 +66,10 @@ class TrainingState:
         self.state = {s: tuple(state[path] for path in stages[s].state) for s in local}
         self._of_optimizer = self._optimizer.init(self.params)
 
-    def update(
-        self, gradients: Mapping[int, Arrays], after: Mapping[int, Arrays], sums: Sums
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Applies one update. `after` is the state that forward produced, which replaces the current state.
-
-        Returns loss, norm of the gradient, whether all losses and norms were finite, and whether it was applied.
-        """
-        of_last = sums.get(len(self._stages) - 1)
-        totals = () if of_last is None else (of_last[LOSS], of_last[WEIGHT])
+    def update(self, gradients: Mapping[int, Arrays], after: Mapping[int, Arrays], sums: Sums) -> Scalars:
+        """Applies one update. `after` is the state that forward produced, which replaces the current state."""
         self.params, self._of_optimizer, self.state, found = self._optimizer.update(
-            self.params, self._of_optimizer, self._tied.sum_gradients(gradients), self.state, after, totals
+            self.params, self._of_optimizer, self._tied.sum_gradients(gradients), self.state, after, sums
         )
         self.params = self._tied.share_values(self.params)
         return found

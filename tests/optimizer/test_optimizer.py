@@ -56,7 +56,9 @@ def run(transformation, clip_norm=None, gradients=GRADIENTS):
     for mean in gradients:
         sums = {number: put({k: v * np.float32(WEIGHT) for k, v in mean.items()}, number) for number in range(2)}
         totals = jax.device_put((np.float32(10.0), np.float32(WEIGHT)), replicated(RANKS[1]))
-        params, states, _, (loss, norm, good, _) = optimizer.update(params, states, sums, NO_STATE, NO_STATE, totals)
+        params, states, _, (loss, norm, good, *_) = optimizer.update(
+            params, states, sums, NO_STATE, NO_STATE, {1: dict(zip(("loss", "weight"), totals, strict=True))}
+        )
         norms.append((float(loss), float(norm), bool(good)))
     named = {
         path: np.asarray(leaf)
@@ -257,7 +259,14 @@ def test_the_norm_is_that_of_all_of_many_stages():
     zeros = {i: (jax.device_put(np.zeros(2, np.float32), replicated(mesh)),) for i, mesh in enumerate(ranks)}
     nothing = dict.fromkeys(range(8), ())
     totals = jax.device_put((np.float32(1), np.float32(1)), replicated(ranks[-1]))
-    params, _, _, (_, norm, good, _) = optimizer.update(zeros, optimizer.init(zeros), values, nothing, nothing, totals)
+    params, _, _, (_, norm, good, *_) = optimizer.update(
+        zeros,
+        optimizer.init(zeros),
+        values,
+        nothing,
+        nothing,
+        {len(ranks) - 1: dict(zip(("loss", "weight"), totals, strict=True))},
+    )
     assert float(norm) == np.sqrt(np.float32(5 * sum(i**2 for i in range(8))))
     assert bool(good)
     for i in range(8):

@@ -94,7 +94,9 @@ def test_updates_are_those_of_one_parameter() -> None:
         given = values(step)
         gradients = tied.sum_gradients(put({path: value * weight for path, value in given.items()}))
         totals = jax.device_put((np.float32(1), weight), replicated(RANKS[1]))
-        params, states, _, (_, norm, *_) = optimizer.update(params, states, gradients, NO_STATE, NO_STATE, totals)
+        params, states, _, (_, norm, *_) = optimizer.update(
+            params, states, gradients, NO_STATE, NO_STATE, {1: dict(zip(("loss", "weight"), totals, strict=True))}
+        )
         params = tied.share_values(params)
 
         mean = {OWNER: given[OWNER] + given[NEAR] + given[FAR], OTHER: given[OTHER]}
