@@ -17,7 +17,6 @@ from meshpipe.choose.memory import (
     device_bytes,
     microbatch_memories,
     predict_memory,
-    splits_backward,
 )
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.staged_model import StagedModel
@@ -71,8 +70,7 @@ def with_own_activations(model: StagedModel, ranks: Sequence[Parts]) -> list[Par
     """The ranks with the activations of the stages that are traced here; those of other stages count as none."""
     own, remat = list(model.traced), model.remat
     assert remat is not None, "remat is to be chosen first"
-    splits = splits_backward(model.plan)
-    found = microbatch_memories([model.traced[s] for s in own], [remat[s] for s in own], splits=splits)
+    found = microbatch_memories([model.traced[s] for s in own], [remat[s] for s in own], model.plan)
     known = dict(zip(own, found, strict=True))
     memory = [known.get(stage, StageMemory(activation=0)) for stage in range(model.plan.num_stages)]
     peaks = simulate(model.plan, ONE_UNIT_EACH, memory).peak_bytes

@@ -1,7 +1,7 @@
 """Predicts what a step holds in the memory of each rank's devices, from shapes alone."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -142,34 +142,39 @@ def held_always(
 def _stage_memory(
     model: StagedModel, remat: Sequence[str], always: Sequence[HeldAlways], traced: Sequence[TracedStage]
 ) -> list[StageMemory]:
-    splits = splits_backward(model.plan)
     return [
         replace(memory, always=kept.total)
-        for memory, kept in zip(microbatch_memories(traced, remat, splits=splits), always, strict=True)
+        for memory, kept in zip(microbatch_memories(traced, remat, model.plan), always, strict=True)
     ]
 
 
-def splits_backward(plan: Plan) -> bool:
-    return any(action.op is Op.BACKWARD_INPUT for action in plan.actions)
-
-
-def microbatch_memories(traced: Sequence[TracedStage], remat: Sequence[str], *, splits: bool) -> list[StageMemory]:
-    """What every stage stores of a microbatch, without what it holds for the whole step."""
-    found: dict[tuple[int, str], StageMemory] = {}
+def microbatch_memories(traced: Sequence[TracedStage], remat: Sequence[str], plan: Plan) -> list[StageMemory]:
+    """What stages of the plan store of a microbatch, without what they hold for the whole step."""
+    splits = {action.stage for action in plan.actions if action.op is Op.BACKWARD_INPUT}
+    found: dict[Hashable, StageMemory] = {}
+    memories = []
     for stage, name in zip(traced, remat, strict=True):
-        if (id(stage.closed), name) not in found:  # stages that share a trace store the same
-            found[id(stage.closed), name] = _microbatch_memory(stage, name, splits=splits)
-    return [found[id(stage.closed), name] for stage, name in zip(traced, remat, strict=True)]
+        index = stage.spec.index
+        # Stages that share a trace store the same.
+        key = id(stage.closed), name, index in splits, plan.has_backward(index)
+        if key not in found:
+            found[key] = (
+                _microbatch_memory(stage, name, splits=index in splits)
+                if plan.has_backward(index)
+                else StageMemory(activation=0, inputs=_inputs_bytes(stage), new_state=device_bytes(stage.state))
+            )
+        memories.append(found[key])
+    return memories
 
 
 def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> StageMemory:
     recomputes = remat == "full"
-    input_bytes = device_bytes(stage.x)
     kept_x = [device_bytes([stage.x[i]]) for i in stage.kept_x]
     kept_state = [device_bytes([stage.state[i]]) for i in stage.kept_state]
     residuals = [_split_bytes(stage, v) for v in stage.residual_vars]
-    kept_input = input_bytes if recomputes else sum(kept_x)
-    activation = kept_input + (device_bytes(stage.state) if recomputes else sum(kept_state) + sum(residuals))
+    inputs = _inputs_bytes(stage)
+    kept_inputs = inputs if recomputes else _inputs_bytes(stage, stage.kept_x)
+    activation = sum(kept_inputs) + (device_bytes(stage.state) if recomputes else sum(kept_state) + sum(residuals))
     kept_for_weights = found = crossing = 0
     shapes = shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars)
     with jax.set_mesh(stage.spec.mesh):
@@ -189,14 +194,27 @@ def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> Stage
         activation=activation,
         kept_for_weights=kept_for_weights,
         made_for_weights=crossing + found,
-        input=input_bytes,
-        kept_input=kept_input,
-        input_gradient=device_bytes(gradients_on_submesh(stage.boundaries_in, stage.spec.mesh, stage.microbatch_size)),
+        inputs=inputs,
+        kept_inputs=kept_inputs,
+        input_gradients=tuple(
+            device_bytes(boundary.gradients_on(stage.spec.mesh, stage.microbatch_size))
+            for boundary in stage.boundaries_in
+        ),
         recomputed=sum(residuals) if recomputes else 0,
         recomputed_inside=inside,
         found_for_weights=found,
         new_state=device_bytes(stage.state),
     )
+
+
+def _inputs_bytes(stage: TracedStage, kept: Collection[int] | None = None) -> tuple[int, ...]:
+    """Bytes per device of each value that a stage is handed, or of the leaves among all that it keeps."""
+    sizes, first = [], 0
+    for boundary in stage.boundaries_in:
+        places = range(first, first + len(boundary.leaves))
+        sizes.append(device_bytes(stage.x[i] for i in places if kept is None or i in kept))
+        first = places.stop
+    return tuple(sizes)
 
 
 def shapes_of(values: Iterable[Var]) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -8,7 +8,7 @@ from itertools import product
 import jax
 import optax
 
-from meshpipe.choose.memory import ONE_UNIT_EACH, held_always, microbatch_memories, shapes_of, splits_backward
+from meshpipe.choose.memory import ONE_UNIT_EACH, held_always, microbatch_memories, shapes_of
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.pipeline.config import parse_bytes
 from meshpipe.plan.simulate import StageMemory, Timeline, simulate
@@ -65,10 +65,9 @@ def choose_remat(
     """
     plain = model.trace(("none",) * model.plan.num_stages)
     always = [kept.total for kept in held_always(model, transformation, plain)]
-    splits = splits_backward(model.plan)
     memory = [
         replace(stage, always=kept)
-        for stage, kept in zip(microbatch_memories(plain, ["none"] * len(plain), splits=splits), always, strict=True)
+        for stage, kept in zip(microbatch_memories(plain, ["none"] * len(plain), model.plan), always, strict=True)
     ]
     timeline = simulate(model.plan, ONE_UNIT_EACH, memory)
     if max(timeline.peak_bytes) <= memory_limit:
@@ -104,16 +103,19 @@ def _options(model: StagedModel, plain: Sequence[TracedStage], memory: Sequence[
 
     `plain` has the stages without rematerialisation, and `memory` what they store then.
     """
-    splits, num_stages = splits_backward(model.plan), len(plain)
+    num_stages = len(plain)
     of_policies = {name: model.trace((name,) * num_stages) for name in POLICIES}
     stored = {
-        name: microbatch_memories(stages, [name] * num_stages, splits=splits)
+        name: microbatch_memories(stages, [name] * num_stages, model.plan)
         for name, stages in {**of_policies, "full": plain}.items()
     }
     options = []
     for s, (stage, kept) in enumerate(zip(plain, memory, strict=True)):
-        backward = _backward_operations(stage)
         found = [_Option("none", 0.0, kept)]
+        if not model.plan.has_backward(s):
+            options.append(found)
+            continue
+        backward = _backward_operations(stage)
         for name in stored:
             if name == "full":
                 again = float(count_operations(stage.forward(outputs=False, residuals=True)))

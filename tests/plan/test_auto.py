@@ -2,11 +2,13 @@
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshpipe.plan.graph import Graph, chain
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.schedules import SCHEDULES, loop, make_plan, takes_stages, zigzag
 from meshpipe.plan.search.auto import Profile, auto_plan
@@ -14,6 +16,7 @@ from meshpipe.plan.search.greedy import Rule, greedy_orders
 from meshpipe.plan.search.local_search import improve, peak_bytes
 from meshpipe.plan.simulate import Costs, StageMemory, simulate
 from meshpipe.plan.validate import validate
+from tests.plan.random_graphs import random_graph
 
 GIB = 2.0**30
 
@@ -150,3 +153,39 @@ def test_small_changes_make_a_plan_shorter() -> None:
     assert (simulate(plan).makespan, simulate(better).makespan) == (15, 11)
     assert simulate(better).peak_activations == (2, 2)
     assert improve(plan, Costs(), memory, [1.0, 1.0], 500).orders == plan.orders
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    num_ranks=st.integers(1, 4),
+    num_microbatches=st.integers(1, 6),
+    stages_per_rank=st.integers(1, 2),
+    seed=st.integers(0, 1000),
+    limit=st.sampled_from([None, 3 * GIB, 6 * GIB]),
+)
+def test_plans_for_graphs_are_no_slower_than_the_named_ones(
+    num_ranks: int, num_microbatches: int, stages_per_rank: int, seed: int, limit: float | None
+) -> None:
+    num_stages = num_ranks * stages_per_rank
+    profile = replace(uneven(num_stages, stages_per_rank, seed), graph=random_graph(num_stages, seed))
+    assert profile.graph is not None
+    plan = auto_plan(num_ranks, num_microbatches, {stages_per_rank: profile}, limit)
+    validate(plan)
+    assert plan.graph == profile.graph
+    timeline = simulate(plan, profile.costs, profile.memory)
+    assert limit is None or max(timeline.peak_bytes) <= limit * (1 + 1e-6)
+    assert all(action.op is Op.FORWARD or profile.graph.has_backward(action.stage) for action in plan.actions)
+    for name in SCHEDULES:
+        if name != "inference" and takes_stages(name, stages_per_rank):
+            named = make_plan(name, num_ranks, num_microbatches, stages_per_rank).on(profile.graph)
+            other = simulate(named, profile.costs, profile.memory)
+            if limit is None or max(other.peak_bytes) <= limit:
+                assert timeline.makespan <= other.makespan * (1 + 1e-6)
+
+
+def test_stages_that_run_no_backward_make_room_for_others() -> None:
+    """Two frozen stages of forwards alone: half of the work of the ranks that train."""
+    graph = Graph((False, False, True, True), chain(4).values)
+    costs = Costs({Op.BACKWARD_WEIGHT: 1.0})
+    plan = auto_plan(4, 8, {1: Profile(costs, graph=graph)})
+    assert simulate(plan, costs).makespan == 2 + 8 * 3 + 1

@@ -113,7 +113,7 @@ EACH_ONE = Costs(dict.fromkeys(Op, 1.0))
 
 def test_values_on_their_way_take_space_on_both_sides() -> None:
     first = StageMemory(activation=10)
-    last = StageMemory(activation=5, input=3, kept_input=1, input_gradient=2)
+    last = StageMemory(activation=5, inputs=(3,), kept_inputs=(1,), input_gradients=(2,))
     timeline = simulate(make_plan("1f1b", 2, 2), EACH_ONE, [first, last])
     # 0F0 and its output; 0F1 and its output; a gradient, then 0B0; a gradient, then 0B1.
     assert [held for _, held in timeline.memory_curve(0)] == [0, 13, 10, 23, 20, 22, 22, 10, 12, 12, 0]
@@ -123,7 +123,7 @@ def test_values_on_their_way_take_space_on_both_sides() -> None:
 
 
 def test_a_slow_transfer_holds_what_it_moves() -> None:
-    stages = [StageMemory(activation=10), StageMemory(activation=5, input=3, input_gradient=2)]
+    stages = [StageMemory(activation=10), StageMemory(activation=5, inputs=(3,), input_gradients=(2,))]
     costs = Costs(dict.fromkeys(Op, 1.0), transfer=2.0)
     timeline = simulate(make_plan("gpipe", 2, 1), costs, stages)
     assert timeline.memory_curve(0) == [(0, 0), (0, 13), (1, 13), (3, 10), (5, 12), (7, 12), (8, 0)]
@@ -131,7 +131,7 @@ def test_a_slow_transfer_holds_what_it_moves() -> None:
 
 
 def test_a_value_that_stays_on_its_rank_is_there_once() -> None:
-    stages = [StageMemory(activation=10), StageMemory(activation=5, input=3, input_gradient=2)]
+    stages = [StageMemory(activation=10), StageMemory(activation=5, inputs=(3,), input_gradients=(2,))]
     timeline = simulate(make_plan("gpipe", 1, 1, 2), EACH_ONE, stages)
     assert [held for _, held in timeline.memory_curve(0)] == [0, 13, 13, 18, 15, 17, 12, 12, 0]
 

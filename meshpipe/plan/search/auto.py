@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
 
+from meshpipe.plan.graph import Graph
 from meshpipe.plan.plan import Action, Op, Plan
 from meshpipe.plan.schedules import SCHEDULES, loop, takes_stages, zigzag
 from meshpipe.plan.search.greedy import Rule, greedy_orders
 from meshpipe.plan.search.local_search import improve
-from meshpipe.plan.simulate import Costs, StageMemory, Timeline
+from meshpipe.plan.simulate import Costs, Timeline
+from meshpipe.plan.stage_memory import StageMemory, on_graph
 from meshpipe.plan.validate import validate
 
 ACTIONS_BY_RULES = 300_000
@@ -42,6 +44,17 @@ class Profile:
     costs: Costs = field(default_factory=Costs)
     memory: Sequence[StageMemory] = ()
     """What each stage holds, in stage order; needed only with a memory limit."""
+    graph: Graph | None = None
+    """What the stages read of each other; None is a chain of trained stages."""
+
+    def on_graph(self, plan: Plan) -> Plan:
+        """The plan of a chain, for these stages."""
+        return plan if self.graph is None else plan.on(self.graph)
+
+    def memory_or_counts(self, num_stages: int) -> Sequence[StageMemory]:
+        """What each stage holds in bytes, or in activations where bytes are not given."""
+        memory = self.memory or [COUNTED] * num_stages
+        return memory if self.graph is None else on_graph(memory, self.graph)
 
 
 def auto_plan(
@@ -77,7 +90,7 @@ def shortest_named(
     timelines = (
         Timeline.of(plan, profile.costs, profile.memory)
         for stages_per_rank, profile in profiles.items()
-        for plan in _named(num_ranks, num_microbatches, stages_per_rank)
+        for plan in _named(num_ranks, num_microbatches, stages_per_rank, profile)
     )
     return min((t.makespan for t in timelines if _fits(t, memory_limit)), default=math.inf)
 
@@ -87,7 +100,7 @@ def _fitting(
 ) -> Iterator[tuple[Timeline, Profile]]:
     for stages_per_rank, profile in sorted(profiles.items()):
         plans = chain(
-            _named(num_ranks, num_microbatches, stages_per_rank),
+            _named(num_ranks, num_microbatches, stages_per_rank, profile),
             _greedy(num_ranks, num_microbatches, stages_per_rank, profile, memory_limit),
         )
         for plan in chain.from_iterable((plan, *_joined(plan)) for plan in plans):
@@ -96,17 +109,18 @@ def _fitting(
                 yield timeline, profile
 
 
-def _named(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Iterator[Plan]:
+def _named(num_ranks: int, num_microbatches: int, stages_per_rank: int, profile: Profile) -> Iterator[Plan]:
     for name, schedule in SCHEDULES.items():
         if name != "inference" and takes_stages(name, stages_per_rank):
-            yield replace(schedule(num_ranks, num_microbatches, stages_per_rank), schedule=f"auto ({name})")
+            plan = profile.on_graph(schedule(num_ranks, num_microbatches, stages_per_rank))
+            yield replace(plan, schedule=f"auto ({name})")
 
 
 def _greedy(
     num_ranks: int, num_microbatches: int, stages_per_rank: int, profile: Profile, memory_limit: float | None
 ) -> Iterator[Plan]:
     """Plans by greedy rules, on stages dealt in turn and to and fro, with memory for more and fewer microbatches."""
-    memory = profile.memory or [COUNTED] * (num_ranks * stages_per_rank)
+    memory = profile.memory_or_counts(num_ranks * stages_per_rank)
     placements = dict.fromkeys((loop(num_ranks, stages_per_rank), zigzag(num_ranks, stages_per_rank)))
     num_actions = 3 * num_ranks * stages_per_rank * num_microbatches * len(placements)
     choices = _choices(num_ranks, num_microbatches)[: max(2, ACTIONS_BY_RULES // num_actions)]
@@ -114,9 +128,10 @@ def _greedy(
         limits = _space(ranks, memory, memory_limit)
         for rule, depth in choices:
             space = _space_for(depth, ranks, memory, limits)
-            orders = greedy_orders(ranks, num_microbatches, profile.costs, memory, space, rule)
+            orders = greedy_orders(ranks, num_microbatches, profile.costs, memory, space, rule, profile.graph)
             if orders is not None:
-                yield _promising(Plan("auto", num_microbatches, ranks, orders))
+                plan = Plan("auto", num_microbatches, ranks, orders)
+                yield _promising(plan if profile.graph is None else replace(plan, graph=profile.graph))
 
 
 def _choices(num_ranks: int, num_microbatches: int) -> list[tuple[Rule, float]]:
@@ -190,7 +205,7 @@ def _improved(timeline: Timeline, profile: Profile, memory_limit: float | None) 
     plan = timeline.plan
     if timeline.makespan <= _least_makespan(plan, profile.costs) * (1 + 1e-9):
         return timeline
-    memory = profile.memory or [COUNTED] * plan.num_stages
+    memory = profile.memory_or_counts(plan.num_stages)
     space = _space(plan.stage_ranks, memory, memory_limit)
     changed = improve(plan, profile.costs, memory, space, ACTIONS_BY_CHANGES // (STARTS * len(plan.actions)))
     better = Timeline.of(_promising(replace(changed, schedule="auto")), profile.costs, profile.memory)
@@ -201,20 +216,22 @@ def _improved(timeline: Timeline, profile: Profile, memory_limit: float | None) 
 def _least_makespan(plan: Plan, costs: Costs) -> float:
     """No order of these stages is shorter: every rank waits for its first input, then does all its work."""
     work = [sum(map(costs.time_of, order)) for order in plan.orders]
-    arrival, least, seen = 0.0, 0.0, set()
+    arrivals: list[float] = []
     for stage, rank in enumerate(plan.stage_ranks):
-        if stage > 0 and plan.stage_ranks[stage - 1] != rank:
-            arrival += costs.transfer
-        if rank not in seen:
-            seen.add(rank)
-            least = max(least, arrival + work[rank])
-        arrival += costs.time(stage, Op.FORWARD)
-    return least
+        delays = (
+            arrivals[source]
+            + costs.time(source, Op.FORWARD)
+            + (costs.transfer if plan.stage_ranks[source] != rank else 0.0)
+            for source in plan.graph.sources(stage)
+        )
+        arrivals.append(max(delays, default=0.0))
+    first = (min(arrivals[stage] for stage in plan.stages_of(rank)) for rank in range(plan.num_ranks))
+    return max(arrival + own for arrival, own in zip(first, work, strict=True))
 
 
 def _nothing_fits(num_ranks: int, profiles: Mapping[int, Profile], memory_limit: float | None) -> NothingFits:
     least = min(
-        max(_sums(ranks, [stage.always + stage.activation for stage in profile.memory]))
+        max(_sums(ranks, [s.always + s.activation for s in profile.memory_or_counts(len(profile.memory))]))
         for stages_per_rank, profile in profiles.items()
         for ranks in (loop(num_ranks, stages_per_rank), zigzag(num_ranks, stages_per_rank))
     )

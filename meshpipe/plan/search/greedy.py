@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from meshpipe.plan.graph import Graph, chain
 from meshpipe.plan.plan import Action, Op
-from meshpipe.plan.simulate import Costs, StageMemory
+from meshpipe.plan.simulate import Costs
+from meshpipe.plan.stage_memory import StageMemory, on_graph
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,17 @@ def greedy_orders(
     memory: Sequence[StageMemory],
     space: Sequence[float],
     rule: Rule,
+    graph: Graph | None = None,
 ) -> tuple[tuple[Action, ...], ...] | None:
     """The order of every rank, in which no rank holds more than its space of activations, in bytes.
+
+    Without a graph, the stages are a chain.
 
     None if a rank has not the space for one microbatch at all its stages; there is an order in any other case. Takes
     time linear in the number of actions.
     """
-    run = _Run(stage_ranks, num_microbatches, costs, memory, space, rule)
+    graph = chain(len(stage_ranks)) if graph is None else graph
+    run = _Run(stage_ranks, num_microbatches, costs, on_graph(memory, graph), space, rule, graph)
     return run.orders() if run.has_space() else None
 
 
@@ -64,23 +70,27 @@ class _Run:
         memory: Sequence[StageMemory],
         space: Sequence[float],
         rule: Rule,
+        graph: Graph,
     ):
-        self.stage_ranks, self.num_microbatches, self.rule = stage_ranks, num_microbatches, rule
+        self.stage_ranks, self.num_microbatches, self.rule, self.graph = stage_ranks, num_microbatches, rule, graph
         self.transfer = costs.transfer
         num_stages, num_ranks = len(stage_ranks), len(space)
         self.stages = [[s for s in reversed(range(num_stages)) if stage_ranks[s] == r] for r in range(num_ranks)]
         self.times = {(s, op): costs.time(s, op) for s in range(num_stages) for op in Op}
         splits = rule.num_whole < num_microbatches
         self.held_after_forward, self.held_after_input = _held(memory, splits)
+        # The stages that wait for an F of another, and those that wait for a gradient of it.
+        self.readers = [[r for r in range(num_stages) if s in graph.sources(r)] for s in range(num_stages)]
+        self.writers = [[w for w in range(num_stages) if s in graph.readers(w)] for s in range(num_stages)]
         # An I runs while both what it reads and what it makes are there: space for one of those is set aside.
         made = [max(memory[s].made_for_weights for s in stages) if splits else 0.0 for stages in self.stages]
         self.space = [(total - most) * (1 + 1e-9) for total, most in zip(space, made, strict=True)]
         self.held = [0.0] * num_ranks
         # Microbatches of each stage that are through forward, through B or I, and through B or W.
         self.forwards, self.backwards, self.finished = ([0] * num_stages for _ in range(3))
-        self.inputs = [[math.inf] * num_microbatches for _ in range(num_stages)]
-        self.inputs[0] = [0.0] * num_microbatches
-        self.gradients = [[math.inf] * num_microbatches for _ in range(num_stages)]
+        self.inputs = [_Arrivals(len(graph.sources(s)), num_microbatches) for s in range(num_stages)]
+        # A stage whose outputs nobody reads waits for its own forward.
+        self.gradients = [_Arrivals(len(graph.readers(s)) or 1, num_microbatches) for s in range(num_stages)]
 
     def has_space(self) -> bool:
         needed = [sum(self.held_after_forward[s] for s in stages) for stages in self.stages]
@@ -121,13 +131,14 @@ class _Run:
         found = []
         for stage in self.stages[rank]:
             forwards, backwards = self.forwards[stage], self.backwards[stage]
-            if backwards < forwards:
-                op = Op.BACKWARD if backwards < self.rule.num_whole else Op.BACKWARD_INPUT
-                found.append(_Candidate(first, op, stage, self.gradients[stage][backwards]))
+            if backwards < forwards and self.graph.has_backward(stage):
+                is_whole = backwards < self.rule.num_whole or not self.graph.trains[stage]
+                op = Op.BACKWARD if is_whole else Op.BACKWARD_INPUT
+                found.append(_Candidate(first, op, stage, self.gradients[stage].times[backwards]))
             if forwards < self.num_microbatches:
                 needed = self.held[rank] + self.held_after_forward[stage] + reserved
                 if needed <= self.space[rank]:
-                    found.append(_Candidate(second, Op.FORWARD, stage, self.inputs[stage][forwards]))
+                    found.append(_Candidate(second, Op.FORWARD, stage, self.inputs[stage].times[forwards]))
                 reserved += self._missing(stage)
         for stage in reversed(self.stages[rank]):
             if self.finished[stage] < self.backwards[stage]:
@@ -147,10 +158,10 @@ class _Run:
             microbatch = self.forwards[stage]
             self.forwards[stage] += 1
             self.held[rank] += self.held_after_forward[stage]
-            if stage + 1 < len(self.stage_ranks):
-                self._arrive(self.inputs, stage + 1, microbatch, rank, end)
-            else:
-                self.gradients[stage][microbatch] = end
+            for reader in self.readers[stage]:
+                self._arrive(self.inputs, reader, microbatch, rank, end)
+            if not self.graph.readers(stage):
+                self.gradients[stage].add(microbatch, end)
             return Action(stage, op, microbatch)
         if op is Op.BACKWARD_WEIGHT:
             microbatch = self.finished[stage]
@@ -158,17 +169,37 @@ class _Run:
             microbatch = self.backwards[stage]
             self.backwards[stage] += 1
             self.held[rank] -= self.held_after_forward[stage] - self.held_after_input[stage]
-            if stage > 0:
-                self._arrive(self.gradients, stage - 1, microbatch, rank, end)
+            for writer in self.writers[stage]:
+                self._arrive(self.gradients, writer, microbatch, rank, end)
         if op is not Op.BACKWARD_INPUT:
             self.finished[stage] += 1
             self.held[rank] -= self.held_after_input[stage]
         return Action(stage, op, microbatch)
 
-    def _arrive(self, table: list[list[float]], stage: int, microbatch: int, sender: int, end: float) -> None:
+    def _arrive(self, table: "list[_Arrivals]", stage: int, microbatch: int, sender: int, end: float) -> None:
         receiver = self.stage_ranks[stage]
-        table[stage][microbatch] = time = end + (self.transfer if receiver != sender else 0.0)
-        heapq.heappush(self.events, (time, receiver))
+        time = end + (self.transfer if receiver != sender else 0.0)
+        if table[stage].add(microbatch, time):
+            heapq.heappush(self.events, (table[stage].times[microbatch], receiver))
+
+
+class _Arrivals:
+    """When a stage has all that it waits for, of each microbatch."""
+
+    def __init__(self, count: int, num_microbatches: int):
+        self.times = [math.inf if count else 0.0] * num_microbatches
+        """Infinite as long as something is missing."""
+        self._missing = [count] * num_microbatches
+        self._latest = [0.0] * num_microbatches
+
+    def add(self, microbatch: int, time: float) -> bool:
+        """One more arrives at that time. Whether it was the last."""
+        self._missing[microbatch] -= 1
+        self._latest[microbatch] = max(self._latest[microbatch], time)
+        if self._missing[microbatch]:
+            return False
+        self.times[microbatch] = self._latest[microbatch]
+        return True
 
 
 def _held(memory: Sequence[StageMemory], splits: bool) -> tuple[list[float], list[float]]:

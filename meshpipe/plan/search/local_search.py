@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from meshpipe.plan.plan import Action, Op, Plan
-from meshpipe.plan.simulate import Costs, StageMemory, bytes_of
+from meshpipe.plan.simulate import Costs, StageMemory
+from meshpipe.plan.stage_memory import bytes_of
 
 FARTHEST = 6
 """The most places by which a change moves an action."""
