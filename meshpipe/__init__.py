@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from meshpipe.checkpoint import CheckpointError as CheckpointError
     from meshpipe.config import Config as Config
     from meshpipe.data import DataConfig as DataConfig
+    from meshpipe.layers.assembled import assemble as assemble
     from meshpipe.layers.fields import call as call
     from meshpipe.layers.fields import named as named
     from meshpipe.layers.fields import reading as reading
@@ -55,6 +56,7 @@ _MODULES = {
     "CheckpointError": "meshpipe.checkpoint",
     "Config": "meshpipe.config",
     "DataConfig": "meshpipe.data",
+    "assemble": "meshpipe.layers.assembled",
     "call": "meshpipe.layers.fields",
     "named": "meshpipe.layers.fields",
     "reading": "meshpipe.layers.fields",

@@ -251,7 +251,8 @@ class Trainer:
         With `merged`, the adapters of `meshpipe.lora` are added to their kernels, as by `meshpipe.merge_lora`, and the
         modules are those of the base.
 
-        Called one after the other, with the batch fields that they take, they compute what `predict` returns. The
+        Called one after the other, with the batch fields that they take, they compute what `predict` returns; where
+        layers have named outputs, `meshpipe.assemble(layers, trainer.modules())` calls them so. The
         values are copies on one `device`, by default the host's CPU device. Tied and shared leaves are one variable.
         With several processes, all must call it; each gets the layers of its own stages, and None for the others.
         `meshpipe.load` returns all layers of a checkpoint.
