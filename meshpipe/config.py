@@ -61,6 +61,9 @@ class Config:
     """Where and how often to save, and whether to resume."""
     observe: Annotated[ObserveConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ObserveConfig)
     """Trackers and the profiler."""
+    trainable: tuple[str, ...] | None = None
+    """Patterns of the leaf paths of the parameters to train, such as `layers/3/*`; `!` in front of one excludes. The
+    others are frozen. None trains all, or, in a model with LoRA, its adapters alone."""
     steps: int = 100
     """Total number of updates, counted from step 0 even after a resume."""
     batch_size: int = 64
@@ -134,6 +137,7 @@ class Config:
             input=self.model.input,
             metrics=self.model.metrics,
             tied=_as_list("tied", self.model.tied()),
+            trainable=self.trainable,
             notes=self.model.notes,
             rules=PRESETS[self.sharding],
         )

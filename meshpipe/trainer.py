@@ -15,6 +15,7 @@ from meshpipe.layers.modules import host_device, local_leaves, modules_with, sha
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.layers.staged_model import StageInfo
 from meshpipe.layers.task import Task
+from meshpipe.layers.trainable import Trainable
 from meshpipe.observe.clock import MeasuredStep, measure_step
 from meshpipe.observe.diagnose import first_non_finite
 from meshpipe.optimizer.sums import LOSS, WEIGHT
@@ -54,6 +55,7 @@ class Trainer:
         clip_norm: float | None = None,
         metrics: Metrics | None = None,
         tied: Sequence[Sequence[str]] = (),
+        trainable: Trainable = None,
         rules: ShardingRules | None = None,
         compile_cache: str | None = None,
         target: Target | None = None,
@@ -83,6 +85,10 @@ class Trainer:
           `evaluate` gives beside the loss; by default none.
         - `tied`: groups of leaf paths such as `("layers/0/embedding", "layers/5/kernel")` that share one parameter,
           owned by the first path. Layers that hold one `nnx.Variable` are tied without it; by default no others.
+        - `trainable`: the parameters that are trained, as patterns of leaf paths (`"layers/3/*"`; one with `!` in front
+          excludes), an NNX filter such as `nnx.LoRAParam`, or a list of both. The others are frozen: they keep their
+          values, and have no gradient and no state of the optimizer. By default all are trained, or, in a model with
+          `nnx.LoRAParam`, those alone; the first of `notes` says what is.
         - `rules`: which mesh axis each logical axis of a parameter is split over; by default `tensor` for the usual
           names, and nothing over `data`.
         - `compile_cache`: a folder, made where there is none, in which compiled programs are kept for later runs and
@@ -96,7 +102,9 @@ class Trainer:
         made, or when the memory does not suffice.
         """
         rules = ShardingRules() if rules is None else rules
-        task = Task(layers, loss, batch=batch, input=input, metrics=metrics, tied=tied, rules=rules)
+        task = Task(
+            layers, loss, batch=batch, input=input, metrics=metrics, tied=tied, trainable=trainable, rules=rules
+        )
         self._begin(set_up(task, optimizer, mesh, pipeline, seed, clip_norm, compile_cache, target, check_memory))
 
     @classmethod
@@ -172,9 +180,9 @@ class Trainer:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the model does because of how its layers are written, in sentences that the command line prints too:
-        which parameters are tied because layers share a variable, which batch fields reach optional keywords, and which
-        modules stay in evaluation mode.
+        """What is trained, and what the model does because of how its layers are written, in sentences that the
+        command line prints too: which parameters are tied because layers share a variable, which batch fields reach
+        optional keywords, and which modules stay in evaluation mode.
         """
         return self.model.notes
 
@@ -197,7 +205,7 @@ class Trainer:
         return result
 
     def loss_and_gradients(self, batch: Batch) -> tuple[jax.Array, Leaves]:
-        """The loss of a batch and the gradient of every parameter, by leaf path, without an update.
+        """The loss of a batch and the gradient of every parameter that is trained, by leaf path, without an update.
 
         A tied parameter's gradient stands under its owner's path. Of several processes, each has the gradients of its
         own stages. Where the weight of the whole batch is 0, there is no mean, and the sums are returned.

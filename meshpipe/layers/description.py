@@ -51,6 +51,7 @@ def describe_model(model: StagedModel) -> dict[str, str]:
         "rematerialisation": ",".join(model.remat or ()),
         "rematerialisation of layers": ",".join(model.layer_remat),
         "sharding rules": HASH + digest(model.rules),
+        "trained parameters": HASH + digest([sorted(layer.params) for layer in model.layers]),
         "tied parameters": json.dumps([list(group) for group in model.tied]),
         "instructions": HASH + digest(model.program.to_text()),
         "code of the loss": HASH + digest(model.task.loss),

@@ -77,8 +77,10 @@ class Layer:
     structure: nnx.State
     """Abstract variables of the whole module, in NNX's own form."""
     params: Mapping[str, jax.ShapeDtypeStruct]
+    """The parameters that are trained."""
     state: Mapping[str, jax.ShapeDtypeStruct]
-    """What forward may change besides random streams: batch statistics, caches."""
+    """Its other values besides random streams: what forward may change (batch statistics, caches), and parameters that
+    are not trained."""
     axes: Mapping[str, tuple[str | None, ...]]
     """Logical axes of the leaves that name them."""
     fields: Mapping[str, str]
@@ -101,6 +103,8 @@ class Layer:
     input: str | None = None
     """The batch field or named output that it is called with; None is the output of the layer before it, or the input
     of the model."""
+    frozen: frozenset[str] = frozenset()
+    """The leaves of `state` that are parameters which are not trained."""
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Leaves whose variable several layers hold, each with all the paths of that variable."""
     once: tuple[str, ...] = ()
@@ -114,6 +118,26 @@ class Layer:
     def values(self) -> Leaves | None:
         """The values of a ready-made module; None where a constructor makes them."""
         return self.origin.get()[1]
+
+    @property
+    def all_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The parameters, trained or not."""
+        return {**self.params, **{path: self.state[path] for path in self.state if path in self.frozen}}
+
+    @property
+    def own_state(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The values that are no parameters."""
+        return {path: leaf for path, leaf in self.state.items() if path not in self.frozen}
+
+    def freezing(self, paths: frozenset[str]) -> "Layer":
+        """The layer with these of its parameters frozen."""
+        params, own_state = self.all_params, self.own_state
+        return replace(
+            self,
+            params={path: leaf for path, leaf in params.items() if path not in paths},
+            state={path: leaf for path, leaf in params.items() if path in paths} | own_state,
+            frozen=paths.intersection(params),
+        )
 
     @property
     def class_name(self) -> str:
@@ -130,9 +154,11 @@ class Layer:
         variables = nnx.to_flat_state(self.structure)
         metadata = [v.get_metadata() if isinstance(v, nnx.Variable) else None for _, v in variables]
         arrays = [(key, type(v), _value(v).shape, _value(v).dtype) for key, v in variables]
-        shared = sorted(path.removeprefix(self.path) for path in self.shared)
+        shared, frozen = (
+            sorted(path.removeprefix(self.path) for path in paths) for paths in (self.shared, self.frozen)
+        )
         return fingerprint(
-            (self.graphdef, metadata, dict(self.fields), self.function, self.modes, self.draws, shared)
+            (self.graphdef, metadata, dict(self.fields), self.function, self.modes, self.draws, shared, frozen)
         ), tuple(arrays)
 
     def initialise(self, seed: jax.Array, path_hash: jax.Array) -> tuple[Leaves, Leaves]:
@@ -200,8 +226,9 @@ class Layer:
         output, after = run(module)
         check_variables(self.title, values, self._random_leaves, after, method)
         check_attributes(self.title, attributes, attributes_of(self.path, module), method)
-        shared_state = {path: group for path, group in self.shared.items() if path in self.state}
-        kept = {path: value for path, value in values.items() if path in self.params or path in shared_state}
+        params_of = {*self.params, *self.frozen}
+        shared_state = {path: group for path, group in self.shared.items() if path not in params_of}
+        kept = {path: value for path, value in values.items() if path in params_of or path in shared_state}
         check_written(self.title, written(kept, after, retrace), shared_state, method)
         return output, after
 

@@ -21,6 +21,7 @@ from meshpipe.layers.notes import notes_on
 from meshpipe.layers.shared import merge_groups, with_adapters
 from meshpipe.layers.stage_function import stage_function, streams_of
 from meshpipe.layers.task import Task
+from meshpipe.layers.trainable import describe_trained, freeze
 from meshpipe.layers.wiring import wire
 from meshpipe.mesh import DATA, submeshes
 from meshpipe.optimizer.parameters import StageParameters
@@ -52,6 +53,8 @@ class StageInfo:
     parameter_count: int
     parameter_bytes: int
     """Over the whole submesh, each array counted once."""
+    trained_count: int
+    """Those of its parameters that are trained."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,12 @@ class StagedModel:
         self.choices = tuple(task.notes(mesh)) if task.notes is not None else ()
         """What the model has chosen for the devices of the mesh, a sentence each."""
         self.microbatches = Microbatches(task.batch, task.input, config.num_microbatches, mesh)
-        self.layers = abstract_layers(task.layers, self.microbatches.shapes)
-        self.wiring = wire(self.layers, task.loss, task.metrics, input=task.input, fields=self.microbatches.shapes)
-        tied = merge_groups(task.tied, shared_parameters(self.layers))
-        self.tied = with_adapters(tied, {path for layer in self.layers for path in layer.params})
+        layers = abstract_layers(task.layers, self.microbatches.shapes)
+        tied = merge_groups(task.tied, shared_parameters(layers))
+        self.tied = with_adapters(tied, {path for layer in layers for path in layer.params})
         """Groups of leaves that are one parameter: the groups that the task names, and leaves of one `nnx.Variable`."""
+        self.layers = freeze(layers, task.trainable, self.tied)
+        self.wiring = wire(self.layers, task.loss, task.metrics, input=task.input, fields=self.microbatches.shapes)
         ranks = submeshes(mesh)
         self.rules.check((n for layer in self.layers for names in layer.axes.values() for n in names), ranks[0])
         self.plan, self.cuts, self.layer_costs = choice.plan, choice.cuts, choice.costs
@@ -98,7 +102,7 @@ class StagedModel:
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.local = tuple(s for s, submesh in enumerate(self._meshes) if is_local(submesh))
         """Stages on devices of this process. Of the others, only shapes are known."""
-        self.parameters = [self._parameters(s, borrowed(self.tied)) for s in range(self.plan.num_stages)]
+        self.parameters = [self._parameters(s, borrowed(self.tied_and_trained)) for s in range(self.plan.num_stages)]
         self._gathered = [self._gathered_leaves(s) for s in range(self.plan.num_stages)]
         if self.rules.gathered and self._splits_data and not any(self._gathered):
             raise ValueError(
@@ -120,10 +124,20 @@ class StagedModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Effects of how the layers are written, one sentence each."""
+        """What is trained, and effects of how the layers are written, one sentence each."""
         named = {frozenset(group) for group in self.task.tied}
         groups = [group for group in shared_parameters(self.layers) if frozenset(group) not in named]
-        return notes_on(self.layers, groups, sorted(self._unread))
+        return (describe_trained(self.layers), *notes_on(self.layers, groups, sorted(self._unread)))
+
+    @property
+    def tied_and_frozen(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of `tied` that are not trained."""
+        frozen = frozenset().union(*(layer.frozen for layer in self.layers))
+        return tuple(group for group in self.tied if group[0] in frozen)
+
+    @property
+    def tied_and_trained(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(group for group in self.tied if group not in self.tied_and_frozen)
 
     @property
     def stage_costs(self) -> Costs | None:
@@ -313,7 +327,7 @@ class StagedModel:
         kinds = tuple(self.layers[i].kind for i in self.cuts[spec.index])
         leaves = [*spec.params.values(), *spec.state.values()]
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves)
-        gathered = tuple(path in spec.gathered for path in spec.params)
+        gathered = tuple(path in spec.gathered for path in (*spec.params, *spec.state))
         policies = tuple(self.layer_remat[i] for i in self.cuts[spec.index])
         before = tuple(boundary.kind for boundary in boundaries)
         return spec.index == 0, has_loss, kinds, shapes, gathered, remat, policies, before
@@ -327,18 +341,20 @@ class StagedModel:
             state.update(of_state)
         of_others = borrowed_leaves.intersection(params)
         once = after_step_of([self.layers[i] for i in self.cuts[stage]], of_others)
-        return StageParameters(self._meshes[stage], params, state, of_others, after_step=once)
+        frozen = frozenset().union(*(self.layers[index].frozen for index in self.cuts[stage]))
+        return StageParameters(self._meshes[stage], params, state, of_others, after_step=once, frozen=frozen)
 
     def _gathered_leaves(self, stage: int) -> frozenset[str]:
         """The parameters of the stage that are split over the data axis only between steps."""
         if not self._splits_data:
             return frozenset()
         axes = {path: names for index in self.cuts[stage] for path, names in self.layers[index].axes.items()}
-        params = self.parameters[stage].params
+        params = self.parameters[stage].all_params
         return frozenset(path for path in params if self.rules.gathered.intersection(axes.get(path, ())))
 
     def _info(self, stage: int) -> StageInfo:
-        leaves = self.parameters[stage].params.values()
+        owned = self.parameters[stage]
+        leaves = owned.all_params.values()
         return StageInfo(
             index=stage,
             rank=self.plan.stage_ranks[stage],
@@ -346,6 +362,7 @@ class StagedModel:
             submesh=self._meshes[stage],
             parameter_count=sum(leaf.size for leaf in leaves),
             parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+            trained_count=sum(leaf.size for leaf in owned.params.values()),
         )
 
 

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.stage_function import Loss, Metrics
+from meshpipe.layers.trainable import Trainable
 from meshpipe.sharding import ShardingRules
 
 
@@ -34,6 +35,10 @@ class Task:
     tied: Sequence[Sequence[str]] = ()
     """Groups of leaf paths that are one shared parameter, e.g. `[("layers/0/embedding", "layers/5/embedding")]`. The
     first path of a group owns it: its gradient is the sum over the group, and the others receive its new value."""
+    trainable: Trainable = None
+    """The parameters that are trained: patterns of leaf paths (`layers/3/*`, excluded with `!`), an NNX filter such as
+    `nnx.LoRAParam`, or a list of both. The others are frozen. None trains all; in a model with `nnx.LoRAParam`, those
+    alone."""
     notes: Callable[[Mesh], Sequence[str]] | None = None
     """`notes(mesh)` returns what to say about the model on the devices of a mesh, a sentence each; it raises
     `ValueError` when they cannot run it. None has nothing to say."""

@@ -24,6 +24,7 @@ def first_non_finite(
     for path, leaf in params.items():
         if not _all_finite([leaf]):
             return f"parameter {path} already is not finite before the step."
+    state = {**params, **state}  # a frozen parameter is state of its layer
     seed_data = jax.random.key_data(jax.random.key(seed))
     for microbatch in range(model.config.num_microbatches):
         fields = {

@@ -29,14 +29,32 @@ class StageParameters:
 
     mesh: Mesh
     params: ShapesByPath
+    """The parameters that are trained."""
     state: ShapesByPath
+    """Its other values: what forward may change, and frozen parameters."""
     borrowed: frozenset[str] = frozenset()
     """Tied parameters that another leaf owns: they receive its value after every update."""
     fixed: frozenset[str] = frozenset()
     """State that a step does not change, such as frozen weights and masks; updates do not touch it."""
+    frozen: frozenset[str] = frozenset()
+    """The leaves of `state` that are parameters which are not trained."""
     after_step: AfterStep | None = None
     sums: tuple[str, ...] = ()
     """What it adds up over the microbatches of a step besides the loss and its weight (`sums.py`)."""
+
+    @property
+    def all_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The parameters, trained or not."""
+        return {**self.params, **self.frozen_params}
+
+    @property
+    def frozen_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {path: shape for path, shape in self.state.items() if path in self.frozen}
+
+    @property
+    def own_state(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The values that are no parameters."""
+        return {path: shape for path, shape in self.state.items() if path not in self.frozen}
 
     @property
     def owned(self) -> dict[str, jax.ShapeDtypeStruct]:

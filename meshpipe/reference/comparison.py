@@ -23,9 +23,9 @@ class Difference:
     update: int
     """0 before the first update."""
     quantity: str
-    """`loss`, `term NAME` (what layers add to the loss), `gradient norm`, `gradient`, `parameter`, `optimizer state`,
-    `state` or `tied parameter` of an update; before the first, `initial parameter`, `initial state`, `tied parameter`
-    or `number of leaves`. Scalars of the run that nothing interrupts begin with `uninterrupted`."""
+    """`loss`, `term NAME` (what layers add to the loss), `gradient norm`, `gradient`, `parameter`, `frozen parameter`,
+    `optimizer state`, `state` or `tied parameter` of an update; before the first, `initial parameter`, `initial state`,
+    `tied parameter` or `number of leaves`. Scalars of the run that nothing interrupts begin with `uninterrupted`."""
     path: str
     """Leaf path; empty for scalars of the whole model."""
     found: float

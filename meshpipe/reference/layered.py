@@ -26,7 +26,7 @@ class LayeredModel:
         }
         self.trained = frozenset(self.names[path] for layer in layers for path in layer.params)
         self.kept: Leaves = {}
-        self.splits = any(layer.has_randomness or layer.state for layer in layers)
+        self.splits = any(layer.has_randomness or layer.own_state for layer in layers)
         with jax.default_device(jax.devices()[0]):
             made = {p: v for layer in layers for p, v in _initial(layer, jax.random.key(seed)).items()}
         self.initial: Leaves = {path: leaf for path, leaf in made.items() if self.names[path] == path}
@@ -34,7 +34,7 @@ class LayeredModel:
     def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[Any, Leaves]:
         leaves = {path: params[name] for path, name in self.names.items() if name in params}
         outputs: dict[int, Any] = {}
-        written = dict(state)
+        written = state | {path: state[name] for path, name in self.names.items() if name in state}
         terms: dict[str, Any] = {}
         for index, layer in enumerate(self._layers):
             value = get(self._wiring.inputs[index], batch, outputs)

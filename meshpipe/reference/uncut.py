@@ -17,7 +17,8 @@ from meshpipe.reference.plain import Leaves, LossInputs
 class UncutModel:
     """The model of a `Reference`, whose leaves are named as the leaves of the layers that they correspond to.
 
-    `params` and `state` are the leaves of the layers, in the order of the layers. A leaf of the model that no layer has
+    `params` and `state` are the leaves of the layers, in the order of the layers; those that are `frozen` have no
+    gradient. A leaf of the model that no layer has
     keeps its own value, and the path that it has in the model, in parentheses, as its name. `named` are the outputs
     that the loss reads by name. Raises `ValueError` when a leaf of the layers corresponds to none of the model, or a
     path names nothing.
@@ -34,6 +35,7 @@ class UncutModel:
         named: Collection[str],
         seed: int,
         tied: Sequence[Sequence[str]],
+        frozen: Collection[str] = (),
     ):
         self._named = frozenset(named)
         self._call = reference.call or (lambda model, batch: model(batch[input]))
@@ -55,12 +57,13 @@ class UncutModel:
         self._names = {key: owners.get(key, f"({text(key)})") for key in own}
         copies = {self._names[k]: jnp.copy(jax.device_put(_array(v), jax.devices()[0])) for k, v in own.items()}
         self.names: Mapping[str, str] = {path: self._names[key] for path, (key, _) in places.items()}
-        self.trained = frozenset(self._names[key] for key, variable in own.items() if trains(variable))
+        params_of = frozenset(self._names[key] for key, variable in own.items() if trains(variable))
+        self.trained = params_of.difference(self.names[path] for path in frozen)
         self.initial: Leaves = {
             self.names[path]: copies[self.names[path]] for path, (_, same) in places.items() if same
         }
         self.kept: Leaves = {name: leaf for name, leaf in copies.items() if name not in self.names.values()}
-        self.splits = len(self.trained) < len(own)
+        self.splits = len(params_of) < len(own)
 
     def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[LossInputs, Leaves]:
         model = self._made({**state, **params})

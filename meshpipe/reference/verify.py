@@ -19,6 +19,7 @@ from meshpipe.layers.fields import LayerCall
 from meshpipe.layers.layer import LayerLike, abstract_layers
 from meshpipe.layers.stage_function import Loss
 from meshpipe.layers.task import Task
+from meshpipe.layers.trainable import Trainable
 from meshpipe.mesh import make_mesh
 from meshpipe.models.reference import Reference
 from meshpipe.phases import each
@@ -61,6 +62,7 @@ def verify(
     seed: int = 0,
     clip_norm: float | None = None,
     tied: Sequence[Sequence[str]] = (),
+    trainable: Trainable = None,
     rules: ShardingRules | None = None,
     compile_cache: str | None = None,
     reference: Reference | nnx.Module | Callable[[nnx.Rngs], nnx.Module] | None = None,
@@ -74,10 +76,10 @@ def verify(
 
     Every update is judged by itself. The plain side starts it from the trainer's parameters, optimizer state and other
     state; compared are the loss, the gradient norm, every gradient as the optimizer got it, and the state that forward
-    leaves; then what Optax makes of those gradients, parameters and optimizer state. Tied parameters must be the same
-    to the bit. Before the first update the initial values are compared. At last the trainer makes all updates again
-    from the beginning without being looked at in between, and must have the same losses and norms. The arrays that it
-    is handed are overwritten as soon as `step` returns.
+    leaves; then what Optax makes of those gradients, parameters and optimizer state. Tied parameters must be the same,
+    and frozen ones stay the same, to the bit. Before the first update the initial values are compared. At last the
+    trainer makes all updates again from the beginning without being looked at in between, and must have the same losses
+    and norms. The arrays that it is handed are overwritten as soon as `step` returns.
 
     The tolerance of a leaf is `sqrt(eps)` of the coarsest floating dtype, times the leaf's largest value. Where layers
     do not say otherwise, matrices are multiplied in full precision, which accelerators by themselves do not do for
@@ -92,7 +94,7 @@ def verify(
     config = pipeline or PipelineConfig()
     rules = ShardingRules() if rules is None else rules
     trainer = Trainer.of(
-        Task(layers, loss, batch=rows[0], input=input, tied=tied, rules=rules),
+        Task(layers, loss, batch=rows[0], input=input, tied=tied, trainable=trainable, rules=rules),
         optax.chain(record_gradients(), optimizer),
         mesh=make_mesh() if mesh is None else mesh,
         pipeline=config,
@@ -130,6 +132,7 @@ def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
         seed=config.seed,
         clip_norm=config.optimizer.clip_norm,
         tied=config.model.tied(),
+        trainable=config.trainable,
         rules=PRESETS[config.sharding],
         compile_cache=config.compile_cache,
         reference=None if config.lora.rank else config.model.reference(),
@@ -152,6 +155,7 @@ class _Verification:
         owned = {path: shape for stage in trainer.model.parameters for path, shape in stage.owned.items()}
         self._owned = {path: model.names[path] for path in owned}
         """By path of a parameter that the trainer updates, its name on the plain side."""
+        self._frozen = [path for layer in trainer.model.layers for path in layer.state if path in layer.frozen]
         params = {name: owned[path] for path, name in reversed(self._owned.items())}
         self._opt_state = jax.eval_shape(optimizer.init, params)
 
@@ -207,6 +211,8 @@ class _Verification:
         self._comparison.leaves(update, "state", after.state, state)
         params = {path: updated.params[name] for path, name in self._owned.items()}
         self._comparison.changes(update, "parameter", after.params, params, before.params)
+        for path in self._frozen:
+            self._comparison.exact(update, "frozen parameter", path, after.params[path], before.params[path])
         self._compare_optimizer(update, before, after, updated.opt_state)
 
     def _compare_left_out(self, update: int, before: Snapshot, after: Snapshot) -> None:
@@ -255,13 +261,15 @@ def _plain_model(
 ) -> PlainModel:
     tied = trainer.model.tied
     if reference is None:
-        whole = abstract_layers(layers, trainer.model.microbatches.shapes)
+        made = abstract_layers(layers, trainer.model.microbatches.shapes)
+        whole = [layer.freezing(own.frozen) for layer, own in zip(made, trainer.model.layers, strict=True)]
         return LayeredModel(whole, trainer.model.wiring, seed=seed, tied=tied)
     given = reference if isinstance(reference, Reference) else Reference(reference)
     params, state = trainer.params, trainer.state
+    frozen = [path for layer in trainer.model.layers for path in layer.frozen]
     own = [layer.layer if isinstance(layer, LayerCall) else layer for layer in layers]
     named = trainer.model.wiring.loss
-    return UncutModel(given, own, params, state, input=input, named=named, seed=seed, tied=tied)
+    return UncutModel(given, own, params, state, input=input, named=named, seed=seed, tied=tied, frozen=frozen)
 
 
 def _compare_counts(comparison: Comparison, trainer: Trainer) -> None:

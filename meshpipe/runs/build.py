@@ -58,8 +58,8 @@ def saved_shapes(config: Config, model: StagedModel) -> list[StateTree]:
     transformation = config.optimizer.build(config.steps)
     return [
         {
-            "params": dict(stage.params),
-            "state": dict(stage.state),
+            "params": stage.all_params,
+            "state": stage.own_state,
             "optimizer": by_path(state_shapes(transformation, stage), stage.params),
         }
         for stage in model.parameters

@@ -57,8 +57,8 @@ class Start:
     def check(self, model: StagedModel) -> None:
         """Raises `CheckpointError` when the weights belong to another model; reads only their shapes."""
         leaves = Checkpointer(self.folder).leaves(self.step)
-        found = {f"params/{path}": leaf for stage in model.parameters for path, leaf in stage.params.items()}
-        found |= {f"state/{path}": leaf for stage in model.parameters for path, leaf in stage.state.items()}
+        found = {f"params/{path}": leaf for stage in model.parameters for path, leaf in stage.all_params.items()}
+        found |= {f"state/{path}": leaf for stage in model.parameters for path, leaf in stage.own_state.items()}
         check_weights(self.step, found, leaves, self.folder)
 
     def read(self, shapes: Sequence[StateTree]) -> StartingState:

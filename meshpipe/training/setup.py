@@ -25,6 +25,7 @@ from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.mesh import make_mesh
 from meshpipe.optimizer.optimizer import Optimizer
+from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.tied import TiedLeaves
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.rendezvous import check_program
@@ -101,14 +102,14 @@ def set_up(
     with report_failure(group, "programs"):
         start = None if check is None else check(model)
         started = time.perf_counter()
-        updates, tied, made = _compile(
+        updates, tied, frozen_tied, made = _compile(
             model, chooser.transformation, group.name, seed, clip_norm, compile_cache, memory, first=start is None
         )
     if not group.is_alone:  # until here nothing has moved
         agree(group, "programs", describe_programs(model) | updates.description())
     watch(group)
     seed_data = model.place_seed(seed)
-    state = TrainingState(model.parameters, model.local, updates, tied, made, start)
+    state = TrainingState(model.parameters, model.local, updates, tied, frozen_tied, made, start)
     step = 0 if start is None else start.step
     return Setup(seed, group, model, updates, tied, state, step, seed_data, time.perf_counter() - started)
 
@@ -129,11 +130,13 @@ def _compile(
     memory: MemoryCheck | None,
     *,
     first: bool,
-) -> tuple[Optimizer, TiedLeaves, list[tuple[Leaves, Leaves]]]:
+) -> tuple[Optimizer, TiedLeaves, TiedLeaves, list[tuple[Leaves, Leaves]]]:
     """Compiles everything that a step runs; with `first` values, initialises the local layers in the same pool of
     threads.
     """
-    tied = TiedLeaves(model.tied, model.parameters, f"{name}/tied")
+    tied = TiedLeaves(model.tied_and_trained, model.parameters, f"{name}/tied")
+    frozen = [StageParameters(stage.mesh, stage.frozen_params, {}) for stage in model.parameters]
+    frozen_tied = TiedLeaves(model.tied_and_frozen, frozen, f"{name}/tied and frozen")
     cache = open_cache(compile_cache)
     compiler = Compiler(cache)
     optimizers: list[Optimizer] = []
@@ -154,4 +157,4 @@ def _compile(
             cache.remove_if_empty()
         raise
     model.release()
-    return optimizers[0], tied, made
+    return optimizers[0], tied, frozen_tied, made

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from meshpipe.errors import ArgumentError
 from meshpipe.layers.layer import Leaves
 from meshpipe.layers.paths import by_path
 from meshpipe.optimizer.optimizer import Optimizer, Scalars
@@ -14,6 +15,7 @@ from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.tied import TiedLeaves
 from meshpipe.pipeline.executor import Sums
 from meshpipe.sharding import Arrays
+from meshpipe.stage.traced import replaced
 
 StateTree = dict[str, dict[str, Any]]
 """What a stage owns, by leaf path: `{"params": ..., "state": ..., "optimizer": ...}`."""
@@ -42,16 +44,20 @@ class TrainingState:
         local: Sequence[int],
         optimizer: Optimizer,
         tied: TiedLeaves,
+        frozen_tied: TiedLeaves,
         made: Sequence[tuple[Leaves, Leaves]],
         start: StartingState | None = None,
     ):
-        self._stages, self._local, self._optimizer, self._tied = stages, local, optimizer, tied
+        self._stages, self._local, self._optimizer = stages, local, optimizer
+        self._tied, self._frozen_tied = tied, frozen_tied
+        self._frozen = {s: [i for i, path in enumerate(stages[s].state) if path in stages[s].frozen] for s in local}
         self._optimizer_paths = [
             tuple(by_path(shapes, stage.params)) for stage, shapes in zip(stages, optimizer.state_shapes, strict=True)
         ]
         self.params: dict[int, Arrays] = {}
-        """Parameters by stage, in the order of the stage's leaves."""
+        """Trained parameters by stage, in the order of the stage's leaves."""
         self.state: dict[int, Arrays] = {}
+        """Frozen parameters and other state by stage, in the order of the stage's leaves."""
         self._of_optimizer: dict[int, Any] = {}
         if start is None:
             self._begin(made)
@@ -64,6 +70,7 @@ class TrainingState:
         stages, local = self._stages, self._local
         self.params = self._tied.share_values({s: tuple(params[path] for path in stages[s].params) for s in local})
         self.state = {s: tuple(state[path] for path in stages[s].state) for s in local}
+        self._share_frozen()
         self._of_optimizer = self._optimizer.init(self.params)
 
     def update(self, gradients: Mapping[int, Arrays], after: Mapping[int, Arrays], sums: Sums) -> Scalars:
@@ -78,8 +85,7 @@ class TrainingState:
         """One tree a stage; those of stages that live in other processes are empty."""
         return [
             {
-                "params": dict(zip(stage.params, self.params[i], strict=True)),
-                "state": dict(zip(stage.state, self.state[i], strict=True)),
+                **self._sections(stage, dict(zip(stage.params, self.params[i], strict=True)), self.state[i]),
                 "optimizer": self._named(i, self._of_optimizer[i]),
             }
             if i in self.params
@@ -90,7 +96,7 @@ class TrainingState:
     def abstract_trees(self, *, optimizer: bool) -> list[StateTree]:
         """Shapes and shardings of all stages; without `optimizer`, of the weights alone."""
         return [
-            {"params": dict(stage.params), "state": dict(stage.state)}
+            self._sections(stage, stage.params, tuple(stage.state.values()))
             | ({"optimizer": self._named(i, self._optimizer.state_shapes[i])} if optimizer else {})
             for i, stage in enumerate(self._stages)
         ]
@@ -102,18 +108,45 @@ class TrainingState:
             wanted = dict(zip(self._optimizer_paths[i], jax.tree.leaves(shapes), strict=True))
             take = _as_they_are if donate else _copies
             self.params[i] = take(tree["params"], stage.params)
-            self.state[i] = take(tree["state"], stage.state)
+            self.state[i] = take({**tree["params"], **tree["state"]}, stage.state)
             if "optimizer" in tree:
+                _check_optimizer(tree["optimizer"], wanted)
                 self._of_optimizer[i] = jax.tree.unflatten(jax.tree.structure(shapes), take(tree["optimizer"], wanted))
         # A checkpoint from before two leaves were tied may hold different values.
         self.params = self._tied.share_values(self.params)
+        self._share_frozen()
         if not any("optimizer" in trees[i] for i in self._local):
             self._of_optimizer = self._optimizer.init(self.params)
         jax.block_until_ready((self.params, self.state, self._of_optimizer))
 
+    def _share_frozen(self) -> None:
+        """Gives tied frozen parameters the value of their owner."""
+        values = {s: tuple(self.state[s][i] for i in places) for s, places in self._frozen.items()}
+        for s, shared in self._frozen_tied.share_values(values).items():
+            self.state[s] = replaced(self.state[s], self._frozen[s], shared)
+
+    def _sections(self, stage: StageParameters, params: Mapping[str, Any], state: Sequence[Any]) -> StateTree:
+        """The trees of a stage without the optimizer: frozen parameters are among the parameters."""
+        named = dict(zip(stage.state, state, strict=True))
+        return {
+            "params": {**params, **{path: named[path] for path in stage.frozen_params}},
+            "state": {path: named[path] for path in stage.own_state},
+        }
+
     def _named(self, stage: int, opt_state: Any) -> dict[str, Any]:
         """The leaves of a stage's optimizer state by path."""
         return dict(zip(self._optimizer_paths[stage], jax.tree.leaves(opt_state), strict=True))
+
+
+def _check_optimizer(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises `ArgumentError` unless the state is that of the optimizer and of what is trained."""
+    for path in sorted(found.keys() ^ wanted.keys()):
+        where = "the trainer's" if path in wanted else "the restored one"
+        raise ArgumentError(
+            "The restored state of an optimizer must belong to the parameters that are trained. "
+            f"Only {where} has {path}. Pass the same optimizer and `trainable`, or restore the weights alone, with "
+            "abstract_state_tree(optimizer=False): then the optimizer begins anew."
+        )
 
 
 def _as_they_are(leaves: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[jax.Array, ...]:
