@@ -46,7 +46,7 @@ def _replay(
 ) -> tuple[str | None, Leaves]:
     """One microbatch: the first value that is not finite, and the state afterwards."""
     outputs: dict[int, Any] = {}
-    pullbacks: list[tuple[int, str, Any]] = []
+    pullbacks: list[tuple[int, str, Any, Any]] = []
     for stage, cut in enumerate(model.cuts):
         place = replicated(model.stages[stage].submesh)
         draws = jax.device_put((randomness.seed, randomness.step, randomness.microbatch), place)
@@ -61,20 +61,23 @@ def _replay(
                 own: Leaves, value: Any, *others: Any, layer: Any = layer, kept: Leaves = kept, draws: Any = draws
             ) -> Any:
                 keywords = dict(zip(layer.fields, others, strict=True))
-                value, after, _ = layer(own, kept, value, keywords, Randomness(*draws), train=True)
-                return value, after
+                value, after, sown = layer(own, kept, value, keywords, Randomness(*draws), train=True)
+                return (value, sown.terms), after
 
             with jax.set_mesh(model.stages[stage].submesh):
-                outputs[index], pullback, after = jax.vjp(forward, own, *reads, has_aux=True)
+                (outputs[index], terms), pullback, after = jax.vjp(forward, own, *reads, has_aux=True)
             if not _all_finite(jax.tree.leaves((outputs[index], after))):
                 return f"the output of {where} is not finite", state
+            for name, term in terms.items():
+                if not _all_finite([term]):
+                    return f"the term {name!r} that {where} adds to the loss is not finite", state
             state = {**state, **after}
-            pullbacks.append((index, where, pullback))
+            pullbacks.append((index, where, pullback, jax.tree.map(jnp.ones_like, terms)))
     return _replay_backward(model, outputs, pullbacks, batch), state
 
 
 def _replay_backward(
-    model: StagedModel, outputs: Mapping[int, Any], pullbacks: Sequence[tuple[int, str, Any]], batch: Any
+    model: StagedModel, outputs: Mapping[int, Any], pullbacks: Sequence[tuple[int, str, Any, Any]], batch: Any
 ) -> str | None:
     """The first value that is not finite from the loss down."""
     places = {index: replicated(model.stages[s].submesh) for s, cut in enumerate(model.cuts) for index in cut}
@@ -89,10 +92,11 @@ def _replay_backward(
         return "the gradient of the loss with respect to the outputs that it reads is not finite"
     for output, gradient in zip(of_loss, found, strict=True):
         _add(gradients, output.layer, gradient, places)
-    for index, where, pull in reversed(pullbacks):
-        if index not in gradients:  # nothing in the loss depends on it
+    for index, where, pull, of_terms in reversed(pullbacks):
+        if index not in gradients and not of_terms:  # nothing in the loss depends on it
             continue
-        own_gradient, *found = pull(gradients.pop(index))
+        of_output = gradients.pop(index) if index in gradients else jax.tree.map(_no_gradient, outputs[index])
+        own_gradient, *found = pull((of_output, of_terms))
         for path, leaf in own_gradient.items():
             if not _all_finite([leaf]):
                 return f"outputs and loss are finite; the gradient of {path} in {where} is not"
@@ -113,6 +117,11 @@ def _add(gradients: dict[int, Any], layer: int, gradient: Any, places: Mapping[i
         return a if a.dtype == jax.dtypes.float0 else a + b
 
     gradients[layer] = gradient if before is gradient else jax.tree.map(add, before, gradient)
+
+
+def _no_gradient(leaf: Any) -> Any:
+    is_inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return jnp.zeros_like(leaf) if is_inexact else np.zeros(leaf.shape, jax.dtypes.float0)
 
 
 def _loss(model: StagedModel, values: Sequence[Any], batch: Any) -> tuple[jax.Array, Any, jax.Array]:

@@ -255,7 +255,7 @@ class Loop:
             self._trace.add(result.step, result.measured)
             self._clock = time.perf_counter()
         self._out.metrics.write("step", values)
-        self._line.step(values)
+        self._line.step(values, terms=tuple(result.terms))
         return bool(local_value(result.good))
 
     def _close_profile(self) -> None:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -39,8 +39,8 @@ class ProgressLine:
             self._task = self._bar.add_task("", total=steps, completed=start)
             self._bar.start()
 
-    def step(self, values: Mapping[str, Any]) -> None:
-        """Shows the `values` of one step event."""
+    def step(self, values: Mapping[str, Any], terms: Sequence[str] = ()) -> None:
+        """Shows the `values` of one step event; `terms` names those that layers add to the loss."""
         step, seconds = values["step"], values["step_time_s"]
         # The first step is slower than the others; the moving average forgets it quickly.
         before = seconds if self._seconds_per_step is None else self._seconds_per_step
@@ -49,7 +49,7 @@ class ProgressLine:
         self._steps_since += 1
         self._seconds_since += seconds
         self._work_since += values[_rate_of(values)] * seconds
-        loss = f"loss {values['loss']:.4f}"
+        loss = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", *terms))
         if self._bar is not None:
             text = f"{loss}  {seconds:.3g} s/step  {speed(values)}  {left} left"
             self._bar.update(self._task, completed=step, description=text)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from meshpipe import NonFiniteError, PipelineConfig, Trainer, make_mesh
+from meshpipe import LossTerm, NonFiniteError, PipelineConfig, Trainer, make_mesh
 
 
 @jax.custom_vjp
@@ -24,7 +24,8 @@ class Fragile(nnx.Module):
         self.linear = nnx.Linear(4, 4, rngs=rngs)
         self.norm = nnx.BatchNorm(4, rngs=rngs)
 
-    def __call__(self, x: jax.Array, bad_forward: jax.Array, bad_backward: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bad_forward: jax.Array, bad_backward: jax.Array, bad_term: jax.Array) -> jax.Array:
+        self.sow(LossTerm, "size", 0.0 * (x**2).sum() + jnp.where(bad_term, jnp.nan, 0.0).sum())
         x = self.norm(self.linear(x)) + jnp.where(bad_forward, jnp.nan, 0.0)[:, None]
         return explode(x, bad_backward.sum())
 
@@ -42,6 +43,7 @@ def batch(**changes):
         "inputs": np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32),
         "bad_forward": np.zeros(8, np.int32),
         "bad_backward": np.zeros(8, np.int32),
+        "bad_term": np.zeros(8, np.int32),
         "weight": np.ones(8, np.float32),
     }
     for name, (index, value) in changes.items():
@@ -77,10 +79,14 @@ def everything(trainer):
     [
         ({"inputs": (3, np.nan)}, r"batch field 'inputs' is not finite in microbatch 1"),
         ({"bad_forward": (5, 1)}, r"the output of layers/2 \(stage 1\) is not finite in microbatch 2"),
+        (
+            {"bad_term": (4, 1)},
+            r"the term 'size' that layers/2 \(stage 1\) adds to the loss is not finite in microbatch 2",
+        ),
         ({"bad_backward": (6, 1)}, r"the gradient of .*layers/2.*\(stage 1\) is not.* in microbatch 3"),
         ({"inputs": (0, 1e30)}, r"not finite"),
     ],
-    ids=["batch", "forward", "backward", "overflow"],
+    ids=["batch", "forward", "term", "backward", "overflow"],
 )
 def test_the_first_bad_value_is_named_and_nothing_changes(trainer, changes, message):
     trainer.check(trainer.step(batch()))
