@@ -94,9 +94,10 @@ def count_layers(model: StagedModel, stages: Sequence[TracedStage], why: str, *,
 
 def _count(stage: TracedStage, kind: str, model: StagedModel, *, moves: bool) -> LayerCosts:
     devices = model.mesh.devices.size
-    forward, whole, of_input, *of_weights = (ACCELERATOR.seconds(p, devices) for p in _programs(stage))
+    forward, *backward = (ACCELERATOR.seconds(p, devices) for p in _programs(stage))
+    whole, of_input, *of_weights = backward or (0.0, 0.0)
     given = on_submesh(stage.boundaries_out, stage.spec.mesh, stage.microbatch_size)
-    again = forward if model.config.remat == "full" else 0.0
+    again = forward if model.config.remat == "full" and backward else 0.0
     return LayerCosts(
         kind=kind,
         forward=forward,
@@ -110,7 +111,11 @@ def _count(stage: TracedStage, kind: str, model: StagedModel, *, moves: bool) ->
 
 
 def _programs(stage: TracedStage) -> list[ClosedJaxpr]:
-    """Forward, backward, and backward in two parts, or in one where it cannot be split."""
+    """Forward, backward, and backward in two parts, or in one where it cannot be split; forward alone where there is no
+    backward.
+    """
+    if not stage.spec.has_backward:
+        return [stage.closed]
     with jax.set_mesh(stage.spec.mesh):
         parts = trace_split(stage, shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars))
     split = [parts.input_part()] if parts.is_whole else [parts.input_part(), parts.weight_part()]

@@ -21,7 +21,6 @@ from meshpipe.sharding import abstract
 from meshpipe.stage.jaxpr import nbytes
 from meshpipe.stage.programs import trace_pullback, trace_split
 from meshpipe.stage.recomputed import recomputed_bytes
-from meshpipe.stage.spec import gradients_on_submesh
 from meshpipe.stage.traced import TracedStage
 
 ONE_UNIT_EACH = Costs(dict.fromkeys(Op, 1.0))
@@ -182,8 +181,7 @@ def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> Stage
     if splits:
         with jax.set_mesh(stage.spec.mesh):
             parts = trace_split(stage, *shapes)
-        of_outputs = gradients_on_submesh(stage.boundaries_out, stage.spec.mesh, stage.microbatch_size)
-        gradients = _leaf_bytes(of_outputs)
+        gradients = _leaf_bytes(shape for shapes in stage.output_gradients for shape in shapes)
         from_forward = [*kept_x, *kept_state, *([] if recomputes else residuals)]
         of_microbatch = [*kept_x, *kept_state, *residuals, *gradients]
         carried = [] if parts.is_whole else parts.carried
@@ -197,8 +195,8 @@ def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> Stage
         inputs=inputs,
         kept_inputs=kept_inputs,
         input_gradients=tuple(
-            device_bytes(boundary.gradients_on(stage.spec.mesh, stage.microbatch_size))
-            for boundary in stage.boundaries_in
+            device_bytes(boundary.gradients_on(stage.spec.mesh, stage.microbatch_size)) if has_gradient else 0
+            for boundary, has_gradient in zip(stage.boundaries_in, stage.spec.gradients_in, strict=True)
         ),
         recomputed=sum(residuals) if recomputes else 0,
         recomputed_inside=inside,

@@ -10,20 +10,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import DATA, TENSOR
 from meshpipe.phases import each, phase
 from meshpipe.pipeline.transfer import transfer_to
+from meshpipe.plan.graph import Value
 from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.plan.plan import Op
 from meshpipe.sharding import Arrays, Shapes, abstract, replicated
 from meshpipe.stage.calls import Call, Slots, StageCalls, StageSlots
 from meshpipe.stage.operations import count_operations
 from meshpipe.stage.programs import StagePrograms, compile_stage, trace_backward
-from meshpipe.stage.spec import differentiable_leaves, on_submesh
+from meshpipe.stage.spec import on_submesh
 from meshpipe.stage.traced import TracedStage
 
 MIN_CALLS, MAX_CALLS = 5, 50
@@ -40,8 +40,8 @@ def profile_layers(
 ) -> ModelCosts:
     """The costs of every layer of a model whose stages are one layer each, all on one rank.
 
-    Each layer is compiled as the stage that it is, and run on the output of the layer before it. Its programs take
-    turns, as in a step, and the time of each is the median of several calls after a first one. Layers whose programs
+    Each layer is compiled as the stage that it is, and run on the outputs that it reads. Its programs take turns, as in
+    a step, and the time of each is the median of several calls after a first one. Layers whose programs
     are the same are measured once. `batch` is a global batch, arrays or shapes; `next_rank` has the devices to which
     outputs are moved, None moves nothing. `traced` has the stages if they are traced already, and `about` the seconds
     that measuring is expected to take.
@@ -55,14 +55,15 @@ def profile_layers(
     programs = _compile(distinct, model.config.remat)
     rows = {name: np.asarray(_filled(value)) for name, value in batch.items()}
     inputs = model.inputs(rows, model.place_seed(0), 0)
-    measured: dict[str, tuple[LayerCosts, Arrays]] = {}
+    graph = model.plan.graph
+    measured: dict[str, tuple[LayerCosts, tuple[Arrays, ...]]] = {}
+    made: dict[Value, Arrays] = {}
     what = f"Measuring on {model.mesh.devices.flat[0].platform}{expected},"
-    x: Arrays = ()
     for index, (key, stage) in enumerate(each(what, "layer", list(zip(keys, traced, strict=True)))):
         if key not in measured:
-            run = _Run(stage, programs[key], x, inputs[index])
-            measured[key] = run.measure(model.layers[index].class_name, next_rank), run.output
-        x = measured[key][1]
+            run = _Run(stage, programs[key], [made[value] for value in graph.inputs(index)], inputs[index])
+            measured[key] = run.measure(model.layers[index].class_name, next_rank), run.values
+        made.update(zip(graph.outputs(index), measured[key][1], strict=True))
     device = jax.tree.leaves(model.mesh.devices.tolist())[0]
     return ModelCosts(
         tuple(measured[key][0] for key in keys),
@@ -92,16 +93,18 @@ def setting_of(model: StagedModel) -> Setting:
 
 def operations_of_layers(model: StagedModel) -> list[float]:
     """Floating-point operations of each stage on one microbatch, forward and backward; counted without running any."""
-    return [count_operations(stage.closed) + count_operations(_backward(stage)) for stage in model.trace()]
+    return [count_operations(stage.closed) + _backward_operations(stage) for stage in model.trace()]
 
 
-def _backward(stage: TracedStage) -> ClosedJaxpr:
-    """Backward of a stage, traced on its own."""
+def _backward_operations(stage: TracedStage) -> float:
+    """Of the backward of a stage, traced on its own."""
+    if not stage.spec.has_backward:
+        return 0.0
     shapes: Callable[[Sequence[Any]], Shapes] = lambda values: tuple(  # noqa: E731
         abstract(v.aval.shape, v.aval.dtype, replicated(stage.spec.mesh)) for v in values
     )
     with jax.set_mesh(stage.spec.mesh):
-        return trace_backward(stage, shapes(stage.hoisted_vars), shapes(stage.residual_vars))
+        return count_operations(trace_backward(stage, shapes(stage.hoisted_vars), shapes(stage.residual_vars)))
 
 
 def layer_key(stage: TracedStage) -> str:
@@ -110,51 +113,40 @@ def layer_key(stage: TracedStage) -> str:
     shardings = [
         shape.sharding.spec for shape in (*stage.params, *stage.fixed_state, *stage.state, *stage.x, *stage.inputs)
     ]
-    return f"{program}\n{shardings}\n{stage.input_names}\n{stage.sum_names}"
+    gradients = stage.spec.has_backward, stage.spec.gradients_in, stage.spec.readers
+    return f"{program}\n{shardings}\n{stage.input_names}\n{stage.sum_names}\n{gradients}"
 
 
 _STEP = StageSlots(params=0, hoisted=1, state=2, inputs=3, accumulators=4, totals=5)
-_X, _OUTPUT, _RESIDUALS, _OUTPUT_GRADIENTS, _X_GRADIENTS, _FOR_WEIGHTS = range(6, 12)
-"""Slots of the values of a microbatch."""
+_RESIDUALS, _FOR_WEIGHTS = 6, 7
+"""Slots of a microbatch. Those of values and their gradients follow."""
 
 
 class _Run:
     """The programs of one stage on values of about the size that they have at the start of training."""
 
-    def __init__(self, stage: TracedStage, programs: StagePrograms, x: Arrays, inputs: Arrays):
-        self._boundaries, self._size = stage.boundaries_out, stage.microbatch_size
+    def __init__(self, stage: TracedStage, programs: StagePrograms, x: Sequence[Arrays], inputs: Arrays):
+        self._stage = stage
         self._calls = StageCalls(stage, programs, _STEP)
         self._slots: Slots = [None] * (_FOR_WEIGHTS + 1)
         self._calls.begin(self._slots, _place(stage.params), _place(tuple(stage.spec.state.values())), inputs)
-        self._slots[_X] = x
         self._microbatch = jax.device_put(np.uint32(0), stage.microbatch.sharding)
-        self._forward = self._calls.forward(self._microbatch, x=_X, output=_OUTPUT, residuals=_RESIDUALS)
+        self._outputs = self._new_slots([()] * len(stage.boundaries_out))
+        residuals = _RESIDUALS if stage.spec.has_backward else None
+        self._forward = self._calls.forward(
+            self._microbatch, x=self._new_slots(x), outputs=self._outputs, residuals=residuals
+        )
         self._forward(self._slots)
-        self.output: Arrays = self._slots[_OUTPUT]
+        self.values: tuple[Arrays, ...] = tuple(self._slots[index] for index in self._outputs)
+        """What it hands on."""
         self._activation_bytes = _device_bytes(jax.tree.leaves(self._slots[_RESIDUALS]))
-        self._slots[_OUTPUT_GRADIENTS] = tuple(self.output[i] for i in differentiable_leaves(self._boundaries))
 
     def measure(self, kind: str, next_rank: Mesh | None) -> LayerCosts:
-        calls, microbatch = self._calls, self._microbatch
-        whole = calls.backward(
-            microbatch, residuals=_RESIDUALS, output_gradients=_OUTPUT_GRADIENTS, x_gradients=_X_GRADIENTS
-        )
-        of_input = calls.backward_input(
-            microbatch,
-            residuals=_RESIDUALS,
-            output_gradients=_OUTPUT_GRADIENTS,
-            x_gradients=_X_GRADIENTS,
-            for_weights=_FOR_WEIGHTS,
-        )
-        timed = [
-            self._waited_for(self._forward, _OUTPUT, _STEP.state, _RESIDUALS, _STEP.totals),
-            self._waited_for(whole, _STEP.accumulators, _X_GRADIENTS),
-            self._waited_for(of_input, _STEP.accumulators, _X_GRADIENTS, _FOR_WEIGHTS),
-        ]
-        if calls.weight_gradients_apart:
-            of_weights = calls.backward_weight(microbatch, for_weights=_FOR_WEIGHTS)
-            timed.append(self._waited_for(of_weights, _STEP.accumulators))
-        forward, backward, *parts = _seconds(*timed)
+        timed = [self._waited_for(self._forward, *self._outputs, _STEP.state, _RESIDUALS, _STEP.totals)]
+        if self._stage.spec.has_backward:
+            timed += self._backwards()
+        forward, *backwards = _seconds(*timed)
+        backward, *parts = backwards or (0.0, 0.0)
         return LayerCosts(
             kind=kind,
             forward=forward,
@@ -166,6 +158,31 @@ class _Run:
             activation_bytes=self._activation_bytes,
         )
 
+    def _backwards(self) -> list[Callable[[], Any]]:
+        """Backward, and its parts."""
+        calls, microbatch = self._calls, self._microbatch
+        outputs = zip(self._stage.boundaries_out, self._stage.spec.readers, self.values, strict=True)
+        # Gradients have the shapes of the values, and the values have numbers of a likely size.
+        seeds = [tuple(leaves[i] for i in b.differentiable) for b, readers, leaves in outputs for _ in range(readers)]
+        given, found = self._new_slots(seeds), self._new_slots([()] * len(self._stage.x_gradients))
+        whole = calls.backward(microbatch, residuals=_RESIDUALS, output_gradients=given, x_gradients=found)
+        of_input = calls.backward_input(
+            microbatch, residuals=_RESIDUALS, output_gradients=given, x_gradients=found, for_weights=_FOR_WEIGHTS
+        )
+        timed = [
+            self._waited_for(whole, _STEP.accumulators, *found),
+            self._waited_for(of_input, _STEP.accumulators, *found, _FOR_WEIGHTS),
+        ]
+        if calls.weight_gradients_apart:
+            of_weights = calls.backward_weight(microbatch, for_weights=_FOR_WEIGHTS)
+            timed.append(self._waited_for(of_weights, _STEP.accumulators))
+        return timed
+
+    def _new_slots(self, values: Sequence[Arrays]) -> list[int]:
+        first = len(self._slots)
+        self._slots += values
+        return list(range(first, len(self._slots)))
+
     def _waited_for(self, call: Call, *results: int) -> Callable[[], Any]:
         """The call, with the values of the slots that it leaves its results in."""
 
@@ -176,10 +193,13 @@ class _Run:
         return run
 
     def _transfer(self, mesh: Mesh) -> float:
-        if not self._boundaries:
+        stage = self._stage
+        if not stage.boundaries_out:
             return 0.0
-        move = transfer_to(tuple(shape.sharding for shape in on_submesh(self._boundaries, mesh, self._size)))
-        (seconds,) = _seconds(lambda: move(self.output))
+        shapes = on_submesh(stage.boundaries_out, mesh, stage.microbatch_size)
+        move = transfer_to(tuple(shape.sharding for shape in shapes))
+        arrays = tuple(leaf for leaves in self.values for leaf in leaves)
+        (seconds,) = _seconds(lambda: move(arrays))
         return seconds
 
 

@@ -127,6 +127,8 @@ def _options(model: StagedModel, plain: Sequence[TracedStage], memory: Sequence[
 
 
 def _backward_operations(stage: TracedStage) -> float:
+    if not stage.spec.has_backward:
+        return 0.0
     with jax.set_mesh(stage.spec.mesh):
         backward = trace_backward(stage, shapes_of(stage.hoisted_vars), shapes_of(stage.residual_vars))
     return float(count_operations(backward))

@@ -69,11 +69,13 @@ def describe_programs(model: StagedModel) -> dict[str, str]:
     found: dict[str, str] = {}
     texts: dict[int, str] = {}
     for s, stage in model.traced.items():
-        for first, boundaries in ((s - 1, stage.boundaries_in), (s, stage.boundaries_out)):
-            for boundary in boundaries:
-                shapes = boundary.on(model.stages[first + 1].submesh, stage.microbatch_size)
+        graph = model.plan.graph
+        for values, boundaries in ((graph.inputs(s), stage.boundaries_in), (graph.outputs(s), stage.boundaries_out)):
+            for value, boundary in zip(values, boundaries, strict=True):
+                shapes = boundary.on(stage.spec.mesh, stage.microbatch_size)
                 crosses = [repr(boundary.treedef), *map(_shape, shapes)]
-                found[f"values from stage {first} to {first + 1}"] = HASH + digest(crosses)
+                plain = f"values from stage {value.source} to {value.targets[0]}"
+                found[f"{value.name} from stage {value.source}" if value.name else plain] = HASH + digest(crosses)
         if len({device.process_index for device in stage.spec.mesh.devices.flat}) > 1:
             trace = id(stage.closed)
             if trace not in texts:

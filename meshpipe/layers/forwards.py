@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from meshpipe.layers.microbatches import Microbatches
 from meshpipe.pipeline.executor import Executor
+from meshpipe.plan.graph import Graph
 from meshpipe.plan.lower import lower
 from meshpipe.plan.plan import Plan
 from meshpipe.plan.schedules import forwards_of
@@ -25,6 +26,9 @@ class Forwards:
     """Begins the names of its transfers; no other forwards have it."""
     plan: Plan
     """Of training: the forwards follow its order."""
+    graph: Graph
+    """The values that stages hand to each other; loss and metrics of evaluation may read others than those of
+    training."""
     microbatches: Microbatches
     meshes: Sequence[Mesh]
     """The submesh of every stage."""
@@ -42,7 +46,7 @@ class Forwards:
         """Runs the first `count` microbatches of a batch, or all; made at its first use, without compiling anything."""
         count = self.microbatches.count if count is None else count
         if count not in self._executors:
-            program = lower(forwards_of(self.plan, count), reduces=True, outputs=self.output is not None)
+            program = lower(forwards_of(self.plan, count).on(self.graph), reduces=True, outputs=self.output is not None)
             name = f"{self.name}/{count}"
             self._executors[count] = Executor(name, program, self.meshes, self.traced, self.programs)
         return self._executors[count]

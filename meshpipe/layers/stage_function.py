@@ -13,6 +13,8 @@ from meshpipe.errors import kind_of
 from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
 from meshpipe.layers.layer import Layer, Randomness
 from meshpipe.layers.sown import add_sums, objective_of, sums_of_sown
+from meshpipe.layers.stage_wiring import Keywords, Place, Received, StageWiring
+from meshpipe.layers.wiring import Field, Output
 from meshpipe.optimizer.sums import LOSS, WEIGHT, metric_sums
 from meshpipe.stage.spec import StageFunction, StageOutput
 
@@ -29,60 +31,81 @@ def stage_function(
     stage: int,
     layers: Sequence[Layer],
     *,
-    input: str | None,
+    wiring: StageWiring,
     loss: Loss | None,
     metrics: Metrics | None = None,
     policies: Sequence[Callable[..., bool] | None] = (),
+    outputs: bool = False,
     unread: set[tuple[str, str]] | None = None,
     train: bool,
 ) -> StageFunction:
     """The function of a stage that the engine traces.
 
-    `input` is the batch field that the first stage reads, and None for the others. `loss` is None for all stages but
-    the last, which has the sum of the losses, their weight, and the sums and weights of `metrics`, and hands on no
-    value. `policies` say what `jax.checkpoint` saves of each layer, of the last one together with the loss;
-    None saves all. What layers sow is added up unless `unread` is None; what nothing reads of it is named there, by
-    class of the layer and name. Errors of layers, loss and metrics get a note with the layer's path and the shapes.
+    `wiring` says what each layer reads, and which layers make the values that are handed on; with `outputs`, the output
+    of the last layer is one more. `loss` is None for all stages but the last, which has the sum of the losses, their
+    weight, and the sums and weights of `metrics`. `policies` say what `jax.checkpoint` saves of each layer, of the last
+    one together with the loss; None saves all. What layers sow is added up unless `unread` is None; what nothing reads
+    of it is named there, by class of the layer and name. Errors of layers, loss and metrics get a note with the layer's
+    path and the shapes.
     """
-    streams = streams_of(layers)
-
-    def sums(value: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-        assert loss is not None
-        extra = {} if metrics is None else _metrics(metrics, value, batch)
-        total, weight = _loss(loss, value, batch)
-        return {LOSS: total, WEIGHT: weight, **metric_sums(extra)}
+    streams, last = streams_of(layers), len(layers) - 1
+    stored = _stored_outputs(wiring, policies)
 
     def run(params: Any, state: Any, values: tuple[Any, ...], batch: Any, randomness: Any) -> StageOutput:
-        value = values[0] if input is None else batch[input]
         seed, paths, step, microbatch = randomness
         draws = Randomness(seed, step, microbatch, {path: paths[i] for i, path in enumerate(streams)})
+        made: list[Any] = []
+        """The output of every layer so far."""
+
+        def get(place: Place) -> Any:
+            if isinstance(place, Field):
+                return batch[place.name]
+            return values[place.index] if isinstance(place, Received) else made[place.layer]
+
+        def keywords(given: Keywords) -> dict[str, Any]:
+            return {keyword: get(place) for keyword, place in given}
+
+        def sums(value: Any) -> dict[str, Any]:
+            assert loss is not None
+            of = [{k: value if p == Output(last) else get(p) for k, p in g} for g in (wiring.loss, wiring.metrics)]
+            total, weight = _loss(loss, value, batch, of[0])
+            extra = {} if metrics is None else _metrics(metrics, value, batch, of[1])
+            return {LOSS: total, WEIGHT: weight, **metric_sums(extra)}
 
         def call(index: int, params: Any, state: Any, value: Any) -> tuple[Any, Any, dict[str, Any]]:
             layer = layers[index]
             with call_of_layer(layer.path, layer.class_name, stage, value, train=train):
-                keywords = {keyword: batch[field] for keyword, field in layer.fields.items()}
-                value, after, sown = layer(params, state, value, keywords, draws, train=train)
+                value, after, sown = layer(params, state, value, keywords(wiring.keywords[index]), draws, train=train)
             _check_output(layer, value)
             found = sums_of_sown(sown, layer, batch, unread) if unread is not None else {}
-            if loss is None or index < len(layers) - 1:
+            if loss is None or index < last:
                 return value, after, found
-            return None, after, add_sums(found, sums(value, batch))
+            return None, after, add_sums(found, sums(value))
 
         found: dict[str, Any] = {}
         for index, layer in enumerate(layers):
             run_layer: Callable[..., tuple[Any, Any, dict[str, Any]]] = partial(call, index)
             if policies and policies[index] is not None:
                 run_layer = jax.checkpoint(run_layer, policy=policies[index])
-                value = jax.tree.map(_stored, value) if index > 0 else value
-            value, after, of_layer = run_layer(_part(params, layer.params), _part(state, layer.state), value)
+            owned = _part(params, layer.params), _part(state, layer.state)
+            value, after, of_layer = run_layer(*owned, get(wiring.inputs[index]))
             found = add_sums(found, of_layer)
+            made.append(jax.tree.map(_stored, value) if index in stored else value)
             state = {**state, **after}
-        if loss is None:
-            return StageOutput((value,), found, objective_of(found), state)
-        found = found if layers else sums(value, batch)
-        return StageOutput((), found, objective_of(found), state)
+        handed_on = (*(made[index] for index in wiring.outputs), *made[last:][:outputs])
+        return StageOutput(handed_on, found, objective_of(found), state)
 
     return run
+
+
+def _stored_outputs(wiring: StageWiring, policies: Sequence[Callable[..., bool] | None]) -> frozenset[int]:
+    """The layers of the stage whose outputs are read by others that are recomputed, of which the last one includes loss
+    and metrics.
+    """
+    reads = [[place, *(p for _, p in given)] for place, given in zip(wiring.inputs, wiring.keywords, strict=True)]
+    reads[-1] += [place for _, place in (*wiring.loss, *wiring.metrics)]
+    recomputed = (places for places, policy in zip(reads, policies, strict=False) if policy is not None)
+    return frozenset(place.layer for places in recomputed for place in places if isinstance(place, Output))
 
 
 def _part(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
@@ -90,7 +113,7 @@ def _part(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
 
 
 def _stored(leaf: Any) -> Any:
-    """The input of a layer that is recomputed. Named, it is no result of operations that backward may repeat, so it is
+    """An input of a layer that is recomputed. Named, it is no result of operations that backward may repeat, so it is
     stored itself, and not what it could be computed from.
     """
     return checkpoint_name(leaf, "layer input") if isinstance(leaf, jax.Array) else leaf
@@ -101,9 +124,9 @@ def streams_of(layers: Sequence[Layer]) -> list[str]:
     return [path for layer in layers for path in layer.streams]
 
 
-def _loss(loss: Loss, value: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+def _loss(loss: Loss, value: Any, batch: Mapping[str, Any], named: Mapping[str, Any]) -> tuple[Any, Any]:
     with call_of_loss("loss", value, batch):
-        result = loss(value, batch)
+        result = loss(value, batch, **named)
     if not _is_pair_of_scalars(result):
         raise ValueError(
             "A loss must return two scalars: the sum of the losses over the microbatch, and their weight (how many "
@@ -115,9 +138,11 @@ def _loss(loss: Loss, value: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
     return result[0], result[1]
 
 
-def _metrics(metrics: Metrics, value: Any, batch: Mapping[str, Any]) -> Mapping[str, tuple[Any, Any]]:
+def _metrics(
+    metrics: Metrics, value: Any, batch: Mapping[str, Any], named: Mapping[str, Any]
+) -> Mapping[str, tuple[Any, Any]]:
     with call_of_loss("metrics", value, batch):
-        result = metrics(value, batch)
+        result = metrics(value, batch, **named)
     if not isinstance(result, Mapping) or not all(
         isinstance(n, str) and _is_sum_and_weight(v) for n, v in result.items()
     ):

@@ -20,6 +20,7 @@ from meshpipe.layers.microbatches import Microbatches
 from meshpipe.layers.notes import notes_on
 from meshpipe.layers.shared import merge_groups, with_adapters
 from meshpipe.layers.stage_function import stage_function, streams_of
+from meshpipe.layers.stage_wiring import CutWiring, StageWiring, cut_wiring
 from meshpipe.layers.task import Task
 from meshpipe.layers.trainable import describe_trained, freeze
 from meshpipe.layers.wiring import wire
@@ -31,6 +32,7 @@ from meshpipe.phases import each
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.pipeline.remat import CHECKPOINT_POLICIES, remat_of_layers, remat_of_stages
+from meshpipe.plan.graph import Value
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.lower import Program, lower
 from meshpipe.plan.plan import Op, Plan
@@ -111,6 +113,7 @@ class StagedModel:
                 "as they are by default."
             )
         self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
+        self.plan = self.plan.on(self._wired().graph)
 
     @property
     def _splits_data(self) -> bool:
@@ -154,6 +157,11 @@ class StagedModel:
         """The plan with its transfers, the same in every process."""
         return lower(self.plan, reduces=self._splits_data)
 
+    def _wired(self, *, loss: bool = True, metrics: bool = False) -> CutWiring:
+        """The values that stages hand to each other, also those that only the loss or the metrics read."""
+        trains = [bool(owned.params) for owned in self.parameters]
+        return cut_wiring(self.wiring, self.cuts, trains, loss=loss, metrics=metrics)
+
     def trace(self, remat: Sequence[str] | None = None) -> list[TracedStage]:
         """Traces every stage for training; compiles and allocates nothing. The result has the shapes that a step keeps.
 
@@ -193,9 +201,17 @@ class StagedModel:
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()
         self._cache = compiler.cache
-        ops = {action.op for action in self.plan.actions}
-        self.programs = compile_stages(self.traced, ops, self.remat, compiler, also, fused)
+        self.programs = compile_stages(self.traced, self._ops(), self.remat, compiler, also, fused)
         self.executor = Executor(f"{name}/train", self.program, self._meshes, self.traced, self.programs)
+
+    def _ops(self) -> dict[int, frozenset[Op]]:
+        """The kinds of work of every stage. Stages of one kind get the same, so that they can share programs."""
+        graph = self.plan.graph
+        kinds = [(graph.trains[s], graph.has_backward(s)) for s in range(self.plan.num_stages)]
+        found: dict[tuple[bool, bool], set[Op]] = {kind: set() for kind in kinds}
+        for action in self.plan.actions:
+            found[kinds[action.stage]].add(action.op)
+        return {s: frozenset(found[kind]) for s, kind in enumerate(kinds)}
 
     def _check_metrics(self) -> None:
         """Raises now what the metrics, or layers in evaluation mode, would raise at the first evaluation.
@@ -225,19 +241,27 @@ class StagedModel:
 
     def _forwards(self, name: str, microbatches: Microbatches, *, outputs: bool = False) -> Forwards:
         remat = ("none",) * self.plan.num_stages
+        wired = self._wired(loss=not outputs, metrics=not outputs)
         traced, output = self._trace(self.local, remat=remat, train=False, fields=microbatches.fields, outputs=outputs)
         if outputs:
-            _check_rows(output[0], microbatches.size // microbatches.count)
+            _check_rows(output[-1], microbatches.size // microbatches.count)
         return Forwards(
             name=f"{self._name}/{name}",
             plan=self.plan,
+            graph=wired.graph,
             microbatches=microbatches,
             meshes=self._meshes,
             traced=traced,
-            programs=compile_stages(traced, {Op.FORWARD}, remat, Compiler(self._cache), what=f"Compiling to {name},"),
+            programs=compile_stages(
+                traced,
+                dict.fromkeys(traced, frozenset({Op.FORWARD})),
+                remat,
+                Compiler(self._cache),
+                what=f"Compiling to {name},",
+            ),
             path_hashes=self._path_hashes,
             adds_up_early=any(stage.sum_names for s, stage in traced.items() if s < self.plan.num_stages - 1),
-            output=output[0] if outputs else None,
+            output=output[-1] if outputs else None,
         )
 
     def place_seed(self, seed: int) -> dict[int, jax.Array]:
@@ -273,11 +297,14 @@ class StagedModel:
         traced: dict[int, TracedStage] = {}
         seen: dict[Hashable, TracedStage] = {}
         handed_on: dict[Hashable, tuple[Boundary, ...]] = {}
-        boundaries: tuple[Boundary, ...] = ()
+        wired = self._wired(loss=not outputs, metrics=not train and not outputs)
+        graph, made = wired.graph, dict[Value, Boundary]()
+        after: tuple[Boundary, ...] = ()
         stages = list(enumerate(zip(self._meshes, self.parameters, strict=True)))[: last + 1]
         for s, (mesh, owned) in each("Tracing", "stage", stages):
             has_loss = s == self.plan.num_stages - 1 and not outputs
-            by_layer = remat[s] == "layer"
+            by_layer, has_backward = remat[s] == "layer", train and graph.has_backward(s)
+            before = [made[value] for value in graph.inputs(s)]
             spec = StageSpec(
                 index=s,
                 mesh=mesh,
@@ -285,31 +312,35 @@ class StagedModel:
                 function=stage_function(
                     s,
                     [self.layers[i] for i in self.cuts[s]],
-                    input=self.task.input if s == 0 else None,
+                    wiring=wired.stages[s],
                     loss=self.task.loss if has_loss else None,
                     metrics=None if train else self.task.metrics,
                     policies=[_policy(self.layer_remat[i]) if by_layer else None for i in self.cuts[s]],
                     unread=None if outputs else self._unread,
+                    outputs=outputs and s == self.plan.num_stages - 1,
                     train=train,
                 ),
                 params=owned.params,
                 state=owned.state,
                 streams=len(self._streams(s)),
                 gathered=self._gathered[s],
+                has_backward=has_backward,
+                gradients_in=tuple(has_backward and graph.has_gradient(value) for value in graph.inputs(s)),
+                readers=tuple(len(value.targets) for value in graph.outputs(s)),
                 checkpoint_policy=None if remat[s] == "full" else _policy(remat[s]),
             )
-            kind = self._kind(spec, boundaries, remat[s], has_loss=has_loss)
+            kind = self._kind(spec, wired.stages[s], before, remat[s], has_loss=has_loss)
             if s not in wanted:
                 if kind not in handed_on:
-                    handed_on[kind] = boundaries_after(spec, boundaries, fields)
-                boundaries = handed_on[kind]
-                continue
-            if kind in seen:
-                traced[s] = seen[kind].shared_with(spec, boundaries)
+                    handed_on[kind] = boundaries_after(spec, before, fields)
+                after = handed_on[kind]
             else:
-                traced[s] = seen[kind] = TracedStage(spec, boundaries, fields)
-            boundaries = traced[s].boundaries_out
-        return traced, boundaries
+                is_known = kind in seen
+                traced[s] = seen[kind].shared_with(spec, before) if is_known else TracedStage(spec, before, fields)
+                seen.setdefault(kind, traced[s])
+                after = traced[s].boundaries_out
+            made.update(zip(graph.outputs(s), after, strict=False))  # an output that is kept is no value of the graph
+        return traced, after
 
     def _streams(self, stage: int) -> list[str]:
         return streams_of([self.layers[i] for i in self.cuts[stage]])
@@ -322,7 +353,9 @@ class StagedModel:
             s: place(np.array(found, np.uint32), replicated(self._meshes[s])) for s, found in hashes.items() if found
         }
 
-    def _kind(self, spec: StageSpec, boundaries: Sequence[Boundary], remat: str, *, has_loss: bool) -> Hashable:
+    def _kind(
+        self, spec: StageSpec, wiring: StageWiring, boundaries: Sequence[Boundary], remat: str, *, has_loss: bool
+    ) -> Hashable:
         """A key that is equal for the stages of one `_trace` call that can share a trace; their paths may differ."""
         kinds = tuple(self.layers[i].kind for i in self.cuts[spec.index])
         leaves = [*spec.params.values(), *spec.state.values()]
@@ -330,7 +363,8 @@ class StagedModel:
         gathered = tuple(path in spec.gathered for path in (*spec.params, *spec.state))
         policies = tuple(self.layer_remat[i] for i in self.cuts[spec.index])
         before = tuple(boundary.kind for boundary in boundaries)
-        return spec.index == 0, has_loss, kinds, shapes, gathered, remat, policies, before
+        gradients = spec.has_backward, spec.gradients_in, spec.readers
+        return has_loss, wiring, gradients, kinds, shapes, gathered, remat, policies, before
 
     def _parameters(self, stage: int, borrowed_leaves: frozenset[str]) -> StageParameters:
         params: dict[str, jax.ShapeDtypeStruct] = {}

@@ -1,8 +1,7 @@
 """Runs a lowered plan: resolves it once to a flat list of calls, which every step walks with buffers of its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from meshpipe.plan.plan import Op, Plan
 from meshpipe.sharding import Arrays, place, replicated
 from meshpipe.stage.calls import Call, Slots, StageCalls, StageSlots
 from meshpipe.stage.programs import StagePrograms
+from meshpipe.stage.spec import Boundary
 from meshpipe.stage.traced import TracedStage
 
 Observer = Callable[[Compute | Transfer, Arrays, Arrays], None]
@@ -45,7 +45,7 @@ class Executor:
         self._name = name
         self._plan = program.plan
         self._meshes = meshes
-        self._moves: dict[tuple[str, int], Callable[[Arrays | None], Arrays | None]] = {}
+        self._moves: dict[Hashable, Callable[[Arrays | None], Arrays | None]] = {}
         self._traced = traced
         self._programs = programs
         self._slots: Slots = []
@@ -230,18 +230,30 @@ class Executor:
         return transfer_here if sends and receives else transfer
 
     def _move(self, instruction: Transfer) -> Callable[[Arrays | None], Arrays | None]:
-        """The function that moves the arrays of a boundary; all microbatches share it."""
-        (kind, target), source = (instruction.target.kind, instruction.target.stage), instruction.source.stage
-        if (kind, target) not in self._moves:
-            # Either side knows what crosses the boundary.
-            before, after = min(source, target), max(source, target)
-            is_known = after in self._traced
-            (boundary,) = self._traced[after].boundaries_in if is_known else self._traced[before].boundaries_out
+        """The function that moves the arrays of a value, or of its gradient, between two ranks; all microbatches share
+        it.
+        """
+        source, target = instruction.source, instruction.target
+        key = target.kind, source.stage, target.stage, target.name
+        if key not in self._moves:
+            maker, reader = (source, target) if target.kind == "x" else (target, source)
+            boundary = self._boundary(maker.stage, reader.stage, target.name)
             size = next(iter(self._traced.values())).microbatch_size
-            on = boundary.on if kind == "x" else boundary.gradients_on
-            name = f"{self._name} {kind} {target}"
-            self._moves[kind, target] = transfer_between(name, self._meshes[source], on(self._meshes[target], size))
-        return self._moves[kind, target]
+            on = boundary.on if target.kind == "x" else boundary.gradients_on
+            # One name for each value and pair of stages: several values, or several gradients of one, may be on the way
+            # between the same processes at the same time.
+            name = " ".join(map(str, (self._name, *key)))
+            shapes = on(self._meshes[target.stage], size)
+            self._moves[key] = transfer_between(name, self._meshes[source.stage], shapes)
+        return self._moves[key]
+
+    def _boundary(self, maker: int, reader: int, name: str) -> Boundary:
+        """The shape of the value of this name that one stage makes and another reads; either of them knows it."""
+        graph, is_here = self._plan.graph, reader in self._traced
+        values = graph.inputs(reader) if is_here else graph.outputs(maker)
+        boundaries = self._traced[reader].boundaries_in if is_here else self._traced[maker].boundaries_out
+        pairs = zip(values, boundaries, strict=True)
+        return next(boundary for value, boundary in pairs if (value.source, value.name) == (maker, name))
 
     def _fused_backward(self, instruction: Compute) -> Compute | None:
         """The backward that is fused with this forward, or this backward itself if it is fused; else None."""
@@ -251,38 +263,37 @@ class Executor:
         (loss,) = map(self._slot, forward.writes)  # no residuals are stored; observers wait for the loss in their slot
         return self._calls[forward.action.stage].forward_backward(
             self._microbatch(forward),
-            x=self._one(forward.reads, "x"),
-            x_gradients=self._one(backward.writes, "dx", "dy"),
+            x=[self._slot(buffer) for buffer in forward.reads],
+            x_gradients=[self._slot(buffer) for buffer in backward.writes],
             loss=loss,
         )
 
     def _compute(self, instruction: Compute) -> Call:
+        """Values stand in a program in the order of the graph, and so they do in a stage."""
         calls, microbatch = self._calls[instruction.action.stage], self._microbatch(instruction)
-        reads, writes = partial(self._one, instruction.reads), partial(self._one, instruction.writes)
+        reads, writes = (
+            [(buffer.kind, self._slot(buffer)) for buffer in buffers]
+            for buffers in (instruction.reads, instruction.writes)
+        )
+        stored = {kind: slot for kind, slot in (*reads, *writes) if kind in ("r", "w")}
+        read, written = ([slot for kind, slot in found if kind not in stored] for found in (reads, writes))
         op = instruction.action.op
         if op is Op.FORWARD:
-            return calls.forward(microbatch, x=reads("x"), output=writes("y", "x", "o"), residuals=writes("r"))
+            return calls.forward(microbatch, x=read, outputs=written, residuals=stored.get("r"))
         if op is Op.BACKWARD_WEIGHT:
-            return calls.backward_weight(microbatch, for_weights=reads("w"))
-        residuals, output_gradients, x_gradients = reads("r"), reads("dy"), writes("dx", "dy")
+            return calls.backward_weight(microbatch, for_weights=stored["w"])
         if op is Op.BACKWARD:
-            return calls.backward(
-                microbatch, residuals=residuals, output_gradients=output_gradients, x_gradients=x_gradients
-            )
+            return calls.backward(microbatch, residuals=stored["r"], output_gradients=read, x_gradients=written)
         return calls.backward_input(
             microbatch,
-            residuals=residuals,
-            output_gradients=output_gradients,
-            x_gradients=x_gradients,
-            for_weights=writes("w"),
+            residuals=stored["r"],
+            output_gradients=read,
+            x_gradients=written,
+            for_weights=stored["w"],
         )
 
     def _microbatch(self, instruction: Compute) -> jax.Array:
         return self._microbatch_indices[instruction.action.stage][instruction.action.microbatch]
-
-    def _one(self, buffers: Sequence[Buffer], *kinds: str) -> int | None:
-        """The slot of the one buffer of these kinds, if there is one."""
-        return next((self._slot(b) for b in buffers if b.kind in kinds), None)
 
 
 def _nothing(slots: Slots) -> None:

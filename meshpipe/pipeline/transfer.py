@@ -1,4 +1,4 @@
-"""Moves the arrays of one boundary from a submesh to another, within a process or between processes."""
+"""Moves the arrays of a value, or of its gradient, from a submesh to another, within a process or between processes."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -33,10 +33,12 @@ def transfer_between(name: str, source: Mesh, shapes: Shapes) -> Callable[[Array
     the same shape, and the arrays the same specs on both. `name` is unique, and the same in all processes.
     """
     here = jax.process_index()
-    target = _mesh_of(shapes[0]) if shapes else source
+    if not shapes:  # the gradient of a value that holds integers alone
+        return lambda arrays: ()
+    target = _mesh_of(shapes[0])
     pairs = list(zip(source.devices.flat, target.devices.flat, strict=True))
     places = {device.process_index for pair in pairs for device in pair}
-    if places <= {here} or not shapes:
+    if places <= {here}:
         return transfer_to(tuple(map(_sharding_of, shapes)))
     return _Sockets(name, pairs, shapes).move if by_sockets() else _native(source, shapes)
 

@@ -1,6 +1,6 @@
 """How the programs of a stage are called: which values each takes, in which order, and where its results go."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +37,12 @@ class StageSlots:
 class StageCalls:
     """Builds the calls of one stage that make up a step. Everything that can be looked up is looked up here, once.
 
-    `microbatch` is the index of the microbatch, a scalar on the submesh. All other arguments are numbers of slots, or
-    None where there is no such value. A slot of residuals holds `((leaves of x, leaves of state), fresh)`: arrays that
-    existed before and are kept alive, and those that forward made. A slot `for_weights` holds `(carried, crossing)`:
-    arrays from forward that the weight part reads again, and those that the input part made for it.
+    `microbatch` is the index of the microbatch, a scalar on the submesh. All other arguments are numbers of slots:
+    `x` and `outputs` one for each value, in the order of the graph; `x_gradients` one for each value with a gradient;
+    `output_gradients` one for each value and reader. A slot of residuals holds `((leaves of x, leaves of state),
+    fresh)`: arrays that existed before and are kept alive, and those that forward made. A slot `for_weights` holds
+    `(carried, crossing)`: arrays from forward that the weight part reads again, and those that the input part made for
+    it.
     """
 
     def __init__(self, stage: TracedStage, programs: StagePrograms, slots: StageSlots):
@@ -80,13 +82,13 @@ class StageCalls:
         return self._programs.split is not None and self._programs.split.weight is not None
 
     def forward_backward(
-        self, microbatch: jax.Array, *, x: int | None, x_gradients: int | None, loss: int | None
+        self, microbatch: jax.Array, *, x: Sequence[int], x_gradients: Sequence[int], loss: int
     ) -> Call:
         run, at = self._programs.forward_backward, self.slots
         params, hoisted, state, inputs = at.params, at.hoisted, at.state, at.inputs
         accumulators, totals = at.accumulators, at.totals
+        read, write = _reading(x), _writing(x_gradients)
         assert run is not None
-        assert loss is not None
 
         def forward_backward(slots: Slots) -> None:
             slots[accumulators], into_x, slots[state], slots[totals], slots[loss] = run(
@@ -94,33 +96,35 @@ class StageCalls:
                 slots[params],
                 slots[hoisted],
                 slots[state],
-                () if x is None else slots[x],
+                read(slots),
                 slots[inputs],
                 microbatch,
                 slots[totals],
             )
-            if x_gradients is not None:
-                slots[x_gradients] = into_x
+            write(slots, into_x)
 
         return forward_backward
 
-    def forward(self, microbatch: jax.Array, *, x: int | None, output: int | None, residuals: int | None) -> Call:
+    def forward(
+        self, microbatch: jax.Array, *, x: Sequence[int], outputs: Sequence[int], residuals: int | None
+    ) -> Call:
+        """`residuals` is None where the program has no backward of this stage."""
         stage, run, at = self._stage, self._programs.forward, self.slots
         params, hoisted, state, inputs, totals = at.params, at.hoisted, at.state, at.inputs, at.totals
         # Where forward returns no residuals, everything that recomputing them reads is kept in their place.
         keeps_all = self._programs.recompute is not None
         kept_x = tuple(range(len(stage.x))) if keeps_all else stage.kept_x
         kept_state = tuple(range(len(stage.state))) if keeps_all else stage.kept_state
+        read, write = _reading(x), _writing(outputs)
         assert run is not None
 
         def forward(slots: Slots) -> None:
             # Backward reads the state that forward began with, so it is taken before the slot gets the new one.
-            before, arrays = slots[state], () if x is None else slots[x]
-            y, slots[state], fresh, slots[totals] = run(
+            before, arrays = slots[state], read(slots)
+            values, slots[state], fresh, slots[totals] = run(
                 slots[params], slots[hoisted], before, arrays, slots[inputs], microbatch, slots[totals]
             )
-            if output is not None:
-                slots[output] = y
+            write(slots, values)
             if residuals is not None:
                 # A list in a tuple takes less time than a generator, and this runs for every microbatch.
                 kept = tuple([arrays[i] for i in kept_x]), tuple([before[i] for i in kept_state])
@@ -128,12 +132,11 @@ class StageCalls:
 
         return forward
 
-    def _residuals(self, microbatch: jax.Array, residuals: int | None) -> Callable[[Slots], tuple[Any, Arrays]]:
+    def _residuals(self, microbatch: jax.Array, residuals: int) -> Callable[[Slots], tuple[Any, Arrays]]:
         """A function that returns the residuals: it reads them from their slot, or recomputes them."""
         recompute, at = self._programs.recompute, self.slots
         params, hoisted, inputs = at.params, at.hoisted, at.inputs
         kept_x, kept_state = self._stage.kept_x, self._stage.kept_state
-        assert residuals is not None
 
         def handed_over(slots: Slots) -> tuple[Any, Arrays]:
             kept, fresh = slots[residuals]
@@ -147,21 +150,30 @@ class StageCalls:
         return handed_over if recompute is None else computed_again
 
     def backward(
-        self, microbatch: jax.Array, *, residuals: int | None, output_gradients: int | None, x_gradients: int | None
+        self, microbatch: jax.Array, *, residuals: int, output_gradients: Sequence[int], x_gradients: Sequence[int]
     ) -> Call:
         run, at = self._programs.backward, self.slots
         params, hoisted, inputs, accumulators = at.params, at.hoisted, at.inputs, at.accumulators
-        read = self._residuals(microbatch, residuals)
+        read, gradients, write = (
+            self._residuals(microbatch, residuals),
+            _reading(output_gradients),
+            _writing(x_gradients),
+        )
         assert run is not None
 
         def backward(slots: Slots) -> None:
             kept, fresh = read(slots)
-            gradients = () if output_gradients is None else slots[output_gradients]
             slots[accumulators], into_x = run(
-                slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, kept, fresh, gradients
+                slots[accumulators],
+                slots[params],
+                slots[hoisted],
+                slots[inputs],
+                microbatch,
+                kept,
+                fresh,
+                gradients(slots),
             )
-            if x_gradients is not None:
-                slots[x_gradients] = into_x
+            write(slots, into_x)
 
         return backward
 
@@ -169,36 +181,34 @@ class StageCalls:
         self,
         microbatch: jax.Array,
         *,
-        residuals: int | None,
-        output_gradients: int | None,
-        x_gradients: int | None,
-        for_weights: int | None,
+        residuals: int,
+        output_gradients: Sequence[int],
+        x_gradients: Sequence[int],
+        for_weights: int,
     ) -> Call:
         programs, at = self._programs.split, self.slots
         params, hoisted, inputs, accumulators = at.params, at.hoisted, at.inputs, at.accumulators
-        read = self._residuals(microbatch, residuals)
+        read, read_gradients = self._residuals(microbatch, residuals), _reading(output_gradients)
+        write = _writing(x_gradients)
         assert programs is not None
-        assert for_weights is not None
         run, carried = programs.input, programs.carried
 
         def backward_input(slots: Slots) -> None:
             kept, fresh = read(slots)
-            gradients = () if output_gradients is None else slots[output_gradients]
+            gradients = read_gradients(slots)
             slots[accumulators], into_x, crossing = run(
                 slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, kept, fresh, gradients
             )
-            if x_gradients is not None:
-                slots[x_gradients] = into_x
+            write(slots, into_x)
             of_microbatch = (*kept[0], *kept[1], *fresh, *gradients)
             slots[for_weights] = (tuple([of_microbatch[i] for i in carried]), crossing)
 
         return backward_input
 
-    def backward_weight(self, microbatch: jax.Array, *, for_weights: int | None) -> Call:
+    def backward_weight(self, microbatch: jax.Array, *, for_weights: int) -> Call:
         programs, at = self._programs.split, self.slots
         params, hoisted, inputs, accumulators = at.params, at.hoisted, at.inputs, at.accumulators
         assert programs is not None
-        assert for_weights is not None
         run = programs.weight
 
         def backward_weight(slots: Slots) -> None:
@@ -218,3 +228,27 @@ class StageCalls:
             slots[accumulators], slots[totals] = run(*slots[accumulators], *slots[totals])
 
         return reduce
+
+
+def _reading(places: Sequence[int]) -> Callable[[Slots], Arrays]:
+    """A function that returns the arrays of some slots, one slot after the other."""
+    if len(places) == 1:  # as in a chain; a join would take time in every call
+        (place,) = places
+        return lambda slots: slots[place]
+    return lambda slots: tuple([array for place in places for array in slots[place]])
+
+
+def _writing(places: Sequence[int]) -> Callable[[Slots, Sequence[Arrays]], None]:
+    """A function that leaves each of some values in its slot."""
+
+    def write(slots: Slots, values: Sequence[Arrays]) -> None:
+        for place, value in zip(places, values, strict=True):
+            slots[place] = value
+
+    def write_one(slots: Slots, values: Sequence[Arrays]) -> None:
+        (slots[place],) = values
+
+    if len(places) == 1:
+        (place,) = places
+        return write_one
+    return write

@@ -1,7 +1,7 @@
 """Compiles all stages at once in threads, and equal stages only once."""
 
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 
 from meshpipe.compiler.compiler import Compiler
@@ -17,7 +17,7 @@ lowering do not, so further threads would only compete for it."""
 
 def compile_stages(
     traced: dict[int, TracedStage],
-    ops: Set[Op],
+    ops: Mapping[int, Set[Op]],
     remat: Sequence[str],
     compiler: Compiler,
     also: Sequence[Callable[[], None]] = (),
@@ -31,7 +31,7 @@ def compile_stages(
 
     Arguments:
         traced: The stages of this process, by number.
-        ops: The kinds of work that the plan has.
+        ops: The kinds of work that the plan has for every stage.
         remat: The rematerialisation of every stage.
         compiler: What compiles, and keeps, the programs.
         also: Further work to do in threads while XLA compiles the stages, such as compiling the optimizer's updates.
@@ -41,7 +41,7 @@ def compile_stages(
 
     def build(stage: TracedStage) -> StagePrograms:
         index = stage.spec.index
-        programs = compile_stage(stage, ops, remat=remat[index], fused=index == fused, compiler=compiler)
+        programs = compile_stage(stage, ops[index], remat=remat[index], fused=index == fused, compiler=compiler)
         compiling.next()
         return programs
 

@@ -18,6 +18,9 @@ XLA fuses them into whatever reads them."""
 CHECKPOINT_PRIMITIVES = frozenset({"remat2", "checkpoint"})
 """The names of `jax.checkpoint` in the versions of JAX that are supported."""
 
+DERIVATIVE_PRIMITIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+"""Calls of functions that come with a derivative of their own."""
+
 CALL_PRIMITIVES = frozenset({"jit", "pjit", "closed_call"}) | CHECKPOINT_PRIMITIVES
 """Operations that only call a program of their own."""
 
@@ -144,12 +147,13 @@ def apply_equation(jaxpr: Jaxpr, equation: JaxprEqn, operands: Sequence[Any]) ->
     return [None if isinstance(v, DropVar) else next(results) for v in equation.outvars]
 
 
-def inline(closed: ClosedJaxpr, waiting: Iterable[Var] = ()) -> ClosedJaxpr:
+def inline(closed: ClosedJaxpr, waiting: Iterable[Var] = (), *, derivatives: bool = False) -> ClosedJaxpr:
     """The same program without calls: nested `jit` and `jax.checkpoint` are replaced by their equations.
 
     Everything else in `stage/` looks at equations, and would see a call as one equation that reads and computes
     everything at once. Loops and custom derivatives stay whole, and so do calls that set shardings, which would be
-    lost. To be used once derivatives have been taken, when a checkpoint has nothing left to save.
+    lost. To be used once derivatives have been taken, when a checkpoint has nothing left to save. With `derivatives`,
+    none is taken, and functions with a derivative of their own are calls like others.
 
     A checkpoint of a derivative begins when the gradient that it continues is there: XLA would otherwise recompute
     several at once, or find that it has computed the same before. As in JAX, a barrier sees to that; here it holds back
@@ -180,7 +184,7 @@ def inline(closed: ClosedJaxpr, waiting: Iterable[Var] = ()) -> ClosedJaxpr:
 
         for equation in jaxpr.eqns:
             operands = [read(v) for v in equation.invars]
-            inner = equation.params["jaxpr"] if _is_call(equation) else None
+            inner = _called(equation, derivatives)
             if inner is None:
                 # Several calls may share one program, and a variable may be assigned only once.
                 outputs = [Var(v.aval) if rename and not isinstance(v, DropVar) else v for v in equation.outvars]
@@ -197,7 +201,7 @@ def inline(closed: ClosedJaxpr, waiting: Iterable[Var] = ()) -> ClosedJaxpr:
             values.update(zip(equation.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    if not any(map(_is_call, closed.jaxpr.eqns)):
+    if all(_called(equation, derivatives) is None for equation in closed.jaxpr.eqns):
         return closed
     outputs = add(closed.jaxpr, {}, False)
     constvars = [v for v, _ in constants]
@@ -205,7 +209,10 @@ def inline(closed: ClosedJaxpr, waiting: Iterable[Var] = ()) -> ClosedJaxpr:
     return ClosedJaxpr(flat, [c for _, c in constants])
 
 
-def _is_call(equation: JaxprEqn) -> bool:
-    """Whether an equation is a call that its program can replace."""
+def _called(equation: JaxprEqn, derivatives: bool) -> Jaxpr | ClosedJaxpr | None:
+    """The program that can replace an equation which is a call."""
+    if equation.primitive.name in DERIVATIVE_PRIMITIVES:
+        return equation.params["call_jaxpr"] if derivatives else None
     shardings = (*equation.params.get("in_shardings", ()), *equation.params.get("out_shardings", ()))
-    return equation.primitive.name in CALL_PRIMITIVES and not any(isinstance(s, Sharding) for s in shardings)
+    is_call = equation.primitive.name in CALL_PRIMITIVES and not any(isinstance(s, Sharding) for s in shardings)
+    return equation.params["jaxpr"] if is_call else None

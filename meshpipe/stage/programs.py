@@ -16,30 +16,34 @@ from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, compile_
 from meshpipe.stage.jaxpr import function_of, inline
 from meshpipe.stage.recomputed import has_checkpoint
 from meshpipe.stage.reuse import reuse
-from meshpipe.stage.spec import gradients_on_submesh, on_submesh
 from meshpipe.stage.split_backward import SplitBackward
 from meshpipe.stage.traced import TracedStage, split
+
+Values = tuple[Arrays, ...]
+"""The leaves of each value, or of the gradient of each value."""
 
 
 @dataclass(frozen=True)
 class StagePrograms:
-    """A stage's compiled programs; arrays go in and come out as flat tuples."""
+    """A stage's compiled programs. Arrays go in and come out as flat tuples; `x` and output gradients are the leaves of
+    all values, one value after the other.
+    """
 
     prepare: Callable[..., list[jax.Array]] | None
     """Parameters, fixed state -> values computed once per step, where there are any."""
     zeros: Callable[[], tuple[Arrays, Arrays]]
     """Fresh accumulators of gradients (none for a forward-only stage), and totals (none for a stage without sums)."""
-    forward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays]] | None = None
+    forward: Callable[..., tuple[Values, Arrays, Arrays, Arrays]] | None = None
     """Parameters, hoisted, changing state, x, inputs, microbatch, totals (donated)
-    -> output, state, residuals, totals."""
+    -> values, state, residuals, totals."""
     recompute: Callable[..., Arrays] | None = None
     """The arguments of `forward` up to the microbatch -> residuals; only where forward does not return them."""
-    backward: Callable[..., tuple[Arrays, Arrays]] | None = None
+    backward: Callable[..., tuple[Arrays, Values]] | None = None
     """Accumulators (donated), parameters, hoisted, inputs, microbatch, kept, residuals, output gradients
     -> accumulators, x gradients."""
     split: "SplitPrograms | None" = None
     """Backward in two parts, where the plan splits it."""
-    forward_backward: Callable[..., tuple[Arrays, Arrays, Arrays, Arrays, Arrays]] | None = None
+    forward_backward: Callable[..., tuple[Arrays, Values, Arrays, Arrays, Arrays]] | None = None
     """Forward and backward of the last stage in one, in place of both: accumulators (donated), parameters, hoisted,
     state, x, inputs, microbatch, totals (donated) -> accumulators, x gradients, state, totals, the loss."""
     reduce: Callable[..., tuple[Arrays, Arrays]] | None = None
@@ -55,7 +59,7 @@ class StagePrograms:
 class SplitPrograms:
     """A stage's backward in two parts."""
 
-    input: Callable[..., tuple[Arrays, Arrays, Arrays]]
+    input: Callable[..., tuple[Arrays, Values, Arrays]]
     """Accumulators (donated), parameters, hoisted, inputs, microbatch, kept, residuals, output gradients
     -> accumulators, x gradients, values that cross to the weight part."""
     weight: Callable[..., Arrays] | None
@@ -82,7 +86,7 @@ def compile_stage(
     a GPU takes 1.1 times as long for two as for one.
     """
     compiler = compiler or Compiler()
-    mesh, forward_only = stage.spec.mesh, ops == {Op.FORWARD}
+    mesh, forward_only = stage.spec.mesh, ops == {Op.FORWARD} or not stage.spec.has_backward
     hand_over = fused or (remat != "full" and not forward_only)
     programs: dict[str, Any]
     with jax.set_mesh(mesh):
@@ -139,17 +143,17 @@ def _compile_forward(
     stage: TracedStage, part: AccumulatedOutputs, totals: Accumulators, arguments: tuple[Any, ...], compiler: Compiler
 ) -> jax.stages.Compiled:
     mesh = stage.spec.mesh
-    output = on_submesh(stage.boundaries_out, mesh, stage.microbatch_size)
+    values = [boundary.on(mesh, stage.microbatch_size) for boundary in stage.boundaries_out]
     run = part.function(totals.unreduced)
 
     def forward(params, hoisted, state, x, inputs, microbatch, so_far):  # type: ignore[no-untyped-def]
         flat = run(*params, *hoisted, *state, *x, *inputs, microbatch)
         outputs, sums, new_state, fresh = _parts_of_forward(stage, flat)
-        return tuple(outputs), tuple(new_state), tuple(fresh), totals.add(so_far, dict(enumerate(sums)))
+        return _like_values(values, outputs), tuple(new_state), tuple(fresh), totals.add(so_far, dict(enumerate(sums)))
 
     # XLA chooses the shardings of residuals, which are None here: only programs of this stage read them. Totals are
     # donated, so they are added to in place.
-    results = (_shardings(output), _shardings(stage.state), None, totals.shardings)
+    results = (tuple(map(_shardings, values)), _shardings(stage.state), None, totals.shardings)
     lowered = jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals.shapes)
     return compiler.compile(lowered, mesh)
 
@@ -180,22 +184,19 @@ def _compile_backwards(
 
 def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> tuple[Any, ...]:
     """Shapes of what a backward takes after the accumulators."""
-    output_gradients = gradients_on_submesh(stage.boundaries_out, stage.spec.mesh, stage.microbatch_size)
+    output_gradients = tuple(shape for shapes in stage.output_gradients for shape in shapes)
     kept = tuple(stage.x[i] for i in stage.kept_x), tuple(stage.state[i] for i in stage.kept_state)
     return stage.params, hoisted, stage.inputs, stage.microbatch, kept, residuals, output_gradients
 
 
 def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, Arrays]:
-    params, hoisted, inputs, microbatch, kept, residuals, output_gradients = arguments
-    # The derivative of the sum of the losses by itself is 1.
-    seeds = (*output_gradients, jnp.ones((), scalar_dtype())) if stage.has_objective else output_gradients
-    gradients, into_x = stage.pull_back(params, hoisted, inputs, microbatch, kept, residuals, seeds)
+    gradients, into_x = stage.pull_back(*arguments)
     return tuple(gradients), tuple(into_x)
 
 
 def trace_pullback(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
-    """The stage's backward traced as JAX's derivative has it: gradients of its parameters, then of its input. What it
-    recomputes stands in checkpoints.
+    """The stage's backward traced as JAX's derivative has it: gradients of its parameters, then of what it is handed.
+    What it recomputes stands in checkpoints.
     """
     example = _backward_arguments(stage, hoisted, residuals)
     return jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
@@ -249,7 +250,7 @@ class _BackwardParts:
         self.split = parts = _cut(stage, hoisted, traced) if Op.BACKWARD_INPUT in ops else None
         programs = [self.whole]
         if parts is not None:
-            num_others = len(_x_gradients(stage)) + len(parts.crossing)
+            num_others = sum(map(len, stage.x_gradients)) + len(parts.crossing)
             self.input = AccumulatedOutputs(stage, parts.input_part(), _numbered(parts.early, num_others))
             self.weight = AccumulatedOutputs(stage, parts.weight_part(), _numbered(parts.late))
             programs += [self.input, self.weight]
@@ -266,12 +267,12 @@ def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compi
     sums = parts.gradients
     run = parts.whole.function(sums.unreduced)
 
-    def backward(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays]:
+    def backward(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Values]:
         flat = run(*jax.tree.leaves(arguments))
         gradients, into_x = flat[: len(accumulators)], flat[len(accumulators) :]
-        return sums.add(accumulators, dict(enumerate(gradients))), tuple(into_x)
+        return sums.add(accumulators, dict(enumerate(gradients))), _like_values(stage.x_gradients, into_x)
 
-    results = (sums.shardings, _shardings(_x_gradients(stage)))
+    results = (sums.shardings, tuple(map(_shardings, stage.x_gradients)))
     lowered = jax.jit(backward, donate_argnums=0, out_shardings=results).lower(sums.shapes, *parts.arguments)
     return _compile_backward_part(stage, lowered, compiler)
 
@@ -301,28 +302,30 @@ def _compile_forward_backward(
         found, into_x = flat[: len(accumulators)], flat[len(accumulators) :]
         return (
             gradients.add(accumulators, dict(enumerate(found))),
-            tuple(into_x),
+            _like_values(stage.x_gradients, into_x),
             tuple(new_state),
             totals.add(so_far, dict(enumerate(losses))),
             tuple(losses[:1]),
         )
 
-    shardings = gradients.shardings, _shardings(_x_gradients(stage)), _shardings(stage.state), totals.shardings, None
+    into = tuple(map(_shardings, stage.x_gradients))
+    shardings = gradients.shardings, into, _shardings(stage.state), totals.shardings, None
     jitted = jax.jit(forward_backward, donate_argnums=(0, 7), out_shardings=shardings)
     return compiler.compile(jitted.lower(gradients.shapes, *arguments, totals.shapes), stage.spec.mesh)
 
 
 def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> SplitPrograms:
     assert parts.split is not None
-    cut, sums, num_x = parts.split, parts.gradients, len(_x_gradients(stage))
+    cut, sums, num_x = parts.split, parts.gradients, sum(map(len, stage.x_gradients))
     run_input = parts.input.function(sums.unreduced)
 
-    def backward_input(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Arrays, Arrays]:
+    def backward_input(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Values, Arrays]:
         flat = run_input(*jax.tree.leaves(arguments))
         into_x, crossing, early = split(flat, (num_x, len(cut.crossing), len(cut.early)))
-        return sums.add(accumulators, dict(zip(cut.early, early, strict=True))), tuple(into_x), tuple(crossing)
+        added = sums.add(accumulators, dict(zip(cut.early, early, strict=True)))
+        return added, _like_values(stage.x_gradients, into_x), tuple(crossing)
 
-    results = (sums.shardings, _shardings(_x_gradients(stage)), None)
+    results = (sums.shardings, tuple(map(_shardings, stage.x_gradients)), None)
     lowered = jax.jit(backward_input, donate_argnums=0, out_shardings=results).lower(sums.shapes, *parts.arguments)
     input_part = _compile_backward_part(stage, lowered, compiler)
     if cut.is_whole:
@@ -345,8 +348,9 @@ def _compile_backward_part(stage: TracedStage, lowered: jax.stages.Lowered, comp
     return compiler.compile(lowered, stage.spec.mesh, stage.spec.target.backward_options)
 
 
-def _x_gradients(stage: TracedStage) -> Shapes:
-    return gradients_on_submesh(stage.boundaries_in, stage.spec.mesh, stage.microbatch_size)
+def _like_values(values: Sequence[Shapes], leaves: Sequence[Any]) -> Values:
+    """The leaves of all values, grouped by value."""
+    return tuple(map(tuple, split(leaves, [len(shapes) for shapes in values])))
 
 
 def _gradients(params: Shapes) -> Shapes:

@@ -73,6 +73,14 @@ class StageSpec:
     """Number of random streams of its layers. The hash of each stream's path is an input: uint32, `[streams]`."""
     gathered: frozenset[str] = frozenset()
     """Paths of the parameters that `data` splits between steps, and that a step gathers at its start."""
+    has_backward: bool = True
+    """Whether it has parameters to train, or a value that it is handed has a gradient. If not, nothing is
+    differentiated, and forward stores nothing."""
+    gradients_in: tuple[bool, ...] = ()
+    """For each value that it is handed, whether it computes the gradient. Those of a stage that is not trained, and
+    has nothing trained before it, have none."""
+    readers: tuple[int, ...] = ()
+    """For each value that it hands on, how many stages compute its gradient; read only where it has a backward."""
     checkpoint_policy: Callable[..., bool] | None = None
     """What `jax.checkpoint` saves of the stage's forward. None stores few bytes (`residuals.py`), `everything_saveable`
     everything that the derivative reads."""
@@ -106,21 +114,6 @@ class Boundary:
 def on_submesh(boundaries: Sequence[Boundary], mesh: Mesh, microbatch_size: int) -> Shapes:
     """Shapes and shardings of the leaves of all values, one value after the other."""
     return tuple(shape for boundary in boundaries for shape in boundary.on(mesh, microbatch_size))
-
-
-def gradients_on_submesh(boundaries: Sequence[Boundary], mesh: Mesh, microbatch_size: int) -> Shapes:
-    """Shapes and shardings of the gradients of the floating-point leaves of all values."""
-    return tuple(shape for boundary in boundaries for shape in boundary.gradients_on(mesh, microbatch_size))
-
-
-def differentiable_leaves(boundaries: Sequence[Boundary]) -> tuple[int, ...]:
-    """Which leaves of all values are floating-point numbers, in the order of `on_submesh`."""
-    found: list[int] = []
-    first = 0
-    for boundary in boundaries:
-        found += [first + i for i in boundary.differentiable]
-        first += len(boundary.leaves)
-    return tuple(found)
 
 
 def unflattened(boundaries: Sequence[Boundary], leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -1,6 +1,8 @@
 """Traces a stage once, together with its derivative, and cuts the trace into the parts of its programs."""
 
 import copy
+import functools
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,7 +31,7 @@ from meshpipe.stage.jaxpr import (
     variables,
 )
 from meshpipe.stage.residuals import least_to_keep
-from meshpipe.stage.spec import Boundary, Given, StageSpec, differentiable_leaves, on_submesh, unflattened
+from meshpipe.stage.spec import Boundary, Given, StageSpec, on_submesh, unflattened
 
 
 class TracedStage:
@@ -67,7 +69,7 @@ class TracedStage:
                 self.params, tuple(spec.state.values()), self.x, inputs, self.microbatch
             )
             # The cuts below must see the dependencies inside nested calls.
-            closed = inline(closed)
+            closed = inline(closed, derivatives=not spec.has_backward)
         # Tracing leaves equations behind that no output needs; they would count as readers of what they read.
         self.closed = extract(closed, closed.jaxpr.invars, closed.jaxpr.outvars, effects=True)
         (values, sums, new_state), pullback = shapes
@@ -81,7 +83,7 @@ class TracedStage:
     def _forward_with_pullback(
         self, params: Arrays, state: Arrays, x: Arrays, inputs: Arrays, microbatch: jax.Array
     ) -> tuple[Any, Any]:
-        spec, differentiable = self.spec, differentiable_leaves(self.boundaries_in)
+        spec, differentiable = self.spec, self._differentiable_x
         seed, paths, step, *fields = inputs
         in_step = zip(spec.params, params, self.params_in_step, strict=True)
         params = tuple(_gather(p, whole) if path in spec.gathered else p for path, p, whole in in_step)
@@ -114,6 +116,8 @@ class TracedStage:
             return floating_out, (values, scalars, tuple(new_state[path] for path in spec.state))
 
         floating = tuple(x[i] for i in differentiable)
+        if not spec.has_backward:
+            return run(params, floating)[1], None
         if spec.checkpoint_policy is not None:
             run = jax.checkpoint(run, policy=spec.checkpoint_policy)
         _, pullback, results = jax.vjp(run, params, floating, has_aux=True)
@@ -171,6 +175,32 @@ class TracedStage:
         if self.spec.checkpoint_policy is jax.checkpoint_policies.everything_saveable:
             return LAYOUT_PRIMITIVES
         return self.spec.target.repeatable
+
+    @property
+    def _differentiable_x(self) -> tuple[int, ...]:
+        """Which leaves of `x` are differentiated: the floating-point ones of values that have a gradient."""
+        found: list[int] = []
+        first = 0
+        for boundary, has_gradient in zip(self.boundaries_in, self.spec.gradients_in, strict=True):
+            found += [first + i for i in boundary.differentiable if has_gradient]
+            first += len(boundary.leaves)
+        return tuple(found)
+
+    @property
+    def x_gradients(self) -> tuple[Shapes, ...]:
+        """Shapes and shardings of the gradients that it computes, for each value that it is handed and that has one."""
+        values = zip(self.boundaries_in, self.spec.gradients_in, strict=True)
+        return tuple(b.gradients_on(self.spec.mesh, self.microbatch_size) for b, has_one in values if has_one)
+
+    @property
+    def output_gradients(self) -> tuple[Shapes, ...]:
+        """Shapes and shardings of the gradients that it is handed: for each value that it hands on, one of each reader,
+        in the order of the readers.
+        """
+        if not self.spec.has_backward:
+            return ()
+        values = zip(self.boundaries_out, self.spec.readers, strict=True)
+        return tuple(b.gradients_on(self.spec.mesh, self.microbatch_size) for b, count in values for _ in range(count))
 
     @property
     def params_in_step(self) -> Shapes:
@@ -258,7 +288,7 @@ class TracedStage:
         residuals: Arrays,
         output_gradients: Arrays,
     ) -> tuple[Arrays, Arrays]:
-        """Gradients of the parameters and of the floating-point leaves of x."""
+        """Gradients of the parameters, and of the floating-point leaves of all values that have a gradient."""
         # What is not stored is recomputed here, by the equations of forward; then JAX's own pullback takes its leaves
         # from the results, as if forward had just run.
         kept_vars = [*(self.x_vars[i] for i in self.kept_x), *(self.state_vars[i] for i in self.kept_state)]
@@ -278,8 +308,23 @@ class TracedStage:
         run = _apart(rebuild) if self.spec.target.rebuilds_apart else function_of(rebuild)
         leaves = run(*arguments)
         pullback = jax.tree.unflatten(self.pullback, leaves)
-        gradients, x_gradients = pullback(list(output_gradients))
+        seeds = self._added(output_gradients)
+        if self.has_objective:
+            seeds.append(jnp.ones((), scalar_dtype()))  # the derivative of the sum of the losses by itself
+        gradients, x_gradients = pullback(seeds)
         return gradients, x_gradients
+
+    def _added(self, output_gradients: Arrays) -> list[jax.Array]:
+        """The gradient of every floating-point leaf that it hands on, from those of all readers.
+
+        They are added here, in the order in which backward passes the readers, and not as they arrive: so the sum is
+        the same whatever the schedule and wherever the readers live, and the same as without a pipeline.
+        """
+        rest, gradients = iter(output_gradients), []
+        for boundary, readers in zip(self.boundaries_out, self.spec.readers, strict=True):
+            of_readers = [[next(rest) for _ in boundary.differentiable] for _ in range(readers)]
+            gradients += [functools.reduce(operator.add, of_leaf) for of_leaf in zip(*of_readers[::-1], strict=True)]
+        return gradients
 
 
 def _apart(closed: ClosedJaxpr) -> Callable[..., list[Any]]:

@@ -4,7 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meshpipe.layers.layer import abstract_layers
 from meshpipe.layers.stage_function import stage_function
+from meshpipe.layers.stage_wiring import StageWiring
+from meshpipe.layers.wiring import Field
 
 
 @pytest.mark.parametrize("name", ["loss", "step"])
@@ -13,7 +16,12 @@ def test_a_metric_cannot_take_the_place_of_another_value(name: str) -> None:
         return {"accuracy": (output.sum(), 1), name: (output.sum(), 1)}
 
     run = stage_function(
-        0, [], input="inputs", loss=lambda output, batch: (output.sum(), 1), metrics=metrics, train=False
+        0,
+        abstract_layers([jnp.sin], ["inputs"]),
+        wiring=StageWiring(inputs=(Field("inputs"),), keywords=((),), outputs=()),
+        loss=lambda output, batch: (output.sum(), 1),
+        metrics=metrics,
+        train=False,
     )
     zero = jnp.uint32(0)
     with pytest.raises(ValueError, match=f"A metric must not have one of the names .*. Got {name}."):

@@ -49,6 +49,8 @@ def traced_stages(num_microbatches: int) -> dict[int, TracedStage]:
             function=last if index == STAGES - 1 else scale,
             params={"scale": abstract((WIDTH,), jnp.float32, replicated(mesh))},
             state={"seen": abstract((), jnp.int32, replicated(mesh))},
+            gradients_in=(True,) * len(boundaries),
+            readers=(1,) if index < STAGES - 1 else (),
         )
         stages[index] = TracedStage(spec, boundaries, fields)
         boundaries = stages[index].boundaries_out

@@ -16,7 +16,7 @@ from meshpipe.layers.task import Task
 from meshpipe.mesh import submeshes
 from meshpipe.sharding import abstract, replicated
 from meshpipe.stage.jaxpr import function_of
-from meshpipe.stage.spec import Boundary, Given, StageFunction, StageOutput, StageSpec, gradients_on_submesh
+from meshpipe.stage.spec import Boundary, Given, StageFunction, StageOutput, StageSpec
 from meshpipe.stage.target import CPU
 from meshpipe.stage.traced import TracedStage
 
@@ -86,7 +86,7 @@ def backward(stage: TracedStage) -> ClosedJaxpr:
             stage.residual_vars,
         )
     )
-    seeds = gradients_on_submesh(stage.boundaries_out, stage.spec.mesh, ROWS) or (jnp.float32(1),)
+    seeds = tuple(shape for shapes in stage.output_gradients for shape in shapes)
     arguments = (stage.params, hoisted, stage.inputs, stage.microbatch, (kept_x, kept_state), fresh, seeds)
     return jax.make_jaxpr(stage.pull_back)(*arguments)
 
@@ -149,7 +149,7 @@ def test_boundaries_are_what_the_layers_return(stages: list[TracedStage]) -> Non
 def spec(function: StageFunction, params: dict[str, tuple[int, ...]]) -> StageSpec:
     shapes = {path: abstract(shape, jnp.float32, replicated(MESH)) for path, shape in params.items()}
     state = {"count": abstract((), jnp.int32, replicated(MESH))}
-    return StageSpec(0, MESH, CPU, function, shapes, state)
+    return StageSpec(0, MESH, CPU, function, shapes, state, gradients_in=(True,), readers=(1,))
 
 
 def middle(params: Any, state: Any, values: Any, batch: Any, randomness: Any) -> StageOutput:
