@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from meshpipe.adapters.lora import with_lora
 from meshpipe.adapters.merge import merge_lora
 from meshpipe.checkpoint import CheckpointError, list_checkpoints
+from meshpipe.checkpoint.base import base_of
 from meshpipe.checkpoint.index import WEIGHTS, check_weights
 from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.checkpoint.reader import CheckpointReader
@@ -19,7 +20,8 @@ from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.layer import LayerLike, Leaves, abstract_layers
 from meshpipe.layers.modules import host_device, modules_with, shared_groups_of
-from meshpipe.layers.shared import with_adapters
+from meshpipe.layers.shared import FACTORS, with_adapters
+from meshpipe.runs.saved_base import base_values
 from meshpipe.runs.saved_model import saved_lora, saved_model
 
 
@@ -35,6 +37,7 @@ def load(
     device: jax.Device | None = None,
     train: bool = False,
     merged: bool = False,
+    base: str | Path | None = None,
 ) -> list[Any]: ...
 def load(
     directory: str | Path,
@@ -45,8 +48,11 @@ def load(
     device: jax.Device | None = None,
     train: bool = False,
     merged: bool = False,
+    base: str | Path | None = None,
 ) -> Any:
     """The weights of a checkpoint of any layout: parameters and other state by leaf path, or modules with them.
+
+    A checkpoint of adapters holds those alone, and is returned so without `layers`; with them, modules are whole.
 
     Nothing is compiled except for random streams. The optimizer's state is not read. Every file that is read is
     compared with its checksum.
@@ -63,6 +69,8 @@ def load(
         train: Whether the modules are in training mode; by default they are in evaluation mode.
         merged: Whether the adapters of `meshpipe.lora` are added to their kernels: then the modules are those of the
             base.
+        base: The folder with the base of a checkpoint that holds only what was trained; None reads it from where the
+            run had it, or draws it from the run's seed again. It is compared with the digest in the checkpoint.
 
     Raises `CheckpointError`, a `ValueError`, when there is no checkpoint, it is damaged, or a leaf of the layers is
     missing, has another shape or dtype, or is not one of the layers.
@@ -72,9 +80,10 @@ def load(
     saved = reader.leaves(step)
     device = host_device() if device is None else device
     if layers is None:
-        if tied or train or merged:
+        if tied or train or merged or base is not None:
             raise ArgumentError(
-                "`tied`, `train` and `merged` are for `layers`. Got them alone. Pass `layers`, or leave them out."
+                "`tied`, `train`, `merged` and `base` are for `layers`. Got them alone. Pass `layers`, or leave them "
+                "out."
             )
         return _read(reader, step, _weights(step, saved), device)
     metadata = reader.metadata(step)
@@ -85,11 +94,19 @@ def load(
     found = abstract_layers(layers, None)
     wanted = {f"params/{path}": leaf for layer in found for path, leaf in layer.params.items()}
     wanted |= {f"state/{path}": leaf for layer in found for path, leaf in layer.state.items()}
-    check_weights(step, wanted, saved, reader.directory)
+    record = base_of(metadata)
+    left_out = {} if record is None else {key: leaf for key, leaf in wanted.items() if _is_left_out(key, saved)}
+    held = {key: leaf for key, leaf in wanted.items() if key not in left_out}
+    check_weights(step, held, saved, reader.directory)
     _check_tied(tied, wanted)
-    values = _read(reader, step, wanted, device)
-    seed = metadata.get("seed")
+    values = _read(reader, step, held, device)
     groups = with_adapters(tuple(map(tuple, tied)), values)
+    if record is not None:
+        shapes = {key.removeprefix("params/"): leaf for key, leaf in left_out.items()}
+        values |= base_values(record, found, shapes, (*groups, *shared_groups_of(found)), base, device)
+    elif base is not None:
+        raise ArgumentError(f"`base` is for checkpoints that hold only what was trained. Step {step} holds all.")
+    seed = metadata.get("seed")
     modules = modules_with(
         found,
         values,
@@ -99,6 +116,11 @@ def load(
         train=train,
     )
     return merge_lora(modules) if merged else modules
+
+
+def _is_left_out(key: str, saved: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of what was trained does not hold a leaf. Adapters are always trained."""
+    return key.startswith("params/") and key not in saved and not key.endswith(FACTORS)
 
 
 def _weights(step: int, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, jax.ShapeDtypeStruct]:

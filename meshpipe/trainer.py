@@ -24,6 +24,7 @@ from meshpipe.pipeline.executor import Observer
 from meshpipe.plan.plan import Plan
 from meshpipe.sharding import ShardingRules, local_value, scalar_dtype
 from meshpipe.stage.target import Target
+from meshpipe.training.base import digest_of_leaves
 from meshpipe.training.evaluation import evaluate, from_last_stage
 from meshpipe.training.prediction import Predictor
 from meshpipe.training.result import NonFiniteError, StepResult
@@ -334,20 +335,28 @@ class Trainer:
         """Batch statistics and other state by leaf path, on its submesh; invalid after the next `step`."""
         return {k: v for tree in self.state_tree() for k, v in tree["state"].items()}
 
-    def state_tree(self) -> list[StateTree]:
+    def state_tree(self, *, frozen: bool = True) -> list[StateTree]:
         """Everything that training changes, one tree a stage, for a checkpoint; invalid after the next `step`.
 
+        Without `frozen`, it has no parameters that are not trained; `base_digest` tells which those were.
         The trees of stages that live in other processes are empty.
         """
-        return self._training.trees()
+        return self._training.trees(frozen=frozen)
 
-    def abstract_state_tree(self, *, optimizer: bool = True) -> list[StateTree]:
+    def abstract_state_tree(self, *, optimizer: bool = True, frozen: bool = True) -> list[StateTree]:
         """The shapes and shardings of `state_tree`, to restore into; without `optimizer`, of the weights alone."""
-        return self._training.abstract_trees(optimizer=optimizer)
+        return self._training.abstract_trees(optimizer=optimizer, frozen=frozen)
+
+    def base_digest(self) -> str:
+        """A digest, 32 hexadecimal digits, of the parameters that are not trained: of their paths and values, whatever
+        the layout. All processes of the mesh call it.
+        """
+        params, frozen = self.params, {path for stage in self.model.parameters for path in stage.frozen}
+        return digest_of_leaves({path: leaf for path, leaf in params.items() if path in frozen}, self.group)
 
     def load_state_tree(self, trees: Sequence[StateTree], step: int, *, donate: bool = False) -> None:
         """Continues from restored trees as they were after update `step`; with trees of weights alone, the optimizer
-        begins anew.
+        begins anew. Parameters that are not trained, and adapters, stay as they are where the trees have none of them.
 
         The arrays are copied, unless they are donated: then they belong to the trainer, whose next step deletes them.
         """

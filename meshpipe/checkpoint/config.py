@@ -17,6 +17,10 @@ class CheckpointConfig:
     """Updates between saves; 0 saves only at the end. A run that completes or is stopped is always saved at its end."""
     checkpoint_keep: int = 3
     """Newest checkpoints kept; older ones are removed after a save. 0 keeps all."""
+    checkpoint_what: Literal["auto", "all", "trained"] = "auto"
+    """Whether a checkpoint holds `all` parameters, or those that are `trained` and, of the others, the digest: then
+    resuming and loading take the others from where this run had them, and compare. `auto` is trained for adapters, and
+    otherwise all."""
     resume: bool = False
     """Continue from the newest checkpoint of the folder; an error when there is none."""
     resume_from: int | None = None

@@ -93,14 +93,24 @@ def checkpoint_verify(arguments: list[str]) -> int:
     for step in list_checkpoints(flags.directory) if flags.step is None else [flags.step]:
         try:
             found = verify_checkpoint(flags.directory, step)
+            left_out = "" if found else _left_out(flags, step)
         except CheckpointGoneError:
             if flags.step is not None:
                 raise
             print(f"step {step}: removed meanwhile by the run that saves there")
             continue
         damaged = damaged or bool(found)
-        print(f"step {step}: {'; '.join(found) if found else 'every byte is good'}")
+        print(f"step {step}: {'; '.join(found) if found else f'every byte is good{left_out}'}")
     return FAILED if damaged else COMPLETED
+
+
+def _left_out(flags: _FolderAndStep, step: int) -> str:
+    """What a good step leaves out, to be checked where it is."""
+    from meshpipe.checkpoint import describe_checkpoint
+    from meshpipe.checkpoint.base import base_of
+
+    base = base_of(describe_checkpoint(flags.directory, step).metadata)
+    return "" if base is None else f"; it holds what was trained, without its {base}"
 
 
 COMMANDS: dict[str, Command] = {

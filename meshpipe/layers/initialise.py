@@ -1,6 +1,6 @@
 """Creates the leaves of layers on the devices of their stage, already sharded."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,20 +38,21 @@ def initialise(
     seed: int,
     target: Target,
     compiler: Compiler | None = None,
+    skip: Container[str] = (),
 ) -> list[tuple[Leaves, Leaves]]:
-    """Parameters and state of every layer on its submesh.
+    """Parameters and state of every layer on its submesh, but for the leaves to `skip`, which are never allocated.
 
     The values that a constructor draws depend only on `seed` and the path of the layer. Those of a ready-made module
     are copied. Layers that differ only in their path share one program. It runs on the submesh of the first such layer,
     and the values are then moved to their own submesh: loading the program there would take longer than drawing them.
     """
-    programs = _programs(layers, rules, target, compiler or Compiler())
+    programs = _programs(layers, rules, target, compiler or Compiler(), skip)
     results: list[tuple[Leaves, Leaves]] = []
     for (layer, mesh), found in zip(layers, programs, strict=True):
-        params, state = placed(layer, mesh, rules)
+        params, state = (_without(leaves, skip) for leaves in placed(layer, mesh, rules))
         if found is None:
-            assert layer.values is not None
-            results.append((_copy(layer.values, params), _copy(layer.values, state)))
+            values = layer.values or {}
+            results.append((_copy(values, params), _copy(values, state)))
             continue
         program, where = found
         arguments = jax.device_put(
@@ -66,17 +67,28 @@ def initialise(
 
 
 def _programs(
-    layers: Sequence[tuple[Layer, Mesh]], rules: ShardingRules, target: Target, compiler: Compiler
+    layers: Sequence[tuple[Layer, Mesh]],
+    rules: ShardingRules,
+    target: Target,
+    compiler: Compiler,
+    skip: Container[str],
 ) -> list[tuple[Any, Mesh] | None]:
-    """For every layer with a constructor, the program that runs it, and its submesh; None for ready-made layers."""
+    """For every layer with a constructor, the program that runs it, and its submesh; None for ready-made layers, and
+    for those all of whose leaves are skipped.
+    """
     lowered: dict[Hashable, tuple[jax.stages.Lowered, Mesh]] = {}
     kinds: list[Hashable] = []
     for layer, mesh in layers:
         # Nothing is moved to or from a submesh that other processes have a part of.
         place = mesh.devices.shape if _is_own(mesh) else mesh
-        kinds.append(None if layer.values is not None else (layer.kind, fingerprint(layer.make), place))
-        if layer.values is None and kinds[-1] not in lowered:
-            lowered[kinds[-1]] = _lower(layer, mesh, rules), mesh
+        leaves = tuple(_without(layer.params, skip)) + tuple(_without(layer.state, skip))
+        if layer.values is not None or (not leaves and (layer.params or layer.state)):
+            kinds.append(None)
+            continue
+        kept = tuple(path.removeprefix(layer.path) for path in leaves)
+        kinds.append((layer.kind, fingerprint(layer.make), place, kept))
+        if kinds[-1] not in lowered:
+            lowered[kinds[-1]] = _lower(layer, mesh, rules, skip), mesh
     with ThreadPoolExecutor() as pool:
         options = target.initialise_options
         compiled = pool.map(lambda first: compiler.compile(first[0], first[1], options), lowered.values())
@@ -88,8 +100,12 @@ def _is_own(mesh: Mesh) -> bool:
     return all(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
 
-def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules) -> jax.stages.Lowered:
-    params, state = placed(layer, mesh, rules)
+def _without(leaves: Mapping[str, Any], skip: Container[str]) -> dict[str, Any]:
+    return {path: leaf for path, leaf in leaves.items() if path not in skip}
+
+
+def _lower(layer: Layer, mesh: Mesh, rules: ShardingRules, skip: Container[str]) -> jax.stages.Lowered:
+    params, state = (_without(leaves, skip) for leaves in placed(layer, mesh, rules))
 
     def build(seed: jax.Array, hashed: jax.Array) -> tuple[jax.Array, ...]:
         made_params, made_state = layer.initialise(jax.random.wrap_key_data(seed), hashed)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from meshpipe.checkpoint import CheckpointInfo
+from meshpipe.checkpoint.base import BASE, base_of
 from meshpipe.report.columns import Columns
 from meshpipe.report.tables import format_bytes, make_table
 
@@ -20,13 +21,14 @@ AXES = ("pipeline", "data", "tensor")
 
 def checkpoint_table(checkpoints: Sequence[CheckpointInfo]) -> Columns:
     """One row per checkpoint: step, size, time, and the layout that it was saved from, as
-    pipeline x data x tensor.
+    pipeline x data x tensor; `trained alone` where it leaves out what was not trained.
     """
     names = ("step", "bytes", "saved", "recipe", "layout")
     table = make_table(*names, right=("step", "bytes"), wrap=names[-1:])
     for info in checkpoints:
         recipe = _plain(info.metadata.get("recipe", ""))
-        layout = _plain(_layout(info, named=False))
+        partial = "; trained alone" if BASE in info.metadata else ""
+        layout = _plain(_layout(info, named=False) + partial)
         table.add_row(str(info.step), format_bytes(info.bytes), _time(info), recipe, layout)
     return table
 
@@ -35,6 +37,9 @@ def print_checkpoint(console: Console, info: CheckpointInfo) -> None:
     """What a checkpoint says about its run, and one row per leaf."""
     console.print(f"step {info.step}, {format_bytes(info.bytes)}, saved {_time(info)}")
     console.print(_plain(f"layout: {_layout(info)}"))
+    base = base_of(info.metadata)
+    if base is not None:
+        console.print(_plain(f"holds what was trained, without its {base}"))
     for name, value in info.metadata.items():
         if name not in ("step", "layout"):
             console.print(_plain(f"{name}: {json.dumps(value)}"))

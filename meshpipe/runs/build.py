@@ -53,12 +53,12 @@ def _why_counted(config: Config) -> str | None:
     return None
 
 
-def saved_shapes(config: Config, model: StagedModel) -> list[StateTree]:
+def saved_shapes(config: Config, model: StagedModel, *, frozen: bool = True) -> list[StateTree]:
     """What `Trainer.abstract_state_tree` will be, known before anything is compiled."""
     transformation = config.optimizer.build(config.steps)
     return [
         {
-            "params": stage.all_params,
+            "params": stage.all_params if frozen else dict(stage.params),
             "state": stage.own_state,
             "optimizer": by_path(state_shapes(transformation, stage), stage.params),
         }

@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 
 from meshpipe.checkpoint import Checkpointer
+from meshpipe.checkpoint.base import BASE, Base
 from meshpipe.checkpoint.index import tree_bytes
 from meshpipe.config import Config
 from meshpipe.data import Batch, BatchIterator, Source, batches
@@ -46,6 +47,7 @@ from meshpipe.runs.warning import Warnings
 from meshpipe.sharding import local_value
 from meshpipe.trainer import Trainer
 from meshpipe.training.result import NonFiniteError, StepResult
+from meshpipe.training.state import StateTree
 
 STEPS_BEFORE_TRACE = 2
 """The first steps of a run are slower than the rest and are not traced."""
@@ -65,6 +67,8 @@ class Outputs:
     """Whether the caller raises the error of a run that fails; otherwise it is printed."""
     folder: Path | None = None
     """The folder of the run, if it has one and this process writes to it."""
+    left_out_base: Base | None = None
+    """The parameters that checkpoints leave out because they are not trained."""
 
 
 class _InFlight(NamedTuple):
@@ -190,7 +194,7 @@ class Loop:
         self._finish_step()
         self._save()
         if self._out.checkpointer is not None:
-            size = format_bytes(tree_bytes(self._trainer.abstract_state_tree()))
+            size = format_bytes(tree_bytes(self._saved_shapes))
             with self.progress.during("save"), phase(f"Writing the last checkpoint ({size})"):
                 self._out.checkpointer.wait()
         if stopped:
@@ -311,10 +315,17 @@ class Loop:
             return
         position, counted = self._batches.get_state(), (self._metrics.left_out, self._metrics.tokens_seen or None)
         metadata = checkpoint_metadata(self._config, self._out.recipe, self._layout, step, position, *counted)
+        if self._out.left_out_base is not None:
+            metadata[BASE] = self._out.left_out_base.values()
         with self.progress.during("save"), phase("Saving a checkpoint"):
-            checkpointer.save(step, self._trainer.state_tree(), metadata, self._trainer.abstract_state_tree())
+            trees = self._trainer.state_tree(frozen=self._out.left_out_base is None)
+            checkpointer.save(step, trees, metadata, self._saved_shapes)
         self._saved_step = step
         self._clock = time.perf_counter()
+
+    @property
+    def _saved_shapes(self) -> list[StateTree]:
+        return self._trainer.abstract_state_tree(frozen=self._out.left_out_base is None)
 
     @property
     def _layout(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from meshpipe.checkpoint import Checkpointer
+from meshpipe.checkpoint.base import Base
 from meshpipe.config import Config
 from meshpipe.data import BatchIterator, Source, batches, check_limits, check_source
 from meshpipe.host import no_garbage_collection
@@ -23,6 +24,7 @@ from meshpipe.processes.guard import Guard
 from meshpipe.processes.progress import StopLimit
 from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
+from meshpipe.runs.base_record import base_record, saves_base
 from meshpipe.runs.build import make_trainer, saved_shapes
 from meshpipe.runs.history import History
 from meshpipe.runs.journal import Journal
@@ -116,7 +118,9 @@ def conduct(
             log.open(own / LOG)
         file = files.enter_context(MetricsFile(_metrics_file(config), append=config.checkpoint.may_continue))
         journal = Journal(file, trackers, also=None if history is None else history.write)
-        outputs = Outputs(recipe, journal, checkpointer, console, raises=history is not None, folder=own)
+        outputs = Outputs(
+            recipe, journal, checkpointer, console, history is not None, own, _left_out_base(config, trainer, start)
+        )
         watchdog = files.enter_context(Watchdog(trainer.plan, step_timeout, guard.fail))
         observed = watchdog if step_timeout else None
         loop = Loop(config, trainer, train_batches, held_out, outputs, stop, observed, start)
@@ -130,6 +134,14 @@ def conduct(
                 guard.fail(loop.error)
             barrier("meshpipe/end", END_SECONDS)  # process 0 serves the key-value store until all are here
         return Ended(status, loop.good_step, loop.error, loop.values, loop.saved_step, trainer)
+
+
+def _left_out_base(config: Config, trainer: Trainer, start: Start | None) -> Base | None:
+    """The base that the checkpoints of a run leave out."""
+    if config.checkpoint.checkpoint_dir is None or saves_base(config, trainer.model, start):
+        return None
+    with phase("Digesting the parameters that are not trained"):
+        return base_record(trainer, start)
 
 
 def _metrics_file(config: Config) -> str | None:
@@ -174,16 +186,18 @@ def _make_trainer(
     """The compiled trainer, which starts where it is to, after a check that it can be saved; prints its layout."""
 
     def check(model: StagedModel) -> StartingState | None:
-        shapes = saved_shapes(config, model)
         if start is not None:
             start.check(model)
         if checkpointer is not None:
             position, layout = train_batches.get_state(), run_layout(config, model)
-            checkpointer.prepare(shapes, checkpoint_metadata(config, recipe, layout, 0, position))
-        return None if start is None else start.read(shapes)
+            saved = saved_shapes(config, model, frozen=saves_base(config, model, start))
+            checkpointer.prepare(saved, checkpoint_metadata(config, recipe, layout, 0, position))
+        return None if start is None else start.read(saved_shapes(config, model))
 
     with no_garbage_collection():
         trainer = make_trainer(config, check)
+    if start is not None:
+        start.check_first_values(trainer)
     if process_count() > 1:
         train_batches.read_only(trainer.model.rows_read())
     for line in layout_lines(recipe, trainer.model):

@@ -1,14 +1,16 @@
 """Where a run starts: from scratch, from its own newest checkpoint, or from a checkpoint of another run."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from meshpipe.adapters.config import LoraConfig
 from meshpipe.checkpoint import Checkpointer, CheckpointError, verify_checkpoint
-from meshpipe.checkpoint.index import check_weights, tree_bytes
+from meshpipe.checkpoint.base import Base, base_of
+from meshpipe.checkpoint.index import check_leaf, check_weights, tree_bytes
+from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.checkpoint.lock import check_free
 from meshpipe.checkpoint.names import CHECKPOINTS
 from meshpipe.checkpoint.reader import newest_good_step, outline_problems
@@ -16,13 +18,18 @@ from meshpipe.checkpoint.restore import restore_or_problems
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
+from meshpipe.layers.shared import FACTORS
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.phases import phase
 from meshpipe.processes.coordination import all_gather, process_count, process_index
+from meshpipe.processes.group import Group
 from meshpipe.processes.printable import printable
 from meshpipe.report.tables import format_bytes
 from meshpipe.runs.record import MAY_CHANGE, check_metadata, config_values
 from meshpipe.runs.run_folder import used_by
+from meshpipe.runs.saved_base import base_step, check_digest
+from meshpipe.trainer import Trainer
+from meshpipe.training.base import digest_of_leaves
 from meshpipe.training.state import StartingState, StateTree
 
 WAIT_SECONDS = 1800.0
@@ -44,6 +51,10 @@ class Start:
     """The argument that names another step to start from."""
     weights_only: bool = False
     """Whether the run begins at step 0 and takes only parameters and other model state."""
+    left_out_base: Base | None = None
+    """The parameters that the step leaves out because its run did not train them."""
+    base: "Start | None" = None
+    """Where those are read; None draws them from the seed again."""
 
     @property
     def left_out(self) -> int:
@@ -56,10 +67,31 @@ class Start:
 
     def check(self, model: StagedModel) -> None:
         """Raises `CheckpointError` when the weights belong to another model; reads only their shapes."""
-        leaves = Checkpointer(self.folder).leaves(self.step)
+        leaves = self._leaves()
         found = {f"params/{path}": leaf for stage in model.parameters for path, leaf in stage.all_params.items()}
         found |= {f"state/{path}": leaf for stage in model.parameters for path, leaf in stage.own_state.items()}
-        check_weights(self.step, found, leaves, self.folder)
+        frozen = {f"params/{path}" for stage in model.parameters for path in stage.frozen}
+        from_base = frozen.difference(leaves) if self.left_out_base is not None else frozenset[str]()
+        first = self._adapters_without(found, leaves)
+        check_weights(
+            self.step,
+            {key: leaf for key, leaf in found.items() if key not in from_base and key not in first},
+            leaves,
+            self.folder,
+        )
+        if self.base is not None:
+            of_base = self.base._leaves()
+            for key in sorted(from_base):
+                check_leaf(self.base.step, key, found[key], of_base)
+
+    def _leaves(self) -> dict[str, dict[str, Any]]:
+        return Checkpointer(self.folder).leaves(self.step)
+
+    def _adapters_without(self, found: Iterable[str], leaves: Container[str]) -> frozenset[str]:
+        """The adapters of a model that begins with the weights of one without any: they get first values."""
+        adapters = frozenset(key for key in found if key.endswith(FACTORS))
+        none = not any(key in leaves for key in adapters)
+        return adapters if self.weights_only and none else frozenset()
 
     def read(self, shapes: Sequence[StateTree]) -> StartingState:
         """Reads what the run starts from to the devices of this process, each file once, and compares it with its
@@ -67,11 +99,42 @@ class Start:
 
         Every process of a run calls it. Raises `ArgumentError` in all of them when one finds damage.
         """
-        if self.weights_only:
-            shapes = [{name: tree[name] for name in ("params", "state")} for tree in shapes]
-        with phase(f"Reading step {self.step} of {self.folder} ({format_bytes(tree_bytes(shapes))})"):
-            found = self._read_intact(lambda: restore_or_problems(Checkpointer(self.folder), self.step, shapes))
+        sections = ("params", "state") if self.weights_only else ("params", "state", "optimizer")
+        found = self._read_held([{name: tree[name] for name in sections} for tree in shapes], "")
+        if self.base is not None and self.left_out_base is not None:
+            leaves = self._leaves()
+            wanted = [
+                {"params": {p: leaf for p, leaf in tree["params"].items() if f"params/{p}" not in leaves}}
+                for tree in shapes
+            ]
+            of_base = self.base._read_held(wanted, "base of ")
+            read = {path: leaf for tree in of_base for path, leaf in tree["params"].items()}
+            digest = digest_of_leaves(read, Group(range(process_count())))
+            check_digest(self.left_out_base, digest, f"step {self.base.step} of {self.base.folder}", "init_from")
+            found = [
+                {**tree, "params": {**tree["params"], **base["params"]}}
+                for tree, base in zip(found, of_base, strict=True)
+            ]
         return StartingState(found, 0 if self.weights_only else self.step)
+
+    def check_first_values(self, trainer: Trainer) -> None:
+        """Raises `ArgumentError` when parameters that were drawn from the seed are not those that were left out."""
+        if self.left_out_base is not None and self.base is None:
+            drawn = f"the first values of seed {trainer.seed}, as they are drawn here,"
+            check_digest(self.left_out_base, trainer.base_digest(), drawn, "init_from")
+
+    def _read_held(self, shapes: Sequence[StateTree], role: str) -> list[StateTree]:
+        """Those of the leaves that the step has."""
+        leaves = self._leaves()
+        held = [
+            {
+                name: {p: leaf for p, leaf in part.items() if f"{name}/{p}" in leaves or name == "optimizer"}
+                for name, part in tree.items()
+            }
+            for tree in shapes
+        ]
+        with phase(f"Reading step {self.step} of {self.folder} ({format_bytes(tree_bytes(held))})"):
+            return self._read_intact(lambda: restore_or_problems(Checkpointer(self.folder), self.step, held), role)
 
     def verify(self) -> None:
         """Reads every byte of the step, a share in each process, for a run that needs none of it. Raises as `read`."""
@@ -80,7 +143,7 @@ class Start:
         with phase(f"Checking step {self.step} in {self.folder} ({size})"):
             self._read_intact(lambda: (None, verify_checkpoint(self.folder, self.step, share=share)))
 
-    def _read_intact(self, read: Callable[[], tuple[_Read, list[str]]]) -> _Read:
+    def _read_intact(self, read: Callable[[], tuple[_Read, list[str]]], role: str = "") -> _Read:
         """What `read` returns, unless it says in any process what is wrong with files of the step, or fails there."""
         failure = ""
         try:
@@ -90,7 +153,7 @@ class Start:
                 raise
             failure, problems = str(error), []
         if process_count() > 1:
-            said = all_gather(f"meshpipe/{self.argument}/problems", json.dumps([failure, problems]), WAIT_SECONDS)
+            said = all_gather(f"meshpipe/{role}{self.argument}/problems", json.dumps([failure, problems]), WAIT_SECONDS)
             of_all = [json.loads(text) for text in said]
             problems = sorted({problem for _, found_there in of_all for problem in found_there})
             failure = next((failed for failed, _ in of_all if failed), "")
@@ -101,6 +164,10 @@ class Start:
         return found
 
     def __str__(self) -> str:
+        base = "" if self.base is None else f" Its base is step {self.base.step} of {self.base.folder}."
+        return f"{self._sentence()}{base}"
+
+    def _sentence(self) -> str:
         if self.is_own:
             return f"Resumed after step {self.step} of {self.folder}."
         if self.weights_only:
@@ -116,8 +183,10 @@ def find_start(config: Config) -> Start | None:
     processes raise the same error.
     """
     own = _own_start(config)
-    if own is not None or config.checkpoint.init_from is None:
-        return own
+    if own is not None:
+        return _with_base(own, config)
+    if config.checkpoint.init_from is None:
+        return None
     options, folder = config.checkpoint, config.checkpoint.init_from
     steps = Checkpointer(folder).steps()
     if not steps and (inside := Checkpointer(Path(folder) / CHECKPOINTS).steps()):  # it is a `run_dir`
@@ -136,7 +205,7 @@ def find_start(config: Config) -> Start | None:
             raise ArgumentError(
                 f"`steps` must be above the step that a run continues from. Got {config.steps}, and {step}."
             )
-    return Start(
+    start = Start(
         folder,
         step,
         metadata,
@@ -144,6 +213,40 @@ def find_start(config: Config) -> Start | None:
         argument="init_step",
         weights_only=options.init_what == "weights",
     )
+    return _with_base(start, config)
+
+
+def _with_base(start: Start, config: Config) -> Start:
+    """The start with what its step leaves out. Raises `ArgumentError` when that cannot be had."""
+    left_out = base_of(start.metadata)
+    if left_out is None:
+        return start
+    asked = config.checkpoint.init_from if start.is_own else None
+    if asked is not None and not _is_whole(asked):
+        asked = None  # the checkpoint of adapters that this run began with: its base is that of this one
+    if asked is None and left_out.folder is None:
+        if left_out.seed != config.seed:
+            raise ArgumentError(
+                f"Step {start.step} of {start.folder} leaves out its {left_out}. Got `seed` {config.seed}, which draws "
+                f"others. Pass `seed` {left_out.seed}."
+            )
+        return replace(start, left_out_base=left_out)
+    reader, step = base_step(left_out, asked, "init_from")
+    folder = str(reader.directory)
+    metadata = _read(folder, step, reader.steps(), "init_step")
+    if base_of(metadata) is not None:
+        raise ArgumentError(
+            f"A base must be a checkpoint of all parameters. Got step {step} of {folder}, which leaves some out. Pass "
+            "the folder of the base as `init_from`."
+        )
+    base = Start(folder, step, metadata, is_own=False, argument="init_step", weights_only=True)
+    return replace(start, left_out_base=left_out, base=base)
+
+
+def _is_whole(folder: str) -> bool:
+    reader = reader_of(folder)
+    latest = reader.latest()
+    return latest is None or base_of(reader.metadata(latest)) is None
 
 
 def _own_start(config: Config) -> Start | None:

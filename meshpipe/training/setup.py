@@ -103,7 +103,7 @@ def set_up(
         start = None if check is None else check(model)
         started = time.perf_counter()
         updates, tied, frozen_tied, made = _compile(
-            model, chooser.transformation, group.name, seed, clip_norm, compile_cache, memory, first=start is None
+            model, chooser.transformation, group.name, seed, clip_norm, compile_cache, memory, start
         )
     if not group.is_alone:  # until here nothing has moved
         agree(group, "programs", describe_programs(model) | updates.description())
@@ -128,11 +128,10 @@ def _compile(
     clip_norm: float | None,
     compile_cache: str | None,
     memory: MemoryCheck | None,
-    *,
-    first: bool,
+    start: StartingState | None,
 ) -> tuple[Optimizer, TiedLeaves, TiedLeaves, list[tuple[Leaves, Leaves]]]:
-    """Compiles everything that a step runs; with `first` values, initialises the local layers in the same pool of
-    threads.
+    """Compiles everything that a step runs, and gives the local layers, in the same pool of threads, first values where
+    `start` has none.
     """
     tied = TiedLeaves(model.tied_and_trained, model.parameters, f"{name}/tied")
     frozen = [StageParameters(stage.mesh, stage.frozen_params, {}) for stage in model.parameters]
@@ -141,17 +140,23 @@ def _compile(
     compiler = Compiler(cache)
     optimizers: list[Optimizer] = []
     made: list[tuple[Leaves, Leaves]] = []
+    held = frozenset() if start is None else start.paths
 
     def make_optimizer() -> None:
         optimizers.append(Optimizer(transformation, model.parameters, clip_norm, name))
         optimizers[0].compile(compiler)
 
     def make_parameters() -> None:
-        made.extend(initialise(model.layers_on_submeshes, model.rules, seed, model.target, compiler))
+        lacking = [
+            (layer, mesh)
+            for layer, mesh in model.layers_on_submeshes
+            if any(path not in held for path in (*layer.params, *layer.state))
+        ]
+        if lacking:
+            made.extend(initialise(lacking, model.rules, seed, model.target, compiler, held))
 
     try:
-        also = [make_optimizer, make_parameters] if first else [make_optimizer]
-        model.compile(also, compiler, name, None if memory is None else memory.traced)
+        model.compile([make_optimizer, make_parameters], compiler, name, None if memory is None else memory.traced)
     except BaseException:
         if cache is not None:
             cache.remove_if_empty()
