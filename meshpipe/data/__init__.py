@@ -8,6 +8,8 @@ from meshpipe.data.batches import batches as batches
 from meshpipe.data.batches import example_batch as example_batch
 from meshpipe.data.digits import Digits as Digits
 from meshpipe.data.digits import DigitsConfig as DigitsConfig
+from meshpipe.data.reversed_text import ReversedTextConfig as ReversedTextConfig
+from meshpipe.data.reversed_text import ReversedWindows as ReversedWindows
 from meshpipe.data.source import check_limits as check_limits
 from meshpipe.data.source import check_source as check_source
 from meshpipe.data.text import LabelledWindows as LabelledWindows

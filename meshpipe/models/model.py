@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from meshpipe.layers.layer import LayerLike
 from meshpipe.models.reference import Reference
 
 LayerConstructor = Callable[[nnx.Rngs], nnx.Module]
@@ -24,7 +25,7 @@ class ModelConfig(abc.ABC):
     """Batch field that the first layer is called with."""
 
     @abc.abstractmethod
-    def layers(self) -> Sequence[Any]:
+    def layers(self) -> Sequence[LayerLike]:
         """Constructors of the layers in order, perhaps with how each is called (`meshpipe.named`, `reading`, `call`,
         `with_fields`); nothing is allocated until one is called.
         """

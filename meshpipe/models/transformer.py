@@ -33,7 +33,7 @@ def zeros_init(*axes: str | None) -> Initializer:
 
 
 class Attention(nnx.Module):
-    """Self-attention with rotary positions; heads share key and value heads in equal groups (arXiv 2305.13245).
+    """Attention to the same or another sequence; heads share key and value heads in equal groups (arXiv 2305.13245).
 
     Heads are an array axis of their own, so that tensor parallelism can only ever split whole heads.
     """
@@ -45,7 +45,7 @@ class Attention(nnx.Module):
         num_kv_heads: int,
         *,
         causal: bool,
-        rope_theta: float,
+        rope_theta: float | None,
         out_scale: float = 1.0,
         implementation: AttentionName = "auto",
         dtype: str,
@@ -75,11 +75,18 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "batch seq embed"], mask: Bool[Array, "batch 1 seq seq"] | None = None
+        self,
+        x: Float[Array, "batch seq embed"],
+        mask: Bool[Array, "batch 1 seq seq2"] | None = None,
+        memory: Float[Array, "batch seq2 embed"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """Position i attends to position j where `mask[:, :, i, j]`, and only to j <= i if causal."""
-        query = rotate(self.query(x), self.rope_theta)
-        key = rotate(self.key(x), self.rope_theta)
+        """Position i attends to position j of `memory`, or of `x` itself, where `mask[:, :, i, j]`, and only to j <= i
+        if causal. Without a `rope_theta`, positions are not marked: they must be part of `x`.
+        """
+        attended_to = x if memory is None else memory
+        query, key = self.query(x), self.key(attended_to)
+        if self.rope_theta is not None:
+            query, key = rotate(query, self.rope_theta), rotate(key, self.rope_theta)
         chosen = choose_attention(
             self.implementation,
             dtype=query.dtype,
@@ -87,7 +94,7 @@ class Attention(nnx.Module):
             odd_mask=mask is not None and x.shape[1] % 2 == 1,
         )
         attended = jax.nn.dot_product_attention(
-            query, key, self.value(x), mask=mask, is_causal=self.causal, implementation=chosen
+            query, key, self.value(attended_to), mask=mask, is_causal=self.causal, implementation=chosen
         )
         return self.out(attended)
 
