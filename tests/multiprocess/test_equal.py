@@ -27,6 +27,13 @@ CASES = [
     pytest.param(2, "--mesh 2 1 1 --schedule interleaved-1f1b --tied", id="four stages, tied", marks=pytest.mark.slow),
     pytest.param(2, "--mesh 2 1 1 --schedule zb-v", id="both ends of a V", marks=pytest.mark.slow),
     pytest.param(2, "--mesh 4 1 1 --schedule zb-h1", id="two ranks each", marks=pytest.mark.slow),
+    pytest.param(2, "--mesh 2 1 1 --encoder-decoder --schedule interleaved-1f1b", id="a memory that both ranks read"),
+    pytest.param(
+        4, "--mesh 4 1 1 --encoder-decoder --schedule zb-h1", id="a memory for two processes", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        4, "--mesh 2 2 1 --encoder-decoder --schedule zb-v", id="a memory split over data", marks=pytest.mark.slow
+    ),
     pytest.param(4, "--mesh 2 1 2", id="tensor across processes", marks=pytest.mark.slow),
 ]
 

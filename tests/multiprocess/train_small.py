@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--mesh", type=int, nargs=3, default=(2, 1, 1))
     parser.add_argument("--schedule", default="1f1b")
     parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--encoder-decoder", action="store_true")
     parser.add_argument("--sharding", default="replicated")
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int)
@@ -25,7 +26,7 @@ def main() -> None:
     meshpipe.use_cpu_devices(pipeline * data * tensor // (flags.process_count or 1))
     place = {name: getattr(flags, name) for name in ("coordinator", "process_id", "process_count")}
     join(DistributedConfig(**place))
-    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding)
+    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding, flags.encoder_decoder)
     if flags.process_count:
         from meshpipe.processes.coordination import barrier
 
@@ -33,7 +34,7 @@ def main() -> None:
         leave(0)
 
 
-def train(mesh: object, schedule: str, tied: bool, sharding: str) -> None:
+def train(mesh: object, schedule: str, tied: bool, sharding: str, encoder_decoder: bool) -> None:
     import jax
     import numpy as np
     import optax
@@ -50,10 +51,16 @@ def train(mesh: object, schedule: str, tied: bool, sharding: str) -> None:
         def __call__(self, x: jax.Array) -> jax.Array:
             return self.dropout(x + jax.numpy.tanh(self.linear(x)))
 
+    class Cross(Block):
+        def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+            return super().__call__(x) * memory
+
+    chain = [Block] * LAYERS
+    graph = [Block, meshpipe.named("memory", Block), meshpipe.reading("goal", Cross), Cross]
     rng = np.random.default_rng(0)
     batches = [{k: rng.normal(size=(ROWS, WIDTH)).astype(np.float32) for k in ("inputs", "goal")} for _ in range(4)]
     trainer = meshpipe.Trainer(
-        [Block] * LAYERS,
+        graph if encoder_decoder else chain,
         lambda output, batch: (((output - batch["goal"]) ** 2).sum(), output.size),
         optax.adam(1e-2),
         batch=batches[0],
