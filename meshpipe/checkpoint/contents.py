@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -30,9 +30,13 @@ _START_WRITE = 2
 class Content:
     """What a file is to hold."""
 
-    data: bytes | memoryview
+    data: bytes | memoryview | Callable[[], bytes | memoryview]
+    """The bytes, or what makes them when they are written."""
     padding: int = 0
     """Zeros after the data."""
+
+    def read(self) -> memoryview:
+        return memoryview(self.data() if callable(self.data) else self.data)
 
 
 def write_files(folder: Path, contents: Mapping[str, Content]) -> dict[str, tuple[int, int]]:
@@ -82,7 +86,7 @@ def _most_files() -> int:
 
 def _write(file: FileIO, content: Content) -> tuple[int, int]:
     size, crc = 0, 0
-    for part in (memoryview(content.data), memoryview(bytes(content.padding))):
+    for part in (content.read(), memoryview(bytes(content.padding))):
         for start in range(0, len(part), _PIECE):
             piece = part[start : start + _PIECE]
             crc = zlib.crc32(piece, crc)

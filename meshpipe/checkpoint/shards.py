@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,19 +52,31 @@ def hold_shards(items: Mapping[str, Mapping[str, jax.Array]]) -> list[HeldShard]
 
 
 def own_files(shards: list[HeldShard], index: _Index) -> dict[str, Content]:
-    """The files of these shards, by name. The process that has a leaf's first shard describes the leaf too."""
+    """The files of these shards, by name. The process that has a leaf's first shard describes the leaf too.
+
+    What is in them is made when they are written: several are at once, and only for moments does one hold the
+    interpreter's lock, for which the loop of the trainer would wait.
+    """
     files: dict[str, Content] = {}
     for shard in shards:
         leaf = index[shard.key]
         folder = f"{leaf['item']}/{directory_name(shard.key)}"
         full = math.prod(leaf["chunks"]) * shard.values.itemsize
         for name, part in chunks_in(shard.region, leaf["shape"], leaf["chunks"]):
-            values = np.ascontiguousarray(shard.values[inside(part, shard.region)])
-            files[f"{folder}/{name}"] = Content(values.reshape(-1).view(np.uint8).data, full - values.nbytes)
+            size = math.prod(bounds.stop - bounds.start for bounds in part) * shard.values.itemsize
+            files[f"{folder}/{name}"] = Content(partial(_bytes_of, shard, part), full - size)
         if not any(part.start for part in shard.region):
-            description = zarray(leaf["shape"], leaf["dtype"], leaf["chunks"])
-            files[f"{folder}/{ZARRAY}"] = Content(json.dumps(description, separators=(",", ":")).encode())
+            files[f"{folder}/{ZARRAY}"] = Content(partial(_description, leaf))
     return files
+
+
+def _bytes_of(shard: HeldShard, part: Region) -> memoryview:
+    values = np.ascontiguousarray(shard.values[inside(part, shard.region)])
+    return values.reshape(-1).view(np.uint8).data
+
+
+def _description(leaf: Mapping[str, Any]) -> bytes:
+    return json.dumps(zarray(leaf["shape"], leaf["dtype"], leaf["chunks"]), separators=(",", ":")).encode()
 
 
 def document_files(document: bytes, index: _Index) -> dict[str, Content]:

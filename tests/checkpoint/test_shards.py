@@ -30,7 +30,7 @@ def test_bytes_do_not_change_with_donated_arrays():
         array = overwrite(array)
     array.block_until_ready()
     files = own_files(shards, index)
-    assert b"".join(files[f"stage_0/params.x/{i}"].data for i in range(2)) == expected
+    assert b"".join(files[f"stage_0/params.x/{i}"].read() for i in range(2)) == expected
 
 
 CHUNKS = {
