@@ -2,9 +2,9 @@
 
 # Every name is imported at its first use, so that `import meshpipe` takes no time, and a command can be stopped while
 # it imports JAX.
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from meshpipe.lazy import importing
 from meshpipe.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -90,15 +90,4 @@ _MODULES = {
 """By name, the module that has it; a submodule has its own name."""
 
 __all__ = sorted(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_MODULES[name])
-    value = globals()[name] = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__ = importing(globals(), _MODULES)

@@ -1,8 +1,9 @@
 """Checkpoints in Orbax's format: an item per stage, leaves keyed by path, a step listed only once it is whole."""
 
-# As in meshpipe/__init__.py, every name is imported at its first use: to look at checkpoints needs no JAX.
-import importlib
-from typing import TYPE_CHECKING, Any
+# Every name is imported at its first use: to look at checkpoints needs no JAX.
+from typing import TYPE_CHECKING
+
+from meshpipe.lazy import importing
 
 if TYPE_CHECKING:
     from meshpipe.checkpoint.checkpointer import Checkpointer as Checkpointer
@@ -17,28 +18,18 @@ if TYPE_CHECKING:
     from meshpipe.checkpoint.lock import FolderInUseError as FolderInUseError
 
 _MODULES = {
-    "Checkpointer": "checkpointer",
-    "CheckpointWriteError": "checkpointer",
-    "CheckpointConfig": "config",
-    "CheckpointError": "errors",
-    "CheckpointGoneError": "errors",
-    "CheckpointInfo": "inspection",
-    "describe_checkpoint": "inspection",
-    "list_checkpoints": "inspection",
-    "verify_checkpoint": "inspection",
-    "FolderInUseError": "lock",
+    "Checkpointer": "meshpipe.checkpoint.checkpointer",
+    "CheckpointWriteError": "meshpipe.checkpoint.checkpointer",
+    "CheckpointConfig": "meshpipe.checkpoint.config",
+    "CheckpointError": "meshpipe.checkpoint.errors",
+    "CheckpointGoneError": "meshpipe.checkpoint.errors",
+    "CheckpointInfo": "meshpipe.checkpoint.inspection",
+    "describe_checkpoint": "meshpipe.checkpoint.inspection",
+    "list_checkpoints": "meshpipe.checkpoint.inspection",
+    "verify_checkpoint": "meshpipe.checkpoint.inspection",
+    "FolderInUseError": "meshpipe.checkpoint.lock",
 }
-"""By name, the file that has it."""
+"""By name, the module that has it."""
 
 __all__ = sorted(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__ = importing(globals(), _MODULES)

@@ -1,22 +1,16 @@
 """Somebody deletes a key that process 1 has written before process 0 reads it; nothing but the library runs."""
 
-import argparse
+from member import member
 
 from meshpipe.processes import coordination
 from meshpipe.processes.group import Group
-from meshpipe.processes.join import DistributedConfig, join
 from meshpipe.processes.uneven_exit import watch_keys
 
 HOURS = 3600.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--coordinator")
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--process-count", type=int)
-    flags = parser.parse_args()
-    join(DistributedConfig(**vars(flags)))
+    flags = member()
     watch_keys()
     group = Group(range(2))
     if flags.process_id == 1:

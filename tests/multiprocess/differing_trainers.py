@@ -1,17 +1,16 @@
 """Creates pairs of trainers in two processes that differ in one argument, and prints each process's error."""
 
-import argparse
 import json
 from typing import Any
 
 import numpy as np
 import optax
 from flax import nnx
+from member import member
 
 import meshpipe
 from meshpipe.processes.coordination import barrier
 from meshpipe.processes.guard import leave
-from meshpipe.processes.join import DistributedConfig, join
 
 WIDTH, ROWS = 8, 8
 
@@ -82,13 +81,7 @@ def make(**other: Any) -> meshpipe.Trainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--coordinator")
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--process-count", type=int)
-    flags = parser.parse_args()
-    meshpipe.use_cpu_devices(1)
-    join(DistributedConfig(**vars(flags)))
+    flags = member(1)
     heard = {}
     for name, other in different().items():
         try:

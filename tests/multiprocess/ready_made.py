@@ -1,6 +1,5 @@
 """Ready-made layers that share a variable, trained in this process, one of several perhaps; prints what came out."""
 
-import argparse
 import gc
 import json
 import weakref
@@ -11,11 +10,11 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from member import member
 
 import meshpipe
 from meshpipe.processes.coordination import barrier
 from meshpipe.processes.guard import leave
-from meshpipe.processes.join import DistributedConfig, join
 from meshpipe.sharding import local_value
 
 TOKENS, WIDTH, ROWS = 16, 8, 8
@@ -48,13 +47,7 @@ def bits(trainer: meshpipe.Trainer) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--coordinator")
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--process-count", type=int)
-    flags = parser.parse_args()
-    meshpipe.use_cpu_devices(2 // (flags.process_count or 1))
-    join(DistributedConfig(**vars(flags)))
+    member(2, shared=True)
     rng = np.random.default_rng(0)
     batches = [
         {name: rng.integers(0, TOKENS, ROWS).astype(np.int32) for name in ("inputs", "labels")} for _ in range(5)

@@ -1,28 +1,20 @@
 """One of two processes of two devices each, which save arrays together, also when one of them fails."""
 
-import argparse
 import json
 import os
 import signal
 import time
 from pathlib import Path
 
-import meshpipe
+from member import join_run, place_parser
+
 from meshpipe.processes.guard import leave
-from meshpipe.processes.join import DistributedConfig, join
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = place_parser()
     parser.add_argument("--kill", action="store_true")
-    parser.add_argument("--coordinator")
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--process-count", type=int)
-    flags = parser.parse_args()
-    meshpipe.use_cpu_devices(2)
-    join(
-        DistributedConfig(coordinator=flags.coordinator, process_id=flags.process_id, process_count=flags.process_count)
-    )
+    flags = join_run(parser.parse_args(), 2)
     (killed if flags.kill else run)(Path("run"))
     leave(0)
 

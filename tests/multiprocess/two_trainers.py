@@ -1,17 +1,16 @@
 """Two trainers at once in this process, which may be one of several: their steps overlap, and both are evaluated."""
 
-import argparse
 import json
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
+from member import member
 
 import meshpipe
 from meshpipe.processes.coordination import barrier
 from meshpipe.processes.guard import leave
-from meshpipe.processes.join import DistributedConfig, join
 from meshpipe.sharding import local_value
 
 WIDTH, ROWS = 8, 8
@@ -42,13 +41,7 @@ def keys(meeting: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--coordinator")
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--process-count", type=int)
-    flags = parser.parse_args()
-    meshpipe.use_cpu_devices(2 // (flags.process_count or 1))
-    join(DistributedConfig(**vars(flags)))
+    member(2, shared=True)
     batch = {"inputs": np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)}
     first, second = make(0), make(1)
     found: dict[str, object] = {

@@ -1,21 +1,17 @@
 """A user's own loop, without `Guard`, in which the processes take different numbers of steps."""
 
-import argparse
-
 import jax
 import numpy as np
 import optax
 from flax import nnx
+from member import place_parser
 
 import meshpipe
 from meshpipe.sharding import local_value
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--coordinator")
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--process-count", type=int)
+    parser = place_parser()
     parser.add_argument("--steps", type=int)
     flags = parser.parse_args()
     meshpipe.use_cpu_devices(1)

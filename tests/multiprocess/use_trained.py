@@ -1,6 +1,5 @@
 """Trains, predicts, evaluates and takes modules in this process, one of several perhaps; prints what came out."""
 
-import argparse
 import json
 import zlib
 from pathlib import Path
@@ -11,11 +10,11 @@ import numpy as np
 import optax
 import small_model
 from flax import nnx
+from member import member
 
 import meshpipe
 from meshpipe.processes.coordination import barrier
 from meshpipe.processes.guard import leave
-from meshpipe.processes.join import DistributedConfig, join
 
 LAYERS = small_model.LAYERS
 
@@ -31,13 +30,7 @@ def leaves(index: int, module: nnx.Module) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--coordinator")
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--process-count", type=int)
-    flags = parser.parse_args()
-    meshpipe.use_cpu_devices(4 // (flags.process_count or 1))
-    join(DistributedConfig(**vars(flags)))
+    member(4, shared=True)
     batches = small_model.batches(3)
     trainer = meshpipe.Trainer(
         LAYERS,
