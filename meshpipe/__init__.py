@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from meshpipe.models.model import ModelConfig as ModelConfig
     from meshpipe.models.reference import Reference as Reference
     from meshpipe.optimizer.config import OptimizerConfig as OptimizerConfig
+    from meshpipe.optimizer.groups import ParameterGroup as ParameterGroup
     from meshpipe.phases import Phase as Phase
     from meshpipe.phases import listening as listening
     from meshpipe.pipeline.config import PipelineConfig as PipelineConfig
@@ -71,6 +72,7 @@ _MODULES = {
     "ModelConfig": "meshpipe.models.model",
     "Reference": "meshpipe.models.reference",
     "OptimizerConfig": "meshpipe.optimizer.config",
+    "ParameterGroup": "meshpipe.optimizer.groups",
     "Phase": "meshpipe.phases",
     "listening": "meshpipe.phases",
     "PipelineConfig": "meshpipe.pipeline.config",

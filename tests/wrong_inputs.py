@@ -263,6 +263,32 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "tied text": (lambda: train(tied="layers/0/kernel"), r"`tied` must be a list of groups"),
     "tied and not there": (lambda: train(tied=[("layers/0/w", "layers/1/w")]), r"A tied leaf must be a parameter"),
+    # What is trained.
+    "trainable number": (lambda: train(trainable=5), r"`trainable` must be patterns .* Got 5, an int. Write e.g."),
+    "trainable dict": (lambda: train(trainable={"kernel": True}), r"Got \{'kernel': True\}, a dict"),
+    "trainable array": (lambda: train(trainable=np.ones(3)), r"an NNX filter, or a list of these"),
+    "trainable list of numbers": (lambda: train(trainable=["kernel", 3]), r"Got 3, an int"),
+    "trainable module": (lambda: train(trainable=nnx.Linear), r"Got the class Linear"),
+    "trainable state": (lambda: train(trainable=nnx.BatchStat), r"Got BatchStat, which matches none of 4"),
+    "trainable layer that is not there": (
+        lambda: train(trainable="layers/2"),
+        r"matches none of 4. Parameters are lay",
+    ),
+    "nothing trainable": (lambda: train(trainable=["kernel", "!layers"]), r"leaves none|matches none"),
+    "trainable filter of one argument": (lambda: train(trainable=lambda path: True), r"This comes from `trainable`"),
+    "half of a tied group trainable": (
+        lambda: train(trainable="layers/1", tied=[("layers/0/kernel", "layers/1/kernel")]),
+        r"all or none of them must be trained.*Name both or neither",
+    ),
+    "groups text": (
+        lambda: meshpipe.OptimizerConfig(groups="bias:weight_decay=0"),
+        r"`groups` must be a tuple of meshpipe.ParameterGroup",
+    ),
+    "groups dict": (lambda: meshpipe.OptimizerConfig(groups=({"pattern": "bias"},)), r"`groups` must be a tuple"),
+    "group with another optimizer": (
+        lambda: meshpipe.OptimizerConfig(groups=("bias:optimizer=lion",)),
+        r"must be adamw or sgd. Got 'lion'",
+    ),
     # Batches.
     "loader for a batch": (
         lambda: train(batch=iter([ROWS])),

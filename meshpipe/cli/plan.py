@@ -92,6 +92,7 @@ def _show(recipe: str, config: "Config", extra: _PlanFlags, chooser: "Chooser") 
     from meshpipe.report.plan import print_comparison, print_plan
     from meshpipe.report.profile import print_profile
     from meshpipe.report.tables import make_console
+    from meshpipe.runs.build import check_groups_of
 
     console = make_console()
     costs = None
@@ -105,6 +106,7 @@ def _show(recipe: str, config: "Config", extra: _PlanFlags, chooser: "Chooser") 
         print_comparison(console, recipe, config.pipeline, compare_schedules(chooser, costs))
         return
     model = chooser.choose(costs)
+    check_groups_of(config, model)
     print_plan(console, recipe, model, chooser.transformation, extra.plot, wide=extra.wide)
     if extra.save_schedule is not None:
         extra.save_schedule.write_text(model.plan.to_text())

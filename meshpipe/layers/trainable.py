@@ -1,7 +1,6 @@
 """Which parameters are trained: an NNX filter, or patterns of leaf paths. The others are frozen."""
 
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from types import EllipsisType
 from typing import Any, TypeAlias
 
@@ -10,12 +9,13 @@ from flax import nnx
 from meshpipe.errors import ArgumentError, advise, kind_of
 from meshpipe.layers.layer import Layer
 from meshpipe.layers.paths import join
+from meshpipe.optimizer.patterns import matches
 
 Predicate: TypeAlias = Callable[[tuple[Any, ...], Any], bool]
 Trainable: TypeAlias = "str | type | bool | EllipsisType | Predicate | Sequence[Trainable] | None"
-"""Patterns of leaf paths such as `layers/3/*`, an NNX filter such as `nnx.LoRAParam`, or a list of both, of which a
-parameter must match one. A pattern that begins with `!` excludes what it matches. None is every parameter, or, in a
-model with `nnx.LoRAParam`, those alone."""
+"""Patterns of leaf paths such as `layers/3` or `bias`, an NNX filter such as `nnx.LoRAParam`, or a list of both, of
+which a parameter must match one. A pattern that begins with `!` excludes what it matches. None is every parameter, or,
+in a model with `nnx.LoRAParam`, those alone."""
 
 
 class _Parameter:
@@ -107,9 +107,9 @@ def _excludes(member: Any) -> bool:
 
 def _matched(member: Any, parameters: Sequence[_Parameter]) -> frozenset[str]:
     """The parameters that a pattern or filter matches. Raises `ArgumentError` if there are none."""
-    matches = _predicate(member)
+    predicate = _predicate(member)
     try:
-        found = frozenset(p.path for p in parameters if matches(p))
+        found = frozenset(p.path for p in parameters if predicate(p))
     except Exception as error:
         advise(error, f"This comes from `trainable`, {_spell(member)}, which was called with a path and a variable.")
         raise
@@ -123,18 +123,17 @@ def _matched(member: Any, parameters: Sequence[_Parameter]) -> frozenset[str]:
 
 def _predicate(member: Any) -> Callable[[_Parameter], bool]:
     if isinstance(member, str):
-        pattern = member.removeprefix("!")
-        return lambda p: fnmatchcase(p.path, pattern) or fnmatchcase(p.path, f"{pattern}/*")
+        return lambda p: matches(member.removeprefix("!"), p.path)
     if isinstance(member, list | tuple):
         parts = [_predicate(part) for part in member]
         return lambda p: any(part(p) for part in parts)
     if isinstance(member, type) and not issubclass(member, nnx.Variable):
         raise _wrong(member)
     try:
-        matches = nnx.filterlib.to_predicate(member)
-    except TypeError:
+        predicate = nnx.filterlib.to_predicate(member)
+    except (TypeError, ValueError):  # Flax fails to format its message
         raise _wrong(member) from None
-    return lambda p: bool(matches(p.key, p.variable))
+    return lambda p: bool(predicate(p.key, p.variable))
 
 
 def _wrong(member: Any) -> ArgumentError:

@@ -1,19 +1,21 @@
 """The optimizer of a recipe and its learning-rate schedule."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import optax
 
 from meshpipe.errors import check_clip_norm, check_number, check_whole
+from meshpipe.optimizer.groups import REST, Groups, Kind, as_groups, check_groups, grouped
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Kind = "adamw"
     """AdamW (arXiv 1711.05101), or SGD with momentum."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -31,8 +33,12 @@ class OptimizerConfig:
     """SGD's momentum; 0 is plain SGD."""
     clip_norm: float | None = None
     """Largest global gradient norm; larger gradients are scaled down to it. None clips nothing."""
+    groups: Groups = ()
+    """Parameters, by patterns of their leaf paths, with a learning rate, weight decay or optimizer of their own:
+    `layers/0:learning_rate=1e-4 bias:weight_decay=0,optimizer=sgd`. The first pattern that matches counts."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", as_groups(self.groups))
         check_clip_norm(self.clip_norm)
         check_whole("warmup_steps", self.warmup_steps, 0, 2**31 - 1)
         for name in ("learning_rate", "weight_decay"):
@@ -57,11 +63,20 @@ class OptimizerConfig:
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The Optax transformation, without clipping, which needs the norm over all stages."""
+        rest = replace(self, groups=())
+        if self.groups:
+            groups = as_groups(self.groups)
+            own = {str(number): replace(rest, **group.changes) for number, group in enumerate(groups)}
+            return grouped(groups, {name: one.build(steps) for name, one in {**own, REST: rest}.items()})
         rate = self.schedule(steps)
         if self.optimizer == "adamw":
             return optax.adamw(rate, self.beta1, self.beta2, weight_decay=self.weight_decay, mask=matrices)
         decay = optax.add_decayed_weights(self.weight_decay, mask=matrices) if self.weight_decay else optax.identity()
         return optax.chain(decay, optax.sgd(rate, momentum=self.momentum or None))
+
+    def check(self, trained: Iterable[str]) -> None:
+        """Raises `ArgumentError` for a group without a parameter; `trained` has the paths of those that are trained."""
+        check_groups(as_groups(self.groups), trained)
 
 
 def matrices(params: Any) -> Any:

@@ -19,7 +19,7 @@ from meshpipe.layers.fields import LayerCall
 from meshpipe.layers.layer import LayerLike, abstract_layers
 from meshpipe.layers.stage_function import Loss
 from meshpipe.layers.task import Task
-from meshpipe.layers.trainable import Trainable
+from meshpipe.layers.trainable import Trainable, freeze
 from meshpipe.mesh import make_mesh
 from meshpipe.models.reference import Reference
 from meshpipe.phases import each
@@ -121,6 +121,10 @@ def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
 
     That has no adapters: a model with some is compared with its own layers.
     """
+    if config.optimizer.groups:
+        task = config.task()
+        layers = freeze(abstract_layers(task.layers, task.batch), task.trainable, task.tied)
+        config.optimizer.check(path for layer in layers for path in layer.params)
     return verify(
         config.layers(),
         config.model.loss,

@@ -10,7 +10,7 @@ from meshpipe.layers.staged_model import StagedModel
 from meshpipe.optimizer.state import state_shapes
 from meshpipe.trainer import Trainer
 from meshpipe.training.setup import Check
-from meshpipe.training.state import StateTree
+from meshpipe.training.state import StartingState, StateTree
 
 
 def make_trainer(config: Config, check: Check | None = None) -> Trainer:
@@ -19,6 +19,11 @@ def make_trainer(config: Config, check: Check | None = None) -> Trainer:
 
     Raises `ValueError` when the parts of the config do not fit together.
     """
+
+    def check_all(model: StagedModel) -> StartingState | None:
+        check_groups_of(config, model)
+        return None if check is None else check(model)
+
     return Trainer.of(
         config.task(),
         config.optimizer.build(config.steps),
@@ -28,7 +33,7 @@ def make_trainer(config: Config, check: Check | None = None) -> Trainer:
         clip_norm=config.optimizer.clip_norm,
         compile_cache=config.compile_cache,
         check_memory=not config.force,
-        check=check,
+        check=check_all,
     )
 
 
@@ -45,6 +50,11 @@ def make_chooser(config: Config, *, mesh: Mesh | None = None, measure_on: Mesh |
         measure_on=measure_on,
         count_because=_why_counted(config),
     )
+
+
+def check_groups_of(config: Config, model: StagedModel) -> None:
+    """Raises `ValueError` for a group of the optimizer that gets none of the parameters that are trained."""
+    config.optimizer.check(path for stage in model.parameters for path in stage.owned)
 
 
 def _why_counted(config: Config) -> str | None:

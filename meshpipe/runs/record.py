@@ -19,9 +19,10 @@ from meshpipe.layers.staged_model import StagedModel
 MAY_CHANGE: Mapping[str, frozenset[str]] = {
     "model": frozenset(),
     "lora": frozenset(),
-    "optimizer": frozenset({"learning_rate", "warmup_steps", "decay", "weight_decay", "clip_norm"}),
+    "optimizer": frozenset({"learning_rate", "warmup_steps", "decay", "weight_decay", "clip_norm", "groups"}),
 }
-"""Fields that may change when a run is resumed: they affect future steps, not the saved state."""
+"""Fields that may change when a run is resumed: they affect future steps, not the saved state. Of `groups`,
+`check_continues` compares what does."""
 
 
 def config_values(config: Any) -> Any:
