@@ -56,10 +56,10 @@ def least_memory(model: StagedModel, transformation: optax.GradientTransformatio
     ranks: list[Parts] = []
     for rank in range(model.plan.num_ranks):
         stages = [model.parameters[stage] for stage in model.plan.stages_of(rank)]
-        params = [leaf for stage in stages for leaf in stage.params.values()]
+        trained = [leaf for stage in stages for leaf in stage.params.values()]
         sizes = {
-            "parameters": params,
-            "gradients": [leaf.update(dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in params],
+            "parameters": [leaf for stage in stages for leaf in stage.all_params.values()],
+            "gradients": [leaf.update(dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in trained],
             "optimizer": [leaf for stage in stages for leaf in jax.tree.leaves(state_shapes(transformation, stage))],
         }
         ranks.append({name: device_bytes(leaves) for name, leaves in sizes.items()})
@@ -73,7 +73,7 @@ def with_own_activations(model: StagedModel, ranks: Sequence[Parts]) -> list[Par
     found = microbatch_memories([model.traced[s] for s in own], [remat[s] for s in own], model.plan)
     known = dict(zip(own, found, strict=True))
     memory = [known.get(stage, StageMemory(activation=0)) for stage in range(model.plan.num_stages)]
-    peaks = simulate(model.plan, ONE_UNIT_EACH, memory).peak_bytes
+    peaks = simulate(model.plan, ONE_UNIT_EACH, memory, model.late).peak_bytes
     return [{**parts, "activations": round(peak)} for parts, peak in zip(ranks, peaks, strict=True)]
 
 

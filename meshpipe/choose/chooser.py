@@ -14,13 +14,16 @@ from meshpipe.choose.counted import count_layers, seconds_to_measure, why_not_me
 from meshpipe.choose.memory import ONE_UNIT_EACH, stage_memory
 from meshpipe.choose.profile import operations_of_layers, profile_layers, setting_of
 from meshpipe.choose.remat import settle_remat
+from meshpipe.choose.waiting import settle_waiting
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layout, check_task
+from meshpipe.layers.stage_wiring import cut_wiring
 from meshpipe.layers.staged_model import Choice, StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig, make_mesh, submeshes
 from meshpipe.phases import each
 from meshpipe.pipeline.config import PipelineConfig, parse_bytes
+from meshpipe.plan.graph import Graph
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.partition import partition, partition_by_cost
 from meshpipe.plan.plan import Action, Op, Plan
@@ -72,6 +75,7 @@ class Chooser:
         or the costs are those of other layers.
         """
         model = self._laid_out(costs)
+        settle_waiting(model, self.transformation)
         settle_remat(model, self.transformation)
         return model
 
@@ -195,7 +199,7 @@ class Chooser:
             remats = ("full", "layer") if self.config.remat == "auto" else (self.config.remat,)
             for remat in remats if limit is not None else remats[:1]:
                 memory = () if limit is None else self._memory(cuts, remat)
-                profiles = {len(cuts) // self._num_ranks: Profile(times, memory)}
+                profiles = {len(cuts) // self._num_ranks: Profile(times, memory, self._graph(cuts))}
                 try:
                     plan = self._plan_within(limit, profiles)
                 except NothingFits as error:
@@ -231,6 +235,11 @@ class Chooser:
             f"was found. Raise it by {math.ceil(excess):,} bytes.",
             limit + excess,
         )
+
+    def _graph(self, cuts: Cuts) -> Graph:
+        """What stages of these layers read of each other, and which are trained."""
+        trained = [bool(layer.params) for layer in self._probe.layers]
+        return cut_wiring(self._probe.wiring, cuts, [any(trained[layer] for layer in cut) for cut in cuts]).graph
 
     def _memory(self, cuts: Cuts, remat: str) -> Any:
         """What each stage stores, also with a split backward."""

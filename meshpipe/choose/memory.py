@@ -33,7 +33,7 @@ class RankMemory:
 
     rank: int
     parameters: int
-    """Parameters, and what is computed from them once per step, such as a bfloat16 copy."""
+    """Parameters, trained or not, and what is computed from them once per step, such as a bfloat16 copy."""
     gradients: int
     optimizer: int
     batch: int
@@ -83,7 +83,7 @@ def predict_memory(
     traced = model.trace(remat) if traced is None else traced
     always = held_always(model, transformation, traced)
     memory = _stage_memory(model, remat, always, traced)
-    timeline = simulate(plan, ONE_UNIT_EACH, memory)
+    timeline = simulate(plan, ONE_UNIT_EACH, memory, model.late)
     arrays = replace(timeline, memory=[replace(stage, recomputed_inside=0) for stage in memory])
     ranks = []
     for rank, (peak, with_inside) in enumerate(zip(arrays.peak_bytes, timeline.peak_bytes, strict=True)):
@@ -129,10 +129,10 @@ def held_always(
     optimizer = [state_shapes(transformation, stage) for stage in model.parameters]
     return [
         HeldAlways(
-            parameters=device_bytes(owned.params.values()) + _hoisted_bytes(stage),
+            parameters=device_bytes(owned.all_params.values()) + _hoisted_bytes(stage),
             gradients=_gradient_bytes(stage),
             optimizer=device_bytes(jax.tree.leaves(optimizer[s])),
-            batch=device_bytes(stage.inputs) + device_bytes(owned.state.values()) + device_bytes(stage.state),
+            batch=device_bytes(stage.inputs) + device_bytes(owned.own_state.values()) + device_bytes(stage.state),
         )
         for s, (owned, stage) in enumerate(zip(model.parameters, traced, strict=True))
     ]

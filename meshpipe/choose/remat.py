@@ -69,7 +69,7 @@ def choose_remat(
         replace(stage, always=kept)
         for stage, kept in zip(microbatch_memories(plain, ["none"] * len(plain), model.plan), always, strict=True)
     ]
-    timeline = simulate(model.plan, ONE_UNIT_EACH, memory)
+    timeline = simulate(model.plan, ONE_UNIT_EACH, memory, model.late)
     if max(timeline.peak_bytes) <= memory_limit:
         return ("none",) * model.plan.num_stages
     options = _options(model, plain, memory)

@@ -1,5 +1,6 @@
 """A user's layers and loss cut into stages on the submeshes of a mesh, compiled and ready to run."""
 
+import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -97,6 +98,8 @@ class StagedModel:
         """The rematerialisation of every stage; None until `choose_remat` has chosen it."""
         self.layer_remat = remat_of_layers(config.remat, [layer.class_name for layer in self.layers])
         """The policy of every layer, in stages whose rematerialisation is `layer`."""
+        self.late = frozenset[str]()
+        """The values that wait on the rank that makes them until another first reads them; `meshpipe.choose` says."""
         self._cache: CompileCache | None = None
         self._of_rest: dict[int, Forwards] = {}
         self._unread: set[tuple[str, str]] = set()
@@ -155,7 +158,7 @@ class StagedModel:
     @cached_property
     def program(self) -> Program:
         """The plan with its transfers, the same in every process."""
-        return lower(self.plan, reduces=self._splits_data)
+        return lower(self.plan, reduces=self._splits_data, late=self.late)
 
     def _wired(self, *, loss: bool = True, metrics: bool = False) -> CutWiring:
         """The values that stages hand to each other, also those that only the loss or the metrics read."""
@@ -169,8 +172,22 @@ class StagedModel:
         """
         names = self.remat if remat is None else remat
         assert names is not None, "remat is to be chosen first"
-        traced, _ = self._trace(range(self.plan.num_stages), remat=names, train=True)
+        traced, *_ = self._trace(range(self.plan.num_stages), remat=names, train=True)
         return list(traced.values())
+
+    def value_bytes(self) -> dict[Value, int]:
+        """What a device of a rank holds of each value that stages hand to each other, for one microbatch. Finds shapes
+        only; the same in every process.
+        """
+        *_, values = self._trace((), remat=("none",) * self.plan.num_stages, train=True)
+        size = self.microbatches.size // self.microbatches.count
+        return {
+            value: sum(
+                math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                for leaf in boundary.on(self._meshes[value.source], size)
+            )
+            for value, boundary in values.items()
+        }
 
     def compile(
         self,
@@ -187,7 +204,7 @@ class StagedModel:
         self._name = name
         assert self.remat is not None, "remat is to be chosen first"
         fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
-        self.traced, _ = self._trace(self.local, remat=self.remat, train=True)
+        self.traced, *_ = self._trace(self.local, remat=self.remat, train=True)
         self._check_metrics()
         if check is not None:
             check(self)
@@ -242,7 +259,9 @@ class StagedModel:
     def _forwards(self, name: str, microbatches: Microbatches, *, outputs: bool = False) -> Forwards:
         remat = ("none",) * self.plan.num_stages
         wired = self._wired(loss=not outputs, metrics=not outputs)
-        traced, output = self._trace(self.local, remat=remat, train=False, fields=microbatches.fields, outputs=outputs)
+        traced, output, _ = self._trace(
+            self.local, remat=remat, train=False, fields=microbatches.fields, outputs=outputs
+        )
         if outputs:
             _check_rows(output[-1], microbatches.size // microbatches.count)
         return Forwards(
@@ -285,12 +304,13 @@ class StagedModel:
         train: bool,
         fields: Mapping[str, jax.ShapeDtypeStruct] | None = None,
         outputs: bool = False,
-    ) -> tuple[dict[int, TracedStage], tuple[Boundary, ...]]:
+    ) -> tuple[dict[int, TracedStage], tuple[Boundary, ...], dict[Value, Boundary]]:
         """Traces the wanted stages. Of the other stages before the last wanted one (or of all, if none is wanted), it
         finds only the shapes of their outputs.
 
         With `outputs`, the last stage returns the value of the last layer, not a loss, and its shape is always found.
-        The second result has the boundaries of the values that the last stage which was looked at hands on.
+        The second result has the boundaries of the values that the last stage which was looked at hands on, and the
+        third those of all values of the graph.
         """
         last = self.plan.num_stages - 1 if outputs else max(wanted, default=self.plan.num_stages - 1)
         fields = self.microbatches.fields if fields is None else fields
@@ -340,7 +360,7 @@ class StagedModel:
                 seen.setdefault(kind, traced[s])
                 after = traced[s].boundaries_out
             made.update(zip(graph.outputs(s), after, strict=False))  # an output that is kept is no value of the graph
-        return traced, after
+        return traced, after, made
 
     def _streams(self, stage: int) -> list[str]:
         return streams_of([self.layers[i] for i in self.cuts[stage]])

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from meshpipe.plan.graph import Graph
 from meshpipe.plan.memory_curve import MemoryCurve
 from meshpipe.plan.plan import Action, Op, Plan
 from meshpipe.plan.stage_memory import StageMemory as StageMemory
@@ -41,9 +42,16 @@ class Costs:
         return at_stage if at_stage is not None else self.times.get(op, DEFAULT_TIMES[op])
 
     @classmethod
-    def of_parts(cls, stages_per_rank: int, transfer: float = 0.0) -> "Costs":
-        """The default times for all layers of a rank, of its equal stages each: so plans for any number compare."""
-        return cls({op: time / stages_per_rank for op, time in DEFAULT_TIMES.items()}, transfer)
+    def of_parts(cls, stages_per_rank: int, transfer: float = 0.0, graph: Graph | None = None) -> "Costs":
+        """The default times for all layers of a rank, of its equal stages each: so plans for any number compare.
+
+        A stage of the graph that has a backward and is not trained has only the input part.
+        """
+        times: dict[Op | tuple[int, Op], float] = {op: t / stages_per_rank for op, t in DEFAULT_TIMES.items()}
+        for stage, is_trained in enumerate(() if graph is None else graph.trains):
+            if not is_trained:
+                times |= {(stage, Op.BACKWARD): times[Op.BACKWARD_INPUT], (stage, Op.BACKWARD_WEIGHT): 0.0}
+        return cls(times, transfer)
 
 
 @dataclass(frozen=True)
@@ -135,11 +143,11 @@ def simulate(
 
     Arguments:
         plan: The plan; it is checked.
-        costs: The times of actions and transfers.
+        costs: The times of actions and transfers; None takes the default times.
         memory: What each stage holds, in stage order; empty predicts no memory.
         late: The values that move only when another rank first reads them.
 
     Raises `PlanError` when the plan is not valid.
     """
     validate(plan)
-    return Timeline.of(plan, costs or Costs(), memory, late)
+    return Timeline.of(plan, costs or Costs.of_parts(1, graph=plan.graph), memory, late)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshpipe.files import check_file
-from meshpipe.plan.plan import Op
+from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.simulate import Timeline
 
 if TYPE_CHECKING:
@@ -143,10 +143,20 @@ def _draw_ranks(axes: "Axes", panel: Panel, longest: float, inches: float) -> No
         size = min(LARGEST_FONT, width * inches / ((len(label) + 0.5) * DIGIT))
         if size >= SMALLEST_FONT - 0.1:
             axes.text(start + width / 2, rank, label, ha="center", va="center", fontsize=size)
-    axes.set_yticks(range(plan.num_ranks), [f"rank {rank}" for rank in range(plan.num_ranks)])
+    axes.set_yticks(range(plan.num_ranks), [_label(plan, rank) for rank in range(plan.num_ranks)])
     axes.invert_yaxis()
     axes.set_title(f"{panel.title}: bubble {timeline.bubble_fraction:.1%}", fontsize=10)
     _draw_time(axes, panel, longest)
+
+
+def _label(plan: Plan, rank: int) -> str:
+    """The name of a rank, and those of its stages that run no backward where others do."""
+    stages = plan.stages_of(rank)
+    without = [stage for stage in stages if not plan.graph.has_backward(stage)]
+    if plan.forward_only or not without:
+        return f"rank {rank}"
+    which = "" if len(without) == len(stages) else f" of stage {', '.join(map(str, without))}"
+    return f"rank {rank}\nno backward{which}"
 
 
 def _draw_memory(axes: "Axes", panel: Panel, longest: float) -> None:

@@ -15,6 +15,7 @@ from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Costs, StageMemory, simulate
 from meshpipe.report.columns import Columns
 from meshpipe.report.comparison import Comparison
+from meshpipe.report.graph import MOVES, forward_only_line, traffic_table, what_stages_run
 from meshpipe.report.picture import FORWARDS, Panel, draw_timelines
 from meshpipe.report.tables import count_of, describe_layers, format_bytes, make_table, print_text
 
@@ -36,6 +37,8 @@ class Stage(Protocol):
     def parameter_count(self) -> int: ...
     @property
     def parameter_bytes(self) -> int: ...
+    @property
+    def trained_count(self) -> int: ...
 
 
 def layout_lines(recipe: str, model: StagedModel) -> list[str]:
@@ -92,13 +95,19 @@ def _abridge(stages: Sequence[Stage], longest: int = 8) -> Sequence[Stage]:
     return stages if len(stages) <= longest else [*stages[: longest - 1], stages[-1]]
 
 
-def stage_table(stages: Sequence[Stage], layer_names: Sequence[str], remat: Sequence[str] = ()) -> Columns:
+def stage_table(
+    stages: Sequence[Stage], layer_names: Sequence[str], remat: Sequence[str] = (), runs: Sequence[str] = ()
+) -> Columns:
     """One row per stage: rank, layers by class, number of parameters, and their bytes over the whole submesh.
 
-    `remat` has the rematerialisation of every stage; without it, that column is left out.
+    `remat` has the rematerialisation of every stage, and `runs` what it runs; without them, these columns are left out.
+    The number of trained parameters is shown where that is not all.
     """
-    names = ("stage", "rank", "layers", "kinds", "parameters", "bytes", *(("remat",) if remat else ()))
-    table = make_table(*names, right=("stage", "rank", "parameters", "bytes"), wrap=("kinds", "remat"))
+    some_frozen = any(stage.trained_count < stage.parameter_count for stage in stages)
+    names = ("stage", "rank", "layers", "kinds", "parameters", *["trained"] * some_frozen, "bytes")
+    names = (*names, *["remat"] * bool(remat), *["runs"] * bool(runs))
+    right = ("stage", "rank", "parameters", "trained", "bytes")
+    table = make_table(*names, right=right, wrap=("kinds", "remat", "runs"))
     for stage in stages:
         kinds = _run_lengths([layer_names[i] for i in stage.layers])
         layers = f"{stage.layers.start}-{stage.layers.stop - 1}" if len(stage.layers) > 1 else str(stage.layers.start)
@@ -108,12 +117,15 @@ def stage_table(stages: Sequence[Stage], layer_names: Sequence[str], remat: Sequ
             layers,
             kinds,
             f"{stage.parameter_count:,}",
+            *[f"{stage.trained_count:,}"] * some_frozen,
             format_bytes(stage.parameter_bytes),
             *remat[stage.index : stage.index + 1],
+            *runs[stage.index : stage.index + 1],
         )
     if len(stages) > 1:
         count, size = sum(s.parameter_count for s in stages), sum(s.parameter_bytes for s in stages)
-        table.add_row("all", "", "", "", f"{count:,}", format_bytes(size), style="bold")
+        trained = [f"{sum(s.trained_count for s in stages):,}"] * some_frozen
+        table.add_row("all", "", "", "", f"{count:,}", *trained, format_bytes(size), style="bold")
     return table
 
 
@@ -180,12 +192,14 @@ def print_plan(
     On a terminal, a grid that is too wide is shown in part; with `wide`, all of it in pages.
     """
     costs = model.layer_costs
-    times = model.stage_costs or Costs.of_parts(model.plan.num_stages // model.plan.num_ranks)
+    graph = model.plan.graph
+    times = model.stage_costs or Costs.of_parts(model.plan.num_stages // model.plan.num_ranks, graph=graph)
     memory = stage_memory(model, transformation)
-    timeline = simulate(model.plan, times, memory)
+    timeline = simulate(model.plan, times, memory, model.late)
     ranks = predict_memory(model, transformation)  # traces, which says so: before anything is printed
     console.print(f"{recipe}: {_mesh_sizes(model)}\n")
-    console.print(stage_table(model.stages, [layer.class_name for layer in model.layers], _remat_of_stages(model)))
+    names = [layer.class_name for layer in model.layers]
+    console.print(stage_table(model.stages, names, _remat_of_stages(model), what_stages_run(graph)))
     for note in (*model.notes, *model.choices):
         print_text(console, note)
     console.print(f"\n{model.plan.schedule}, {_microbatches(model)}, every action drawn one unit long:")
@@ -194,10 +208,16 @@ def print_plan(
         console.print(page, markup=False)
     if len(pages) > 1 and not wide:
         console.print(f"This is the first of {len(pages)} pages. Add --wide to see all.\n")
+    for line in forward_only_line(graph):
+        print_text(console, line)
     assumed = f" {EQUAL_COSTS}" if costs is None else f", by {costs.describe()}"
     print_text(console, f"Expected bubble {timeline.bubble_fraction:.1%}{assumed}.\n")
     for line in _unsplit(model, memory):
         print_text(console, line)
+    if not graph.is_chain and graph.values:
+        print_text(console, MOVES)
+        console.print(traffic_table(model.program, memory, model.late))
+        console.print()
     print_text(console, f"Expected memory of each device of a rank, remat {_remat(model)}; live: microbatches at once:")
     console.print(memory_table(ranks))
     if plot is not None:
