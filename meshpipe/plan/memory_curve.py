@@ -169,6 +169,6 @@ class MemoryCurve:
             self._others.append((*end[:3], -size))
 
 
-def _at(sizes: Sequence[float], place: int) -> float:
+def _at(sizes: Sequence[int | float], place: int) -> int | float:
     """0 for what is not known."""
     return sizes[place] if place < len(sizes) else 0.0

@@ -13,9 +13,9 @@ from meshpipe.plan.stage_memory import StageMemory
 class Traffic:
     """What moves of one value in a step, over all microbatches, in the unit in which the stages' memory is given."""
 
-    forward: float
+    forward: int | float
     """Bytes of the value, once for each rank that it moves to."""
-    backward: float
+    backward: int | float
     """Bytes of its gradients, from each reader on another rank."""
     moves: int
     """Transfers of the value."""
@@ -23,7 +23,7 @@ class Traffic:
     """Transfers of gradients."""
 
     @property
-    def total(self) -> float:
+    def total(self) -> int | float:
         return self.forward + self.backward
 
 

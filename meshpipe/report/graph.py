@@ -63,7 +63,7 @@ def traffic_table(program: Program, memory: Sequence[StageMemory], late: frozens
     return table
 
 
-def _size(plan: Plan, value: Value, memory: Sequence[StageMemory]) -> float:
+def _size(plan: Plan, value: Value, memory: Sequence[StageMemory]) -> int | float:
     reader = value.targets[0]
     return memory[reader].inputs[plan.graph.inputs(reader).index(value)]
 

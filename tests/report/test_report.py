@@ -32,6 +32,7 @@ class Stage:
     layers: range
     parameter_count: int
     parameter_bytes: int
+    trained_count: int
 
 
 def rows(table: object) -> list[str]:
@@ -63,7 +64,7 @@ def test_equal_layers_that_follow_each_other_are_one_row() -> None:
 
 
 def test_stages_are_summed_and_layers_counted() -> None:
-    stages = [Stage(0, 0, range(3), 1500, 6000), Stage(1, 1, range(3, 4), 500, 2_000_000_000)]
+    stages = [Stage(0, 0, range(3), 1500, 6000, 1500), Stage(1, 1, range(3, 4), 500, 2_000_000_000, 500)]
     assert rows(stage_table(stages, ["Embed", "Block", "Block", "Head"])) == [
         "stage rank layers kinds parameters bytes",
         "0 0 0-2 Embed, 2 Block 1,500 6 kB",
