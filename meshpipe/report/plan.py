@@ -50,6 +50,7 @@ def layout_lines(recipe: str, model: StagedModel) -> list[str]:
         f"stages: {stages}",
         f"{model.plan.schedule}, {_microbatches(model)}, remat {_remat(model)}, "
         f"expected bubble {simulate(model.plan, model.stage_costs).bubble_fraction:.1%}{_how_chosen(model)}",
+        *forward_only_line(model.plan.graph),
         *model.notes,
         *(() if on_cpu(model.mesh) else model.choices),
     ]

@@ -78,12 +78,19 @@ def test_stages_are_summed_and_layers_counted() -> None:
     ]
 
 
-def test_the_layout_in_three_lines() -> None:
+def test_the_layout_in_four_lines() -> None:
     assert layout_lines("tiny:pipeline", make_chooser(tiny_recipes.pipeline()).choose()) == [
         "tiny:pipeline: 288 parameters on pipeline 2 x data 1 x tensor 1 = 2 cpu devices",
         "stages: 0 (rank 0) layers 0-1  1 (rank 1) layers 2-3",
         "1f1b, 4 microbatches of 4 examples, remat none, expected bubble 20.0% if stages cost the same",
+        "Training all 8 arrays, 288 parameters.",
     ]
+
+
+def test_the_layout_says_which_stages_run_no_backward() -> None:
+    lines = layout_lines("mine", make_chooser(replace(tiny_recipes.pipeline(), trainable=("layers/3/*",))).choose())
+    assert lines[3] == "Stage 0 runs no backward: nothing is trained there or before."
+    assert lines[4].startswith("Training 2 of 8 arrays")
 
 
 def test_the_layout_says_what_each_stage_computes_again() -> None:
