@@ -92,7 +92,7 @@ def sums_of_sown(sown: Sown, layer: Any, batch: Mapping[str, Any], unread: set[t
     unread.update((layer.class_name, name) for name in sown.values)
     examples = next(iter(batch.values())).shape[0]
     metrics = {name: (total * examples, jnp.float32(count * examples)) for name, (total, count) in sown.metrics.items()}
-    return {**term_sums(sown.terms), **metric_sums(metrics)}
+    return {**term_sums(sown.terms), **metric_sums(metrics, sown=True)}
 
 
 def add_sums(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from meshpipe.layers.trainable import describe_trained, freeze
 from meshpipe.layers.wiring import wire
 from meshpipe.mesh import DATA, submeshes
 from meshpipe.optimizer.parameters import StageParameters
-from meshpipe.optimizer.sums import further_sums
+from meshpipe.optimizer.sums import check_names, further_sums
 from meshpipe.optimizer.tied import borrowed
 from meshpipe.phases import each
 from meshpipe.pipeline.config import PipelineConfig
@@ -40,7 +40,7 @@ from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.simulate import Costs
 from meshpipe.sharding import is_local, place, replicated
 from meshpipe.stage.compile_stages import compile_stages
-from meshpipe.stage.spec import Boundary, StageSpec, boundaries_after
+from meshpipe.stage.spec import Boundary, StageSpec, outputs_of
 from meshpipe.stage.target import Target
 from meshpipe.stage.traced import TracedStage
 
@@ -69,6 +69,19 @@ class Choice:
     """The layers of every stage."""
     costs: ModelCosts | None
     """What the layers were found to cost; None where nothing was measured or given."""
+
+
+class Traces(NamedTuple):
+    """What tracing a model finds."""
+
+    stages: dict[int, TracedStage]
+    """Those that were wanted."""
+    last: tuple[Boundary, ...]
+    """The boundaries of what the last stage hands on."""
+    sums: dict[int, tuple[str, ...]]
+    """The names of what every stage adds up."""
+    values: dict[Value, Boundary]
+    """The boundaries of all values of the graph."""
 
 
 class StagedModel:
@@ -172,14 +185,13 @@ class StagedModel:
         """
         names = self.remat if remat is None else remat
         assert names is not None, "remat is to be chosen first"
-        traced, *_ = self._trace(range(self.plan.num_stages), remat=names, train=True)
-        return list(traced.values())
+        return list(self._trace(range(self.plan.num_stages), remat=names, train=True).stages.values())
 
     def value_bytes(self) -> dict[Value, int]:
         """What a device of a rank holds of each value that stages hand to each other, for one microbatch. Finds shapes
         only; the same in every process.
         """
-        *_, values = self._trace((), remat=("none",) * self.plan.num_stages, train=True)
+        values = self._trace((), remat=("none",) * self.plan.num_stages, train=True).values
         size = self.microbatches.size // self.microbatches.count
         return {
             value: sum(
@@ -204,14 +216,12 @@ class StagedModel:
         self._name = name
         assert self.remat is not None, "remat is to be chosen first"
         fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
-        self.traced, *_ = self._trace(self.local, remat=self.remat, train=True)
+        self.traced, _, sums, _ = self._trace(self.local, remat=self.remat, train=True)
         self._check_metrics()
         if check is not None:
             check(self)
-        if len(self.local) < self.plan.num_stages and any(further_sums(s.sum_names) for s in self.traced.values()):
-            raise ValueError("Layers that sow loss terms or metrics run in one process. Got several.")
+        self.parameters = [replace(owned, sums=further_sums(sums[s])) for s, owned in enumerate(self.parameters)]
         for s, stage in self.traced.items():
-            self.parameters[s] = replace(self.parameters[s], sums=further_sums(stage.sum_names))
             once = self.parameters[s].after_step
             written = frozenset[str]() if once is None else once.writes
             self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths - written)
@@ -259,7 +269,7 @@ class StagedModel:
     def _forwards(self, name: str, microbatches: Microbatches, *, outputs: bool = False) -> Forwards:
         remat = ("none",) * self.plan.num_stages
         wired = self._wired(loss=not outputs, metrics=not outputs)
-        traced, output, _ = self._trace(
+        traced, output, sums, _ = self._trace(
             self.local, remat=remat, train=False, fields=microbatches.fields, outputs=outputs
         )
         if outputs:
@@ -279,7 +289,7 @@ class StagedModel:
                 what=f"Compiling to {name},",
             ),
             path_hashes=self._path_hashes,
-            adds_up_early=any(stage.sum_names for s, stage in traced.items() if s < self.plan.num_stages - 1),
+            adds_up_early=any(sums[s] for s in range(self.plan.num_stages - 1)),
             output=output[-1] if outputs else None,
         )
 
@@ -304,23 +314,20 @@ class StagedModel:
         train: bool,
         fields: Mapping[str, jax.ShapeDtypeStruct] | None = None,
         outputs: bool = False,
-    ) -> tuple[dict[int, TracedStage], tuple[Boundary, ...], dict[Value, Boundary]]:
-        """Traces the wanted stages. Of the other stages before the last wanted one (or of all, if none is wanted), it
-        finds only the shapes of their outputs.
+    ) -> Traces:
+        """Traces the wanted stages. Of the others, it finds only what they hand on and add up.
 
-        With `outputs`, the last stage returns the value of the last layer, not a loss, and its shape is always found.
-        The second result has the boundaries of the values that the last stage which was looked at hands on, and the
-        third those of all values of the graph.
+        With `outputs`, the last stage returns the value of the last layer, not a loss.
         """
-        last = self.plan.num_stages - 1 if outputs else max(wanted, default=self.plan.num_stages - 1)
         fields = self.microbatches.fields if fields is None else fields
         traced: dict[int, TracedStage] = {}
         seen: dict[Hashable, TracedStage] = {}
-        handed_on: dict[Hashable, tuple[Boundary, ...]] = {}
+        known: dict[Hashable, tuple[tuple[Boundary, ...], tuple[str, ...]]] = {}
+        sums: dict[int, tuple[str, ...]] = {}
         wired = self._wired(loss=not outputs, metrics=not train and not outputs)
         graph, made = wired.graph, dict[Value, Boundary]()
         after: tuple[Boundary, ...] = ()
-        stages = list(enumerate(zip(self._meshes, self.parameters, strict=True)))[: last + 1]
+        stages = list(enumerate(zip(self._meshes, self.parameters, strict=True)))
         for s, (mesh, owned) in each("Tracing", "stage", stages):
             has_loss = s == self.plan.num_stages - 1 and not outputs
             by_layer, has_backward = remat[s] == "layer", train and graph.has_backward(s)
@@ -351,16 +358,17 @@ class StagedModel:
             )
             kind = self._kind(spec, wired.stages[s], before, remat[s], has_loss=has_loss)
             if s not in wanted:
-                if kind not in handed_on:
-                    handed_on[kind] = boundaries_after(spec, before, fields)
-                after = handed_on[kind]
+                if kind not in known:
+                    known[kind] = outputs_of(spec, before, fields)
+                after, sums[s] = known[kind]
             else:
                 is_known = kind in seen
                 traced[s] = seen[kind].shared_with(spec, before) if is_known else TracedStage(spec, before, fields)
                 seen.setdefault(kind, traced[s])
-                after = traced[s].boundaries_out
+                after, sums[s] = traced[s].boundaries_out, traced[s].sum_names
             made.update(zip(graph.outputs(s), after, strict=False))  # an output that is kept is no value of the graph
-        return traced, after, made
+        check_names(name for names in sums.values() for name in names)
+        return Traces(traced, after, sums, made)
 
     def _streams(self, stage: int) -> list[str]:
         return streams_of([self.layers[i] for i in self.cuts[stage]])

@@ -1,6 +1,7 @@
 """One stage before tracing: its function, its place, and the shapes of what it owns, takes and hands on."""
 
 import enum
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -122,10 +123,11 @@ def unflattened(boundaries: Sequence[Boundary], leaves: Sequence[Any]) -> tuple[
     return tuple(jax.tree.unflatten(b.treedef, [next(rest) for _ in b.leaves]) for b in boundaries)
 
 
-def boundaries_after(
+def outputs_of(
     spec: StageSpec, boundaries_in: Sequence[Boundary], fields: Mapping[str, jax.ShapeDtypeStruct]
-) -> tuple[Boundary, ...]:
-    """What a stage of another process hands on, a boundary for each value. Takes the arguments of `TracedStage`.
+) -> tuple[tuple[Boundary, ...], tuple[str, ...]]:
+    """What a stage of another process hands on, a boundary for each value, and the names of its sums. Takes the
+    arguments of `TracedStage`.
 
     Only its shape is needed here, so nothing is differentiated: a process traces no more than its own stages.
     """
@@ -136,8 +138,11 @@ def boundaries_after(
     randomness = key, jax.ShapeDtypeStruct((spec.streams,), jnp.uint32), scalar, scalar
 
     def output(*arguments: Any) -> Any:
-        return jax.tree.map(jnp.asarray, spec.function(*arguments).values)
+        values, sums, *_ = spec.function(*arguments)
+        return jax.tree.map(jnp.asarray, values), OrderedDict(
+            (name, jnp.asarray(total)) for name, total in sums.items()
+        )
 
     with jax.set_mesh(spec.mesh):
-        shapes = jax.eval_shape(output, dict(spec.params), dict(spec.state), values, batch, randomness)
-    return tuple(map(Boundary, shapes))
+        made, sums = jax.eval_shape(output, dict(spec.params), dict(spec.state), values, batch, randomness)
+    return tuple(map(Boundary, made)), tuple(sums)

@@ -164,3 +164,27 @@ def test_no_name_of_the_metrics_file_is_free(tmp_path):
     names = {name for line in lines if line["event"] in ("step", "eval") for name in line}
     assert run.step == 2
     assert names - {"accuracy"} <= RESERVED, names - RESERVED
+
+
+@pytest.mark.parametrize(
+    ("layers", "metrics", "message"),
+    [
+        (
+            [(LossTerm, "size"), (nnx.Intermediate, "size")],
+            None,
+            "'size' as a term of the loss and an nnx.Intermediate",
+        ),
+        ([(nnx.Intermediate, "size"), (LossTerm, "a")], "size", "'size' as an nnx.Intermediate and a metric"),
+        ([(LossTerm, "size"), (LossTerm, "a")], "size", "'size' as a term of the loss and a metric"),
+    ],
+)
+def test_names_are_told_apart_over_all_stages(layers, metrics, message):
+    with pytest.raises(ValueError, match=f"need names of their own. Got {message}. Rename one."):
+        Trainer(
+            [sowing(kind, name, 1.0) for kind, name in layers],
+            squares,
+            optax.sgd(0.1),
+            batch={"inputs": X},
+            mesh=make_mesh(2),
+            metrics=metrics and (lambda output, batch: {metrics: (output.sum(), output.size)}),
+        )
