@@ -149,7 +149,12 @@ def _compile_forward(
     def forward(params, hoisted, state, x, inputs, microbatch, so_far):  # type: ignore[no-untyped-def]
         flat = run(*params, *hoisted, *state, *x, *inputs, microbatch)
         outputs, sums, new_state, fresh = _parts_of_forward(stage, flat)
-        return _like_values(values, outputs), tuple(new_state), tuple(fresh), totals.add(so_far, dict(enumerate(sums)))
+        return (
+            _like_values(values, outputs),
+            tuple(new_state),
+            tuple(fresh),
+            totals.add(so_far, dict(enumerate(map(jnp.asarray, sums)))),
+        )
 
     # XLA chooses the shardings of residuals, which are None here: only programs of this stage read them. Totals are
     # donated, so they are added to in place.
@@ -304,7 +309,7 @@ def _compile_forward_backward(
             gradients.add(accumulators, dict(enumerate(found))),
             _like_values(stage.x_gradients, into_x),
             tuple(new_state),
-            totals.add(so_far, dict(enumerate(losses))),
+            totals.add(so_far, dict(enumerate(map(jnp.asarray, losses)))),
             tuple(losses[:1]),
         )
 

@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--schedule", default="1f1b")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--encoder-decoder", action="store_true")
+    parser.add_argument("--sown", action="store_true", help="layers add terms to the loss, and state once per step")
     parser.add_argument("--sharding", default="replicated")
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int)
@@ -26,7 +27,8 @@ def main() -> None:
     meshpipe.use_cpu_devices(pipeline * data * tensor // (flags.process_count or 1))
     place = {name: getattr(flags, name) for name in ("coordinator", "process_id", "process_count")}
     join(DistributedConfig(**place))
-    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding, flags.encoder_decoder)
+    kind = "encoder-decoder" if flags.encoder_decoder else "sown" if flags.sown else "chain"
+    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding, kind)
     if flags.process_count:
         from meshpipe.processes.coordination import barrier
 
@@ -34,7 +36,7 @@ def main() -> None:
         leave(0)
 
 
-def train(mesh: object, schedule: str, tied: bool, sharding: str, encoder_decoder: bool) -> None:
+def train(mesh: object, schedule: str, tied: bool, sharding: str, kind: str) -> None:
     import jax
     import numpy as np
     import optax
@@ -51,16 +53,34 @@ def train(mesh: object, schedule: str, tied: bool, sharding: str, encoder_decode
         def __call__(self, x: jax.Array) -> jax.Array:
             return self.dropout(x + jax.numpy.tanh(self.linear(x)))
 
+    class Sowing(Block):
+        def __init__(self, rngs: nnx.Rngs):
+            super().__init__(rngs)
+            self.seen, self.bias = nnx.Variable(jax.numpy.zeros(WIDTH)), nnx.Variable(jax.numpy.zeros(WIDTH))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.seen[...] += x.sum(0)
+            self.sow(meshpipe.LossTerm, "size", 0.1 * (x**2).sum())
+            self.sow(nnx.Intermediate, "middle", x.mean())
+            return super().__call__(x + self.bias[...])
+
+        def after_step(self) -> None:
+            self.bias[...] -= 0.01 * jax.numpy.sign(self.seen[...])
+            self.seen[...] = jax.numpy.zeros(WIDTH)
+
     class Cross(Block):
         def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
             return super().__call__(x) * memory
 
-    chain = [Block] * LAYERS
-    graph = [Block, meshpipe.named("memory", Block), meshpipe.reading("goal", Cross), Cross]
+    layers = {
+        "chain": [Block] * LAYERS,
+        "sown": [Block, Sowing, Sowing, Block],
+        "encoder-decoder": [Block, meshpipe.named("memory", Block), meshpipe.reading("goal", Cross), Cross],
+    }
     rng = np.random.default_rng(0)
     batches = [{k: rng.normal(size=(ROWS, WIDTH)).astype(np.float32) for k in ("inputs", "goal")} for _ in range(4)]
     trainer = meshpipe.Trainer(
-        graph if encoder_decoder else chain,
+        layers[kind],
         lambda output, batch: (((output - batch["goal"]) ** 2).sum(), output.size),
         optax.adam(1e-2),
         batch=batches[0],
@@ -74,10 +94,11 @@ def train(mesh: object, schedule: str, tied: bool, sharding: str, encoder_decode
     for batch in batches[:3]:
         result = trainer.step(batch)
         trainer.check(result)
-        scalars.append([float(local_value(value)).hex() for value in (result.loss, result.grad_norm)])
+        values = (result.loss, result.grad_norm, *result.terms.values(), *result.metrics.values())
+        scalars.append([float(local_value(value)).hex() for value in values])
     bits = {
         f"{path} {shard.index}": zlib.crc32(np.asarray(shard.data).tobytes())
-        for path, leaf in trainer.params.items()
+        for path, leaf in {**trainer.params, **trainer.state}.items()
         for shard in leaf.addressable_shards
     }
     found = {"scalars": scalars, "held out": trainer.evaluate(batches[3:]), "parameters": bits}
