@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from meshpipe.layers.fields import reading as reading
     from meshpipe.layers.fields import with_fields as with_fields
     from meshpipe.layers.layer import LayerLike as LayerLike
-    from meshpipe.layers.sown import LossTerm as LossTerm
     from meshpipe.loading import load as load
+    from meshpipe.loss_term import LossTerm as LossTerm
     from meshpipe.mesh import MeshConfig as MeshConfig
     from meshpipe.mesh import make_mesh as make_mesh
     from meshpipe.mesh import submeshes as submeshes
@@ -63,7 +63,7 @@ _MODULES = {
     "reading": "meshpipe.layers.fields",
     "with_fields": "meshpipe.layers.fields",
     "LayerLike": "meshpipe.layers.layer",
-    "LossTerm": "meshpipe.layers.sown",
+    "LossTerm": "meshpipe.loss_term",
     "load": "meshpipe.loading",
     "MeshConfig": "meshpipe.mesh",
     "make_mesh": "meshpipe.mesh",

@@ -27,8 +27,9 @@ from meshpipe.layers.fields import (
 from meshpipe.layers.modes import fixed, mode_keywords, set_mode, told
 from meshpipe.layers.paths import check_distinct, join
 from meshpipe.layers.shared import Groups, Variables, shared_groups, variables_of
-from meshpipe.layers.sown import LossTerm, Sown, collect, is_sown, sowing, without_values
+from meshpipe.layers.sown import Sown, collect, is_sown, sowing, without_values
 from meshpipe.layers.writes import attributes_of, check_attributes, check_variables, check_written, written
+from meshpipe.loss_term import LossTerm
 from meshpipe.phases import each
 
 Leaves: TypeAlias = dict[str, jax.Array]

@@ -11,18 +11,9 @@ import numpy as np
 from flax import nnx
 
 from meshpipe.errors import ArgumentError, kind_of
+from meshpipe.loss_term import LossTerm
 from meshpipe.optimizer.sums import LOSS, WEIGHT, is_term, metric_sums, term_sums
 from meshpipe.sharding import scalar_dtype
-
-
-class LossTerm(nnx.Variable[Any]):
-    """The type of a term that a layer adds to the loss: `self.sow(meshpipe.LossTerm, "balance", value)`.
-
-    The value is a sum over the microbatch, already times its coefficient. Arrays are added up, and so is what several
-    calls and layers sow under one name. Like the sum that the loss returns, the sum over the whole batch is divided
-    once, by the weight of the loss over the whole batch.
-    """
-
 
 RESERVED = frozenset(
     {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.errors import kind_of
-from meshpipe.layers.sown import LossTerm
+from meshpipe.loss_term import LossTerm
 from meshpipe.models.reference import Reference
 from meshpipe.reference.correspondence import Key, correspond, text, trains
 from meshpipe.reference.plain import Leaves, LossInputs
