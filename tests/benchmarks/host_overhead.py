@@ -85,7 +85,7 @@ def step_row(
     put = call_time(lambda: jax.device_put(value, target))
     call = sum(call_time(call) for call in calls) / len(calls)
     move = transfer_to(target)
-    chained = call_time(lambda: move(calls[0]()[0]))
+    chained = call_time(lambda: move(calls[0]()[0][0]))
     seed = trainer.model.place_seed(0)
     inputs = trainer.model.inputs(batch, seed, 0)
     params = {s: placed(stage.params) for s, stage in trainer.model.traced.items()}
@@ -124,7 +124,7 @@ def bare_calls(stage: TracedStage, programs: StagePrograms) -> list[Callable[[],
     params, state, x, inputs = placed(stage.params), placed(stage.state), placed(stage.x), placed(stage.inputs)
     (microbatch,) = placed((stage.microbatch,))
     forward = lambda: programs.forward(params, (), state, x, inputs, microbatch, ())  # noqa: E731
-    output, _, residuals, _ = forward()
+    (output,), _, residuals, _ = forward()
     kept = tuple(x[i] for i in stage.kept_x), tuple(state[i] for i in stage.kept_state)
     accumulators = [programs.zeros()[0]]  # donated by each call to the next
     arguments = (params, (), inputs, microbatch, kept, residuals, output)

@@ -15,6 +15,7 @@ from meshpipe.layers.layer import Leaves, abstract_layers
 from meshpipe.layers.wiring import wire
 from meshpipe.plan.lower import Transfer
 from meshpipe.reference.layered import LayeredModel
+from meshpipe.sharding import PRESETS
 from meshpipe.stage.jaxpr import DERIVATIVE_PRIMITIVES
 from meshpipe.stage.target import ACCELERATOR, Target
 
@@ -229,6 +230,32 @@ def test_stages_of_one_kind_share_a_trace_whatever_they_read() -> None:
     expected, of_plain = plain("decoder", made.params)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     np.testing.assert_allclose(gradients["layers/0/kernel"], of_plain["layers/0/kernel"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fully-sharded"])
+def test_values_are_split_over_data_and_tensor_devices(sharding: str) -> None:
+    class Split(Decode):
+        def __init__(self, rngs: nnx.Rngs):
+            kernel = rngs.params.normal((WIDTH, WIDTH))
+            self.kernel = nnx.Param(0.5 * kernel, out_sharding=("embed", "hidden"))
+
+    MODELS[sharding] = ([named("memory", Encode), reading("targets", Split), Split, Split], loss)
+    layers, of_model = MODELS[sharding]
+    config = PipelineConfig(num_microbatches=2, schedule="interleaved-1f1b")
+    made = Trainer(
+        layers,
+        of_model,
+        optax.sgd(0.1),
+        batch=BATCH,
+        mesh=make_mesh(2, 2, 2),
+        pipeline=config,
+        rules=PRESETS[sharding],
+    )
+    total, gradients = made.loss_and_gradients(BATCH)
+    expected, of_plain = plain(sharding, made.params)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    for path, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, of_plain[path], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
 def test_evaluation_and_prediction_follow_the_values_that_they_read() -> None:

@@ -1,6 +1,7 @@
 """One stage, traced: what it reads, what it keeps for backward, and that its parts make up the whole."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,8 +15,10 @@ from staged import staged
 from meshpipe import PipelineConfig, make_mesh
 from meshpipe.layers.task import Task
 from meshpipe.mesh import submeshes
+from meshpipe.plan.plan import Op
 from meshpipe.sharding import abstract, replicated
-from meshpipe.stage.jaxpr import function_of
+from meshpipe.stage.jaxpr import DERIVATIVE_PRIMITIVES, function_of
+from meshpipe.stage.programs import compile_stage
 from meshpipe.stage.spec import Boundary, Given, StageFunction, StageOutput, StageSpec
 from meshpipe.stage.target import CPU
 from meshpipe.stage.traced import TracedStage
@@ -200,3 +203,43 @@ def test_inputs_that_backward_needs_are_kept_as_they_came() -> None:
 
     stage = TracedStage(spec(product, {"w": (WIDTH, WIDTH)}), [boundary], fields)
     assert (stage.kept_x, stage.residual_vars, stage.kept_state) == ((0,), [], ())
+
+
+def test_gradients_of_several_readers_are_added_from_the_last_to_the_first() -> None:
+    """Whatever the order in which they arrive; in floating-point numbers, another order has another sum."""
+    fields = {"inputs": jax.ShapeDtypeStruct((MICROBATCHES, ROWS, WIDTH), jnp.float32)}
+
+    def two(params: Any, state: Any, values: Any, batch: Any, randomness: Any) -> StageOutput:
+        scaled = batch["inputs"] * params["w"]
+        return StageOutput((scaled, {"a": 2 * scaled, "count": jnp.arange(ROWS)}), {}, None, state)
+
+    stage = TracedStage(replace(spec(two, {"w": (ROWS, WIDTH)}), gradients_in=(), readers=(3, 1)), [], fields)
+    assert [len(shapes) for shapes in stage.output_gradients] == [1, 1, 1, 1]
+    first, second, third = (jnp.full((ROWS, WIDTH), number, jnp.float32) for number in (1.0, 1e8, -1e8))
+    zeros = jnp.zeros((ROWS, WIDTH))
+    ones = jnp.ones((MICROBATCHES, ROWS, WIDTH))
+    arguments = (jnp.ones((ROWS, WIDTH)),), (), (ones,), jnp.uint32(0), ((), ()), ()
+    (into_w,), _ = stage.pull_back(*arguments, (first, second, third, zeros))
+    np.testing.assert_array_equal(into_w, (third + second) + first)
+    assert not np.array_equal(into_w, third + (second + first))
+
+
+def test_a_stage_without_a_backward_has_no_derivative_and_stores_nothing() -> None:
+    fields = {"inputs": jax.ShapeDtypeStruct((MICROBATCHES, ROWS, WIDTH), jnp.float32)}
+    boundary = Boundary(jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32))
+
+    def gelu(params: Any, state: Any, values: Any, batch: Any, randomness: Any) -> StageOutput:
+        total = jax.nn.relu(values[0]).sum()
+        return StageOutput((jax.nn.gelu(values[0] @ state["w"]),), {"terms/size": total}, total, state)
+
+    frozen = {"w": abstract((WIDTH, WIDTH), jnp.float32, replicated(MESH))}
+    of_stage = replace(spec(gelu, {}), state=frozen, has_backward=False, gradients_in=(False,))
+    stage = TracedStage(of_stage, [boundary], fields)
+    assert (stage.pullback_vars, stage.residual_vars, stage.kept_x, stage.kept_state) == ([], [], (), ())
+    assert stage.x_gradients == stage.output_gradients == ()
+    assert stage.sum_names == ("terms/size",)
+    assert len(stage.closed.jaxpr.outvars) == 3  # value, sum and state
+    # A function with a derivative of its own is a call like others where nobody takes it.
+    assert DERIVATIVE_PRIMITIVES.isdisjoint(e.primitive.name for e in stage.closed.jaxpr.eqns)
+    programs = compile_stage(stage, set(Op))
+    assert programs.backward is programs.split is programs.recompute is None
