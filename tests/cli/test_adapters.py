@@ -66,7 +66,14 @@ def test_a_step_holds_adapters_and_their_optimizer_state_alone(runs: Path) -> No
     assert (record["folder"], record["step"]) == (str(runs / "base"), 3)
 
 
-@pytest.mark.parametrize("layout", ["", "--mesh.pipeline 4", "--mesh.pipeline 1 --mesh.data 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--mesh.pipeline 4",
+        pytest.param("", marks=pytest.mark.slow),
+        pytest.param("--mesh.pipeline 1 --mesh.data 2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_continues_on_any_layout(here: Path, runs: Path, layout: str, capsys: Any) -> None:
     assert run(f"pipeline {LORA} --steps 8 --checkpoint-dir tuned --resume --metrics m.jsonl {layout}") == 0
     assert f"Its base is step 3 of {runs / 'base'}." in capsys.readouterr().out
@@ -75,6 +82,7 @@ def test_a_resumed_run_continues_on_any_layout(here: Path, runs: Path, layout: s
     np.testing.assert_allclose([resumed[step] for step in resumed], [whole[step] for step in resumed], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_base_may_have_moved(here: Path, runs: Path, capsys: Any) -> None:
     (here / "base").rename("moved")
     assert run(f"pipeline {LORA} --steps 4 --checkpoint-dir tuned --resume --init-from moved --steps 5") == 0
@@ -124,6 +132,7 @@ def test_load_takes_the_base_and_merges(here: Path, runs: Path) -> None:
         meshpipe.load("tuned", layers="recipe", base="nothing")
 
 
+@pytest.mark.slow
 def test_adapters_on_first_values(here: Path, capsys: Any) -> None:
     start = f"pipeline {LORA} --checkpoint-dir seeded"
     assert run(f"{start} --steps 2") == 0
@@ -136,6 +145,7 @@ def test_adapters_on_first_values(here: Path, capsys: Any) -> None:
     assert "Pass --seed 0." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_saves_all_needs_no_base(here: Path) -> None:
     assert run(f"pipeline {LORA} --steps 2 --checkpoint-what all --init-from base --checkpoint-dir all") == 0
     (here / "base").rename("gone")
@@ -143,6 +153,7 @@ def test_a_run_that_saves_all_needs_no_base(here: Path) -> None:
     assert run(f"pipeline {LORA} --steps 4 --checkpoint-what all --checkpoint-dir all --resume") == 0
 
 
+@pytest.mark.slow
 def test_a_new_run_may_begin_with_adapters(here: Path, runs: Path) -> None:
     assert run(f"pipeline {LORA} --steps 2 --init-from tuned --checkpoint-dir next") == 0
     assert meshpipe.Checkpointer("next").metadata(2)["frozen_base"]["folder"] == str(runs / "base")
