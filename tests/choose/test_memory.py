@@ -14,6 +14,7 @@ from benchmarks.live_bytes import measure_peaks
 from flax import nnx
 from staged import staged
 
+from meshpipe.adapters.lora import lora
 from meshpipe.choose.memory import RankMemory, predict_memory, stage_memory
 from meshpipe.choose.remat import choose_remat
 from meshpipe.config import Config
@@ -132,8 +133,12 @@ class Split(nnx.Module):
         return x + jnp.tanh(self.linear(x)).astype(x.dtype)
 
 
+ADAPTED: Any = lora([Plain], rank=2)[0]
+"""A frozen layer with an adapter: only that has gradients and optimizer state."""
+
+
 def made(
-    layer: type[nnx.Module], data: int = 1, rules: ShardingRules | None = None, **pipeline: Any
+    layer: Any, data: int = 1, rules: ShardingRules | None = None, **pipeline: Any
 ) -> tuple[StagedModel, dict[str, np.ndarray]]:
     batch = {"inputs": np.ones((64, 8), np.float32)}
     config = PipelineConfig(**{"num_microbatches": 4, **pipeline})
@@ -159,9 +164,11 @@ def made(
         (Frozen, {"schedule": "gpipe"}),
         (Frozen, {"schedule": "zb-h1", "remat": "none,full"}),
         (Frozen, {"schedule": "zb-h1", "remat": "layer"}),
+        (ADAPTED, {"schedule": "1f1b"}),
+        (ADAPTED, {"schedule": "zb-h1"}),
     ],
 )
-def test_the_peak_is_what_is_measured(layer: type[nnx.Module], pipeline: dict[str, str]) -> None:
+def test_the_peak_is_what_is_measured(layer: Any, pipeline: dict[str, str]) -> None:
     model, batch = made(layer, **pipeline)
     transformation = optax.sgd(0.1, momentum=0.9)
     predicted = predict_memory(model, transformation)
@@ -170,6 +177,15 @@ def test_the_peak_is_what_is_measured(layer: type[nnx.Module], pipeline: dict[st
         # All is counted but a few scalars of the executor and the optimizer.
         assert rank.arrays <= peak <= rank.arrays + 100
         assert rank.activations > 2000
+
+
+def test_a_frozen_base_has_neither_gradients_nor_optimizer_state() -> None:
+    model, _ = made(ADAPTED)
+    for rank in predict_memory(model, optax.adam(0.1)):
+        base, adapters = 2 * (8 * 8 + 8) * 4, 2 * (8 * 2 + 2 * 8) * 4
+        assert rank.parameters == base + adapters
+        assert rank.gradients == adapters
+        assert rank.optimizer == 2 * adapters + 4
 
 
 def test_split_parameters_are_whole_while_a_step_runs() -> None:

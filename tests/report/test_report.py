@@ -78,6 +78,15 @@ def test_stages_are_summed_and_layers_counted() -> None:
     ]
 
 
+def test_stages_with_frozen_parameters_say_how_many_are_trained() -> None:
+    stages = [Stage(0, 0, range(1), 1500, 6000, 0), Stage(1, 1, range(1, 2), 500, 2000, 40)]
+    header, first, second, *_, last = rows(stage_table(stages, ["Embed", "Head"]))
+    assert header == "stage rank layers kinds parameters trained bytes"
+    assert first == "0 0 0 Embed 1,500 0 6 kB"
+    assert second == "1 1 1 Head 500 40 2 kB"
+    assert last == "all 2,000 40 8 kB"
+
+
 def test_the_layout_in_four_lines() -> None:
     assert layout_lines("tiny:pipeline", make_chooser(tiny_recipes.pipeline()).choose()) == [
         "tiny:pipeline: 288 parameters on pipeline 2 x data 1 x tensor 1 = 2 cpu devices",
