@@ -237,7 +237,7 @@ def _gradient_bytes(stage: TracedStage) -> int:
 def _hoisted_bytes(stage: TracedStage) -> int:
     """Assumed to be split like the parameters and state that they are computed from, on average."""
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in (*stage.params, *stage.fixed_state))
-    of_device = device_bytes((*stage.params_in_step, *stage.fixed_state))
+    of_device = device_bytes((*stage.params_in_step, *stage.fixed_state_in_step))
     return nbytes(stage.prepared_vars) * of_device // whole if whole else 0
 
 

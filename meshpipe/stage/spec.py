@@ -73,7 +73,8 @@ class StageSpec:
     streams: int = 0
     """Number of random streams of its layers. The hash of each stream's path is an input: uint32, `[streams]`."""
     gathered: frozenset[str] = frozenset()
-    """Paths of the parameters that `data` splits between steps, and that a step gathers at its start."""
+    """Paths of the parameters, trained or frozen, that `data` splits between steps, and that a step gathers at its
+    start."""
     has_backward: bool = True
     """Whether it has parameters to train, or a value that it is handed has a gradient. If not, nothing is
     differentiated, and forward stores nothing."""

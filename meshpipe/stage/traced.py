@@ -93,7 +93,11 @@ class TracedStage:
             name: jax.lax.dynamic_index_in_dim(field, microbatch, keepdims=False)
             for name, field in zip(self.fields, fields, strict=True)
         }
-        state_dict = dict(zip(spec.state, state, strict=True))
+        own_state = dict(zip(spec.state, state, strict=True))
+        state_in_step = {
+            path: _gather(leaf, self._in_step(path, spec.state[path])) if path in spec.gathered else leaf
+            for path, leaf in own_state.items()
+        }
 
         def run(params: Arrays, floating: Arrays) -> tuple[Any, Any]:
             leaves = list(x)
@@ -101,7 +105,7 @@ class TracedStage:
                 leaves[i] = leaf
             values, sums, objective, new_state = spec.function(
                 dict(zip(spec.params, params, strict=True)),
-                state_dict,
+                state_in_step,
                 unflattened(self.boundaries_in, leaves),
                 batch,
                 (seed, paths, step, microbatch),
@@ -113,7 +117,9 @@ class TracedStage:
                 floating_out.append(jnp.asarray(objective, scalar_dtype()))
             # A plain dict would come back with its names sorted.
             scalars = OrderedDict((name, jnp.asarray(value, scalar_dtype())) for name, value in sums.items())
-            return floating_out, (values, scalars, tuple(new_state[path] for path in spec.state))
+            # What is gathered are frozen parameters; they stay as they are, in parts.
+            after = tuple(own_state[path] if path in spec.gathered else new_state[path] for path in spec.state)
+            return floating_out, (values, scalars, after)
 
         floating = tuple(x[i] for i in differentiable)
         if not spec.has_backward:
@@ -205,12 +211,18 @@ class TracedStage:
     @property
     def params_in_step(self) -> Shapes:
         """Shapes and shardings of the parameters while a step runs."""
-        return tuple(
-            abstract(p.shape, p.dtype, NamedSharding(p.sharding.mesh, without_data(p.sharding.spec)))
-            if path in self.spec.gathered
-            else p
-            for path, p in self.spec.params.items()
-        )
+        return tuple(self._in_step(path, leaf) for path, leaf in self.spec.params.items())
+
+    @property
+    def fixed_state_in_step(self) -> Shapes:
+        """Shapes and shardings of the state that is read and not changed, while a step runs."""
+        owned = list(self.spec.state.items())
+        return tuple(self._in_step(*owned[i]) for i in self.fixed)
+
+    def _in_step(self, path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if path not in self.spec.gathered:
+            return leaf
+        return abstract(leaf.shape, leaf.dtype, NamedSharding(leaf.sharding.mesh, without_data(leaf.sharding.spec)))
 
     @property
     def state(self) -> Shapes:
