@@ -1,6 +1,7 @@
 """A run of several processes matches one process bit for bit, and each process has only its own stages."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,12 +39,25 @@ CASES = [
         4, "--mesh 2 2 1 --encoder-decoder --schedule zb-v", id="a memory split over data", marks=pytest.mark.slow
     ),
     pytest.param(4, "--mesh 2 1 2", id="tensor across processes", marks=pytest.mark.slow),
+    *(
+        pytest.param(count, f"--graph {graph!r} --mesh {mesh} --schedule {schedule}", marks=pytest.mark.slow)
+        for count, mesh, graph, schedule in [
+            (2, "4 1 1", "skip", "1f1b"),
+            (4, "4 1 1", "encoder-decoder", "1f1b"),
+            (2, "2 1 1", "encoder-decoder", "zb-v"),
+            (4, "4 1 1", "unet", "zb-h1"),
+            (2, "2 2 1", "two towers", "interleaved-1f1b"),
+            (4, "4 1 1", "block residuals", "gpipe"),
+            (2, "2 1 1", "two stages of a rank", "interleaved-1f1b"),
+            (4, "2 2 1", "only the loss", "dualpipe-v"),
+        ]
+    ),
 ]
 
 
 @pytest.mark.parametrize(("count", "flags"), CASES)
 def test_several_processes_match_one(count: int, flags: str, tmp_path: Path) -> None:
-    command = [SCRIPT, *flags.split()]
+    command = [SCRIPT, *shlex.split(flags)]
     (alone,) = results(run_processes(1, command, tmp_path))
     together = results(run_processes(count, command, tmp_path))
     assert len(together) == count

@@ -3,6 +3,8 @@
 import argparse
 import json
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import meshpipe
 from meshpipe.processes.guard import leave
@@ -19,6 +21,7 @@ def main() -> None:
     parser.add_argument("--encoder-decoder", action="store_true")
     parser.add_argument("--sown", action="store_true", help="layers add terms to the loss, and state once per step")
     parser.add_argument("--sharding", default="replicated")
+    parser.add_argument("--graph", help="a name in graph_models, in place of the chain")
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--process-count", type=int)
@@ -28,7 +31,7 @@ def main() -> None:
     place = {name: getattr(flags, name) for name in ("coordinator", "process_id", "process_count")}
     join(DistributedConfig(**place))
     kind = "encoder-decoder" if flags.encoder_decoder else "sown" if flags.sown else "chain"
-    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding, kind)
+    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding, kind, flags.graph)
     if flags.process_count:
         from meshpipe.processes.coordination import barrier
 
@@ -36,7 +39,12 @@ def main() -> None:
         leave(0)
 
 
-def train(mesh: object, schedule: str, tied: bool, sharding: str, kind: str) -> None:
+def squares(output: Any, batch: Any) -> Any:
+    return ((output - batch["goal"]) ** 2).sum(), output.size
+
+
+def train(mesh: object, schedule: str, tied: bool, sharding: str, kind: str, graph: str | None) -> None:
+    import graph_models
     import jax
     import numpy as np
     import optax
@@ -72,16 +80,20 @@ def train(mesh: object, schedule: str, tied: bool, sharding: str, kind: str) -> 
         def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
             return super().__call__(x) * memory
 
-    layers = {
+    layers: dict[str, Any] = {
         "chain": [Block] * LAYERS,
         "sown": [Block, Sowing, Sowing, Block],
         "encoder-decoder": [Block, meshpipe.named("memory", Block), meshpipe.reading("goal", Cross), Cross],
     }
     rng = np.random.default_rng(0)
     batches = [{k: rng.normal(size=(ROWS, WIDTH)).astype(np.float32) for k in ("inputs", "goal")} for _ in range(4)]
+    loss: Callable[..., Any] = squares
+    if graph is not None:
+        model, batches = graph_models.MODELS[graph], graph_models.batches(4)
+        layers[kind], loss = model.layers(), model.loss
     trainer = meshpipe.Trainer(
         layers[kind],
-        lambda output, batch: (((output - batch["goal"]) ** 2).sum(), output.size),
+        loss,
         optax.adam(1e-2),
         batch=batches[0],
         mesh=mesh,  # type: ignore[arg-type]
