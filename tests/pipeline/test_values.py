@@ -1,4 +1,4 @@
-"""Values that go past stages: their gradients, and the same bits whatever the schedule."""
+"""Values that go past stages: their gradients, the same whatever the schedule, and what has none."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +14,7 @@ from meshpipe import PipelineConfig, Trainer, make_mesh, named, reading
 from meshpipe.layers.layer import Leaves, abstract_layers
 from meshpipe.layers.wiring import wire
 from meshpipe.plan.lower import Transfer
+from meshpipe.plan.plan import Op
 from meshpipe.reference.layered import LayeredModel
 from meshpipe.sharding import PRESETS
 from meshpipe.stage.jaxpr import DERIVATIVE_PRIMITIVES
@@ -123,13 +124,20 @@ def plain(model: str, params: Leaves, state: Leaves | None = None) -> tuple[Any,
     return jax.value_and_grad(mean)(jax.device_put(params, first))
 
 
+QUICK = {"an encoder-decoder", "integers"}
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, bytes]]:
     """By model, the bits of loss and gradients with one schedule."""
     return {}
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [name if name in QUICK else slow(name) for name in MODELS])
 def test_gradients_are_those_without_stages(model: str, found: dict[str, dict[str, bytes]]) -> None:
     made = trainer(model, make_mesh(4))
     total, gradients = made.loss_and_gradients(BATCH)
@@ -154,20 +162,25 @@ SCHEDULES = [
 @pytest.mark.parametrize(
     ("model", "ranks", "pipeline"),
     [
-        pytest.param(model, *of_plan, marks=[] if model == "an encoder-decoder" else pytest.mark.slow)
+        (model, *of_plan) if model == "an encoder-decoder" and of_plan[0] == 2 else slow(model, *of_plan)
         for model in MODELS
         for of_plan in SCHEDULES
     ],
 )
-def test_all_schedules_have_the_same_bits(
+def test_all_schedules_give_the_same(
     model: str, ranks: int, pipeline: dict[str, Any], found: dict[str, dict[str, bytes]]
 ) -> None:
     made = trainer(model, make_mesh(ranks), **pipeline)
     assert made.plan.num_stages == 4
-    assert bits(made) == found.setdefault(model, bits(trainer(model, make_mesh(4))))
+    expected, got = found.setdefault(model, bits(trainer(model, make_mesh(4)))), bits(made)
+    if any(action.op is Op.BACKWARD_INPUT for action in made.plan.actions):  # other programs compute the gradients
+        numbers = (np.concatenate([np.frombuffer(v, np.float32) for v in of.values()]) for of in (got, expected))
+        np.testing.assert_allclose(*numbers, rtol=1e-5, atol=1e-7)
+    else:
+        assert got == expected
 
 
-@pytest.mark.parametrize("remat", ["full", "layer", "nothing_saveable"])
+@pytest.mark.parametrize("remat", [slow("full"), "layer", slow("nothing_saveable")])
 def test_one_program_for_forward_and_backward_of_the_last_stage(remat: str) -> None:
     """As on accelerators; what the last stage reads comes from two stages."""
     model = "two skips into one stage"
@@ -193,7 +206,7 @@ class Table(nnx.Module):
 FROZEN = [Table, named("skip", Table), Dense, Add, Table, Dense]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("schedule", [slow("1f1b"), "zb-h1"])
 def test_stages_before_the_first_that_is_trained_have_no_backward(schedule: str) -> None:
     MODELS["frozen"] = (FROZEN, loss)
     made = trainer("frozen", make_mesh(6), schedule=schedule)
@@ -232,7 +245,7 @@ def test_stages_of_one_kind_share_a_trace_whatever_they_read() -> None:
     np.testing.assert_allclose(gradients["layers/0/kernel"], of_plain["layers/0/kernel"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "fully-sharded"])
+@pytest.mark.parametrize("sharding", [slow("replicated"), "fully-sharded"])
 def test_values_are_split_over_data_and_tensor_devices(sharding: str) -> None:
     class Split(Decode):
         def __init__(self, rngs: nnx.Rngs):
