@@ -140,7 +140,7 @@ class Trainer:
         """Number of the last update; 0 before the first."""
         self.group, self.model, self.optimizer, self.tied = made.group, made.model, made.optimizer, made.tied
         self.compile_seconds = made.compile_seconds
-        self._training, self._seed_data = made.state, made.seed_data
+        self._training, self._seed_data = made.training, made.seed_data
         self._unchecked = UncheckedSteps()
         self._predictor = Predictor(self.model, self._training, self._seed_data, self.group)
 

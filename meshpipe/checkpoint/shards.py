@@ -45,7 +45,8 @@ def hold_shards(items: Mapping[str, Mapping[str, jax.Array]]) -> list[HeldShard]
         if shard.replica_id == 0
     ]
     for _, _, shard in own:
-        shard.data.copy_to_host_async()
+        if shard.device.platform != "cpu":
+            shard.data.copy_to_host_async()
     return [
         HeldShard(key, _bounded(shard.index, leaf.shape), np.ascontiguousarray(shard.data)) for key, leaf, shard in own
     ]

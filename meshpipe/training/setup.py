@@ -48,7 +48,7 @@ class Setup:
     model: StagedModel
     optimizer: Optimizer
     tied: TiedLeaves
-    state: TrainingState
+    training: TrainingState
     step: int
     """The update after which training starts; 0 with first values."""
     seed_data: dict[int, jax.Array]
@@ -109,9 +109,9 @@ def set_up(
         agree(group, "programs", describe_programs(model) | updates.description())
     watch(group)
     seed_data = model.place_seed(seed)
-    state = TrainingState(model.parameters, model.local, updates, tied, frozen_tied, made, start)
+    training = TrainingState(model.parameters, model.local, updates, tied, frozen_tied, made, start)
     step = 0 if start is None else start.step
-    return Setup(seed, group, model, updates, tied, state, step, seed_data, time.perf_counter() - started)
+    return Setup(seed, group, model, updates, tied, training, step, seed_data, time.perf_counter() - started)
 
 
 def _neighbours(group: Group) -> set[int]:

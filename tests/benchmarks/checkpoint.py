@@ -15,8 +15,9 @@ much new memory as a restore fills. A restore ends when all arrays are on their 
 Before each action as much memory as it can need is written to and freed: a virtual machine may have to get free memory
 back from its host, which takes longer than the action and would fall on whichever comes first. What a round has written
 is removed and synced after it. The first round is not counted. `cpu` is the time of all processors that this process
-used, which others that use the machine change less than the seconds. With `--processes N` each process writes and reads
-a raw file of its own share at the same time as the others, and an action ends when it has ended in all.
+used, which others that use the machine change less than the seconds; of `held up`, that of the thread that calls
+`save`. With `--processes N` each process writes and reads a raw file of its own share at the same time as the others,
+and an action ends when it has ended in all.
 Times are those of one disk and machine, and of what else it does: compare ratios.
 """
 
@@ -142,7 +143,7 @@ def measure(
     raw, early = folder / f"raw_{number}", folder / f"early_{number}"
     share = sum(value.nbytes for value in values)
     seconds: Times = {name: [] for name in (*ACTIONS, "held up")}
-    cpu: Times = {name: [] for name in ACTIONS}
+    cpu: Times = {name: [] for name in (*ACTIONS, "held up")}
 
     def timed(name: str, action: Callable[[], Any], *cold: Path) -> None:
         for path in cold:
@@ -159,9 +160,10 @@ def measure(
     with Checkpointer(folder / "run", keep=0) as checkpointer:
 
         def save(step: int) -> None:
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.thread_time()
             checkpointer.save(step, arrays, {}, shapes)
             seconds["held up"].append(time.perf_counter() - start)
+            cpu["held up"].append(time.thread_time() - start_cpu)
             checkpointer.wait()
 
         for step in range(options.rounds + 1):
@@ -200,7 +202,7 @@ def rows_of(size: int, seconds: Times, cpu: Times) -> list[dict[str, object]]:
         row = {
             "action": name,
             "seconds": median(values),
-            "cpu": median(cpu[name]) if name in cpu else "",
+            "cpu": median(cpu[name]),
             "MB/s": speed,
         }
         if name in RATIOS:
