@@ -102,3 +102,35 @@ def test_only_adapters_have_optimizer_state(trainer):
     moments = {path for tree in trainer.state_tree() for path in tree["optimizer"] if "layers/" in path}
     assert moments
     assert all("/lora/" in path for path in moments)
+
+
+class Head(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.tokens = nnx.Embed(16, WIDTH, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.tokens.attend(x)
+
+
+def test_tied_kernels_have_one_adapter():
+    """Constructors whose kernels are tied by name: their adapters are tied too, so that they can be merged."""
+    tied = [("layers/0/embedding", "layers/2/tokens/embedding")]
+    layers = meshpipe.lora([LAYERS[0], jnp.tanh, Head], rank=RANK, targets=["layers/0", "tokens"])
+    rows = [{"inputs": np.arange(8, dtype=np.int32), "target": np.eye(16, dtype=np.float32)[:8]}]
+    report = meshpipe.verify(
+        layers, loss, optax.sgd(0.5), batches=rows * 2, mesh=meshpipe.make_mesh(pipeline=2), tied=tied
+    )
+    assert report.ok, report.first
+    trainer = meshpipe.Trainer(
+        layers, loss, optax.sgd(0.5), batch=rows[0], mesh=meshpipe.make_mesh(pipeline=2), tied=tied
+    )
+    for _ in range(3):
+        trainer.step(rows[0])
+    for factor in ("lora_a", "lora_b"):
+        first, other = (np.asarray(trainer.params[f"{at}/lora/{factor}"]) for at in ("layers/0", "layers/2/tokens"))
+        assert first.any()
+        np.testing.assert_array_equal(first, other)
+    merged = trainer.modules(merged=True)
+    assert merged[0].embedding is merged[2].tokens.embedding
+    output = merged[2](jnp.tanh(merged[0](rows[0]["inputs"])))
+    np.testing.assert_allclose(output, trainer.predict(rows[0]), rtol=1e-4, atol=1e-5)

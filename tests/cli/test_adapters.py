@@ -158,3 +158,20 @@ def test_a_new_run_may_begin_with_adapters(here: Path, runs: Path) -> None:
     assert run(f"pipeline {LORA} --steps 2 --init-from tuned --checkpoint-dir next") == 0
     assert meshpipe.Checkpointer("next").metadata(2)["frozen_base"]["folder"] == str(runs / "base")
     assert run(f"pipeline {LORA} --steps 3 --checkpoint-dir next --resume") == 0
+
+
+@pytest.mark.slow
+def test_adapters_improve_a_trained_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = f"{Path(__file__).parents[2] / 'recipes' / 'language_model.py'}:debug"
+    common = f"train {recipe} --num-microbatches 2"
+    assert main(f"{common} --steps 60 --checkpoint-dir base --metrics base.jsonl".split()) == 0
+    tune = f"{common} --init-from base --checkpoint-dir tuned --metrics tuned.jsonl --lora.rank 8"
+    assert main(f"{tune} --steps 60".split()) == 0
+    before, after = (held_out(tmp_path / f"{name}.jsonl") for name in ("base", "tuned"))
+    assert after < before - 0.05
+
+
+def held_out(file: Path) -> float:
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] == "eval"][-1]
