@@ -9,6 +9,7 @@ from flax import nnx
 
 import meshpipe
 from meshpipe import PipelineConfig, Trainer, make_mesh
+from meshpipe.stage.target import ACCELERATOR
 
 LAYERS = [experts.Embed, *[experts.BalancedByLoss] * 6, experts.Head]
 (BATCH,) = experts.batches(1)
@@ -76,3 +77,22 @@ def test_a_term_counts_once(plain, schedule, ranks, data, per_rank, remat):
     assert float(result.loss) == pytest.approx(loss, rel=1e-5)
     assert {name: float(value) for name, value in result.terms.items()} == pytest.approx({"balance": term}, rel=1e-5)
     assert {n: float(v) for n, v in result.metrics.items()} == pytest.approx({"entropy": entropy}, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_schedules_and_fusion_of_the_last_stage_change_no_bit():
+    """On the same cut. Terms of all stages, and their gradients."""
+    found = []
+    for schedule, target in (("gpipe", None), ("1f1b", None), ("1f1b", ACCELERATOR)):
+        config = PipelineConfig(num_microbatches=MICROBATCHES, schedule=schedule)
+        trainer = Trainer(
+            LAYERS, experts.loss, optax.sgd(0.1), batch=BATCH, mesh=make_mesh(4), pipeline=config, target=target
+        )
+        result = trainer.step(BATCH)
+        scalars = [float(v).hex() for v in (result.loss, result.terms["balance"], result.metrics["entropy"])]
+        found.append((scalars, {path: np.asarray(value) for path, value in trainer.params.items()}))
+    assert found[0][0] == found[1][0]
+    for path, value in found[0][1].items():
+        np.testing.assert_array_equal(found[1][1][path], value, err_msg=path)
+        np.testing.assert_allclose(found[2][1][path], value, rtol=1e-4, atol=1e-6, err_msg=path)
+    assert [float.fromhex(v) for v in found[2][0]] == pytest.approx([float.fromhex(v) for v in found[0][0]])

@@ -1,6 +1,7 @@
 """Verify follows what layers add to the loss, and finds it counted too often."""
 
 import experts
+import jax
 import optax
 import pytest
 from flax import nnx
@@ -75,3 +76,26 @@ def test_a_term_without_a_gradient_is_found(monkeypatch):
     found = report()
     assert not found.ok
     assert found.first.quantity in ("gradient", "gradient norm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_stage_whose_only_gradient_is_that_of_a_term(schedule):
+    found = verify(
+        [experts.Embed, experts.BalancedByLoss, jax.lax.stop_gradient, experts.Head],
+        experts.loss,
+        optax.sgd(0.1),
+        batches=BATCHES,
+        mesh=make_mesh(2),
+        pipeline=PipelineConfig(num_microbatches=2, schedule=schedule),
+    )
+    assert found.ok, found.first
+
+
+@pytest.mark.slow
+def test_a_term_of_a_frozen_stage_is_reported_and_trains_nothing():
+    pipeline = PipelineConfig(num_microbatches=2)
+    options = {"trainable": ["layers/3/*"], "mesh": make_mesh(2), "pipeline": pipeline}
+    found = verify(LAYERS, experts.loss, optax.sgd(0.1), batches=BATCHES, **options)
+    assert found.ok, found.first
+    assert "term balance" in {d.quantity for d in found.differences}
