@@ -19,7 +19,7 @@ EXPECTED = {
     "schedule": ["differs in plan (gpipe of 2 stages on 2 ranks, 2 microbatches, not 1f1b of"],
     "loss": ["differs in code of the loss"],
     "number of layers": ["differs in number of layers (3, not 2)"],
-    "layers": ["differs in parameters and state of stage 1, code of the layers of stage 1"],
+    "layers": ["differs in trained parameters, parameters and state of stage 1, code of the layers of stage 1"],
     "ready-made weights": ["differs in code of the layers of stage 0, code of the layers of stage 1"],
     "tied": ['differs in tied parameters ([["layers/0/kernel", "layers/1/kernel"]], not [])'],
     "failure": ["no such vocabulary"],
