@@ -18,7 +18,8 @@ from meshpipe.checkpoint.reader import CheckpointReader
 from meshpipe.checkpoint.restore import restore_step
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layers
-from meshpipe.layers.layer import LayerLike, Leaves, abstract_layers
+from meshpipe.layers.examine import abstract_layers
+from meshpipe.layers.layer import LayerLike, Leaves
 from meshpipe.layers.modules import host_device, modules_with, shared_groups_of
 from meshpipe.layers.shared import FACTORS, with_adapters
 from meshpipe.runs.saved_base import base_values

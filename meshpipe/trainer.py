@@ -13,7 +13,7 @@ from meshpipe.html import html_table
 from meshpipe.layers.layer import LayerLike, Leaves
 from meshpipe.layers.modules import host_device, local_leaves, modules_with, shared_groups_of, write, write_merged
 from meshpipe.layers.stage_function import Loss, Metrics
-from meshpipe.layers.staged_model import StageInfo
+from meshpipe.layers.stage_leaves import StageInfo
 from meshpipe.layers.task import Task
 from meshpipe.layers.trainable import Trainable
 from meshpipe.observe.clock import MeasuredStep, measure_step

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshpipe.layers.layer import Layer, LayerLike, Randomness, abstract_layers
+from meshpipe.layers.examine import abstract_layers
+from meshpipe.layers.layer import Layer, LayerLike, Randomness
 
 FIELDS = ("inputs", "mask", "targets")
 X = np.ones((2, 4), np.float32)

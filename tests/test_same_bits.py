@@ -8,8 +8,8 @@ import small_model
 
 import meshpipe.layers.staged_model
 from meshpipe import PipelineConfig, Trainer, make_mesh
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.initialise import initialise
-from meshpipe.layers.layer import abstract_layers
 from meshpipe.mesh import submeshes
 from meshpipe.sharding import ShardingRules
 from meshpipe.stage.target import CPU

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meshpipe.layers.layer import Layer, Leaves, Randomness, run_once_per_step
+from meshpipe.layers.examine import run_once_per_step
+from meshpipe.layers.layer import Layer, Leaves, Randomness
 from meshpipe.optimizer.parameters import AfterStep
 from meshpipe.stage.jaxpr import variables
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from meshpipe.errors import ArgumentError
 from meshpipe.layers.microbatches import Microbatches
 from meshpipe.pipeline.executor import Executor
 from meshpipe.plan.graph import Graph
@@ -54,3 +55,14 @@ class Forwards:
     def inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array]) -> dict[int, Any]:
         """What every local stage reads of a whole batch, split into microbatches on its submesh."""
         return self.microbatches.place(self.traced, batch, 0, seed, self.path_hashes)
+
+
+def check_rows(output: Boundary, size: int) -> None:
+    """Raises `ArgumentError` unless every array that the last layer puts out has a row for each example."""
+    for leaf in output.leaves:
+        if leaf.shape[:1] != (size,):
+            raise ArgumentError(
+                "To predict, every array that the last layer returns must have one row for each example. Got shape "
+                f"{tuple(leaf.shape)} for a microbatch of {size}. Call the layers themselves: `Trainer.modules` "
+                "returns them."
+            )

@@ -1,7 +1,7 @@
 """The user's layers, NNX modules, as pure functions of flat dictionaries keyed by leaf path."""
 
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -11,26 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.compiler.fingerprint import fingerprint
-from meshpipe.layers.constructors import check_arrays, constructor_of, module_of
 from meshpipe.layers.fields import (
     RNGS,
     LayerCall,
-    Names,
-    call_of,
-    check_exists,
-    fields_of,
-    is_given_rngs,
-    optional_fields,
-    output_names,
-    parameters_of,
 )
-from meshpipe.layers.modes import fixed, mode_keywords, set_mode, told
-from meshpipe.layers.paths import check_distinct, join
-from meshpipe.layers.shared import Groups, Variables, shared_groups, variables_of
-from meshpipe.layers.sown import Sown, collect, is_sown, sowing, without_values
+from meshpipe.layers.modes import set_mode, told
+from meshpipe.layers.paths import join
+from meshpipe.layers.sown import Sown, collect, is_sown, sowing
 from meshpipe.layers.writes import attributes_of, check_attributes, check_variables, check_written, written
-from meshpipe.loss_term import LossTerm
-from meshpipe.phases import each
 
 Leaves: TypeAlias = dict[str, jax.Array]
 """Arrays by leaf path, e.g. `layers/3/attention/query/kernel`."""
@@ -154,7 +142,7 @@ class Layer:
         """A key that is equal for layers that differ only in path and values, so that they can share a trace."""
         variables = nnx.to_flat_state(self.structure)
         metadata = [v.get_metadata() if isinstance(v, nnx.Variable) else None for _, v in variables]
-        arrays = [(key, type(v), _value(v).shape, _value(v).dtype) for key, v in variables]
+        arrays = [(key, type(v), value_of(v).shape, value_of(v).dtype) for key, v in variables]
         shared, frozen = (
             sorted(path.removeprefix(self.path) for path in paths) for paths in (self.shared, self.frozen)
         )
@@ -169,7 +157,7 @@ class Layer:
         """
         key = first_key(seed, path_hash)
         with nnx.use_eager_sharding(False):
-            leaves = _leaves(self.path, nnx.state(self.make(nnx.Rngs(key)), graph=True))
+            leaves = leaves_of(self.path, nnx.state(self.make(nnx.Rngs(key)), graph=True))
         return {p: leaves[p] for p in self.params}, {p: leaves[p] for p in self.state}
 
     def __call__(
@@ -190,7 +178,7 @@ class Layer:
         def call(module: nnx.Module) -> Any:
             further: dict[str, Any] = dict(told(module, self.modes, train))
             if self.draws:
-                further[RNGS] = nnx.Rngs(_stream_key(_stream_of_call(self.path), randomness))
+                further[RNGS] = nnx.Rngs(_stream_key(stream_of_call(self.path), randomness))
             called = module if self.function is None else partial(self.function, module)
             with sowing():
                 return called(activation, **{keyword: keywords[keyword] for keyword in self.fields}, **further)
@@ -198,7 +186,7 @@ class Layer:
         values: dict[str, Any] = {**{p: params[p] for p in self.params}, **{p: state[p] for p in self.state}}
         output, after = self.run(call, values, randomness, train=train)
         sown = {path: variable for path, variable in after.items() if path not in values and is_sown(variable)}
-        return output, {path: _value(after[path]) for path in self.state}, collect(self.title, sown)
+        return output, {path: value_of(after[path]) for path in self.state}, collect(self.title, sown)
 
     def run(
         self,
@@ -220,7 +208,7 @@ class Layer:
 
         def retrace(values_now: list[Any], paths: Sequence[str]) -> list[Any]:
             _, after = run(self.module({**values, **dict(zip(paths, values_now, strict=True))}, randomness, train))
-            return [_value(after[path]) for path in paths]
+            return [value_of(after[path]) for path in paths]
 
         module = self.module(values, randomness, train)
         attributes = attributes_of(self.path, module)
@@ -268,163 +256,9 @@ class Layer:
         return module
 
 
-def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str] | None) -> tuple[Layer, ...]:
-    """Every layer with its shapes, without allocating anything. With None for `batch_fields`, what its call takes is
-    left open, and it cannot be called.
-
-    Raises `ValueError` when a layer is neither a module, nor a constructor of one, nor a function of the activation, or
-    its call needs something that is neither a batch field nor an output with a name. Errors of constructors get a note
-    that says which it is.
-    """
-    fields = None if batch_fields is None else tuple(batch_fields)
-    names = output_names(layers, fields or ())
-    made: dict[int, tuple[Layer, nnx.Module]] = {}
-    """By constructor. Each is called once, however often it is in the list: it makes the same each time, unless it uses
-    variables that existed before."""
-    result: list[Layer] = []
-    variables: list[Variables] = []
-    for index, entry in enumerate(each("Examining", "layer", layers)):
-        path, given = f"layers/{index}", entry.layer if isinstance(entry, LayerCall) else entry
-        if id(given) in made:
-            first, module = made[id(given)]
-            layer = _at(path, first)
-        else:
-            layer, module = _abstract(path, given)
-            held = variables_of(path, module)
-            variables.append({p: v for p, v in held.items() if not isinstance(v.get_value(), jax.core.Tracer)})
-            if not variables[-1]:
-                made[id(given)] = layer, module
-        known = None if fields is None else _names_at(index, fields, names, result)
-        result.append(_called(layer, module, entry if isinstance(entry, LayerCall) else LayerCall(entry), known))
-    groups = {leaf: group for group in shared_groups(variables) for leaf in group}
-    return tuple(
-        replace(layer, shared={p: groups[p] for p in (*layer.params, *layer.state) if p in groups}) if groups else layer
-        for layer in result
-    )
-
-
-def _names_at(index: int, fields: Sequence[str], names: Mapping[int, str], before: Sequence[Layer]) -> Names:
-    """What the layer at an index may ask for; `names` has those of all outputs."""
-    outputs = {name: f"{before[i].path} ({before[i].class_name})" for i, name in names.items() if i < index}
-    return Names(fields, outputs, {name: f"layers/{i}" for i, name in names.items() if i >= index})
-
-
-def shared_parameters(layers: Sequence[Layer]) -> Groups:
-    """The groups of parameters that are one variable; the first path of a group owns it."""
-    return tuple(dict.fromkeys(layer.shared[path] for layer in layers for path in layer.params if path in layer.shared))
-
-
 def first_key(seed: jax.Array, path_hash: jax.Array | int) -> jax.Array:
     """The key that the first values of a layer are drawn from."""
     return jax.random.fold_in(jax.random.fold_in(seed, _INITIALISE), path_hash)
-
-
-def _at(path: str, layer: Layer) -> Layer:
-    """The same layer at another position."""
-
-    def moved(leaf: str) -> str:
-        return path + leaf.removeprefix(layer.path)
-
-    return replace(
-        layer,
-        path=path,
-        params={moved(leaf): shape for leaf, shape in layer.params.items()},
-        state={moved(leaf): shape for leaf, shape in layer.state.items()},
-        axes={moved(leaf): names for leaf, names in layer.axes.items()},
-        streams=tuple(map(moved, layer.streams)),
-        fixed=tuple(map(moved, layer.fixed)),
-        once=tuple(map(moved, layer.once)),
-    )
-
-
-def _called(layer: Layer, module: nnx.Module, call: LayerCall, names: Names | None) -> Layer:
-    """A layer with what its call takes; without `names`, that is left open."""
-    called = call_of(module, call.function)
-    fields = {} if names is None else fields_of(layer.path, module, called, names, call.fields)
-    if names is not None and call.input is not None:
-        where = f"{layer.path} ({layer.class_name})"
-        check_exists(where, call.input, names, "A layer must read a field of the batch, or a named output.")
-    draws = is_given_rngs(called, fields, has_streams=bool(layer.streams))
-    return replace(
-        layer,
-        fields=fields,
-        optional=optional_fields(called, fields) if call.fields is None else (),
-        modes=mode_keywords(module, [p for p in parameters_of(called) if p.name not in fields]),
-        streams=(*layer.streams, _stream_of_call(layer.path)) if draws else layer.streams,
-        draws=draws,
-        function=call.function,
-        name=call.name,
-        input=call.input,
-    )
-
-
-def _abstract(path: str, given: Any) -> tuple[Layer, nnx.Module]:
-    """A layer whose call is left open, and the traced module."""
-    make, ready = constructor_of(path, given)
-    built: list[tuple[nnx.Module, nnx.GraphDef]] = []
-
-    def build() -> nnx.State:
-        module = module_of(path, given, make)
-        graphdef, structure = nnx.split(module, graph=True)
-        check_arrays(path, module, structure)
-        built.append((module, graphdef))
-        return structure
-
-    with nnx.use_eager_sharding(False):
-        structure = jax.eval_shape(build)
-    ((module, graphdef),) = built
-    params, state, axes, streams = _sorted_leaves(path, type(module).__name__, structure)
-    abstract = Layer(
-        path=path,
-        graphdef=graphdef,
-        structure=structure,
-        params=params,
-        state=state,
-        axes=axes,
-        fields={},
-        optional=(),
-        modes=(),
-        fixed=tuple(f"{join(path, key)}.{name}" for key, name in fixed(module)),
-        streams=tuple(streams),
-        draws=False,
-        once=tuple(join(path, key) for key, _ in run_once_per_step(module)),
-        origin=Origin(make, _leaves(path, nnx.state(ready, graph=True)) if ready is not None else None),
-    )
-    return abstract, module
-
-
-def run_once_per_step(module: nnx.Module) -> list[tuple[tuple[Any, ...], Any]]:
-    """The parts of a module, with their keys, whose method `after_step` runs once per step."""
-    parts = nnx.iter_modules(module, graph=True)
-    return [(tuple(key), part) for key, part in parts if callable(getattr(type(part), "after_step", None))]
-
-
-def _sorted_leaves(
-    path: str, class_name: str, structure: nnx.State
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[str | None, ...]], list[str]]:
-    """Shapes of the parameters and of the other state, logical axes, and random streams of a module, by leaf path."""
-    params: dict[str, Any] = {}
-    state: dict[str, Any] = {}
-    axes: dict[str, tuple[str | None, ...]] = {}
-    streams: list[str] = []
-    check_distinct((join(path, key) for key, _ in nnx.to_flat_state(structure)), f"variables of {class_name}")
-    for key, variable in nnx.to_flat_state(structure):
-        leaf, value = join(path, key), _value(variable)
-        if isinstance(variable, nnx.RngState):
-            streams += [leaf] if isinstance(variable, nnx.RngKey) else []
-            continue
-        if isinstance(variable, LossTerm):
-            raise without_values([leaf])
-        if not hasattr(value, "shape"):
-            raise ValueError(
-                f"Every variable of a layer must hold one array. {leaf} ({type(variable).__name__}) holds a "
-                f"{type(value).__name__}. Drop what the module has sown: nnx.pop(module, nnx.Intermediate)."
-            )
-        trainable = isinstance(variable, nnx.Param) and jnp.issubdtype(value.dtype, jnp.inexact)
-        (params if trainable else state)[leaf] = jax.ShapeDtypeStruct(value.shape, value.dtype)
-        if isinstance(variable, nnx.Variable) and (names := variable.get_metadata().get("out_sharding")):
-            axes[leaf] = tuple(names)
-    return params, state, axes, streams
 
 
 def _random_state(path: str, variable: nnx.Variable, randomness: Randomness) -> jax.Array:
@@ -447,17 +281,17 @@ def _stream_key(path: str, randomness: Randomness) -> jax.Array:
     return key
 
 
-def _stream_of_call(path: str) -> str:
+def stream_of_call(path: str) -> str:
     """The path of the random stream that a layer's call gets; no variable can have it."""
     return f"{path}()"
 
 
-def _leaves(path: str, state: nnx.State) -> Leaves:
+def leaves_of(path: str, state: nnx.State) -> Leaves:
     flat = nnx.to_flat_state(state)
-    return {join(path, key): _value(v) for key, v in flat if not isinstance(v, nnx.RngState)}
+    return {join(path, key): value_of(v) for key, v in flat if not isinstance(v, nnx.RngState)}
 
 
-def _value(variable: Any) -> Any:
+def value_of(variable: Any) -> Any:
     """The array of a variable; an array that is an attribute of its own (`nnx.data`) stands for itself."""
     return variable.get_value() if isinstance(variable, nnx.Variable) else variable
 

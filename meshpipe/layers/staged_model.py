@@ -12,21 +12,19 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
-from meshpipe.errors import ArgumentError
-from meshpipe.layers.after_step import after_step_of
-from meshpipe.layers.forwards import Forwards
-from meshpipe.layers.initialise import placed
-from meshpipe.layers.layer import Layer, abstract_layers, path_hash, shared_parameters
+from meshpipe.layers.examine import abstract_layers, shared_parameters
+from meshpipe.layers.forwards import Forwards, check_rows
+from meshpipe.layers.layer import Layer, path_hash
 from meshpipe.layers.microbatches import Microbatches
 from meshpipe.layers.notes import notes_on
 from meshpipe.layers.shared import merge_groups, with_adapters
 from meshpipe.layers.stage_function import stage_function, streams_of
+from meshpipe.layers.stage_leaves import StageInfo, gathered_leaves, stage_parameters
 from meshpipe.layers.stage_wiring import CutWiring, StageWiring, cut_wiring
 from meshpipe.layers.task import Task
 from meshpipe.layers.trainable import describe_trained, freeze
 from meshpipe.layers.wiring import wire
 from meshpipe.mesh import DATA, submeshes
-from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.sums import check_names, further_sums
 from meshpipe.optimizer.tied import borrowed
 from meshpipe.phases import each
@@ -43,21 +41,6 @@ from meshpipe.stage.compile_stages import compile_stages
 from meshpipe.stage.spec import Boundary, StageSpec, outputs_of
 from meshpipe.stage.target import Target
 from meshpipe.stage.traced import TracedStage
-
-
-@dataclass(frozen=True)
-class StageInfo:
-    """One stage as a table shows it."""
-
-    index: int
-    rank: int
-    layers: range
-    submesh: Mesh
-    parameter_count: int
-    parameter_bytes: int
-    """Over the whole submesh, each array counted once."""
-    trained_count: int
-    """Those of its parameters that are trained."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +103,24 @@ class StagedModel:
         self._meshes = [ranks[rank] for rank in self.plan.stage_ranks]
         self.local = tuple(s for s, submesh in enumerate(self._meshes) if is_local(submesh))
         """Stages on devices of this process. Of the others, only shapes are known."""
-        self.parameters = [self._parameters(s, borrowed(self.tied_and_trained)) for s in range(self.plan.num_stages)]
-        self._gathered = [self._gathered_leaves(s) for s in range(self.plan.num_stages)]
+        self._layers_of = [[self.layers[i] for i in cut] for cut in self.cuts]
+        others = borrowed(self.tied_and_trained)
+        self.parameters = [
+            stage_parameters(layers, submesh, self.rules, others)
+            for layers, submesh in zip(self._layers_of, self._meshes, strict=True)
+        ]
+        self._gathered = [
+            gathered_leaves(layers, self.rules) if self._splits_data else frozenset[str]() for layers in self._layers_of
+        ]
         if self.rules.gathered and self._splits_data and not any(self._gathered):
             raise ValueError(
                 "Fully sharded parameters must name an axis for the data axis to split. Got a model that names none of "
                 f"{', '.join(self.rules.gathered)}. Name it with nnx.with_partitioning, or keep parameters replicated, "
                 "as they are by default."
             )
-        self.stages = tuple(self._info(s) for s in range(self.plan.num_stages))
+        self.stages = tuple(
+            StageInfo.of(s, self.plan.stage_ranks[s], self.cuts[s], owned) for s, owned in enumerate(self.parameters)
+        )
         self.plan = self.plan.on(self._wired().graph)
 
     @property
@@ -273,7 +265,7 @@ class StagedModel:
             self.local, remat=remat, train=False, fields=microbatches.fields, outputs=outputs
         )
         if outputs:
-            _check_rows(output[-1], microbatches.size // microbatches.count)
+            check_rows(output[-1], microbatches.size // microbatches.count)
         return Forwards(
             name=f"{self._name}/{name}",
             plan=self.plan,
@@ -338,7 +330,7 @@ class StagedModel:
                 target=self.target,
                 function=stage_function(
                     s,
-                    [self.layers[i] for i in self.cuts[s]],
+                    self._layers_of[s],
                     wiring=wired.stages[s],
                     loss=self.task.loss if has_loss else None,
                     metrics=None if train else self.task.metrics,
@@ -371,7 +363,7 @@ class StagedModel:
         return Traces(traced, after, sums, made)
 
     def _streams(self, stage: int) -> list[str]:
-        return streams_of([self.layers[i] for i in self.cuts[stage]])
+        return streams_of(self._layers_of[stage])
 
     @cached_property
     def _path_hashes(self) -> dict[int, jax.Array]:
@@ -394,52 +386,8 @@ class StagedModel:
         gradients = spec.has_backward, spec.gradients_in, spec.readers
         return has_loss, wiring, gradients, kinds, shapes, gathered, remat, policies, before
 
-    def _parameters(self, stage: int, borrowed_leaves: frozenset[str]) -> StageParameters:
-        params: dict[str, jax.ShapeDtypeStruct] = {}
-        state: dict[str, jax.ShapeDtypeStruct] = {}
-        for index in self.cuts[stage]:
-            of_params, of_state = placed(self.layers[index], self._meshes[stage], self.rules)
-            params.update(of_params)
-            state.update(of_state)
-        of_others = borrowed_leaves.intersection(params)
-        once = after_step_of([self.layers[i] for i in self.cuts[stage]], of_others)
-        frozen = frozenset().union(*(self.layers[index].frozen for index in self.cuts[stage]))
-        return StageParameters(self._meshes[stage], params, state, of_others, after_step=once, frozen=frozen)
-
-    def _gathered_leaves(self, stage: int) -> frozenset[str]:
-        """The parameters of the stage that are split over the data axis only between steps."""
-        if not self._splits_data:
-            return frozenset()
-        axes = {path: names for index in self.cuts[stage] for path, names in self.layers[index].axes.items()}
-        params = self.parameters[stage].all_params
-        return frozenset(path for path in params if self.rules.gathered.intersection(axes.get(path, ())))
-
-    def _info(self, stage: int) -> StageInfo:
-        owned = self.parameters[stage]
-        leaves = owned.all_params.values()
-        return StageInfo(
-            index=stage,
-            rank=self.plan.stage_ranks[stage],
-            layers=self.cuts[stage],
-            submesh=self._meshes[stage],
-            parameter_count=sum(leaf.size for leaf in leaves),
-            parameter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-            trained_count=sum(leaf.size for leaf in owned.params.values()),
-        )
-
 
 def _policy(remat: str) -> Callable[..., bool] | None:
     """What `jax.checkpoint` saves of a stage or a layer; None where none is around it."""
     name = "nothing_saveable" if remat == "full" else remat
     return getattr(jax.checkpoint_policies, name) if name in CHECKPOINT_POLICIES else None
-
-
-def _check_rows(output: Boundary, size: int) -> None:
-    """Raises `ArgumentError` unless every array that the last layer puts out has a row for each example."""
-    for leaf in output.leaves:
-        if leaf.shape[:1] != (size,):
-            raise ArgumentError(
-                "To predict, every array that the last layer returns must have one row for each example. Got shape "
-                f"{tuple(leaf.shape)} for a microbatch of {size}. Call the layers themselves: `Trainer.modules` "
-                "returns them."
-            )

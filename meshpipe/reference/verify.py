@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from meshpipe.config import Config
 from meshpipe.data import batches
 from meshpipe.data.arrays import copy_batch
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.fields import LayerCall
-from meshpipe.layers.layer import LayerLike, abstract_layers
+from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.stage_function import Loss
 from meshpipe.layers.task import Task
 from meshpipe.layers.trainable import Trainable, freeze

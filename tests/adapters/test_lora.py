@@ -8,8 +8,8 @@ from flax import nnx
 
 import meshpipe
 from meshpipe.adapters.adapted import delta, einsum_of_factors
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.initialise import initialise
-from meshpipe.layers.layer import abstract_layers
 from meshpipe.sharding import ShardingRules
 from meshpipe.stage.target import CPU
 from tests.adapters.lora_model import ADAPTED, ALPHA, LAYERS, RANK, Block, chain, ready, with_values

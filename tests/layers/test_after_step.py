@@ -10,7 +10,7 @@ from flax import nnx
 import meshpipe.reference.plain
 from meshpipe import PipelineConfig, Trainer, make_mesh, verify
 from meshpipe.layers.after_step import after_step_of
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 
 LAYERS = [experts.Embed, experts.BalancedByBias, experts.BalancedByBias, experts.Head]
 BATCHES = experts.batches(3)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, call, make_mesh, with_fields
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 
 WIDTH = 8
 FIELDS = ("inputs", "keep")

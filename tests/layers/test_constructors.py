@@ -11,7 +11,7 @@ from flax import linen, nnx
 from one_layer import X, call, draws, layer_of
 
 from meshpipe.errors import advice_on
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 
 
 class Sized(nnx.Module):

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, make_mesh, with_fields
-from meshpipe.layers.layer import LayerLike, abstract_layers
+from meshpipe.layers.examine import abstract_layers
+from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.notes import notes_on
 
 WIDTH = 8

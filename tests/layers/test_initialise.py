@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import meshpipe.compiler.compiler
 from meshpipe import PipelineConfig, Trainer
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.initialise import initialise, placed
-from meshpipe.layers.layer import LayerLike, abstract_layers
+from meshpipe.layers.layer import LayerLike
 from meshpipe.mesh import make_mesh, submeshes
 from meshpipe.sharding import ShardingRules
 from meshpipe.stage.target import CPU

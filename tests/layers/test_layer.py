@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from one_layer import FIELDS, X, call, draws, layer_of, values
 
-from meshpipe.layers.layer import Layer, abstract_layers
+from meshpipe.layers.examine import abstract_layers
+from meshpipe.layers.layer import Layer
 
 
 class Frozen(nnx.Variable[jax.Array]):

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, make_mesh
-from meshpipe.layers.layer import Layer, Randomness, abstract_layers
+from meshpipe.layers.examine import abstract_layers
+from meshpipe.layers.layer import Layer, Randomness
 
 WIDTH = 8
 X = np.random.default_rng(0).normal(size=(4, WIDTH)).astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, make_mesh, verify
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.paths import by_path, check_distinct, join
 
 WIDTH = 4

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, make_mesh, verify, with_fields
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.shared import merge_groups
 from meshpipe.optimizer.tied import TiedLeaves
 

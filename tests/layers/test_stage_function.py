@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.stage_function import stage_function
 from meshpipe.layers.stage_wiring import StageWiring
 from meshpipe.layers.wiring import Field

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from flax import nnx
 
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.trainable import describe_trained, freeze
 
 WIDTH = 4

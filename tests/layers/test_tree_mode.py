@@ -14,7 +14,7 @@ from flax import config as flax_config
 from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, make_mesh
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 
 WIDTH = 4
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ from flax import nnx
 
 import meshpipe.layers.staged_model
 from meshpipe import Trainer, call, make_mesh, named, reading, verify, with_fields
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.fields import LayerCall
-from meshpipe.layers.layer import abstract_layers
 from meshpipe.layers.notes import notes_on
 from meshpipe.layers.stage_wiring import Received, StageWiring, cut_wiring
 from meshpipe.layers.wiring import Field, Output, Wiring, wire

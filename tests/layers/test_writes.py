@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, make_mesh
-from meshpipe.layers.layer import Layer, Randomness, abstract_layers
+from meshpipe.layers.examine import abstract_layers
+from meshpipe.layers.layer import Layer, Randomness
 
 WIDTH = 4
 X = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from meshpipe.data import ReversedTextConfig
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.models import EncoderDecoderConfig
 from meshpipe.models.encoder_decoder import DecoderBlock
 from recipes import encoder_decoder as recipes

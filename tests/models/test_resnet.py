@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from meshpipe.data import Digits
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.models import ResNetConfig
 from recipes import resnet as recipes
 

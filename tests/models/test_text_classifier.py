@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.models import TextClassifierConfig
 from recipes import text_classifier as recipes
 

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from meshpipe import PipelineConfig, Trainer, make_mesh, named, reading
-from meshpipe.layers.layer import Leaves, abstract_layers
+from meshpipe.layers.examine import abstract_layers
+from meshpipe.layers.layer import Leaves
 from meshpipe.layers.wiring import wire
 from meshpipe.plan.lower import Transfer
 from meshpipe.plan.plan import Op

@@ -7,7 +7,7 @@ import optax
 import pytest
 from graph_models import MODELS, plain_loss_and_gradients
 
-from meshpipe.layers.layer import abstract_layers
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.wiring import wire
 from meshpipe.reference.layered import LayeredModel
 from meshpipe.reference.plain import PlainTraining, Values
