@@ -10,6 +10,7 @@ from flax import nnx
 
 from meshpipe.layers.examine import run_once_per_step
 from meshpipe.layers.layer import Layer, Leaves, Randomness
+from meshpipe.layers.sown import sowing
 from meshpipe.optimizer.parameters import AfterStep
 from meshpipe.stage.jaxpr import variables
 
@@ -60,7 +61,8 @@ def run_after_step(layer: Layer, values: Mapping[str, Any]) -> Leaves:
         before = _counts(module)
         for _, part in run_once_per_step(module):
             _check_signature(layer, part)
-            part.after_step()
+            with sowing():  # refused afterwards, and not by a warning of Flax
+                part.after_step()
         if any(old is not new for old, new in zip(before, _counts(module), strict=True)):
             raise ValueError(
                 f"after_step must not draw random numbers. {layer.title} does. Draw them in __call__, and keep them "

@@ -24,7 +24,8 @@ Metrics = Callable[..., Mapping[str, tuple[jax.Array, jax.Array]]]
 """The same -> further sums and weights to report in evaluation."""
 
 _RESERVED = frozenset({"loss", "step", "event", "eval_time_s"})
-"""Names that metrics must not have: the results of an evaluation and the metrics file use them."""
+"""Names that metrics must not have: the results of an evaluation and its line of the metrics file use them. What layers
+sow is reported with every step too, and has more names to avoid (`sown.py`)."""
 
 
 def stage_function(

@@ -72,7 +72,13 @@ def check_variables(
     """Raises `WriteError` when a call made variables other than those that are collected (`sown.py`), dropped some, or
     gave one another shape or dtype. `random` has the paths of random streams, which are not among those before.
     """
-    if made := [path for path in after if path not in before and path not in random and not is_sown(after[path])]:
+    made = [path for path in after if path not in before and path not in random]
+    if method != "__call__" and (sown := [path for path in made if is_sown(after[path])]):
+        raise WriteError(
+            f"Values must be sown in __call__, for the loss and the metrics of the batch. {kind} sows {_some(sown)} in "
+            f"{method}, which nothing would read. Sow them in __call__, or keep them in an nnx.Variable."
+        )
+    if made := [path for path in made if not is_sown(after[path])]:
         types = ", ".join(sorted({type(after[path]).__name__ for path in made}))
         raise WriteError(
             f"Every variable of a layer must be made by its constructor. {kind} made {_some(made)} ({types}) in "

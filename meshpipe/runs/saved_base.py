@@ -54,17 +54,17 @@ def base_values(
     return leaves
 
 
-def base_step(base: Base, folder: str | Path | None, argument: str = "base") -> tuple[CheckpointReader, int]:
+def base_step(base: Base, folder: str | Path | None, argument: str | None = "base") -> tuple[CheckpointReader, int]:
     """Where to read a base, in `folder` or where its run had it. Raises `ArgumentError` when nothing is there;
-    `argument` names the one for `folder`.
+    `argument` names the one for `folder`, if there is one.
     """
     assert folder is not None or base.folder is not None
     reader = reader_of(folder if folder is not None else str(base.folder))
     steps = reader.steps()
     if not steps or (folder is None and base.step not in steps):
+        way_out = f"Pass the folder that does as `{argument}`." if argument is not None else "Put it back there."
         raise ArgumentError(
-            f"A checkpoint of what was trained needs its {base}, which {reader.directory} does not hold. Pass the "
-            f"folder that does as `{argument}`."
+            f"A checkpoint of what was trained needs its {base}, which {reader.directory} does not hold. {way_out}"
         )
     return reader, base.step if base.step in steps else steps[-1]
 

@@ -231,7 +231,8 @@ def _with_base(start: Start, config: Config) -> Start:
                 f"others. Pass `seed` {left_out.seed}."
             )
         return replace(start, left_out_base=left_out)
-    reader, step = base_step(left_out, asked, "init_from")
+    # A run that begins with this checkpoint has named it as `init_from`, and cannot name the base as well.
+    reader, step = base_step(left_out, asked, "init_from" if start.is_own else None)
     folder = str(reader.directory)
     metadata = _read(folder, step, reader.steps(), "init_step")
     if base_of(metadata) is not None:

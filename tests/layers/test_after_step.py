@@ -122,9 +122,15 @@ class Remembers(Base):
         self.steps = 1
 
 
+class Sows(Base):
+    def after_step(self):
+        self.sow(meshpipe.LossTerm, "late", jnp.ones(()))
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
+        (Sows, r"must be sown in __call__, .* layers/0 \(Sows\) sows layers/0/late in after_step, which nothing"),
         (
             Takes,
             r"after_step runs once per step, and takes no arguments. That of Takes in layers/0 \(Takes\) takes step",
