@@ -80,7 +80,7 @@ def check_whole(name: str, value: object, least: int = 1, below: int | None = No
 def check_number(name: str, value: object, below: int | float = math.inf, *, section: str = "") -> None:
     """Raises `ArgumentError` unless the value is a finite number, at least 0, and below `below`."""
     rule = "a number of at least 0" if below == math.inf else f"a number of at least 0 and below {below:g}"
-    if not _is_real(value) or not 0 <= value < below:  # type: ignore[operator]
+    if not is_number(value, below):
         raise ArgumentError(f"`{name}` must be {rule}. Got {_spell(value)}.", section)
 
 
@@ -101,6 +101,11 @@ def check_clip_norm(clip_norm: object) -> None:
     """
     if clip_norm is not None:
         check_positive("clip_norm", clip_norm, ", or None to clip nothing")
+
+
+def is_number(value: object, below: int | float = math.inf) -> bool:
+    """Whether the value is a finite number, at least 0, and below `below`."""
+    return _is_real(value) and 0 <= value < below  # type: ignore[operator]
 
 
 def _is_real(value: object) -> bool:

@@ -287,7 +287,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "groups dict": (lambda: meshpipe.OptimizerConfig(groups=({"pattern": "bias"},)), r"`groups` must be a tuple"),
     "group with another optimizer": (
         lambda: meshpipe.OptimizerConfig(groups=("bias:optimizer=lion",)),
-        r"must be adamw or sgd. Got 'lion'",
+        r"must be adamw or sgd. Got 'lion' for 'bias'",
     ),
     # Batches.
     "loader for a batch": (

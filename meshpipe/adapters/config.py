@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+
 from meshpipe.errors import ArgumentError, check_number, check_positive, check_whole
 
 
@@ -63,3 +65,16 @@ def check_lora(rank: Any, alpha: Any, targets: Any, dropout: Any) -> None:
             "Add '*' before them.",
             "lora",
         )
+
+
+def floating_dtype(given: Any) -> Any:
+    """The dtype of adapters. Raises `ArgumentError` for one in which no gradient step can be taken."""
+    try:
+        dtype = None if given is None else jnp.dtype(given)
+    except (TypeError, ValueError):  # a text that is no dtype
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        raise ArgumentError(
+            f"`param_dtype` must be a floating dtype. Got {given!r}. Pass e.g. jnp.float32 or jnp.bfloat16.", "lora"
+        )
+    return dtype

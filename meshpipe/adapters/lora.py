@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meshpipe.adapters.adapted import ADAPTER, Adapter, Dims, dims_of, graft, kernel_of
-from meshpipe.adapters.config import LoraConfig, check_lora
+from meshpipe.adapters.adapted import ADAPTER, Adapter, Dims, dims_of, graft, is_adapted, kernel_of
+from meshpipe.adapters.config import LoraConfig, check_lora, floating_dtype
 from meshpipe.adapters.targets import Key, Targets
+from meshpipe.errors import check_seed
 from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.constructors import Make, constructor_of, module_of
 from meshpipe.layers.fields import LayerCall
@@ -77,24 +78,27 @@ def lora(
             the same way. A draw depends on seed and path alone.
 
     Modules that hold one kernel share an adapter. Raises `ValueError` when a pattern matches nothing, or a module that
-    no adapter fits; and when the rank exceeds the inputs or outputs of a kernel.
+    no adapter fits; when the rank exceeds the inputs or outputs of a kernel; and when `param_dtype` is no floating
+    dtype or `seed` is out of range.
     """
     check_layers(layers)
     check_lora(rank, alpha, targets, dropout)
-    size = Size(rank, alpha / (rank**0.5 if rank_stabilised else rank), dropout, jnp.dtype(param_dtype))
+    check_seed(seed)
+    size = Size(rank, alpha / (rank**0.5 if rank_stabilised else rank), dropout, floating_dtype(param_dtype))
     chosen = Targets(tuple(targets), rank)
     made: dict[Any, LayerLike] = {}
     """By constructor and parts, so that a constructor that stands in several places still does."""
     entries: list[Any] = [entry.layer if isinstance(entry, LayerCall) else entry for entry in layers]
     ready = iter(nnx.clone(nnx.List([e for e in entries if isinstance(e, nnx.Module)]), variables=False, graph=True))
-    shared: dict[int, Adapter] = {}
     shapes: dict[int, nnx.Module] = {}
+    parts_of: dict[str, tuple[nnx.Module, tuple[Key, ...]]] = {}
+    """By path, the ready modules and their parts: all are chosen before any is changed, since layers may share one."""
     result: list[LayerLike] = []
     for index, (entry, given) in enumerate(zip(layers, entries, strict=True)):
         path = f"layers/{index}"
         new: Any = next(ready) if isinstance(given, nnx.Module) else given
         if isinstance(new, nnx.Module):
-            adapt(new, chosen.among(path, new), size, first_key(jax.random.key(seed), path_hash(path)), shared)
+            parts_of[path] = new, chosen.among(path, new)
         else:
             make, function = constructor_of(path, given)
             if function is None:
@@ -104,6 +108,9 @@ def lora(
                 new = made.setdefault((id(given), parts), AdaptedConstructor(make, parts, size)) if parts else given
         result.append(replace(entry, layer=new) if isinstance(entry, LayerCall) else new)
     chosen.check()
+    shared: dict[int, Adapter] = {}
+    for path, (module, found) in parts_of.items():
+        adapt(module, found, size, first_key(jax.random.key(seed), path_hash(path)), shared)
     return result
 
 
@@ -126,6 +133,8 @@ def adapt(module: nnx.Module, parts: Sequence[Key], size: Size, key: jax.Array, 
     found = {tuple(where): part for where, part in nnx.iter_modules(module, graph=True)}
     for where in parts:
         part = found[where]
+        if is_adapted(part):  # in a layer before, which shares it
+            continue
         kernel = kernel_of(part)
         if id(kernel) not in shared:
             place = join("", (*where, ADAPTER))

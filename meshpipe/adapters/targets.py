@@ -13,6 +13,10 @@ from meshpipe.layers.paths import join
 
 DEFAULT = "*"
 """Stands for no pattern."""
+BY_DEFAULT = tuple(kind for kind in KINDS if kind is not nnx.Embed)
+"""The modules that get an adapter where there is no pattern."""
+_ADAPTED = "which has an adapter already"
+_FITS_NONE = "an adapter fits none of the model's modules"
 Key = tuple[Any, ...]
 """Attributes and indices that lead to a module inside a layer."""
 
@@ -42,7 +46,7 @@ class Targets:
             if kind is not None:
                 self._every.append(place)
             named = [p for p in self.patterns if not p.startswith("!") and matches(place, p)]
-            if not self.patterns and kind not in (None, nnx.Embed):
+            if not self.patterns and isinstance(part, BY_DEFAULT):
                 named = [DEFAULT]
             if not named or any(matches(place, p[1:]) for p in self.patterns if p.startswith("!")):
                 continue
@@ -64,11 +68,12 @@ class Targets:
 
     def check(self) -> None:
         """Raises `ArgumentError` for a pattern that found nothing, after all layers were looked at."""
-        for pattern in self.patterns or (DEFAULT,):
+        if not self.patterns and not self._found:
+            raise self._none_by_default()
+        for pattern in self.patterns:
             if pattern.startswith("!") or pattern in self._found:
                 continue
-            some = ", ".join(self._every[:6]) + (", ..." if len(self._every) > 6 else "")
-            instead = f"an adapter fits {some}" if some else "an adapter fits none of the model's modules"
+            instead = f"an adapter fits {_few(self._every)}" if self._every else _FITS_NONE
             got = "which matches nothing"
             if others := self._others.get(pattern):
                 got = f"which matches only {'; '.join(others[:3])}"
@@ -77,6 +82,21 @@ class Targets:
                 f"one. Got {pattern!r}, {got}; {instead}.",
                 "lora",
             )
+
+    def _none_by_default(self) -> ArgumentError:
+        others = self._others.get(DEFAULT, [])
+        if self._every:
+            way_out = f"An adapter fits {_few(self._every)}: name what gets one in `targets`."
+        elif others and all(other.endswith(_ADAPTED) for other in others):
+            way_out = "Train those adapters, or merge them first with `meshpipe.merge_lora`."
+        else:
+            way_out = f"{_FITS_NONE.capitalize()}."
+        got = f"which has only {_few(others, '; ', 3)}" if others else "which has none of these"
+        return ArgumentError(
+            f"By default every {', '.join(f'nnx.{kind.__name__}' for kind in BY_DEFAULT)} gets an adapter. "
+            f"Got a model {got}. {way_out}",
+            "lora",
+        )
 
     def _check_rank(self, place: str, part: Any) -> None:
         kernel, dims = kernel_of(part)[...], dims_of(part)
@@ -102,7 +122,7 @@ def _parts(module: nnx.Module) -> Iterator[tuple[Key, Any]]:
 def _problem(part: Any) -> str | None:
     """Why a part cannot have an adapter, in words; None if it can."""
     if is_adapted(part):
-        return "which has an adapter already"
+        return _ADAPTED
     kind = kind_for(part)
     if kind is None:
         derived = next((base.__name__ for base in KINDS if isinstance(part, base)), None)
@@ -121,6 +141,10 @@ def _product(shape: Sequence[int], which: Sequence[int]) -> int:
     for dim in which:
         size *= shape[dim]
     return size
+
+
+def _few(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:
+    return separator.join([*names[:most], *["..."] * (len(names) > most)])
 
 
 def _kinds() -> str:

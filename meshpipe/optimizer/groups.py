@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 import optax
 import tyro
 
-from meshpipe.errors import ArgumentError, check_number
+from meshpipe.errors import ArgumentError, is_number
 from meshpipe.optimizer.patterns import matches
 
 Kind = Literal["adamw", "sgd"]
@@ -37,10 +37,17 @@ class ParameterGroup:
                 f"Got {self.pattern!r} without any. Write e.g. '{self.pattern}:learning_rate=1e-4'."
             )
         for name in ("learning_rate", "weight_decay"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None and not is_number(value):  # the run has one of that name, so say whose it is
+                raise ArgumentError(
+                    f"The {name} of a group of `groups` must be a number of at least 0. "
+                    f"Got {value!r} for {self.pattern!r}."
+                )
         if self.optimizer not in (None, *get_args(Kind)):
-            raise ArgumentError(f"The optimizer of a group must be adamw or sgd. Got {self.optimizer!r}.")
+            raise ArgumentError(
+                "The optimizer of a group of `groups` must be adamw or sgd. "
+                f"Got {self.optimizer!r} for {self.pattern!r}."
+            )
 
     @property
     def changes(self) -> dict[str, Any]:

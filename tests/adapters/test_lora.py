@@ -136,6 +136,24 @@ def test_layers_that_share_a_module_share_its_adapter():
     assert both[1].shared["layers/1/lora/lora_a"] == ("layers/0/lora/lora_a", "layers/1/lora/lora_a")
 
 
+class Holder(nnx.Module):
+    def __init__(self, part: nnx.Linear):
+        self.part = part
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.part(x)
+
+
+@pytest.mark.parametrize("targets", [[], ["*"], ["part"], ["layers/0/part"], ["layers/2/part"]])
+def test_a_part_of_several_layers_gets_one_adapter_by_any_of_its_names(targets):
+    part = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    first, _, last = meshpipe.lora([Holder(part), jnp.tanh, Holder(part)], rank=2, targets=targets)
+    assert first.part is last.part
+    assert first.part.lora.lora_a.shape == (8, 2)
+    assert type(meshpipe.merge_lora([first, last])[0].part) is nnx.Linear
+    assert not hasattr(part, "lora")
+
+
 def test_a_constructor_that_stands_in_several_places_still_does():
     layers = meshpipe.lora([Block, Block, jnp.tanh], rank=RANK)
     assert layers[0] is layers[1]

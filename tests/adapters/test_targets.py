@@ -58,6 +58,10 @@ def test_a_class_derived_from_one_of_flax_is_adapted_and_cut_off_again():
         ({"alpha": 0.0}, r"`alpha` must be above 0"),
         ({"alpha": float("inf")}, r"`alpha` must be a finite number"),
         ({"dropout": 1.0}, r"`dropout` must be a number of at least 0 and below 1"),
+        ({"param_dtype": "int7"}, r"`param_dtype` must be a floating dtype. Got 'int7'"),
+        ({"param_dtype": jnp.int32}, r"`param_dtype` must be a floating dtype. Got .*int32"),
+        ({"param_dtype": None}, r"`param_dtype` must be a floating dtype. Got None"),
+        ({"seed": -1}, r"`seed` must be at least 0. Got -1"),
         ({"targets": "query"}, r"`targets` must be a list of patterns of paths. Got 'query'"),
         ({"targets": ["!query"]}, r"One of `targets` must say what gets an adapter"),
         ({"targets": ["qury"]}, r"'qury', which matches nothing; an adapter fits layers/0, layers/1/mix, .*, \.\.\."),
@@ -75,14 +79,37 @@ def test_what_cannot_be_is_an_error(options, message):
 def test_a_module_that_computes_something_else_cannot_be_adapted():
     with pytest.raises(ValueError, match="a Twice, which computes something else than Linear"):
         meshpipe.lora([Twice(4, 4, rngs=nnx.Rngs(0))], rank=2, targets=["layers/0"])
-    with pytest.raises(ValueError, match="an adapter fits none of the model's modules"):
-        meshpipe.lora([Twice(4, 4, rngs=nnx.Rngs(0)), jnp.tanh], rank=2)
+    with pytest.raises(
+        ValueError, match=r"'Twi\*', which matches nothing; an adapter fits none of the model's modules"
+    ):
+        meshpipe.lora([Twice(4, 4, rngs=nnx.Rngs(0)), jnp.tanh], rank=2, targets=["Twi*"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (
+            lambda rngs: Twice(4, 4, rngs=rngs),
+            "only layers/0, a Twice, which computes something else than Linear. An ad",
+        ),
+        (lambda rngs: nnx.LayerNorm(4, rngs=rngs), "none of these. An adapter fits none of the model's modules"),
+        (LAYERS[0], r"none of these. An adapter fits layers/0: name what gets one in `targets`"),
+    ],
+)
+def test_a_model_without_any_default_target_is_an_error_that_names_no_pattern(layer, reason):
+    start = r"^By default every nnx.Linear, nnx.LinearGeneral, nnx.Einsum gets an adapter. Got a model which has "
+    with pytest.raises(ValueError, match=start + reason):
+        meshpipe.lora([layer, jnp.tanh], rank=2)
 
 
 def test_no_second_adapter():
     (adapted,) = meshpipe.lora([nnx.Linear(4, 4, rngs=nnx.Rngs(0))], rank=2)
     with pytest.raises(ValueError, match="which has an adapter already"):
         meshpipe.lora([adapted], rank=2, targets=["layers/0"])
+    with pytest.raises(
+        ValueError, match=r"only layers/0, which has an adapter already. Train those .* `meshpipe.merge"
+    ):
+        meshpipe.lora([adapted], rank=2)
 
 
 def test_an_einsum_that_sums_its_kernel_cannot_be_adapted():

@@ -70,7 +70,11 @@ def test_a_group_prints_as_the_text_that_makes_it() -> None:
         (("layers/0",), "is a pattern of leaf paths and what its parameters have of their own"),
         (("layers/0:momentum=1",), "is a pattern of leaf paths"),
         (("layers/0:learning_rate=high",), "is a pattern of leaf paths"),
-        (("layers/0:learning_rate=-1",), "`learning_rate` must be a number of at least 0. Got -1.0"),
+        (
+            ("bias:weight_decay=1", "layers/0:learning_rate=-1"),
+            "^The learning_rate of a group of `groups` must be a number of at least 0. Got -1.0 for 'layers/0'",
+        ),
+        (("bias:weight_decay=inf",), "The weight_decay of a group of `groups` must be .* Got inf for 'bias'"),
         ((":learning_rate=1",), "needs a pattern of leaf paths. Got ''"),
     ],
 )
