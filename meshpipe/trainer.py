@@ -15,7 +15,7 @@ from meshpipe.layers.modules import host_device, local_leaves, modules_with, sha
 from meshpipe.layers.stage_function import Loss, Metrics
 from meshpipe.layers.stage_leaves import StageInfo
 from meshpipe.layers.task import Task
-from meshpipe.layers.trainable import Trainable
+from meshpipe.layers.trainable import Trainable, describe_unused
 from meshpipe.observe.clock import MeasuredStep, measure_step
 from meshpipe.observe.diagnose import first_non_finite
 from meshpipe.optimizer.sums import LOSS, WEIGHT
@@ -183,9 +183,10 @@ class Trainer:
     def notes(self) -> tuple[str, ...]:
         """What is trained, and what the model does because of how its layers are written, in sentences that the
         command line prints too: which parameters are tied because layers share a variable, which batch fields reach
-        optional keywords, and which modules stay in evaluation mode.
+        optional keywords, which modules stay in evaluation mode, and which gradients the optimizer never uses.
         """
-        return self.model.notes
+        first, *others = self.model.notes
+        return (first, *describe_unused(self.model.layers, self.optimizer.unused), *others)
 
     def step(self, batch: Batch, *, measure: bool = False, observe: Observer | None = None) -> StepResult:
         """One update on a global batch; returns as soon as the batch is copied and the work is dispatched.

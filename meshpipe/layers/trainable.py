@@ -1,6 +1,6 @@
 """Which parameters are trained: an NNX filter, or patterns of leaf paths. The others are frozen."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import EllipsisType
 from typing import Any, TypeAlias
 
@@ -57,6 +57,20 @@ def describe_trained(layers: Sequence[Layer]) -> str:
     return (
         f"Training {len(trained):,} of {arrays:,} arrays, {sum(trained.values()):,} of {numbers:,} parameters: "
         f"{', '.join(_names(list(trained), list(frozen)))}."
+    )
+
+
+def describe_unused(layers: Sequence[Layer], unused: Collection[str]) -> tuple[str, ...]:
+    """A sentence on the parameters whose gradients the optimizer never uses, if there are any: by leaf path."""
+    sizes = {path: leaf.size for layer in layers for path, leaf in layer.params.items()}
+    found = [path for path in sizes if path in unused]
+    if not found:
+        return ()
+    names = _names(found, [path for path in sizes if path not in unused])
+    return (
+        f"The optimizer never uses the gradients of {len(found):,} of these arrays, "
+        f"{sum(sizes[path] for path in found):,} parameters: {', '.join(names)}. "
+        "Leave them out of `trainable`, and their gradients are not computed.",
     )
 
 
@@ -145,6 +159,8 @@ def _wrong(member: Any) -> ArgumentError:
 
 
 def _spell(member: Any) -> str:
+    if isinstance(member, list | tuple) and member:
+        return ", ".join(map(_spell, member))
     text = member.__name__ if isinstance(member, type) else repr(member)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -59,7 +59,9 @@ class Optimizer:
         clip_norm: float | None = None,
         name: str = "optimizer",
     ):
-        self._kinds, self._frozen = kinds_and_frozen(transformation, [stage.owned for stage in stages])
+        self._kinds, unused = kinds_and_frozen(transformation, [stage.owned for stage in stages])
+        self.unused = unused
+        """The paths of parameters whose gradients no update uses, now or later."""
         self._transformation = transformation
         self._stages = stages
         self._clip_norm = clip_norm
@@ -270,7 +272,7 @@ class Optimizer:
 
     def _counted(self, stage: StageParameters) -> tuple[bool, ...]:
         """Which gradients of a stage count in the global norm."""
-        return tuple(path not in stage.borrowed and path not in self._frozen for path in stage.params)
+        return tuple(path not in stage.borrowed and path not in self.unused for path in stage.params)
 
     def _add(self, stage: StageParameters) -> Callable[[Arrays, Arrays, tuple[Arrays, ...]], Arrays]:
         """Adds up the squares of a stage's gradients and its sums, and those from the stages below it in the tree."""

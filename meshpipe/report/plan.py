@@ -41,8 +41,8 @@ class Stage(Protocol):
     def trained_count(self) -> int: ...
 
 
-def layout_lines(recipe: str, model: StagedModel) -> list[str]:
-    """What runs where, in three lines, and the notes about the model."""
+def layout_lines(recipe: str, model: StagedModel, notes: Sequence[str] | None = None) -> list[str]:
+    """What runs where, in three lines, and notes; by default those about the model."""
     parameters = sum(stage.parameter_count for stage in model.stages)
     stages = "  ".join(f"{s.index} (rank {s.rank}) {describe_layers(s.layers)}" for s in _abridge(model.stages))
     return [
@@ -51,7 +51,7 @@ def layout_lines(recipe: str, model: StagedModel) -> list[str]:
         f"{model.plan.schedule}, {_microbatches(model)}, remat {_remat(model)}, "
         f"expected bubble {simulate(model.plan, model.stage_costs).bubble_fraction:.1%}{_how_chosen(model)}",
         *forward_only_line(model.plan.graph),
-        *model.notes,
+        *(model.notes if notes is None else notes),
         *(() if on_cpu(model.mesh) else model.choices),
     ]
 

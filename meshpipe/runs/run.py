@@ -200,7 +200,7 @@ def _make_trainer(
         start.check_first_values(trainer)
     if process_count() > 1:
         train_batches.read_only(trainer.model.rows_read())
-    for line in layout_lines(recipe, trainer.model):
+    for line in layout_lines(recipe, trainer.model, trainer.notes):
         console.print(line)
     console.print(f"Compiled and initialised in {trainer.compile_seconds:.1f} s.")
     return trainer

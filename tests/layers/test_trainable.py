@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from meshpipe.layers.examine import abstract_layers
-from meshpipe.layers.trainable import describe_trained, freeze
+from meshpipe.layers.trainable import describe_trained, describe_unused, freeze
 
 WIDTH = 4
 
@@ -79,6 +79,20 @@ def test_one_sentence_says_what_is_trained(layers: Any, trainable: Any, sentence
 
 
 @pytest.mark.parametrize(
+    ("unused", "sentence"),
+    [
+        ({"layers/0/kernel", "layers/0/bias"}, "gradients of 2 of these arrays, 20 parameters: layers/0."),
+        ({"layers/0/bias", "layers/2/bias", "layers/1/bias"}, "gradients of 3 of these arrays, 12 parameters: bias."),
+    ],
+)
+def test_a_sentence_says_which_gradients_the_optimizer_never_uses(unused: set[str], sentence: str) -> None:
+    (found,) = describe_unused(LINEAR, unused)
+    assert sentence in found
+    assert "Leave them out of `trainable`" in found
+    assert describe_unused(LINEAR, set()) == ()
+
+
+@pytest.mark.parametrize(
     ("trainable", "message"),
     [
         ("layers/7", "Got 'layers/7', which matches none of 6. Parameters are layers/0/bias, layers/0/kernel"),
@@ -87,6 +101,8 @@ def test_one_sentence_says_what_is_trained(layers: Any, trainable: Any, sentence
         ([], "must be trained. Got a `trainable` that leaves none: "),
         (False, "Got False, which matches none"),
         (["layers/0", "!layers/0"], "must be trained"),
+        (("!*",), "leaves none: '!*'. Parameters are"),
+        (("kernel", nnx.Param, "!*"), "leaves none: 'kernel', Param, '!*'. "),
         (nnx.Linear, "Got the class Linear"),
     ],
 )

@@ -73,6 +73,18 @@ def test_counts_and_notes_tell_what_is_trained(adapted: Trainer) -> None:
     assert [(stage.parameter_count, stage.trained_count) for stage in adapted.stages] == [(104, 32)] * 2
 
 
+def test_a_note_says_which_gradients_the_optimizer_never_uses() -> None:
+    def labels(params: Any) -> Any:
+        return {path: "moved" if "layers/1" in path else "kept" for path in params}
+
+    made = trainer([dense] * 2, optax.multi_transform({"moved": optax.sgd(1.0), "kept": optax.set_to_zero()}, labels))
+    assert made.notes == (
+        "Training all 4 arrays, 144 parameters.",
+        "The optimizer never uses the gradients of 2 of these arrays, 72 parameters: layers/0. "
+        "Leave them out of `trainable`, and their gradients are not computed.",
+    )
+
+
 def test_modules_and_update_have_frozen_values_too(adapted: Trainer) -> None:
     layers = adapted.modules()
     np.testing.assert_array_equal(layers[1].linear.kernel[...], adapted.params["layers/1/linear/kernel"])
