@@ -185,7 +185,8 @@ def graft(module: Any, adapter: Adapter) -> None:
 def cut_off(module: Any) -> None:
     """Takes the adapter away from a module, in place."""
     del module.lora
-    _turn_into(module, next(kind for kind in type(module).__mro__ if kind not in _MADE and kind not in KINDS.values()))
+    adapted = {*_MADE, *KINDS.values(), nnx.LoRALinear}
+    _turn_into(module, next(kind for kind in type(module).__mro__ if kind not in adapted))
 
 
 @cache
@@ -211,7 +212,7 @@ def delta(module: Any) -> jax.Array:
     """What the adapter adds to the kernel, in float32 or the wider dtype of the factors."""
     adapter, dims = module.lora, dims_of(module)
     dtype = jnp.result_type(adapter.lora_a[...], jnp.float32)
-    a, b = adapter.factors(dtype)
+    a, b = (factor[...].astype(dtype) for factor in (adapter.lora_a, adapter.lora_b))
     names = "abcdefghijklmnopqrstuvw"[: kernel_of(module)[...].ndim]
 
     def of(which: Sequence[int]) -> str:
@@ -219,4 +220,4 @@ def delta(module: Any) -> jax.Array:
 
     shared, inputs, outputs = map(of, dims)
     product = jnp.einsum(f"{shared}{inputs}z,{shared}z{outputs}->{names}", a, b, precision=jax.lax.Precision.HIGHEST)
-    return product * adapter.scale
+    return product * getattr(adapter, "scale", 1.0)  # nnx.LoRA has none

@@ -11,14 +11,16 @@ from meshpipe.layers.fields import LayerCall
 
 
 def merge_lora(modules: Sequence[Any], /) -> list[Any]:
-    """Modules without adapters, whose kernels have `A @ B * scale` of `meshpipe.lora` added.
+    """Modules without adapters, whose kernels have `A @ B * scale` of `meshpipe.lora`, or `A @ B` of `nnx.LoRALinear`,
+    added.
 
     The sum is made in float32 and rounded once to the dtype of the kernel, so outputs equal those of the adapted
     modules to the rounding of that dtype: keep a base in bfloat16 unmerged if its adapters are small beside that. The
     modules that are given stay as they are; the new ones share the variables that did not change. Entries that are no
     modules are returned as they are.
 
-    Raises `ValueError` when modules that hold one kernel have different adapters.
+    Raises `ValueError` when modules that hold one kernel have different adapters, and for a class that is derived from
+    `nnx.LoRALinear`, which may compute something else.
     """
     if isinstance(modules, str) or not isinstance(modules, Sequence | nnx.List):
         raise ArgumentError(f"`modules` must be a list of modules. Got {kind_of(modules)}. Pass [module].")
@@ -36,6 +38,11 @@ def _merge(modules: nnx.List[Any]) -> None:
     kernels: dict[int, Any] = {}
     found = [(path, part) for path, part in nnx.iter_modules(modules, graph=True) if _has_kernel(part)]
     for path, part in found:
+        if isinstance(part, nnx.LoRALinear) and type(part) is not nnx.LoRALinear:
+            raise ArgumentError(
+                "An adapter can be merged if it is of meshpipe.lora, or of nnx.LoRALinear itself. "
+                f"Got {'/'.join(map(str, path))}, {kind_of(part)}, which is derived from it. Keep it unmerged."
+            )
         kernel, adapter = kernel_of(part), getattr(part, "lora", None) if is_adapted(part) else None
         factor = None if adapter is None else adapter.lora_a
         if adapters.setdefault(id(kernel), factor) is not factor:

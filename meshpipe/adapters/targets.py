@@ -88,7 +88,7 @@ class Targets:
         if self._every:
             way_out = f"An adapter fits {_few(self._every)}: name what gets one in `targets`."
         elif others and all(other.endswith(_ADAPTED) for other in others):
-            way_out = "Train those adapters, or merge them first with `meshpipe.merge_lora`."
+            way_out = "Train those adapters, or merge them first with meshpipe.merge_lora."
         else:
             way_out = f"{_FITS_NONE.capitalize()}."
         got = f"which has only {_few(others, '; ', 3)}" if others else "which has none of these"

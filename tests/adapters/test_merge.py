@@ -59,6 +59,22 @@ def test_a_kernel_with_an_adapter_in_one_of_its_modules_cannot_be_merged():
         meshpipe.merge_lora([adapted, other])
 
 
+def test_a_lora_linear_of_flax_is_merged_and_one_derived_from_it_refused():
+    class Derived(nnx.LoRALinear):
+        pass
+
+    kinds = (nnx.LoRALinear, Derived)
+    given, derived = with_values([kind(8, 4, lora_rank=2, rngs=nnx.Rngs(0)) for kind in kinds])
+    (merged,) = meshpipe.merge_lora([given])
+    x = jax.random.normal(jax.random.key(1), (3, 8))
+    assert type(merged) is nnx.Linear
+    assert not hasattr(merged, "lora")
+    np.testing.assert_allclose(merged(x), given(x), rtol=1e-5, atol=1e-6)
+    assert np.abs(merged(x) - x @ given.kernel[...]).max() > 0.01
+    with pytest.raises(ValueError, match=r"Got 0, a Derived, which is derived from it. Keep it unmerged"):
+        meshpipe.merge_lora([derived])
+
+
 @pytest.fixture(scope="module")
 def trained():
     layers = meshpipe.lora([ready(make) for make in LAYERS], rank=RANK, alpha=ALPHA, targets=ADAPTED)
