@@ -121,7 +121,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize(
     ("model", "schedule", "remat", "mesh", "num_microbatches"),
     [
-        (text_model, "1f1b", "none", (4, 1, 1), 8),
+        pytest.param(text_model, "1f1b", "none", (4, 1, 1), 8, marks=pytest.mark.slow),
         pytest.param(text_model, "gpipe", "full", (2, 2, 2), 4, marks=pytest.mark.slow),
         (text_model, "1f1b", "full", (1, 2, 1), 1),
         (language_model, "1f1b", "none", (2, 2, 1), 8),

@@ -353,8 +353,8 @@ def _compile_backward_part(stage: TracedStage, lowered: jax.stages.Lowered, comp
     return compiler.compile(lowered, stage.spec.mesh, stage.spec.target.backward_options)
 
 
-def _like_values(values: Sequence[Shapes], leaves: Sequence[Any]) -> Values:
-    """The leaves of all values, grouped by value."""
+def _like_values(values: Sequence[Shapes], leaves: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
+    """The leaves of all values, grouped by value; a constant of the program is a number."""
     return tuple(map(tuple, split(leaves, [len(shapes) for shapes in values])))
 
 

@@ -112,6 +112,7 @@ class Head(nnx.Module):
         return self.tokens.attend(x)
 
 
+@pytest.mark.slow
 def test_tied_kernels_have_one_adapter():
     """Constructors whose kernels are tied by name: their adapters are tied too, so that they can be merged."""
     tied = [("layers/0/embedding", "layers/2/tokens/embedding")]

@@ -89,7 +89,9 @@ class Wide(nnx.Module):
         return self.down(self.up(x))
 
 
-@pytest.mark.parametrize(("partition", "limit"), [("measured", None), ("even", "7.2kB")])
+@pytest.mark.parametrize(
+    ("partition", "limit"), [("measured", None), pytest.param("even", "7.2kB", marks=pytest.mark.slow)]
+)
 def test_auto_is_no_slower_than_any_named_schedule_that_fits(partition: str, limit: str | None) -> None:
     model = chosen(schedule="auto", partition=partition, memory_limit=limit)
     transformation = recipe().optimizer.build(6)

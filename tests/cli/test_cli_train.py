@@ -133,8 +133,9 @@ def test_the_output_of_a_run(whole: Result) -> None:
     assert "pipeline 2 x data 1 x tensor 1 = 2 cpu devices" in lines[1]
     assert lines[2] == "stages: 0 (rank 0) layers 0-1  1 (rank 1) layers 2-3"
     assert lines[3].startswith("1f1b, 4 microbatches of 4 examples, remat none")
-    assert lines[4].startswith("Compiled and initialised in ")
-    assert lines[5].startswith("step 1/12  loss ")
+    assert lines[4] == "Training all 8 arrays, 288 parameters."
+    assert lines[5].startswith("Compiled and initialised in ")
+    assert lines[6].startswith("step 1/12  loss ")
     assert lines[-1].startswith("Completed after step 12 of 12; loss ")
     assert lines[-1].endswith("Step 12 is saved in whole.")
 

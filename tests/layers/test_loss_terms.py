@@ -61,7 +61,7 @@ CASES = [
     ("1f1b", 2, 2, 1, "layer"),
     ("interleaved-1f1b", 2, 2, 2, "none"),
     ("zb-h1", 4, 1, 1, "none"),
-    ("zb-v", 2, 2, 2, "full"),
+    pytest.param("zb-v", 2, 2, 2, "full", marks=pytest.mark.slow),
 ]
 
 

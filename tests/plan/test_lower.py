@@ -237,6 +237,7 @@ def test_a_transfer_directly_follows_the_action_that_makes_its_source() -> None:
             assert instruction.source in latest.writes
 
 
+@pytest.mark.slow
 def test_large_plans_are_made_and_lowered_in_seconds() -> None:
     """64 stages and 256 microbatches take about one second; work that grew with the square would take hours."""
     code = """

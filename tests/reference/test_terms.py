@@ -35,7 +35,7 @@ def report(reference=None):
     )
 
 
-@pytest.mark.parametrize("reference", [None, Uncut])
+@pytest.mark.parametrize("reference", [None, pytest.param(Uncut, marks=pytest.mark.slow)])
 def test_a_right_term_passes(reference):
     found = report(reference)
     assert found.ok, found.first

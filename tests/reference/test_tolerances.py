@@ -55,7 +55,10 @@ class Rotation:
         self.splits = False
 
     def run(self, params, state, batch, draws):
-        return LossInputs(batch["inputs"] * params["layers/0/angle"], {}), {}
+        return LossInputs(batch["inputs"] * params["layers/0/angle"], {}, {}), {}
+
+    def after_step(self, params, state):
+        return {}
 
     def describe(self):
         return "a rotation"

@@ -181,9 +181,8 @@ def test_a_batch_that_is_read_late_is_found(monkeypatch):
             return made[0]
 
         self.pending = result
-        return type(
-            "Result", (), {"loss": Later(lambda: result().loss), "grad_norm": Later(lambda: result().grad_norm)}
-        )
+        later = {"loss": Later(lambda: result().loss), "grad_norm": Later(lambda: result().grad_norm), "terms": {}}
+        return type("Result", (), later)
 
     state_tree = Trainer.state_tree
 

@@ -101,8 +101,8 @@ def test_dropout_and_batch_statistics_pass():
 def test_normalising_each_microbatch_is_found(monkeypatch):
     original = meshpipe.layers.stage_function._loss
 
-    def mean(loss, value, batch):
-        total, weight = original(loss, value, batch)
+    def mean(*arguments):
+        total, weight = original(*arguments)
         return total / jnp.maximum(weight, 1.0), (weight > 0).astype(jnp.float32)
 
     monkeypatch.setattr(meshpipe.layers.stage_function, "_loss", mean)

@@ -44,6 +44,7 @@ def test_every_action_has_its_microbatch_and_every_stage_of_a_rank_its_shade(
     assert len(drawn.colours) == len(kinds) == len({op for op, _ in kinds}) * sizes[2]
 
 
+@pytest.mark.slow
 def test_a_picture_with_no_room_for_labels_has_none_and_is_no_wider_than_a_screen(tmp_path: Path) -> None:
     drawn = parts_of(make_plan("interleaved-1f1b", 8, 128, 4), tmp_path)
     assert drawn.labels == []

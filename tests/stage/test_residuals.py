@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,6 +173,7 @@ def test_no_other_choice_costs_less(program: tuple[ClosedJaxpr, list[int]]) -> N
     assert all(sum(map(costs.get, c)) >= sum(map(costs.get, found)) for c in choices if suffices(c))
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_from_what_an_accelerator_keeps() -> None:
     class Block(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
