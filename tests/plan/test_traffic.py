@@ -60,3 +60,27 @@ def test_an_encoder_decoder_moves_less_than_its_pytree_does(name: str) -> None:
     memory = [StageMemory(0, inputs=(size,), input_gradients=(size,)) for size in sizes]
     chained = sum(moved.total for moved in traffic(lower(plan), memory).values())
     assert total(encoder_decoder(8), name, 4, 1.0, 1.0) < chained
+
+
+def test_a_long_memory_that_few_ranks_share_moves_at_most_half_of_what_its_pytree_does() -> None:
+    """Two encoder stages, six of the decoder, on two ranks in turns; the source is eight times as long as the target.
+    The memory moves to the other rank once, and the chain carries it over every boundary.
+    """
+    source, target = 8.0, 1.0
+    values = [
+        Value("", 0, (1,)),
+        Value("memory", 1, tuple(range(2, 8))),
+        *(Value("", s, (s + 1,)) for s in range(2, 7)),
+    ]
+    sizes = {value: source if value.source < 2 else target for value in values}
+    graph = Graph((True,) * 8, tuple(values))
+    carried = chain(8)
+    of_carried = {value: source + (target if value.source >= 2 else 0) for value in carried.values}
+
+    def moved(graph: Graph, sizes: dict[Value, float]) -> float:
+        inputs = [tuple(sizes[value] for value in graph.inputs(s)) for s in range(8)]
+        plan = make_plan("interleaved-1f1b", 2, 8, 4).on(graph)
+        memory = [StageMemory(0, inputs=size, input_gradients=size) for size in inputs]
+        return sum(found.total for found in traffic(lower(plan), memory).values())
+
+    assert moved(graph, sizes) <= 0.5 * moved(carried, of_carried)
