@@ -90,6 +90,7 @@ class StageCalls:
         read, write = _reading(x), _writing(x_gradients)
         assert run is not None
 
+        # Every call below reads a slot and writes it in one statement: what it read was donated, and is gone.
         def forward_backward(slots: Slots) -> None:
             slots[accumulators], into_x, slots[state], slots[totals], slots[loss] = run(
                 slots[accumulators],
@@ -143,6 +144,7 @@ class StageCalls:
             return kept, fresh
 
         def computed_again(slots: Slots) -> tuple[Any, Arrays]:
+            # Forward kept all of x and of the state for this; backward itself reads only a part of them.
             x, before = slots[residuals][0]
             fresh = recompute(slots[params], slots[hoisted], before, x, slots[inputs], microbatch)  # type: ignore[misc]
             return (tuple([x[i] for i in kept_x]), tuple([before[i] for i in kept_state])), fresh
@@ -200,6 +202,7 @@ class StageCalls:
                 slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, kept, fresh, gradients
             )
             write(slots, into_x)
+            # In the order of `SplitPrograms.carried`. The residuals are freed next: what W reads is kept here.
             of_microbatch = (*kept[0], *kept[1], *fresh, *gradients)
             slots[for_weights] = (tuple([of_microbatch[i] for i in carried]), crossing)
 

@@ -87,6 +87,7 @@ def compile_stage(
     """
     compiler = compiler or Compiler()
     mesh, forward_only = stage.spec.mesh, ops == {Op.FORWARD} or not stage.spec.has_backward
+    # Where everything is recomputed, forward returns nothing for backward: its inputs are kept instead.
     hand_over = fused or (remat != "full" and not forward_only)
     programs: dict[str, Any]
     with jax.set_mesh(mesh):
@@ -95,6 +96,7 @@ def compile_stage(
         forward = _forward_part(stage, residuals=hand_over)
         totals = Accumulators.of(_totals(stage), [forward])
         if fused:
+            # Residuals stay inside the one program, so nobody has to know how XLA shards them.
             parts = _BackwardParts(stage, hoisted, stage.residuals, ops)
             gradients = parts.gradients
             both = _compile_forward_backward(stage, forward, parts, totals, arguments, compiler)
@@ -104,9 +106,11 @@ def compile_stage(
             if forward_only:
                 gradients, programs = Accumulators.of((), []), {}
             elif hand_over:
+                # XLA has chosen the shardings of the residuals; backward is compiled for those, so none is moved.
                 residuals = _like(compiled.out_info[2], compiled.output_shardings[2])
                 gradients, programs = _compile_backwards(stage, hoisted, residuals, ops, compiler)
             else:
+                # A program of its own, and not a part of backward: I and W of a split backward then share its result.
                 again = _compile_recompute(stage, arguments, compiler)
                 residuals = _like(again.out_info, again.output_shardings)
                 gradients, programs = _compile_backwards(stage, hoisted, residuals, ops, compiler)
@@ -119,6 +123,7 @@ def compile_stage(
 
 def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> StagePrograms | None:
     """What `compile_stage` made with this compiler, for a stage that shares its trace; None if one cannot be copied."""
+    # By identity: a program may stand in several fields, and compiled programs do not compare by what they compute.
     copies: dict[int, Any] = {}
     for part in (programs, programs.split):
         for program in vars(part).values() if part is not None else ():
@@ -171,6 +176,7 @@ def _parts_of_forward(stage: TracedStage, flat: Sequence[Any]) -> list[list[Any]
 
 def _compile_recompute(stage: TracedStage, arguments: tuple[Any, ...], compiler: Compiler) -> jax.stages.Compiled:
     """A forward that returns only its residuals."""
+    # Without state and sums, which advance once for each microbatch, in forward.
     run = function_of(stage.forward(outputs=False, residuals=True))
     again = jax.jit(lambda p, h, s, x, i, m: tuple(run(*p, *h, *s, *x, *i, m)))
     return compiler.compile(again.lower(*arguments), stage.spec.mesh)
@@ -252,14 +258,17 @@ class _BackwardParts:
         self.whole = (
             AccumulatedOutputs(stage, traced, _numbered(range(len(stage.params)))) if Op.BACKWARD in ops else None
         )
+        # Both where one stage of a shared trace has whole backwards and another has split ones.
         self.split = parts = _cut(stage, hoisted, traced) if Op.BACKWARD_INPUT in ops else None
         programs = [self.whole]
         if parts is not None:
+            # What the input part returns before its gradients of parameters.
             num_others = sum(map(len, stage.x_gradients)) + len(parts.crossing)
             self.input = AccumulatedOutputs(stage, parts.input_part(), _numbered(parts.early, num_others))
             self.weight = AccumulatedOutputs(stage, parts.weight_part(), _numbered(parts.late))
             programs += [self.input, self.weight]
         present = [program for program in programs if program is not None]
+        # One set of accumulators for all of them: what one program leaves unreduced, the others must leave so too.
         self.gradients = Accumulators.of(_gradients(stage.params), present, _gradients(stage.params_in_step))
 
 
@@ -310,7 +319,7 @@ def _compile_forward_backward(
             _like_values(stage.x_gradients, into_x),
             tuple(new_state),
             totals.add(so_far, dict(enumerate(map(jnp.asarray, losses)))),
-            tuple(losses[:1]),
+            tuple(losses[:1]),  # for observers to wait for: the totals are donated to the next microbatch
         )
 
     into = tuple(map(_shardings, stage.x_gradients))
@@ -341,6 +350,7 @@ def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler
         late = run_weight(*jax.tree.leaves(arguments))
         return sums.add(accumulators, dict(zip(cut.late, late, strict=True)))
 
+    # The first four arguments are the same for all microbatches; the rest dies with one, except for what W reads.
     of_microbatch = jax.tree.leaves(parts.arguments[4:])
     carried = tuple(of_microbatch[i] for i in cut.carried)
     crossed = _like(input_part.out_info[2], input_part.output_shardings[2])
