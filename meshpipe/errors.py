@@ -105,7 +105,7 @@ def check_clip_norm(clip_norm: object) -> None:
 
 def is_number(value: object, below: int | float = math.inf) -> bool:
     """Whether the value is a finite number, at least 0, and below `below`."""
-    return _is_real(value) and 0 <= value < below  # type: ignore[operator]
+    return _is_real(value) and bool(0 <= value < below)  # type: ignore[operator]
 
 
 def _is_real(value: object) -> bool:

@@ -23,7 +23,7 @@ def results(ended: Ended) -> list[dict[str, Any]]:
 
 CASES = [
     pytest.param(2, "--mesh 2 1 1", id="two stages in two processes"),
-    pytest.param(2, "--mesh 2 1 1 --sown", id="terms of the loss"),
+    pytest.param(2, "--mesh 2 1 1 --sown", id="terms of the loss", marks=pytest.mark.slow),
     pytest.param(4, "--mesh 2 2 1 --sown", id="terms and data across processes", marks=pytest.mark.slow),
     pytest.param(2, "--mesh 4 1 1 --sown --schedule zb-h1", id="terms in the middle", marks=pytest.mark.slow),
     pytest.param(4, "--mesh 2 2 1", id="data across processes", marks=pytest.mark.slow),

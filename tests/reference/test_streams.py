@@ -5,6 +5,7 @@ several mesh axes.
 import jax
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
@@ -41,6 +42,7 @@ def check(layers, **options):
     assert report.ok, report.first
 
 
+@pytest.mark.slow
 def test_streams_that_a_call_is_given_are_the_same_on_both_sides() -> None:
     check([Noisy] * 3, mesh=mesh(2, 2, names=("pipeline", "data")))
 

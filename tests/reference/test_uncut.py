@@ -174,6 +174,7 @@ class Uncut(nnx.Module):
         return self.last(self.part(x))
 
 
+@pytest.mark.slow
 def test_lost_ties_are_found():
     """One table in the model, two equal ones in the layers."""
     model = Model(nnx.Rngs(0))

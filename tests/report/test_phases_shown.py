@@ -83,10 +83,13 @@ class Terminal:
 
     def __exit__(self, *error: object) -> None:
         sys.stdout, sys.stderr = self._before
-        os.set_blocking(self._main, False)
-        with contextlib.suppress(BlockingIOError):
-            self.screen = os.read(self._main, 1 << 16).decode()
         self._stream.close()
+        screen = b""
+        # One read may return only a part. The last one fails, since no one can write any more.
+        with contextlib.suppress(OSError):
+            while part := os.read(self._main, 1 << 16):
+                screen += part
+        self.screen = screen.decode()
         os.close(self._main)
 
 
