@@ -13,7 +13,7 @@ from meshpipe.errors import kind_of
 from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
 from meshpipe.layers.layer import Layer, Randomness
 from meshpipe.layers.sown import add_sums, objective_of, sums_of_sown
-from meshpipe.layers.stage_wiring import Keywords, Place, Received, StageWiring
+from meshpipe.layers.stage_wiring import Place, Received, StageWiring
 from meshpipe.layers.wiring import Field, Output
 from meshpipe.optimizer.sums import LOSS, WEIGHT, metric_sums
 from meshpipe.stage.spec import StageFunction, StageOutput
@@ -58,30 +58,23 @@ def stage_function(
         made: list[Any] = []
         """The output of every layer so far."""
 
-        def get(place: Place) -> Any:
-            if isinstance(place, Field):
-                return batch[place.name]
-            return values[place.index] if isinstance(place, Received) else made[place.layer]
-
-        def keywords(given: Keywords) -> dict[str, Any]:
-            return {keyword: get(place) for keyword, place in given}
-
-        def sums(value: Any) -> dict[str, Any]:
-            assert loss is not None
-            of = [{k: value if p == Output(last) else get(p) for k, p in g} for g in (wiring.loss, wiring.metrics)]
-            total, weight = _loss(loss, value, batch, of[0])
-            extra = {} if metrics is None else _metrics(metrics, value, batch, of[1])
-            return {LOSS: total, WEIGHT: weight, **metric_sums(extra)}
+        get = partial(_value_at, batch=batch, values=values, made=made)
 
         def call(index: int, params: Any, state: Any, value: Any) -> tuple[Any, Any, dict[str, Any]]:
             layer = layers[index]
             with call_of_layer(layer.path, layer.class_name, stage, value, train=train):
-                value, after, sown = layer(params, state, value, keywords(wiring.keywords[index]), draws, train=train)
+                keywords = {keyword: get(place) for keyword, place in wiring.keywords[index]}
+                value, after, sown = layer(params, state, value, keywords, draws, train=train)
             _check_output(layer, value)
-            found = sums_of_sown(sown, layer, batch, unread) if unread is not None else {}
+            of_sown = sums_of_sown(sown, layer, batch, unread) if unread is not None else {}
             if loss is None or index < last:
-                return value, after, found
-            return None, after, add_sums(found, sums(value))
+                return value, after, of_sown
+            # Inside of a checkpoint around the last layer, `made` does not have its output yet.
+            named = [
+                {keyword: value if place == Output(last) else get(place) for keyword, place in given}
+                for given in (wiring.loss, wiring.metrics)
+            ]
+            return None, after, add_sums(of_sown, _sums(loss, metrics, value, batch, *named))
 
         found: dict[str, Any] = {}
         for index, layer in enumerate(layers):
@@ -97,6 +90,27 @@ def stage_function(
         return StageOutput(handed_on, found, objective_of(found), state)
 
     return run
+
+
+def _value_at(place: Place, *, batch: Mapping[str, Any], values: Sequence[Any], made: Sequence[Any]) -> Any:
+    """What a stage has at a place: `values` are those that it was handed, `made` the outputs of its own layers."""
+    if isinstance(place, Field):
+        return batch[place.name]
+    return values[place.index] if isinstance(place, Received) else made[place.layer]
+
+
+def _sums(
+    loss: Loss,
+    metrics: Metrics | None,
+    value: Any,
+    batch: Mapping[str, Any],
+    of_loss: Mapping[str, Any],
+    of_metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The loss, its weight and the metrics of a microbatch; `of_loss` and `of_metrics` have their named outputs."""
+    total, weight = _loss(loss, value, batch, of_loss)
+    extra = {} if metrics is None else _metrics(metrics, value, batch, of_metrics)
+    return {LOSS: total, WEIGHT: weight, **metric_sums(extra)}
 
 
 def _stored_outputs(wiring: StageWiring, policies: Sequence[Callable[..., bool] | None]) -> frozenset[int]:

@@ -319,36 +319,12 @@ class StagedModel:
         wired = self._wired(loss=not outputs, metrics=not train and not outputs)
         graph, made = wired.graph, dict[Value, Boundary]()
         after: tuple[Boundary, ...] = ()
-        stages = list(enumerate(zip(self._meshes, self.parameters, strict=True)))
-        for s, (mesh, owned) in each("Tracing", "stage", stages):
-            has_loss = s == self.plan.num_stages - 1 and not outputs
-            by_layer, has_backward = remat[s] == "layer", train and graph.has_backward(s)
+        for s in each("Tracing", "stage", range(self.plan.num_stages)):
             before = [made[value] for value in graph.inputs(s)]
-            spec = StageSpec(
-                index=s,
-                mesh=mesh,
-                target=self.target,
-                function=stage_function(
-                    s,
-                    self._layers_of[s],
-                    wiring=wired.stages[s],
-                    loss=self.task.loss if has_loss else None,
-                    metrics=None if train else self.task.metrics,
-                    policies=[_policy(self.layer_remat[i]) if by_layer else None for i in self.cuts[s]],
-                    unread=None if outputs else self._unread,
-                    outputs=outputs and s == self.plan.num_stages - 1,
-                    train=train,
-                ),
-                params=owned.params,
-                state=owned.state,
-                streams=len(self._streams(s)),
-                gathered=self._gathered[s],
-                has_backward=has_backward,
-                gradients_in=tuple(has_backward and graph.has_gradient(value) for value in graph.inputs(s)),
-                readers=tuple(len(value.targets) for value in graph.outputs(s)),
-                checkpoint_policy=None if remat[s] == "full" else _policy(remat[s]),
+            spec = self._spec(s, wired, remat[s], train=train, outputs=outputs)
+            kind = self._kind(
+                spec, wired.stages[s], before, remat[s], has_loss=s == self.plan.num_stages - 1 and not outputs
             )
-            kind = self._kind(spec, wired.stages[s], before, remat[s], has_loss=has_loss)
             if s not in wanted:
                 if kind not in known:
                     known[kind] = outputs_of(spec, before, fields)
@@ -361,6 +337,35 @@ class StagedModel:
             made.update(zip(graph.outputs(s), after, strict=False))  # an output that is kept is no value of the graph
         check_names(name for names in sums.values() for name in names)
         return Traces(traced, after, sums, made)
+
+    def _spec(self, s: int, wired: CutWiring, remat: str, *, train: bool, outputs: bool) -> StageSpec:
+        """A stage before it is traced; arguments as those of `_trace`."""
+        graph, owned, is_last = wired.graph, self.parameters[s], s == self.plan.num_stages - 1
+        by_layer, has_backward = remat == "layer", train and graph.has_backward(s)
+        return StageSpec(
+            index=s,
+            mesh=self._meshes[s],
+            target=self.target,
+            function=stage_function(
+                s,
+                self._layers_of[s],
+                wiring=wired.stages[s],
+                loss=self.task.loss if is_last and not outputs else None,
+                metrics=None if train else self.task.metrics,
+                policies=[_policy(self.layer_remat[i]) if by_layer else None for i in self.cuts[s]],
+                unread=None if outputs else self._unread,
+                outputs=outputs and is_last,
+                train=train,
+            ),
+            params=owned.params,
+            state=owned.state,
+            streams=len(self._streams(s)),
+            gathered=self._gathered[s],
+            has_backward=has_backward,
+            gradients_in=tuple(has_backward and graph.has_gradient(value) for value in graph.inputs(s)),
+            readers=tuple(len(value.targets) for value in graph.outputs(s)),
+            checkpoint_policy=None if remat == "full" else _policy(remat),
+        )
 
     def _streams(self, stage: int) -> list[str]:
         return streams_of(self._layers_of[stage])
