@@ -5,25 +5,23 @@ encoder found (arXiv 1706.03762).
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from meshpipe.layers.fields import named, reading
 from meshpipe.layers.layer import LayerLike
-from meshpipe.models.attention import AttentionName
-from meshpipe.models.model import ModelConfig, SumAndWeight
+from meshpipe.models.model import SumAndWeight
 from meshpipe.models.transformer import (
     EMBED,
     HIDDEN,
     VOCAB,
     Attention,
-    attention_notes,
+    TransformerConfig,
     check_at_least_one,
     check_heads,
     embedding_init,
@@ -33,7 +31,7 @@ from meshpipe.models.transformer import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderDecoderConfig(ModelConfig):
+class EncoderDecoderConfig(TransformerConfig):
     """Sizes of the encoder-decoder; its layers are two embeddings, every block, and the head.
 
     Batch fields: `source` int32 [batch, source_seq], what the encoder reads; `inputs` int32 [batch, seq], what the
@@ -54,11 +52,6 @@ class EncoderDecoderConfig(ModelConfig):
     """Largest number of positions of source and targets: each position has features of its own, which are learned."""
     vocab_size: int = 256
     """Number of different tokens; bytes need 256."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
-    attention: AttentionName = "auto"
-    """How attention is computed: `xla` writes the scores of all pairs of positions to memory; `cudnn` is a fused kernel
-    that does not, for bfloat16 on NVIDIA GPUs. `auto` takes cudnn where devices, dtype and head size allow it."""
 
     def __post_init__(self) -> None:
         check_at_least_one(
@@ -77,9 +70,6 @@ class EncoderDecoderConfig(ModelConfig):
         embedding = partial(PositionEmbedding, self)
         encoder[-1] = named("memory", encoder[-1])
         return [embedding, *encoder, reading("inputs", embedding), *decoder, partial(EncoderDecoderHead, self)]
-
-    def notes(self, mesh: Mesh) -> list[str]:
-        return attention_notes(self.attention, self.dtype, self.d_model // self.num_heads, mesh)
 
     def limits(self) -> dict[str, int]:
         return dict.fromkeys(("source", "inputs", "targets"), self.vocab_size)

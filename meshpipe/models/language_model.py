@@ -4,23 +4,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from meshpipe.errors import ArgumentError
-from meshpipe.models.attention import AttentionName
-from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
+from meshpipe.models.model import LayerConstructor, SumAndWeight
 from meshpipe.models.transformer import (
     EMBED,
     HIDDEN,
     Attention,
-    attention_notes,
+    TransformerConfig,
     check_at_least_one,
     check_heads,
     embedding_init,
@@ -30,7 +28,7 @@ from meshpipe.models.transformer import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig(ModelConfig):
+class LanguageModelConfig(TransformerConfig):
     """Sizes of the language model; its layers are the embedding, every block, and the head.
 
     Batch fields, each [batch, seq]: `inputs` and `targets` int32; `segment_ids` int32, equal within a document;
@@ -56,11 +54,6 @@ class LanguageModelConfig(ModelConfig):
     """Base of the wavelengths of the rotary positions, which reach up to about 6 * theta tokens."""
     tie_embedding: bool = False
     """Whether the head uses the embedding as its weights, or weights of its own."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
-    attention: AttentionName = "auto"
-    """How attention is computed: `xla` writes the scores of all pairs of positions to memory; `cudnn` is a fused kernel
-    that does not, for bfloat16 on NVIDIA GPUs. `auto` takes cudnn where devices, dtype and head size allow it."""
 
     @classmethod
     def debug(cls) -> "LanguageModelConfig":
@@ -127,9 +120,6 @@ class LanguageModelConfig(ModelConfig):
         if not self.tie_embedding:
             return ()
         return (("layers/0/embedding", f"layers/{self.num_blocks + 1}/tokens/embedding"),)
-
-    def notes(self, mesh: Mesh) -> list[str]:
-        return attention_notes(self.attention, self.dtype, self.d_model // self.num_heads, mesh)
 
     def limits(self) -> dict[str, int]:
         return {"inputs": self.vocab_size, "targets": self.vocab_size}

@@ -3,24 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import einops
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import check_number
-from meshpipe.models.attention import AttentionName
-from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
+from meshpipe.models.model import LayerConstructor, SumAndWeight
 from meshpipe.models.transformer import (
     EMBED,
     HIDDEN,
     Attention,
-    attention_notes,
+    TransformerConfig,
     check_at_least_one,
     check_heads,
     embedding_init,
@@ -31,7 +29,7 @@ from meshpipe.models.transformer import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextClassifierConfig(ModelConfig):
+class TextClassifierConfig(TransformerConfig):
     """Sizes of the text classifier; the defaults are its full size, `small` is for trials.
 
     Batch fields: `inputs` int32 [batch, seq], each a byte; `labels` int32 [batch].
@@ -51,11 +49,6 @@ class TextClassifierConfig(ModelConfig):
     """Number of different inputs; 256 for bytes."""
     dropout_rate: float = 0.0
     """Share of a branch's features that dropout zeroes in training, 0 to 1; 0 turns it off."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
-    attention: AttentionName = "auto"
-    """How attention is computed: `xla` writes the scores of all pairs of positions to memory; `cudnn` is a fused kernel
-    that does not, for bfloat16 on NVIDIA GPUs. `auto` takes cudnn where devices, dtype and head size allow it."""
 
     @classmethod
     def small(cls) -> "TextClassifierConfig":
@@ -76,9 +69,6 @@ class TextClassifierConfig(ModelConfig):
     def layers(self) -> list[LayerConstructor]:
         blocks = [partial(EncoderBlock, self) for _ in range(self.num_blocks)]
         return [partial(ConvolutionEmbedding, self), *blocks, partial(PoolingHead, self)]
-
-    def notes(self, mesh: Mesh) -> list[str]:
-        return attention_notes(self.attention, self.dtype, self.d_model // self.num_heads, mesh)
 
     def limits(self) -> dict[str, int]:
         return {"inputs": self.vocab_size, "labels": self.num_classes}

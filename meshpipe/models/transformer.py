@@ -1,5 +1,8 @@
 """Parts that transformer models share: rotary positions, attention, and checks of their sizes."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -10,9 +13,28 @@ from jaxtyping import Array, Bool, Float
 
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.models.attention import AttentionName, choose_attention, stands_in, why_not_cudnn
+from meshpipe.models.model import ModelConfig
 
 # Logical axes of parameters; meshpipe.sharding says which mesh axis each one is split over.
 EMBED, HEADS, HIDDEN, VOCAB = "embed", "heads", "hidden", "vocab"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(ModelConfig):
+    """What the configurations of all transformers have."""
+
+    d_model: int
+    """Number of features of every position between the layers."""
+    num_heads: int
+    """Number of attention heads per block; d_model must be a multiple of twice this."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
+    attention: AttentionName = "auto"
+    """How attention is computed: `xla` writes the scores of all pairs of positions to memory; `cudnn` is a fused kernel
+    that does not, for bfloat16 on NVIDIA GPUs. `auto` takes cudnn where devices, dtype and head size allow it."""
+
+    def notes(self, mesh: Mesh) -> list[str]:
+        return attention_notes(self.attention, self.dtype, self.d_model // self.num_heads, mesh)
 
 
 def kernel_init(*axes: str | None, scale: float = 1.0) -> Initializer:
