@@ -104,7 +104,6 @@ def test_cudnn_passes_through_the_stages(monkeypatch: pytest.MonkeyPatch, data: 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr("meshpipe.models.transformer.choose_attention", lambda asked, **_: asked)
     monkeypatch.setattr("meshpipe.models.transformer.attention_notes", lambda *_: [])
-    monkeypatch.setattr("meshpipe.models.language_model.attention_notes", lambda *_: [])
     stored = {}
     for attention in ("xla", "cudnn"):
         for stage in model(attention, "zb-h1", data).trace():
