@@ -30,7 +30,7 @@ from meshpipe.optimizer.tied import borrowed
 from meshpipe.phases import each
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Executor
-from meshpipe.pipeline.remat import CHECKPOINT_POLICIES, remat_of_layers, remat_of_stages
+from meshpipe.pipeline.remat import checkpoint_policy, remat_of_layers, remat_of_stages
 from meshpipe.plan.graph import Value
 from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.lower import Program, lower
@@ -71,10 +71,20 @@ class StagedModel:
     """What a step computes: the stages, their compiled programs and the executor. It holds no training state.
 
     `choice` holds the plan and the cut, which `meshpipe.choose` makes. `target` is the platform for which the programs
-    are written; None is the platform of the mesh.
+    are written; None is the platform of the mesh. With `overwrites_state`, forwards update the state that they change
+    in place.
     """
 
-    def __init__(self, task: Task, *, mesh: Mesh, config: PipelineConfig, choice: Choice, target: Target | None = None):
+    def __init__(
+        self,
+        task: Task,
+        *,
+        mesh: Mesh,
+        config: PipelineConfig,
+        choice: Choice,
+        target: Target | None = None,
+        overwrites_state: bool = False,
+    ):
         self.task, self.mesh, self.config = task, mesh, config
         self.target = target or Target.of(mesh)
         self.rules = task.rules
@@ -96,7 +106,9 @@ class StagedModel:
         """The policy of every layer, in stages whose rematerialisation is `layer`."""
         self.late = frozenset[str]()
         """The values that wait on the rank that makes them until another first reads them; `meshpipe.choose` says."""
-        self._cache: CompileCache | None = None
+        self.cache: CompileCache | None = None
+        """Keeps the programs that are compiled later, for evaluation and prediction."""
+        self._name, self._overwrites_state = "model", overwrites_state
         self._of_rest: dict[int, Forwards] = {}
         self._unread: set[tuple[str, str]] = set()
         """What layers sow and nothing reads: their class, and the name."""
@@ -219,7 +231,7 @@ class StagedModel:
             self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths - written)
         _ = self._path_hashes  # placed now, not in the first step
         compiler = compiler or Compiler()
-        self._cache = compiler.cache
+        self.cache = compiler.cache
         self.programs = compile_stages(self.traced, self._ops(), self.remat, compiler, also, fused)
         self.executor = Executor(f"{name}/train", self.program, self._meshes, self.traced, self.programs)
 
@@ -243,12 +255,12 @@ class StagedModel:
     @cached_property
     def evaluation(self) -> Forwards:
         """Sums the loss and the metrics of whole batches; compiled when first used."""
-        return self._forwards("evaluate", self.microbatches)
+        return self.forwards("evaluate", self.microbatches)
 
     def evaluation_of_rest(self, size: int) -> Forwards:
         """The same for a batch of one microbatch of `size` examples; the data axis need not divide it."""
         if size not in self._of_rest:
-            self._of_rest[size] = self._forwards(f"evaluate {size}", self.microbatches.resized(size, 1))
+            self._of_rest[size] = self.forwards(f"evaluate {size}", self.microbatches.resized(size, 1))
         return self._of_rest[size]
 
     @cached_property
@@ -256,9 +268,10 @@ class StagedModel:
         """Keeps the outputs of the last layer, given the fields that layers read; compiled when first used."""
         size, count = self.microbatches.size, self.microbatches.count
         microbatches = self.microbatches.resized(size, count, self.wiring.fields)
-        return self._forwards("predict", microbatches, outputs=True)
+        return self.forwards("predict", microbatches, outputs=True)
 
-    def _forwards(self, name: str, microbatches: Microbatches, *, outputs: bool = False) -> Forwards:
+    def forwards(self, name: str, microbatches: Microbatches, *, outputs: bool = False) -> Forwards:
+        """Compiles the forwards for batches of these shapes: to sum up the loss and the metrics, or for outputs."""
         remat = ("none",) * self.plan.num_stages
         wired = self._wired(loss=not outputs, metrics=not outputs)
         traced, output, sums, _ = self._trace(
@@ -277,7 +290,7 @@ class StagedModel:
                 traced,
                 dict.fromkeys(traced, frozenset({Op.FORWARD})),
                 remat,
-                Compiler(self._cache),
+                Compiler(self.cache),
                 what=f"Compiling to {name},",
             ),
             path_hashes=self._path_hashes,
@@ -352,7 +365,7 @@ class StagedModel:
                 wiring=wired.stages[s],
                 loss=self.task.loss if is_last and not outputs else None,
                 metrics=None if train else self.task.metrics,
-                policies=[_policy(self.layer_remat[i]) if by_layer else None for i in self.cuts[s]],
+                policies=[checkpoint_policy(self.layer_remat[i]) if by_layer else None for i in self.cuts[s]],
                 unread=None if outputs else self._unread,
                 outputs=outputs and is_last,
                 train=train,
@@ -364,7 +377,8 @@ class StagedModel:
             has_backward=has_backward,
             gradients_in=tuple(has_backward and graph.has_gradient(value) for value in graph.inputs(s)),
             readers=tuple(len(value.targets) for value in graph.outputs(s)),
-            checkpoint_policy=None if remat == "full" else _policy(remat),
+            checkpoint_policy=None if remat == "full" else checkpoint_policy(remat),
+            overwrites_state=self._overwrites_state,
         )
 
     def _streams(self, stage: int) -> list[str]:
@@ -390,9 +404,3 @@ class StagedModel:
         before = tuple(boundary.kind for boundary in boundaries)
         gradients = spec.has_backward, spec.gradients_in, spec.readers
         return has_loss, wiring, gradients, kinds, shapes, gathered, remat, policies, before
-
-
-def _policy(remat: str) -> Callable[..., bool] | None:
-    """What `jax.checkpoint` saves of a stage or a layer; None where none is around it."""
-    name = "nothing_saveable" if remat == "full" else remat
-    return getattr(jax.checkpoint_policies, name) if name in CHECKPOINT_POLICIES else None

@@ -119,17 +119,37 @@ class Executor:
         slots = self._run(params, state, inputs, None)
         return [slots[index] for index in self._outputs]
 
+    def hoist(self, params: Mapping[int, Arrays], state: Mapping[int, Arrays]) -> dict[int, Arrays]:
+        """What every local stage computes once per step from parameters and fixed state, for `advance`."""
+        return {s: calls.hoisted(params[s], state[s]) for s, calls in self._calls.items()}
+
+    def advance(
+        self,
+        params: Mapping[int, Arrays],
+        state: Mapping[int, Arrays],
+        inputs: Mapping[int, Arrays],
+        hoisted: Mapping[int, Arrays],
+    ) -> tuple[list[Arrays], dict[int, Arrays]]:
+        """What `outputs` returns, and the state afterwards, with what `hoist` has computed for the same parameters.
+
+        Where stages overwrite their state, that of before is donated.
+        """
+        slots = self._run(params, state, inputs, None, hoisted)
+        after = {s: calls.state_after(slots, state[s]) for s, calls in self._calls.items()}
+        return [slots[index] for index in self._outputs], after
+
     def _run(
         self,
         params: Mapping[int, Arrays],
         state: Mapping[int, Arrays],
         inputs: Mapping[int, Arrays],
         observe: Observer | None,
+        hoisted: Mapping[int, Arrays] | None = None,
     ) -> Slots:
         """The slots at the end of a step."""
         slots = self._empty.copy()
         for s, calls in self._calls.items():
-            calls.begin(slots, params[s], state[s], inputs[s])
+            calls.begin(slots, params[s], state[s], inputs[s], None if hoisted is None else hoisted[s])
         if observe is None:
             for step in self._steps:
                 step(slots)

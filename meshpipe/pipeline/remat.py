@@ -3,7 +3,9 @@
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import jax
 
 from meshpipe.errors import ArgumentError
 
@@ -22,6 +24,12 @@ LAYER_POLICIES = ("none", "full", *(name for name in CHECKPOINT_POLICIES if name
 """What a layer may have in a stage with `layer`."""
 
 _NUMBERS = re.compile(r"layers/(\d+)(?:-(\d+))?(?::([1-9]\d*))?")
+
+
+def checkpoint_policy(remat: str) -> Callable[..., bool] | None:
+    """What `jax.checkpoint` saves of a stage or a layer; None where none is around it."""
+    name = "nothing_saveable" if remat == "full" else remat
+    return getattr(jax.checkpoint_policies, name) if name in CHECKPOINT_POLICIES else None
 
 
 def check_remat(text: str) -> None:

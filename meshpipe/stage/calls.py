@@ -48,11 +48,15 @@ class StageCalls:
     def __init__(self, stage: TracedStage, programs: StagePrograms, slots: StageSlots):
         self._stage, self._programs, self.slots = stage, programs, slots
 
-    def begin(self, slots: Slots, params: Arrays, state: Arrays, inputs: Arrays) -> None:
-        """Fills the slots with the values that a step starts from."""
+    def hoisted(self, params: Arrays, state: Arrays) -> Arrays:
+        """What all microbatches of a step read, and steps with the same parameters."""
+        return self._programs.hoisted(params, tuple([state[i] for i in self._stage.fixed]))
+
+    def begin(self, slots: Slots, params: Arrays, state: Arrays, inputs: Arrays, hoisted: Arrays | None = None) -> None:
+        """Fills the slots with the values that a step starts from; `hoisted` is computed unless it is given."""
         stage, programs, at = self._stage, self._programs, self.slots
         slots[at.params] = params
-        slots[at.hoisted] = programs.hoisted(params, tuple([state[i] for i in stage.fixed]))
+        slots[at.hoisted] = self.hoisted(params, state) if hoisted is None else hoisted
         slots[at.state] = tuple([state[i] for i in stage.changing])
         slots[at.inputs] = inputs
         # Made anew for every step: backward donates accumulators, and those of the last step belong to the optimizer.

@@ -34,8 +34,8 @@ class StagePrograms:
     zeros: Callable[[], tuple[Arrays, Arrays]]
     """Fresh accumulators of gradients (none for a forward-only stage), and totals (none for a stage without sums)."""
     forward: Callable[..., tuple[Values, Arrays, Arrays, Arrays]] | None = None
-    """Parameters, hoisted, changing state, x, inputs, microbatch, totals (donated)
-    -> values, state, residuals, totals."""
+    """Parameters, hoisted, changing state (donated where forward overwrites it), x, inputs, microbatch, totals
+    (donated) -> values, state, residuals, totals."""
     recompute: Callable[..., Arrays] | None = None
     """The arguments of `forward` up to the microbatch -> residuals; only where forward does not return them."""
     backward: Callable[..., tuple[Arrays, Values]] | None = None
@@ -164,7 +164,8 @@ def _compile_forward(
     # XLA chooses the shardings of residuals, which are None here: only programs of this stage read them. Totals are
     # donated, so they are added to in place.
     results = (tuple(map(_shardings, values)), _shardings(stage.state), None, totals.shardings)
-    lowered = jax.jit(forward, out_shardings=results, donate_argnums=6).lower(*arguments, totals.shapes)
+    donated = (2, 6) if stage.spec.overwrites_state else 6
+    lowered = jax.jit(forward, out_shardings=results, donate_argnums=donated).lower(*arguments, totals.shapes)
     return compiler.compile(lowered, mesh)
 
 

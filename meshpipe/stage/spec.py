@@ -86,6 +86,9 @@ class StageSpec:
     checkpoint_policy: Callable[..., bool] | None = None
     """What `jax.checkpoint` saves of the stage's forward. None stores few bytes (`residuals.py`), `everything_saveable`
     everything that the derivative reads."""
+    overwrites_state: bool = False
+    """Whether forward is given the buffers of the state that it changes, and updates them in place: nobody reads the
+    state before. So a cache of keys and values is never copied."""
 
 
 class Boundary:
