@@ -203,6 +203,19 @@ def test_a_recipe_that_has_changed_is_no_longer_that_of_the_checkpoint(tmp_path:
         meshpipe.load(tmp_path / "unnamed", layers="recipe")
 
 
+def test_a_field_that_the_version_which_saved_it_lacked_has_its_default(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    values = config_values(tiny_recipes.pipeline())
+    del values["model"]["depth"]
+    save_run(tmp_path / "run", file, tiny_recipes.DenseConfig(), config=values)
+    assert len(meshpipe.load(tmp_path / "run", layers="recipe")) == 4
+    changed = "replace(tiny_recipes.pipeline(), model=tiny_recipes.DenseConfig(depth=3))"
+    file.write_text(RECIPE.replace("tiny_recipes.pipeline()", changed))
+    with pytest.raises(CheckpointError, match=r"depth of .*mine.py:mine is 3, and .* was saved with None"):
+        meshpipe.load(tmp_path / "run", layers="recipe")
+
+
 @pytest.mark.slow
 def test_a_run_of_the_command_is_loaded_with_its_flags(tmp_path: Path) -> None:
     command = f"-m meshpipe train {ROOT / 'tests' / 'tiny_recipes.py'}:pipeline --model.depth 3 --steps 2 --run-dir run"

@@ -1,19 +1,18 @@
-"""Parts that transformer models share: rotary positions, attention, and checks of their sizes."""
+"""Parts that transformer models share: attention, and checks of their sizes."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-import einops
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import ArgumentError, check_whole
-from meshpipe.models.attention import AttentionName, choose_attention, stands_in, why_not_cudnn
+from meshpipe.models.attention import NO_SOFTCAP, AttentionName, attend, choose_attention, stands_in, why_not_cudnn
 from meshpipe.models.model import ModelConfig
+from meshpipe.models.norms import NormConfig, rms_norm
+from meshpipe.models.rope import RopeScaling, rotate
 
 # Logical axes of parameters; meshpipe.sharding says which mesh axis each one is split over.
 EMBED, HEADS, HIDDEN, VOCAB = "embed", "heads", "hidden", "vocab"
@@ -68,6 +67,14 @@ class Attention(nnx.Module):
         *,
         causal: bool,
         rope_theta: float | None,
+        rope_scaling: RopeScaling | None = None,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        head_norm: NormConfig | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
         out_scale: float = 1.0,
         implementation: AttentionName = "auto",
         dtype: str,
@@ -76,12 +83,22 @@ class Attention(nnx.Module):
         self.causal = causal
         self.implementation = implementation
         self.rope_theta = rope_theta
-        head_dim = d_model // num_heads
+        self.rope_scaling = rope_scaling
+        self.window = window
+        self.softcap = softcap
+        self.scale = scale
+        head_dim = d_model // num_heads if head_dim is None else head_dim
 
         def project(heads: int) -> nnx.LinearGeneral:
-            init = kernel_init(EMBED, HEADS, None)
-            shape = (heads, head_dim)
-            return nnx.LinearGeneral(d_model, shape, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+            return nnx.LinearGeneral(
+                d_model,
+                (heads, head_dim),
+                use_bias=qkv_bias,
+                dtype=dtype,
+                kernel_init=kernel_init(EMBED, HEADS, None),
+                bias_init=zeros_init(HEADS, None),
+                rngs=rngs,
+            )
 
         self.query = project(num_heads)
         self.key = project(num_kv_heads)
@@ -90,70 +107,75 @@ class Attention(nnx.Module):
             (num_heads, head_dim),
             d_model,
             axis=(-2, -1),
-            use_bias=False,
+            use_bias=out_bias,
             dtype=dtype,
             kernel_init=kernel_init(HEADS, None, EMBED, scale=out_scale),
+            bias_init=zeros_init(EMBED),
             rngs=rngs,
         )
+        self.query_norm = self.key_norm = None
+        if head_norm is not None:
+            self.query_norm = rms_norm(head_dim, None, head_norm, dtype=dtype, rngs=rngs)
+            self.key_norm = rms_norm(head_dim, None, head_norm, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        mask: Bool[Array, "batch 1 seq seq2"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
         memory: Float[Array, "batch seq2 embed"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """Position i attends to position j of `memory`, or of `x` itself, where `mask[:, :, i, j]`, and only to j <= i
-        if causal. Without a `rope_theta`, positions are not marked: they must be part of `x`.
+        """Position i attends to position j of `memory`, or of `x` itself, where their `segment_ids` are equal, and only
+        to j <= i if causal. `positions` are those that RoPE marks, by default 0 to seq - 1. Without a `rope_theta`,
+        positions are not marked: they must be part of `x`.
         """
         attended_to = x if memory is None else memory
         query, key = self.query(x), self.key(attended_to)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.rope_theta is not None:
-            query, key = rotate(query, self.rope_theta), rotate(key, self.rope_theta)
-        chosen = choose_attention(
-            self.implementation,
-            dtype=query.dtype,
-            head_dim=query.shape[-1],
-            odd_mask=mask is not None and x.shape[1] % 2 == 1,
-        )
-        attended = jax.nn.dot_product_attention(
-            query, key, self.value(attended_to), mask=mask, is_causal=self.causal, implementation=chosen
+            query = rotate(query, self.rope_theta, positions, self.rope_scaling)
+            key = rotate(key, self.rope_theta, positions, self.rope_scaling)
+        attended = attend(
+            query,
+            key,
+            self.value(attended_to),
+            causal=self.causal,
+            segment_ids=segment_ids,
+            window=self.window,
+            softcap=self.softcap,
+            scale=self.scale,
+            implementation=self.implementation,
         )
         return self.out(attended)
 
 
-def rotate(x: Float[Array, "batch seq heads head_dim"], theta: float) -> Float[Array, "batch seq heads head_dim"]:
-    """Turns feature pairs (i, i + head_dim / 2) by an angle that grows with the position: RoPE (arXiv 2104.09864).
-
-    Attention then sees positions only through their differences, so a document may start anywhere in a window.
-    """
-    _, seq, _, head_dim = x.shape
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = einops.einsum(jnp.arange(seq, dtype=jnp.float32), frequencies, "seq, half -> seq half")
-    cos, sin = (einops.rearrange(f(angles), "seq half -> 1 seq 1 half") for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def attention_notes(asked: AttentionName, dtype: str, head_dim: int, mesh: Mesh) -> list[str]:
+def attention_notes(asked: AttentionName, dtype: str, head_dim: int, mesh: Mesh, *, softcap: bool = False) -> list[str]:
     """What computes attention on the devices of a mesh, in a sentence. Raises `ValueError` if they cannot."""
     device = mesh.devices.flat[0]
-    chosen = choose_attention(asked, dtype=dtype, head_dim=head_dim, device=device)
-    reason = why_not_cudnn(dtype, head_dim, device)
+    chosen = choose_attention(asked, dtype=dtype, head_dim=head_dim, device=device, softcap=softcap)
+    reason = why_not_cudnn(dtype, head_dim, device) or (NO_SOFTCAP if softcap else None)
     if asked == "cudnn" and stands_in(device):
         return ["Attention: cuDNN is asked for; this plan is laid out on CPU devices and counts XLA's."]
     name = {"xla": "XLA", "cudnn": "cuDNN"}[chosen]
     return [f"Attention by {name}{f': {reason}' if asked == 'auto' and reason is not None else ''}."]
 
 
-def check_heads(d_model: int, num_heads: int, num_kv_heads: int) -> None:
+def check_heads(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None) -> None:
     """Raises `ValueError` when the sizes do not give whole heads of an even number of features, in equal groups."""
-    if d_model % (2 * num_heads):
+    if head_dim is None and d_model % (2 * num_heads):
         raise ArgumentError(
             "`d_model` must be a multiple of 2 * `num_heads`: rotary positions turn pairs of features. "
             f"Got {d_model} with {num_heads} heads. "
             f"The next multiple is {-(-d_model // (2 * num_heads)) * 2 * num_heads}.",
             "model",
         )
+    if head_dim is not None:
+        check_whole("head_dim", head_dim, section="model")
+        if head_dim % 2:
+            raise ArgumentError(
+                f"`head_dim` must be even: rotary positions turn pairs of features. Got {head_dim}.", "model"
+            )
     if num_heads % num_kv_heads:
         raise ArgumentError(
             "`num_heads` must be a multiple of `num_kv_heads`, which equal groups of heads share. "

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> Mod
     made: ModelConfig = _with_values(model, saved)
     found = json.loads(json.dumps(config_values(made)))
     for name in sorted(found.keys() | (saved.keys() - {"type"})):
+        if name not in saved and getattr(made, name) == _default(made, name):
+            continue  # a field that the version which saved it lacked
         if found.get(name) != saved.get(name):
             raise CheckpointError(
                 f"The model must have the fields that were saved. {name} of {recipe} is {found.get(name)!r:.60}, and "
@@ -51,6 +53,12 @@ def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> Mod
                 "themselves."
             )
     return made
+
+
+def _default(config: ModelConfig, name: str) -> Any:
+    """The default of a field; `MISSING` if it has none."""
+    field = next(field for field in fields(config) if field.name == name)
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def saved_lora(metadata: Mapping[str, Any], directory: Path) -> LoraConfig:
@@ -73,7 +81,9 @@ def _with_values(config: Any, saved: Mapping[str, Any]) -> Any:
     """The config with its numbers, flags and names as they were saved; other values stay, and are compared."""
     changes = {}
     for field in fields(config):
-        value, other = getattr(config, field.name), saved.get(field.name)
+        if field.name not in saved:
+            continue
+        value, other = getattr(config, field.name), saved[field.name]
         if is_dataclass(value) and isinstance(other, dict):
             changes[field.name] = _with_values(value, other)
         elif _is_like(value, other) and value != other:

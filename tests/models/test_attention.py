@@ -102,8 +102,8 @@ def test_cudnn_passes_through_the_stages(monkeypatch: pytest.MonkeyPatch, data: 
     """Traced alone: its kernel stands whole in forward and in both parts of backward, and no scores are stored."""
     cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr("meshpipe.models.transformer.choose_attention", lambda asked, **_: asked)
-    monkeypatch.setattr("meshpipe.models.transformer.attention_notes", lambda *_: [])
+    monkeypatch.setattr("meshpipe.models.attention.choose_attention", lambda asked, **_: asked)
+    monkeypatch.setattr("meshpipe.models.language_model.attention_notes", lambda *_, **__: [])
     stored = {}
     for attention in ("xla", "cudnn"):
         for stage in model(attention, "zb-h1", data).trace():

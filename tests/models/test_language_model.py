@@ -13,7 +13,8 @@ from flax import nnx
 
 from meshpipe.layers.examine import abstract_layers
 from meshpipe.models import LanguageModelConfig
-from meshpipe.models.transformer import Attention, rotate
+from meshpipe.models.rope import rotate
+from meshpipe.models.transformer import Attention
 from recipes import language_model as recipes
 
 DEBUG = LanguageModelConfig.debug()
