@@ -48,7 +48,7 @@ def test_products_of_each_dtype_are_compared_with_its_peak() -> None:
 
 
 def test_no_share_is_given_where_the_peak_is_unknown() -> None:
-    for kind, flops in (("cpu", {"float32": 1.0}), ("NVIDIA A100", {"float64": 1.0}), ("NVIDIA A100", {})):
+    for kind, flops in (("cpu", {"float32": 1.0}), ("NVIDIA L4", {"float64": 1.0}), ("NVIDIA A100", {})):
         assert "model_flops_utilisation" not in Utilisation(flops, [device(kind)]).of(1.0)
 
 

@@ -1,0 +1,75 @@
+"""The machines that meshpipe knows, and those that users describe in files of the same form."""
+
+import difflib
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from meshpipe.errors import ArgumentError
+from meshpipe.hardware.hardware import Hardware
+
+FILE_SUFFIX = ".json"
+
+
+@functools.cache
+def known_hardware() -> Mapping[str, Hardware]:
+    """The described machines by name."""
+    entries = json.loads(Path(__file__).with_name("catalogue.json").read_text())
+    return {entry["name"]: Hardware.of(entry) for entry in entries}
+
+
+def find_hardware(name: str) -> Hardware:
+    """The machine with this name, such as `h100` or `v5p`, or the one that a JSON file describes.
+
+    Raises `ArgumentError` when there is none, or the file is not what it must be.
+    """
+    if name.endswith(FILE_SUFFIX):
+        return read_hardware(Path(name).expanduser())
+    known = known_hardware()
+    if name not in known:
+        raise ArgumentError(
+            f"`target` must name a machine that is known, or a {FILE_SUFFIX} file that describes one. Got {name!r}. "
+            f"{_closest(name, list(known))}"
+        )
+    return known[name]
+
+
+def _closest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, cutoff=0.5)
+    close += [other for other in known if other.startswith(name.lower()[:3]) and other not in close]
+    meant = f"Did you mean {' or '.join(close[:3])}? " if close else ""
+    return f"{meant}Known are {', '.join(known)}."
+
+
+def read_hardware(file: Path) -> Hardware:
+    """The machine that a JSON file describes: one object, of the form that those in `catalogue.json` have."""
+    try:
+        values: Any = json.loads(file.read_text())
+    except OSError as error:
+        raise ArgumentError(
+            f"`target` must name a file that can be read. Got {str(file)!r}: {error.strerror}. "
+            "`meshpipe plan --measure-machine FILE.json` writes one."
+        ) from None
+    except ValueError as error:
+        raise ArgumentError(f"{file} must be a JSON file. It is none: {error}.") from None
+    if isinstance(values, list) and len(values) == 1:
+        values = values[0]
+    if not isinstance(values, dict):
+        raise ArgumentError(f"{file} must be a JSON object that describes one machine. Got {type(values).__name__}.")
+    try:
+        return Hardware.of(values)
+    except (ArgumentError, TypeError, KeyError) as error:
+        raise ArgumentError(f"{file} describes no machine. {error}") from None
+
+
+def hardware_of(device_kind: str) -> Hardware | None:
+    """The known machine whose devices JAX calls so; of several that match, the longest name counts."""
+    matching = {
+        kind: hardware
+        for hardware in known_hardware().values()
+        for kind in (hardware.device_kind, *hardware.other_kinds)
+        if device_kind.startswith(kind)
+    }
+    return matching[max(matching, key=len)] if matching else None

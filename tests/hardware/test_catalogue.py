@@ -1,0 +1,105 @@
+"""The described machines, and files that describe further ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshpipe.errors import ArgumentError
+from meshpipe.hardware.catalogue import find_hardware, hardware_of, known_hardware, read_hardware
+
+CATALOGUE = Path(__file__).parents[2] / "meshpipe/hardware/catalogue.json"
+
+
+def test_every_machine_has_sources_and_rates_of_the_right_size() -> None:
+    for hardware in known_hardware().values():
+        assert hardware.sources, hardware.name
+        assert all(1e12 < rate < 1e16 for rate in hardware.flops.values()), hardware.name
+        assert 2**33 <= hardware.memory_bytes < 2**38, hardware.name
+        assert 1e11 < hardware.memory_bandwidth < 1e13, hardware.name
+        assert hardware.network_link <= hardware.host_link < hardware.memory_bandwidth, hardware.name
+        assert hardware.joined_devices >= hardware.devices_per_host, hardware.name
+        assert (hardware.slices is not None) == (hardware.platform == "tpu"), hardware.name
+        assert hardware.platform == "tpu" or "compute_capability" in hardware.compiler, hardware.name
+
+
+def test_a_collective_over_one_axis_uses_two_links_of_a_torus_and_the_whole_of_a_switch() -> None:
+    assert find_hardware("v5p").axis_link == 200e9
+    assert find_hardware("v5p").neighbour_link == 100e9
+    assert find_hardware("h100").axis_link == find_hardware("h100").neighbour_link == 450e9
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6e", "v6e"),
+        ("TPU7x", "tpu7x"),
+    ],
+)
+def test_a_machine_is_found_by_what_jax_calls_its_devices(kind: str, name: str) -> None:
+    hardware = hardware_of(kind)
+    assert hardware is not None
+    assert hardware.name == name
+
+
+def test_of_other_devices_nothing_is_known() -> None:
+    assert hardware_of("cpu") is None
+
+
+def of_catalogue(name: str) -> dict[str, Any]:
+    return next(entry for entry in json.loads(CATALOGUE.read_text()) if entry["name"] == name)
+
+
+def test_a_file_of_the_same_form_describes_a_further_machine(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(of_catalogue("h100") | {"name": "mine", "memory_bytes": 10**9}))
+    hardware = find_hardware(str(file))
+    assert (hardware.name, hardware.memory_bytes) == ("mine", 10**9)
+    assert hardware.rate("bfloat16") == 989.4e12
+    assert hardware.rate("float64") == 67e12
+    assert hardware.rate("int4") == 67e12  # a dtype without a rate: the slowest
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"memory_bytes": None}, "`memory_bytes` must be a whole number of at least 1. Got None"),
+        ({"flops": {}}, "flops must give FLOP/s by dtype"),
+        ({"flops": {"bfloat16": "fast"}}, "flops of bfloat16 must be a number above 0. Got 'fast'"),
+        ({"efficiency": {"products": 2}}, "efficiency of products must be above 0 and at most 1. Got 2"),
+        ({"platform": "abacus"}, "platform must be one of tpu, gpu, cpu. Got 'abacus'"),
+        ({"colour": "green"}, "has unknown colour"),
+        ({"host_latency": -1}, "host_latency must be a number of seconds"),
+    ],
+)
+def test_a_file_with_a_wrong_value_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(of_catalogue("h100") | change))
+    with pytest.raises(ArgumentError, match="describes no machine") as caught:
+        read_hardware(file)
+    assert says in str(caught.value)
+
+
+def test_a_file_that_lacks_values_or_is_no_json_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"name": "mine"}')
+    with pytest.raises(ArgumentError, match="lacks platform, device_kind, flops"):
+        read_hardware(file)
+    file.write_text("name: mine")
+    with pytest.raises(ArgumentError, match="must be a JSON file"):
+        read_hardware(file)
+    file.write_text("3")
+    with pytest.raises(ArgumentError, match=r"one machine\. Got int"):
+        read_hardware(file)
+    with pytest.raises(ArgumentError, match="No such file"):
+        read_hardware(tmp_path / "none.json")
