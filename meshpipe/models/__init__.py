@@ -1,6 +1,7 @@
 """Example models, whose layers are written to be read."""
 
 from meshpipe.models.encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
+from meshpipe.models.gpt2 import GPT2Config as GPT2Config
 from meshpipe.models.language_model import LanguageModelConfig as LanguageModelConfig
 from meshpipe.models.model import LayerConstructor as LayerConstructor
 from meshpipe.models.model import ModelConfig as ModelConfig

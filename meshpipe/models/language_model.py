@@ -3,27 +3,24 @@
 Fields of its config make it one of Llama's relatives: Mistral, Qwen 2 and 3, Gemma 2 and 3.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import ArgumentError, check_positive, check_whole
-from meshpipe.models.model import LayerConstructor, SumAndWeight
+from meshpipe.models.model import LayerConstructor
+from meshpipe.models.next_token import NextTokenConfig
 from meshpipe.models.norms import NormConfig, rms_norm
 from meshpipe.models.rope import RopeScaling, check_theta
 from meshpipe.models.transformer import (
     EMBED,
     HIDDEN,
     Attention,
-    TransformerConfig,
     attention_notes,
     check_at_least_one,
     check_heads,
@@ -57,15 +54,13 @@ class WindowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig(TransformerConfig):
+class LanguageModelConfig(NextTokenConfig):
     """Sizes of the language model; its layers are the embedding, every block, and the head.
 
     Batch fields, each [batch, seq]: `inputs` and `targets` int32; `segment_ids` int32, equal within a document;
     `weights` float32, 0 where a target does not count. Without `segment_ids` a window is one document. `positions`
     int32, where the batch has them, are what RoPE marks; otherwise it marks 0 to seq - 1.
     """
-
-    input: ClassVar[str] = "inputs"
 
     d_model: int = 64
     """Number of features of every position between the layers."""
@@ -183,19 +178,6 @@ class LanguageModelConfig(TransformerConfig):
         if not self.tie_embedding:
             return ()
         return (("layers/0/embedding", f"layers/{self.num_blocks + 1}/tokens/embedding"),)
-
-    def limits(self) -> dict[str, int]:
-        return {"inputs": self.vocab_size, "targets": self.vocab_size}
-
-    def loss(self, output: Float[Array, "batch seq vocab"], batch: Mapping[str, jax.Array]) -> SumAndWeight:
-        losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), batch["targets"])
-        return (losses * batch["weights"]).sum(), batch["weights"].sum()
-
-    def metrics(
-        self, output: Float[Array, "batch seq vocab"], batch: Mapping[str, jax.Array]
-    ) -> dict[str, SumAndWeight]:
-        hits = output.argmax(axis=-1) == batch["targets"]
-        return {"accuracy": ((hits * batch["weights"]).sum(), batch["weights"].sum())}
 
 
 class ScaledEmbed(nnx.Embed):

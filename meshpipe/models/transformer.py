@@ -113,10 +113,11 @@ class Attention(nnx.Module):
             bias_init=zeros_init(EMBED),
             rngs=rngs,
         )
-        self.query_norm = self.key_norm = None
-        if head_norm is not None:
-            self.query_norm = rms_norm(head_dim, None, head_norm, dtype=dtype, rngs=rngs)
-            self.key_norm = rms_norm(head_dim, None, head_norm, dtype=dtype, rngs=rngs)
+
+        def norm() -> nnx.Module | None:
+            return None if head_norm is None else rms_norm(head_dim, None, head_norm, dtype=dtype, rngs=rngs)
+
+        self.query_norm, self.key_norm = norm(), norm()
 
     def __call__(
         self,

@@ -83,7 +83,7 @@ def randomise(model: "object", seed: int) -> None:
         if parameter.ndim == 1:
             parameter.data = parameter.data + 0.3 * noise
         else:
-            parameter.data = noise * (0.7 if "emb" in name or "wte" in name else parameter.shape[-1] ** -0.5)
+            parameter.data = noise * (0.3 if "emb" in name or "wte" in name else parameter.shape[-1] ** -0.5)
 
 
 def make(name: str, config: "object", folder: Path) -> None:

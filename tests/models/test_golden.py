@@ -1,0 +1,68 @@
+"""Published models compute what `transformers` computes with the same weights, at every layout."""
+
+from typing import Any
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from meshpipe import PipelineConfig, Trainer, make_mesh
+
+NAMES = tuple(golden.CONFIGS)
+LAYOUTS: dict[str, tuple[int, int, int]] = {
+    "pipeline": (2, 1, 1),
+    "pipeline_tensor": (2, 1, 2),
+    "pipeline_data": (2, 2, 1),
+}
+
+
+@nnx.jit
+def call(layers: list[nnx.Module], inputs: jax.Array) -> jax.Array:
+    x: Any = inputs
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def batch(name: str, rows: int) -> dict[str, np.ndarray]:
+    """The golden tokens, repeated to fill the rows."""
+    ids = np.resize(golden.expected(name)["ids"], (rows, 16))
+    return {
+        "inputs": ids,
+        "targets": np.roll(ids, -1, axis=1),
+        "segment_ids": np.zeros_like(ids),
+        "weights": np.ones(ids.shape, np.float32),
+    }
+
+
+def test_every_folder_is_tested() -> None:
+    assert {folder.name for folder in golden.FOLDER.iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_on_one_device(name: str) -> None:
+    expected = golden.expected(name)
+    logits = call(golden.modules(name), jnp.asarray(expected["ids"]))
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=golden.TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_at_every_layout(name: str, layout: str) -> None:
+    config, given = golden.CONFIGS[name], batch(name, 6 * 4)
+    trainer = Trainer(
+        golden.modules(name),
+        config.loss,
+        optax.sgd(0.0),
+        batch=given,
+        mesh=make_mesh(*LAYOUTS[layout]),
+        pipeline=PipelineConfig(num_microbatches=4),
+        tied=config.tied(),
+    )
+    expected = np.resize(golden.expected(name)["logits"], (6 * 4, 16, 288))
+    np.testing.assert_allclose(trainer.predict(given), expected, rtol=0, atol=golden.TOLERANCE)
