@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from meshpipe.layers.stage_function import stage_function, streams_of
 from meshpipe.layers.stage_leaves import StageInfo, gathered_leaves, stage_parameters
 from meshpipe.layers.stage_wiring import CutWiring, StageWiring, cut_wiring
 from meshpipe.layers.task import Task
+from meshpipe.layers.traces import Traces
 from meshpipe.layers.trainable import describe_trained, freeze
 from meshpipe.layers.wiring import wire
 from meshpipe.mesh import DATA, submeshes
@@ -37,7 +38,8 @@ from meshpipe.plan.lower import Program, lower
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.simulate import Costs
 from meshpipe.sharding import is_local, place, replicated
-from meshpipe.stage.compile_stages import compile_stages
+from meshpipe.stage.compile_stages import compile_stages, ops_of_stages
+from meshpipe.stage.programs import StagePrograms
 from meshpipe.stage.spec import Boundary, StageSpec, outputs_of
 from meshpipe.stage.target import Target
 from meshpipe.stage.traced import TracedStage
@@ -52,19 +54,6 @@ class Choice:
     """The layers of every stage."""
     costs: ModelCosts | None
     """What the layers were found to cost; None where nothing was measured or given."""
-
-
-class Traces(NamedTuple):
-    """What tracing a model finds."""
-
-    stages: dict[int, TracedStage]
-    """Those that were wanted."""
-    last: tuple[Boundary, ...]
-    """The boundaries of what the last stage hands on."""
-    sums: dict[int, tuple[str, ...]]
-    """The names of what every stage adds up."""
-    values: dict[Value, Boundary]
-    """The boundaries of all values of the graph."""
 
 
 class StagedModel:
@@ -218,31 +207,34 @@ class StagedModel:
         called in between.
         """
         self._name = name
-        assert self.remat is not None, "remat is to be chosen first"
-        fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
-        self.traced, _, sums, _ = self._trace(self.local, remat=self.remat, train=True)
-        self._check_metrics()
+        compiler = compiler or Compiler()
+        self.cache = compiler.cache
+        self.trace_to_run()
         if check is not None:
             check(self)
+        _ = self._path_hashes  # placed now, not in the first step
+        self.programs = self.compile_programs(compiler, also)
+        self.executor = Executor(f"{name}/train", self.program, self._meshes, self.traced, self.programs)
+
+    def trace_to_run(self) -> None:
+        """Traces the local stages for training. Allocates nothing, so the devices of the mesh need not be there."""
+        assert self.remat is not None, "remat is to be chosen first"
+        self.traced, _, sums, _ = self._trace(self.local, remat=self.remat, train=True)
+        self._check_metrics()
         self.parameters = [replace(owned, sums=further_sums(sums[s])) for s, owned in enumerate(self.parameters)]
         for s, stage in self.traced.items():
             once = self.parameters[s].after_step
             written = frozenset[str]() if once is None else once.writes
             self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths - written)
-        _ = self._path_hashes  # placed now, not in the first step
-        compiler = compiler or Compiler()
-        self.cache = compiler.cache
-        self.programs = compile_stages(self.traced, self._ops(), self.remat, compiler, also, fused)
-        self.executor = Executor(f"{name}/train", self.program, self._meshes, self.traced, self.programs)
 
-    def _ops(self) -> dict[int, frozenset[Op]]:
-        """The kinds of work of every stage. Stages of one kind get the same, so that they can share programs."""
-        graph = self.plan.graph
-        kinds = [(graph.trains[s], graph.has_backward(s)) for s in range(self.plan.num_stages)]
-        found: dict[tuple[bool, bool], set[Op]] = {kind: set() for kind in kinds}
-        for action in self.plan.actions:
-            found[kinds[action.stage]].add(action.op)
-        return {s: frozenset(found[kind]) for s, kind in enumerate(kinds)}
+    def compile_programs(self, compiler: Compiler, also: Sequence[Callable[[], None]] = ()) -> dict[int, StagePrograms]:
+        """The programs of the local stages, which `trace_to_run` has traced. Allocates nothing.
+
+        They are compiled in threads, beside the functions `also`.
+        """
+        assert self.remat is not None, "remat is to be chosen first"
+        fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
+        return compile_stages(self.traced, ops_of_stages(self.plan), self.remat, compiler, also, fused)
 
     def _check_metrics(self) -> None:
         """Raises now what the metrics, or layers in evaluation mode, would raise at the first evaluation.

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.phases import phase
-from meshpipe.plan.plan import Op
+from meshpipe.plan.plan import Op, Plan
 from meshpipe.stage.programs import StagePrograms, compile_stage, copy_stage
 from meshpipe.stage.traced import TracedStage
 
@@ -70,3 +70,13 @@ def compile_stages(
             traced[index] = traced[index].retraced()
         programs[index] = found or build(traced[index])
     return programs
+
+
+def ops_of_stages(plan: Plan) -> dict[int, frozenset[Op]]:
+    """The kinds of work of every stage. Stages of one kind get the same, so that they can share programs."""
+    graph = plan.graph
+    kinds = [(graph.trains[s], graph.has_backward(s)) for s in range(plan.num_stages)]
+    found: dict[tuple[bool, bool], set[Op]] = {kind: set() for kind in kinds}
+    for action in plan.actions:
+        found[kinds[action.stage]].add(action.op)
+    return {s: frozenset(found[kind]) for s, kind in enumerate(kinds)}

@@ -241,7 +241,7 @@ def test_sums_reach_the_last_stage_over_few_stages_each(num_stages):
 @pytest.mark.parametrize(("here", "taken"), [(0, 1), (1, 1), (4, 2), (5, 3), (6, 3), (7, 2)])
 def test_a_process_takes_part_in_the_transfers_of_its_own_stage_alone(here, taken, monkeypatch):
     stages = [lone_parameter(mesh) for mesh in submeshes(make_mesh(8))]
-    monkeypatch.setattr("meshpipe.optimizer.optimizer.is_local", lambda mesh: mesh == stages[here].mesh)
+    monkeypatch.setattr("meshpipe.optimizer.updates.is_local", lambda mesh: mesh == stages[here].mesh)
     optimizer = Optimizer(optax.sgd(0.1), stages)
     assert optimizer._up.keys() == optimizer._down.keys()
     assert len(optimizer._up) == taken
