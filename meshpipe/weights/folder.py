@@ -1,0 +1,153 @@
+"""A folder of weights as `transformers` saves it: what model they are of, and reading them by leaf path."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from meshpipe.models.model import ModelConfig
+from meshpipe.weights.architectures import Table, read_config, table_of
+from meshpipe.weights.entry import Entry
+from meshpipe.weights.errors import WeightsError, listed
+from meshpipe.weights.fields import Fields
+from meshpipe.weights.reading import Source, check_dtype, read_leaves
+from meshpipe.weights.tensor_file import Tensor
+from meshpipe.weights.tensor_folder import find_tensors
+
+CONFIG = "config.json"
+COMPANIONS = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+"""Files that go with weights and are copied as they are."""
+
+
+def is_weights_folder(path: str | Path) -> bool:
+    """Whether a folder has weights, or is meant to: a config.json and no checkpoints of meshpipe."""
+    folder = Path(path).expanduser()
+    return (folder / CONFIG).is_file() or any(folder.glob("*.safetensors"))
+
+
+class WeightsFolder:
+    """The weights in a folder with a config.json and files of safetensors.
+
+    Raises `WeightsError`, a `ValueError`, when it is no such folder, when a file is damaged, or when meshpipe has no
+    model like it. The tensors themselves are not read until `read`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path).expanduser().absolute()
+        if not self.folder.is_dir():
+            raise WeightsError(f"Weights are read from a folder of files. Got {self.folder}, which is none.")
+        self.fields = Fields.of_file(self.folder / CONFIG)
+        self.model: ModelConfig = read_config(self.fields)
+        self.table: Table = table_of(self.model)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name as the table has them, with the prefix that some files leave out."""
+        found, prefix = find_tensors(self.folder), self.table.prefix
+        names = {entry.name for entry in self.table.entries}
+        return {
+            prefix + name if name not in names and prefix + name in names else name: tensor
+            for name, tensor in found.items()
+        }
+
+    @property
+    def unused(self) -> Sequence[str]:
+        """Tensors that are not read: buffers that are computed here, and a head that is tied to the embedding."""
+        return sorted(name for name in self.tensors if self._is_known_extra(name))
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The small files that go with the weights: config, tokenizer, chat template."""
+        return [self.folder / name for name in COMPANIONS if (self.folder / name).is_file()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are read."""
+        return sum(self.tensors[name].nbytes for name in {e.name for e in self.table.entries} if name in self.tensors)
+
+    def check(self, leaves: Mapping[str, Any]) -> None:
+        """Raises `WeightsError` unless the tensors are those of a model with these leaves, which have a shape and a
+        dtype; every leaf must have a tensor, and every tensor a leaf.
+        """
+        problems: list[str] = []
+        entries = {entry.path: entry for entry in self.table.entries}
+        wanted = {path: entries.get(self.table.tied.get(path, path)) for path in leaves}
+        if strange := sorted(path for path, entry in wanted.items() if entry is None):
+            problems.append(f"the folder's model has no {listed(strange)}")
+        needed = {path: entry for path, entry in wanted.items() if entry is not None}
+        missing = sorted({entry.name for entry in needed.values() if entry.name not in self.tensors})
+        if missing:
+            problems.append(f"it has no {listed(missing)}")
+        known = {entry.name for entry in needed.values()}
+        extra = sorted(name for name in self.tensors if name not in known and not self._is_known_extra(name))
+        if extra:
+            problems.append(f"the model has no use for {listed(extra)}")
+        problems += self._shape_problems(needed, leaves)
+        if problems:
+            raise WeightsError(
+                f"The tensors of a folder must be those of the model. Got {self.folder}: {'; '.join(problems)}. "
+                "Give the model the sizes of its config.json, or name the folder of that model."
+            )
+        for path, entry in needed.items():
+            check_dtype(entry.name, self.tensors[entry.name], leaves[path].dtype)
+
+    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The leaves `wanted`, by leaf path, with their shardings and in their dtypes; those without a device in this
+        process are left out. Only the parts that this process holds are read. Raises `WeightsError` as `check` does.
+        """
+        entries = {entry.path: entry for entry in self.table.entries}
+        sources = {}
+        for path, shape in wanted.items():
+            entry = entries.get(self.table.tied.get(path, path))
+            if entry is None or entry.name not in self.tensors:
+                raise WeightsError(f"{self.folder} has nothing for {path}. Its model has other sizes.")
+            tensor = self.tensors[entry.name]
+            if problem := _shape_problem(entry, tensor, shape.shape):
+                raise WeightsError(f"Tensors must have the shapes of the model. Got {self.folder}, where {problem}.")
+            check_dtype(entry.name, tensor, shape.dtype)
+            sources[path] = Source(entry, tensor)
+        return read_leaves(sources, wanted)
+
+    def copy_files(self, to: Path) -> None:
+        """Copies the files that go with the weights to a folder."""
+        for file in self.files:
+            shutil.copyfile(file, to / file.name)
+
+    def _shape_problems(self, entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> list[str]:
+        found = [
+            problem
+            for path, entry in entries.items()
+            if entry.name in self.tensors
+            if (problem := _shape_problem(entry, self.tensors[entry.name], leaves[path].shape))
+        ]
+        return [] if not found else ["; ".join(found[:3]) + (f"; {len(found) - 3} more" if len(found) > 3 else "")]
+
+    def _is_known_extra(self, name: str) -> bool:
+        # Some files have the head of a model that ties it to the embedding.
+        of_head = name == "lm_head.weight" and bool(self.table.tied)
+        return of_head or name.endswith(self.table.unused)
+
+
+def _shape_problem(entry: Entry, tensor: Tensor, leaf_shape: Sequence[int]) -> str | None:
+    dims = entry.dims.partition("->")[2].split()
+    if dims and len(dims) != len(leaf_shape):
+        return f"{entry.name} is {list(tensor.shape)}, and {entry.path} is {list(leaf_shape)}"
+    needed = entry.tensor_shape(leaf_shape)
+    return None if needed == tensor.shape else f"{entry.name} is {list(tensor.shape)}, and the model's {list(needed)}"
