@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from meshpipe.layers.fields import call as call
     from meshpipe.layers.fields import named as named
     from meshpipe.layers.fields import reading as reading
+    from meshpipe.layers.fields import sows as sows
     from meshpipe.layers.fields import with_fields as with_fields
     from meshpipe.layers.layer import LayerLike as LayerLike
     from meshpipe.loading import load as load
@@ -61,6 +62,7 @@ _MODULES = {
     "call": "meshpipe.layers.fields",
     "named": "meshpipe.layers.fields",
     "reading": "meshpipe.layers.fields",
+    "sows": "meshpipe.layers.fields",
     "with_fields": "meshpipe.layers.fields",
     "LayerLike": "meshpipe.layers.layer",
     "LossTerm": "meshpipe.loss_term",

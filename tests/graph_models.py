@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from meshpipe import call, named, reading, with_fields
+from meshpipe import call, named, reading, sows, with_fields
 
 WIDTH, SEQ, BATCH, MICROBATCHES = 4, 4, 16, 4
 
@@ -27,6 +27,16 @@ class Dense(nnx.Module):
 class Join(Dense):
     def __call__(self, x: jax.Array, early: jax.Array) -> jax.Array:
         return x + jnp.tanh(self.linear(x)) * early
+
+
+class Sowing(Dense):
+    """Sows its branch, and how large that is."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        branch = jnp.tanh(self.linear(x))
+        self.sow(nnx.Intermediate, "branch", branch)
+        self.sow(nnx.Intermediate, "size", (branch**2).mean())
+        return x + branch
 
 
 class Cross(Dense):
@@ -157,6 +167,21 @@ def _loss_alone(linear: Any, leaves: Any, batch: Any) -> Any:
     return with_early(_dense(linear, 3, _dense(linear, 2, trunk)), batch, side=side)
 
 
+def with_branch(output: jax.Array, batch: Any, *, early: jax.Array, late: jax.Array, size: jax.Array) -> Any:
+    total, weight = squares(output, batch)
+    return total + 0.3 * squares(early * late, batch)[0] + 0.1 * size, weight
+
+
+def _sown(linear: Any, leaves: Any, batch: Any) -> Any:
+    early = jnp.tanh(linear(0, batch["inputs"]))
+    x = batch["inputs"] + early
+    x = x + jnp.tanh(linear(1, x)) * early
+    size = (jnp.tanh(linear(2, x)) ** 2).mean()
+    x = _dense(linear, 2, x)
+    late = jnp.tanh(linear(3, x))
+    return with_branch(x + late, batch, early=early, late=late, size=size)
+
+
 MODELS = {
     "skip": GraphModel(lambda: [named("early", Dense), Dense, Dense, Join], _skip),
     "encoder-decoder": GraphModel(
@@ -192,6 +217,16 @@ MODELS = {
     ),
     "only the loss": GraphModel(
         lambda: [named("trunk", Dense), named("side", Dense), reading("trunk", Dense), Dense], _loss_alone, with_early
+    ),
+    "sown": GraphModel(
+        lambda: [
+            sows(Sowing, early="branch"),
+            Join,
+            sows(Sowing, "size"),
+            sows(Sowing, late="branch"),
+        ],
+        _sown,
+        with_branch,
     ),
 }
 

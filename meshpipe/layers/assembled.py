@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from flax import nnx
@@ -21,6 +20,7 @@ from meshpipe.layers.fields import (
     parameters_of,
 )
 from meshpipe.layers.modes import mode_keywords, told
+from meshpipe.layers.sown import collect, read_by_name
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class _Call:
     function: Callable[..., Any] | None
     name: str | None
     input: str | None
+    sows: tuple[tuple[str, str], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*(() if self.name is None else (self.name,)), *(name for name, _ in self.sows))
 
 
 class Assembled(nnx.Module):
@@ -57,7 +62,7 @@ class Assembled(nnx.Module):
         value = None
         for index, (module, call) in enumerate(zip(self.layers, self._calls, strict=True)):
             where = f"layers/{index} ({type(module).__name__})"
-            later = {c.name: f"layers/{i}" for i, c in enumerate(self._calls) if i >= index and c.name is not None}
+            later = {name: f"layers/{i}" for i, c in enumerate(self._calls) if i >= index for name in c.names}
             names = Names(tuple(batch), makers, later)
             called = call_of(module, call.function)
             asked = None if call.fields is None else dict(call.fields)
@@ -68,9 +73,16 @@ class Assembled(nnx.Module):
                 value = named[source] if source in named else batch[source]
             keywords = {k: named[name] if name in named else batch[name] for k, name in fields.items()}
             keywords |= _told(where, module, called, fields, train, rngs)
-            value = (module if call.function is None else partial(call.function, module))(value, **keywords)
-            if call.name is not None:
-                named[call.name], makers[call.name] = value, where
+            run = called if call.function is None else call.function
+            if call.sows:
+                value, made = nnx.capture(run, nnx.Intermediate)(module, value, **keywords)
+                variables = {"/".join(map(str, key)): variable for key, variable in nnx.to_flat_state(made)}
+                found = read_by_name(collect(where, variables), (name for _, name in call.sows), where)
+                named |= {name: found[sown] for name, sown in call.sows}
+            else:
+                value = run(module, value, **keywords)
+            named |= {} if call.name is None else {call.name: value}
+            makers |= dict.fromkeys(call.names, where)
         return value, named
 
 
@@ -120,6 +132,7 @@ def assemble(layers: Sequence[Any], modules: Sequence[Any] | None = None, *, inp
             )
         found.append(module)
     own = (
-        _Call(None if c.fields is None else tuple(sorted(c.fields.items())), c.function, c.name, c.input) for c in calls
+        _Call(None if c.fields is None else tuple(sorted(c.fields.items())), c.function, c.name, c.input, c.sows)
+        for c in calls
     )
     return Assembled(found, tuple(own), input)

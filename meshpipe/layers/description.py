@@ -44,7 +44,7 @@ def describe_model(model: StagedModel) -> dict[str, str]:
         "batch": ", ".join(f"{name} {_shape(shape)}" for name, shape in sorted(model.microbatches.shapes.items())),
         "input": model.task.input,
         "number of layers": str(len(model.layers)),
-        "named outputs": ", ".join(f"{name} of layers/{i}" for i, name in model.wiring.names.items()) or "none",
+        "named outputs": ", ".join(f"{name} of layers/{o.layer}" for o, name in model.wiring.names.items()) or "none",
         "what layers read": HASH + digest(_words(model.wiring)),
         "plan": f"{plan.schedule} of {plan.num_stages} stages on {ranks}, {plan.num_microbatches} microbatches",
         "cut into stages": ",".join(str(layers.start) for layers in model.cuts),

@@ -64,10 +64,10 @@ def abstract_layers(layers: Sequence[LayerLike], batch_fields: Iterable[str] | N
     )
 
 
-def _names_at(index: int, fields: Sequence[str], names: Mapping[int, str], before: Sequence[Layer]) -> Names:
+def _names_at(index: int, fields: Sequence[str], names: Mapping[str, int], before: Sequence[Layer]) -> Names:
     """What the layer at an index may ask for; `names` has those of all outputs."""
-    outputs = {name: f"{before[i].path} ({before[i].class_name})" for i, name in names.items() if i < index}
-    return Names(fields, outputs, {name: f"layers/{i}" for i, name in names.items() if i >= index})
+    outputs = {name: f"{before[i].path} ({before[i].class_name})" for name, i in names.items() if i < index}
+    return Names(fields, outputs, {name: f"layers/{i}" for name, i in names.items() if i >= index})
 
 
 def shared_parameters(layers: Sequence[Layer]) -> Groups:
@@ -111,6 +111,7 @@ def _called(layer: Layer, module: nnx.Module, call: LayerCall, names: Names | No
         function=call.function,
         name=call.name,
         input=call.input,
+        sows=call.sows,
     )
 
 

@@ -29,6 +29,13 @@ class LayerCall:
     """The name by which later layers, the loss and the metrics get its output; None is without."""
     input: str | None = None
     """The batch field or named output that it is called with; None is the output of the layer before it."""
+    sows: tuple[tuple[str, str], ...] = ()
+    """Values that its call sows, to be had by name as its output is: the name, and the name under which it is sown."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its output and of what it sows."""
+        return (*(() if self.name is None else (self.name,)), *(name for name, _ in self.sows))
 
 
 def with_fields(layer: Any, /, **fields: str) -> LayerCall:
@@ -64,12 +71,35 @@ def named(name: str, layer: Any, /) -> LayerCall:
             f"An output has one name. Got {name!r} for an output that is named {found.name!r}. Readers may call it as "
             f"they like: with_fields(layer, {name}={found.name!r})."
         )
-    if name in KEYWORDS or name == RNGS:
-        raise ArgumentError(
-            f"An output must not be named {name!r}: by that parameter, calls ask for their mode or a random stream. "
-            "Choose another name."
-        )
     return replace(found, name=name)
+
+
+def sows(layer: Any, /, *names: str, **renamed: str) -> LayerCall:
+    """A layer of which values that its call sows as `nnx.Intermediate` can be read by name, as its output can.
+
+    `sows(Block, "features")` gives later layers, the loss and the metrics that have a parameter `features` what the
+    call sows under that name, at whichever stage they live; `sows(Block, router_3="router")` gives it another name.
+    Gradients flow back. What the call sows several times is a tuple, in the order of the calls.
+
+    Arguments:
+        layer: A module or its constructor.
+        *names: Names under which its call sows values.
+        **renamed: Likewise, by the name that readers use.
+
+    Raises `ValueError` for a name that no parameter can have, or that is given twice.
+    """
+    pairs = (*((name, name) for name in names), *renamed.items())
+    if not pairs:
+        raise ArgumentError("sows takes a layer, then names. Got no name. Write e.g. sows(layer, 'features').")
+    found = _call_of(layer)
+    for name, sown in pairs:
+        _check_name("sows", "features", name)
+        _check_name("sows", "features", sown)
+    given = (*found.sows, *pairs)
+    twice = [name for index, (name, _) in enumerate(given) if name in [other for other, _ in given[:index]]]
+    if twice:
+        raise ArgumentError(f"sows must name each value once. Got {twice[0]!r} twice. Leave one out, or rename it.")
+    return replace(found, sows=given)
 
 
 def reading(source: str, layer: Any, /) -> LayerCall:
@@ -99,15 +129,22 @@ def _call_of(layer: Any) -> LayerCall:
 
 
 def _check_name(function: str, example: str, name: Any) -> None:
+    order = ("a layer", "names") if function == "sows" else ("a name", "a layer")
+    written = f"sows(layer, {example!r})" if function == "sows" else f"{function}({example!r}, layer)"
     if not isinstance(name, str):
         raise ArgumentError(
-            f"{function} takes a name, then a layer. Got {kind_of(name)} as the name. Write e.g. "
-            f"{function}({example!r}, layer)."
+            f"{function} takes {order[0]}, then {order[1]}. Got {kind_of(name)} as the name. Write e.g. {written}."
         )
-    if function == "named" and (not name.isidentifier() or iskeyword(name)):
+    if function == "reading":
+        return
+    if not name.isidentifier() or iskeyword(name):
         raise ArgumentError(
-            f"The name of an output must be one that a parameter can have. Got {name!r}. Write e.g. "
-            f"{function}({example!r}, layer)."
+            f"The name of an output must be one that a parameter can have. Got {name!r}. Write e.g. {written}."
+        )
+    if name in KEYWORDS or name == RNGS:
+        raise ArgumentError(
+            f"An output must not be named {name!r}: by that parameter, calls ask for their mode or a random stream. "
+            "Choose another name."
         )
 
 
@@ -245,25 +282,22 @@ def _check_asked(layer: str, called: Callable[..., Any], names: Names, asked: Ma
             )
 
 
-def output_names(layers: Sequence[Any], batch_fields: Collection[str]) -> dict[int, str]:
-    """The names of outputs by the index of their layer. Raises `ValueError` for one that is a batch field or that two
+def output_names(layers: Sequence[Any], batch_fields: Collection[str]) -> dict[str, int]:
+    """The index of the layer of every named output. Raises `ValueError` for a name that is a batch field or that two
     outputs have.
     """
-    found: dict[int, str] = {}
+    found: dict[str, int] = {}
     for index, layer in enumerate(layers):
-        name = layer.name if isinstance(layer, LayerCall) else None
-        if name is None:
-            continue
-        if name in batch_fields:
-            raise ValueError(
-                f"A name must be that of a batch field or of an output, not of both. The output of layers/{index} is "
-                f"named {name!r}, which is a field of the batch. Choose another name."
-            )
-        if name in found.values():
-            first = next(i for i, other in found.items() if other == name)
-            raise ValueError(
-                f"Every named output must have a name of its own. Got {name!r} for those of layers/{first} and "
-                f"layers/{index}. Rename one."
-            )
-        found[index] = name
+        for name in layer.names if isinstance(layer, LayerCall) else ():
+            if name in batch_fields:
+                raise ValueError(
+                    f"A name must be that of a batch field or of an output, not of both. An output of layers/{index} "
+                    f"is named {name!r}, which is a field of the batch. Choose another name."
+                )
+            if name in found:
+                raise ValueError(
+                    f"Every named output must have a name of its own. Got {name!r} for those of layers/{found[name]} "
+                    f"and layers/{index}. Rename one."
+                )
+            found[name] = index
     return found

@@ -92,6 +92,8 @@ class Layer:
     input: str | None = None
     """The batch field or named output that it is called with; None is the output of the layer before it, or the input
     of the model."""
+    sows: tuple[tuple[str, str], ...] = ()
+    """What it sows and others read: the name, and the name under which it is sown; see `meshpipe.sows`."""
     frozen: frozenset[str] = frozenset()
     """The leaves of `state` that are parameters which are not trained."""
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """What layers sow in their calls: terms of the loss, and values for the metrics."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -33,8 +33,10 @@ class Sown(NamedTuple):
     """Terms of the loss: sums over the microbatch."""
     metrics: dict[str, tuple[jax.Array, int]]
     """Scalars that were sown as `nnx.Intermediate`: their sum, and how many there were."""
-    values: dict[str, Any]
-    """What else was sown as `nnx.Intermediate`, in the tuples that NNX makes."""
+    values: dict[str, tuple[Any, ...]]
+    """All that was sown as `nnx.Intermediate`, in the order of the calls."""
+    not_scalar: frozenset[str]
+    """The names of those that are no scalars alone."""
 
 
 def is_sown(variable: Any) -> bool:
@@ -49,7 +51,8 @@ def collect(layer: str, made: Mapping[str, nnx.Variable[Any]]) -> Sown:
     """
     terms: dict[str, jax.Array] = {}
     metrics: dict[str, tuple[jax.Array, int]] = {}
-    values: dict[str, Any] = {}
+    values: dict[str, tuple[Any, ...]] = {}
+    not_scalar: set[str] = set()
     for path, variable in made.items():
         name, value = path.rpartition("/")[2], variable.get_value()
         parts = jax.tree.leaves(value)
@@ -58,21 +61,42 @@ def collect(layer: str, made: Mapping[str, nnx.Variable[Any]]) -> Sown:
             _check_real(name, layer, parts)
             total = sum((jnp.asarray(part, scalar_dtype()).sum() for part in parts), jnp.zeros((), scalar_dtype()))
             terms[name] = terms[name] + total if name in terms else total
-        elif isinstance(variable, nnx.Perturbation):
+            continue
+        if isinstance(variable, nnx.Perturbation):
             continue  # zeros, that the call adds to a value
-        elif parts and all(_is_number(part) for part in parts):
+        values[name] = (*values.get(name, ()), *(value if isinstance(value, tuple) else (value,)))
+        if parts and all(_is_number(part) for part in parts):
             check_name(name, layer)
             scalars = [jnp.asarray(part, scalar_dtype()) for part in parts]
             before, count = metrics.get(name, (jnp.zeros((), scalar_dtype()), 0))
             metrics[name] = jax.lax.stop_gradient(sum(scalars, before)), count + len(scalars)
         else:
-            values[name] = (*values.get(name, ()), *(value if isinstance(value, tuple) else (value,)))
-    if both := sorted(terms.keys() & (metrics.keys() | values.keys())):
+            not_scalar.add(name)
+    if both := sorted(terms.keys() & values.keys()):
         raise ArgumentError(
             "What is sown under one name must be either a term of the loss or an nnx.Intermediate. "
             f"{layer} sows {both[0]!r} as both. Rename one."
         )
-    return Sown(terms, metrics, values)
+    return Sown(terms, metrics, values, frozenset(not_scalar))
+
+
+def read_by_name(sown: Sown, names: Iterable[str], layer: str) -> dict[str, Any]:
+    """What was sown under these names, for others to read: a value that was sown once, or a tuple of all.
+
+    Raises `ArgumentError` for a name under which the call sowed nothing. `layer` names the layer in errors.
+    """
+    found = {}
+    for name in names:
+        if name not in sown.values:
+            way_out = "A term is a part of the loss already." if name in sown.terms else "Correct the name."
+            known = ", ".join(sown.values) or "nothing"
+            raise ArgumentError(
+                f"sows must name what the call sows as nnx.Intermediate. {layer} sows {known}, and {name!r} is asked "
+                f"for. {way_out}"
+            )
+        values = sown.values[name]
+        found[name] = values[0] if len(values) == 1 else values
+    return found
 
 
 def sums_of_sown(sown: Sown, layer: Any, batch: Mapping[str, Any], unread: set[tuple[str, str]]) -> dict[str, object]:
@@ -80,7 +104,8 @@ def sums_of_sown(sown: Sown, layer: Any, batch: Mapping[str, Any], unread: set[t
 
     The mean of a metric weighs a microbatch by its examples. Names of what nothing reads are added to `unread`.
     """
-    unread.update((layer.class_name, name) for name in sown.values)
+    read = {name for _, name in layer.sows}
+    unread.update((layer.class_name, name) for name in sown.not_scalar - read)
     examples = next(iter(batch.values())).shape[0]
     metrics = {name: (total * examples, jnp.float32(count * examples)) for name, (total, count) in sown.metrics.items()}
     return {**term_sums(sown.terms), **metric_sums(metrics, sown=True)}

@@ -14,7 +14,7 @@ from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
 from meshpipe.layers.layer import Layer, Randomness
 from meshpipe.layers.sown import add_sums, objective_of, sums_of_sown
 from meshpipe.layers.stage_wiring import Place, Received, StageWiring
-from meshpipe.layers.wiring import Field, Output
+from meshpipe.layers.wiring import Field, Output, outputs_of
 from meshpipe.optimizer.sums import LOSS, WEIGHT, metric_sums
 from meshpipe.stage.spec import StageFunction, StageOutput
 
@@ -55,48 +55,49 @@ def stage_function(
     def run(params: Any, state: Any, values: tuple[Any, ...], batch: Any, randomness: Any) -> StageOutput:
         seed, paths, step, microbatch = randomness
         draws = Randomness(seed, step, microbatch, {path: paths[i] for i, path in enumerate(streams)})
-        made: list[Any] = []
-        """The output of every layer so far."""
+        made: dict[Output, Any] = {}
+        """The outputs of the layers so far."""
 
         get = partial(_value_at, batch=batch, values=values, made=made)
 
-        def call(index: int, params: Any, state: Any, value: Any) -> tuple[Any, Any, dict[str, Any]]:
+        def call(index: int, params: Any, state: Any, value: Any) -> tuple[dict[Output, Any], Any, dict[str, Any]]:
             layer = layers[index]
             with call_of_layer(layer.path, layer.class_name, stage, value, train=train):
                 keywords = {keyword: get(place) for keyword, place in wiring.keywords[index]}
                 value, after, sown = layer(params, state, value, keywords, draws, train=train)
             _check_output(layer, value)
             of_sown = sums_of_sown(sown, layer, batch, unread) if unread is not None else {}
+            own = outputs_of(index, layer, value, sown)
             if loss is None or index < last:
-                return value, after, of_sown
-            # Inside of a checkpoint around the last layer, `made` does not have its output yet.
+                return own, after, of_sown
+            # Inside of a checkpoint around the last layer, `made` does not have its outputs yet.
             named = [
-                {keyword: value if place == Output(last) else get(place) for keyword, place in given}
+                {keyword: own[place] if place in own else get(place) for keyword, place in given}
                 for given in (wiring.loss, wiring.metrics)
             ]
-            return None, after, add_sums(of_sown, _sums(loss, metrics, value, batch, *named))
+            return {}, after, add_sums(of_sown, _sums(loss, metrics, value, batch, *named))
 
         found: dict[str, Any] = {}
         for index, layer in enumerate(layers):
-            run_layer: Callable[..., tuple[Any, Any, dict[str, Any]]] = partial(call, index)
+            run_layer: Callable[..., tuple[dict[Output, Any], Any, dict[str, Any]]] = partial(call, index)
             if policies and policies[index] is not None:
                 run_layer = jax.checkpoint(run_layer, policy=policies[index])
             owned = _part(params, layer.params), _part(state, layer.state)
-            value, after, of_layer = run_layer(*owned, get(wiring.inputs[index]))
+            own, after, of_layer = run_layer(*owned, get(wiring.inputs[index]))
             found = add_sums(found, of_layer)
-            made.append(jax.tree.map(_stored, value) if index in stored else value)
+            made |= {output: jax.tree.map(_stored, v) if output in stored else v for output, v in own.items()}
             state = {**state, **after}
-        handed_on = (*(made[index] for index in wiring.outputs), *made[last:][:outputs])
+        handed_on = tuple(made[output] for output in (*wiring.outputs, *([Output(last)] if outputs else ())))
         return StageOutput(handed_on, found, objective_of(found), state)
 
     return run
 
 
-def _value_at(place: Place, *, batch: Mapping[str, Any], values: Sequence[Any], made: Sequence[Any]) -> Any:
+def _value_at(place: Place, *, batch: Mapping[str, Any], values: Sequence[Any], made: Mapping[Output, Any]) -> Any:
     """What a stage has at a place: `values` are those that it was handed, `made` the outputs of its own layers."""
     if isinstance(place, Field):
         return batch[place.name]
-    return values[place.index] if isinstance(place, Received) else made[place.layer]
+    return values[place.index] if isinstance(place, Received) else made[place]
 
 
 def _sums(
@@ -113,14 +114,14 @@ def _sums(
     return {LOSS: total, WEIGHT: weight, **metric_sums(extra)}
 
 
-def _stored_outputs(wiring: StageWiring, policies: Sequence[Callable[..., bool] | None]) -> frozenset[int]:
-    """The layers of the stage whose outputs are read by others that are recomputed, of which the last one includes loss
-    and metrics.
+def _stored_outputs(wiring: StageWiring, policies: Sequence[Callable[..., bool] | None]) -> frozenset[Output]:
+    """The outputs of layers of the stage that are read by others that are recomputed, of which the last one includes
+    loss and metrics.
     """
     reads = [[place, *(p for _, p in given)] for place, given in zip(wiring.inputs, wiring.keywords, strict=True)]
     reads[-1] += [place for _, place in (*wiring.loss, *wiring.metrics)]
     recomputed = (places for places, policy in zip(reads, policies, strict=False) if policy is not None)
-    return frozenset(place.layer for places in recomputed for place in places if isinstance(place, Output))
+    return frozenset(place for places in recomputed for place in places if isinstance(place, Output))
 
 
 def _part(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:

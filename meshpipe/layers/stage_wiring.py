@@ -1,7 +1,7 @@
 """The graph of a model cut into stages: the values that move, and what the layers of each stage read."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from meshpipe.layers.wiring import Field, Output, Source, Wiring
@@ -29,8 +29,8 @@ class StageWiring:
     """What each layer is called with."""
     keywords: tuple[Keywords, ...]
     """What each layer gets besides, by keyword."""
-    outputs: tuple[int, ...]
-    """The layer, counted from the first one of the stage, that makes each value of `Graph.outputs`."""
+    outputs: tuple[Output, ...]
+    """What the layers make of each value of `Graph.outputs`; they count from the first one of the stage."""
     loss: Keywords = ()
     """In the last stage, what the loss gets by keyword."""
     metrics: Keywords = ()
@@ -57,21 +57,21 @@ def cut_wiring(
         **{("metrics", keyword): source for keyword, source in wiring.metrics.items() if metrics},
     }
     stage_of = {index: stage for stage, cut in enumerate(cuts) for index in cut}
-    readers: dict[int, set[int]] = {}
-    """The later stages that read the output of a layer."""
+    readers: dict[Output, set[int]] = {}
+    """The later stages that read an output."""
     for stage, cut in enumerate(cuts):
         for source in _reads(wiring, cut, of_loss if stage == len(cuts) - 1 else {}):
             if isinstance(source, Output) and stage_of[source.layer] < stage:
-                readers.setdefault(source.layer, set()).add(stage)
-    layer_of: dict[str | int, int] = {}
+                readers.setdefault(source, set()).add(stage)
+    output_of: dict[str | int, Output] = {}
     values = []
-    for layer in sorted(readers):
-        maker, targets = stage_of[layer], tuple(sorted(readers[layer]))
-        name = wiring.names.get(layer) or ("" if targets == (maker + 1,) else f"layers/{layer}")
-        layer_of[name or maker] = layer
+    for output in sorted(readers):
+        maker, targets = stage_of[output.layer], tuple(sorted(readers[output]))
+        name = wiring.names.get(output) or ("" if targets == (maker + 1,) else f"layers/{output.layer}")
+        output_of[name or maker] = output
         values.append(Value(name, maker, targets))
     graph = Graph(tuple(trains), tuple(values))
-    makers = {value: layer_of[value.name or value.source] for value in values}
+    makers = {value: output_of[value.name or value.source] for value in values}
     stages = (_stage(wiring, graph, stage, cut, makers, of_loss) for stage, cut in enumerate(cuts))
     return CutWiring(graph, tuple(stages))
 
@@ -88,7 +88,7 @@ def _stage(
     graph: Graph,
     stage: int,
     cut: range,
-    makers: Mapping[Value, int],
+    makers: Mapping[Value, Output],
     of_loss: Mapping[tuple[str, str], Source],
 ) -> StageWiring:
     received = {makers[value]: Received(index) for index, value in enumerate(graph.inputs(stage))}
@@ -96,7 +96,10 @@ def _stage(
     def place(source: Source) -> Place:
         if isinstance(source, Field):
             return source
-        return received.get(source.layer) or Output(source.layer - cut.start)
+        return received.get(source) or own(source)
+
+    def own(output: Output) -> Output:
+        return replace(output, layer=output.layer - cut.start)
 
     def keywords(given: Mapping[str, Source]) -> Keywords:
         return tuple((keyword, place(source)) for keyword, source in sorted(given.items()))
@@ -106,7 +109,7 @@ def _stage(
     return StageWiring(
         inputs=tuple(place(wiring.inputs[index]) for index in cut),
         keywords=tuple(keywords(wiring.keywords[index]) for index in cut),
-        outputs=tuple(makers[value] - cut.start for value in graph.outputs(stage)),
+        outputs=tuple(own(makers[value]) for value in graph.outputs(stage)),
         loss=keywords(of["loss"]),
         metrics=keywords(of["metrics"]),
     )

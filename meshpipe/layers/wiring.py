@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from meshpipe.layers.layer import Layer
+from meshpipe.layers.sown import Sown, read_by_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +17,13 @@ class Field:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Output:
-    """What a layer puts out."""
+    """What a layer puts out: what its call returns, or a value that it sows."""
 
     layer: int
+    sown: str = ""
+    """The name under which the call sows it; empty for what it returns."""
 
 
 Source: TypeAlias = Field | Output
@@ -38,8 +41,8 @@ class Wiring:
     """What the loss gets by keyword, besides the output of the last layer and the microbatch."""
     metrics: Mapping[str, Output]
     """Likewise for the metrics."""
-    names: Mapping[int, str]
-    """The names of outputs, by layer."""
+    names: Mapping[Output, str]
+    """The names of outputs."""
 
     @property
     def output(self) -> Output:
@@ -57,9 +60,18 @@ class Wiring:
         return self.inputs[layer], *self.keywords[layer].values()
 
 
-def get(source: Source, batch: Mapping[str, Any], outputs: Mapping[int, Any]) -> Any:
-    """The value of a source, given the batch and the outputs of layers by index."""
-    return batch[source.name] if isinstance(source, Field) else outputs[source.layer]
+def get(source: Source, batch: Mapping[str, Any], outputs: Mapping[Output, Any]) -> Any:
+    """The value of a source, given the batch and the outputs of layers."""
+    return batch[source.name] if isinstance(source, Field) else outputs[source]
+
+
+def outputs_of(index: int, layer: Layer, value: Any, sown: Sown) -> dict[Output, Any]:
+    """What a layer put out, given what its call returned and sowed.
+
+    Raises `ArgumentError` for a name under which it sowed nothing.
+    """
+    read = read_by_name(sown, (name for _, name in layer.sows), layer.title)
+    return {Output(index): value, **{Output(index, name): found for name, found in read.items()}}
 
 
 def wire(
@@ -76,8 +88,9 @@ def wire(
     `ValueError` for an output that nothing uses, a name that nothing asks for, and a loss or metrics that require
     something else.
     """
-    names = {index: layer.name for index, layer in enumerate(layers) if layer.name is not None}
-    outputs = {name: Output(index) for index, name in names.items()}
+    names = {Output(index): layer.name for index, layer in enumerate(layers) if layer.name is not None}
+    names |= {Output(index, sown): name for index, layer in enumerate(layers) for name, sown in layer.sows}
+    outputs = {name: output for output, name in names.items()}
 
     def source(name: str) -> Source:
         return outputs.get(name) or Field(name)
@@ -143,11 +156,12 @@ def _check_used(layers: Sequence[Layer], wiring: Wiring) -> None:
     by_name = {*wiring.loss.values(), *wiring.metrics.values()}
     for layer, keywords in zip(layers, wiring.keywords, strict=True):
         by_name.update(source for source in keywords.values() if isinstance(source, Output))
-        by_name.update(Output(i) for i, name in wiring.names.items() if name == layer.input)
-    for index, name in wiring.names.items():
-        if Output(index) not in by_name:
+        by_name.update(output for output, name in wiring.names.items() if name == layer.input)
+    for output, name in wiring.names.items():
+        if output not in by_name:
+            what = "sown by" if output.sown else "the output of"
             raise ValueError(
-                f"A named output must be read by name. Got {name!r}, the output of {_spelled(layers[index])}, which no "
+                f"A named output must be read by name. Got {name!r}, {what} {_spelled(layers[output.layer])}, which no "
                 f"layer after it, nor loss, nor metrics ask for. Give a call a parameter {name!r}, ask for it with "
                 f"meshpipe.with_fields(layer, keyword={name!r}), or drop the name."
             )

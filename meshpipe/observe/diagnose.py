@@ -9,7 +9,7 @@ import numpy as np
 
 from meshpipe.layers.layer import Leaves, Randomness
 from meshpipe.layers.staged_model import StagedModel
-from meshpipe.layers.wiring import Output, get
+from meshpipe.layers.wiring import Output, get, outputs_of
 from meshpipe.sharding import replicated, scalar_dtype, widened
 
 
@@ -45,7 +45,7 @@ def _replay(
     model: StagedModel, params: Leaves, state: Leaves, batch: Mapping[str, Any], randomness: Randomness
 ) -> tuple[str | None, Leaves]:
     """One microbatch: the first value that is not finite, and the state afterwards."""
-    outputs: dict[int, Any] = {}
+    outputs: dict[Output, Any] = {}
     pullbacks: list[tuple[int, str, Any, Any]] = []
     for stage, cut in enumerate(model.cuts):
         place = replicated(model.stages[stage].submesh)
@@ -58,15 +58,22 @@ def _replay(
             kept = {path: state[path] for path in layer.state}
 
             def forward(
-                own: Leaves, value: Any, *others: Any, layer: Any = layer, kept: Leaves = kept, draws: Any = draws
+                own: Leaves,
+                value: Any,
+                *others: Any,
+                layer: Any = layer,
+                layer_index: int = index,
+                kept: Any = kept,
+                draws: Any = draws,
             ) -> Any:
                 keywords = dict(zip(layer.fields, others, strict=True))
                 value, after, sown = layer(own, kept, value, keywords, Randomness(*draws), train=True)
-                return (value, sown.terms), after
+                return (outputs_of(layer_index, layer, value, sown), sown.terms), after
 
             with jax.set_mesh(model.stages[stage].submesh):
-                (outputs[index], terms), pullback, after = jax.vjp(forward, own, *reads, has_aux=True)
-            if not _all_finite(jax.tree.leaves((outputs[index], after))):
+                (made, terms), pullback, after = jax.vjp(forward, own, *reads, has_aux=True)
+            outputs |= made
+            if not _all_finite(jax.tree.leaves((made, after))):
                 return f"the output of {where} is not finite", state
             for name, term in terms.items():
                 if not _all_finite([term]):
@@ -77,26 +84,30 @@ def _replay(
 
 
 def _replay_backward(
-    model: StagedModel, outputs: Mapping[int, Any], pullbacks: Sequence[tuple[int, str, Any, Any]], batch: Any
+    model: StagedModel, outputs: Mapping[Output, Any], pullbacks: Sequence[tuple[int, str, Any, Any]], batch: Any
 ) -> str | None:
     """The first value that is not finite from the loss down."""
     places = {index: replicated(model.stages[s].submesh) for s, cut in enumerate(model.cuts) for index in cut}
     of_loss = [model.wiring.output, *model.wiring.loss.values()]
     with jax.set_mesh(model.stages[-1].submesh):
-        total, pullback, weight = _loss(model, [outputs[output.layer] for output in of_loss], batch)
+        total, pullback, weight = _loss(model, [outputs[output] for output in of_loss], batch)
     if not _all_finite([total, weight]):
         return "every layer's output is finite, and the loss is not"
-    gradients: dict[int, Any] = {}
+    gradients: dict[Output, Any] = {}
     found = pullback(jnp.ones_like(total))
     if not _all_finite(jax.tree.leaves(found)):
         return "the gradient of the loss with respect to the outputs that it reads is not finite"
     for output, gradient in zip(of_loss, found, strict=True):
-        _add(gradients, output.layer, gradient, places)
+        _add(gradients, output, gradient, places)
     for index, where, pull, of_terms in reversed(pullbacks):
-        if index not in gradients and not of_terms:  # nothing in the loss depends on it
+        made = [output for output in outputs if output.layer == index]
+        if not gradients.keys() & set(made) and not of_terms:  # nothing in the loss depends on it
             continue
-        of_output = gradients.pop(index) if index in gradients else jax.tree.map(_no_gradient, outputs[index])
-        own_gradient, *found = pull((of_output, of_terms))
+        of_outputs = {
+            output: gradients.pop(output) if output in gradients else jax.tree.map(_no_gradient, outputs[output])
+            for output in made
+        }
+        own_gradient, *found = pull((of_outputs, of_terms))
         for path, leaf in own_gradient.items():
             if not _all_finite([leaf]):
                 return f"outputs and loss are finite; the gradient of {path} in {where} is not"
@@ -104,19 +115,19 @@ def _replay_backward(
             return f"outputs and loss are finite; the gradient of the input of {where} is not"
         for source, gradient in zip(model.wiring.reads(index), found, strict=True):
             if isinstance(source, Output):
-                _add(gradients, source.layer, gradient, places)
+                _add(gradients, source, gradient, places)
     return None
 
 
-def _add(gradients: dict[int, Any], layer: int, gradient: Any, places: Mapping[int, Any]) -> None:
-    """Adds to the gradient of a layer's output, on the submesh of its stage."""
-    gradient = jax.device_put(gradient, places[layer])
-    before = gradients.get(layer, gradient)
+def _add(gradients: dict[Output, Any], output: Output, gradient: Any, places: Mapping[int, Any]) -> None:
+    """Adds to the gradient of an output, on the submesh of its layer's stage."""
+    gradient = jax.device_put(gradient, places[output.layer])
+    before = gradients.get(output, gradient)
 
     def add(a: Any, b: Any) -> Any:
         return a if a.dtype == jax.dtypes.float0 else a + b
 
-    gradients[layer] = gradient if before is gradient else jax.tree.map(add, before, gradient)
+    gradients[output] = gradient if before is gradient else jax.tree.map(add, before, gradient)
 
 
 def _no_gradient(leaf: Any) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from meshpipe.layers.after_step import run_after_step
 from meshpipe.layers.layer import Layer, Randomness, path_hash
-from meshpipe.layers.wiring import Wiring, get
+from meshpipe.layers.wiring import Output, Wiring, get, outputs_of
 from meshpipe.reference.plain import Leaves, LossInputs
 
 
@@ -33,16 +33,17 @@ class LayeredModel:
 
     def run(self, params: Leaves, state: Leaves, batch: Mapping[str, Any], draws: Any) -> tuple[Any, Leaves]:
         leaves = {path: params[name] for path, name in self.names.items() if name in params}
-        outputs: dict[int, Any] = {}
+        outputs: dict[Output, Any] = {}
         written = state | {path: state[name] for path, name in self.names.items() if name in state}
         terms: dict[str, Any] = {}
         for index, layer in enumerate(self._layers):
             value = get(self._wiring.inputs[index], batch, outputs)
             keywords = {k: get(source, batch, outputs) for k, source in self._wiring.keywords[index].items()}
-            outputs[index], after, sown = layer(leaves, written, value, keywords, Randomness(*draws), train=True)
+            value, after, sown = layer(leaves, written, value, keywords, Randomness(*draws), train=True)
+            outputs |= outputs_of(index, layer, value, sown)
             written |= after
             terms |= {name: terms.get(name, 0.0) + term for name, term in sown.terms.items()}
-        return LossInputs(outputs[index], {k: outputs[o.layer] for k, o in self._wiring.loss.items()}, terms), written
+        return LossInputs(value, {k: outputs[output] for k, output in self._wiring.loss.items()}, terms), written
 
     def after_step(self, params: Leaves, state: Leaves) -> Leaves:
         leaves = {path: params[name] for path, name in self.names.items() if name in params}

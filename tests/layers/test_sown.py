@@ -14,7 +14,7 @@ from one_layer import X, draws, layer_of, values
 
 import meshpipe
 from meshpipe import LossTerm, PipelineConfig, Trainer, make_mesh
-from meshpipe.layers.sown import RESERVED
+from meshpipe.layers.sown import RESERVED, read_by_name
 
 
 def sown_by(layer):
@@ -59,6 +59,17 @@ def test_calls_and_modules_of_a_layer_add_up(layer):
     assert {name: float(value) for name, value in found.terms.items()} == {"balance": 9.0}
     assert {name: (float(total), count) for name, (total, count) in found.metrics.items()} == {"size": (6.0, 3)}
     assert [value.shape for value in found.values["features"]] == [X.shape] * 3
+
+
+def test_only_what_is_sown_can_be_read_by_name():
+    found = sown_by(Part)
+    assert {name: np.shape(value) for name, value in read_by_name(found, ("size", "features"), "a").items()} == {
+        "size": (),
+        "features": X.shape,
+    }
+    for name, way_out in (("feature", "Correct the name."), ("balance", "A term is a part of the loss already.")):
+        with pytest.raises(ValueError, match=rf"layers/0 sows features, size, and '{name}' is asked for. {way_out}"):
+            read_by_name(found, (name,), "layers/0")
 
 
 def test_a_scan_over_blocks_adds_up():

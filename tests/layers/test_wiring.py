@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import meshpipe.layers.staged_model
-from meshpipe import Trainer, call, make_mesh, named, reading, verify, with_fields
+from meshpipe import Trainer, call, make_mesh, named, reading, sows, verify, with_fields
 from meshpipe.layers.examine import abstract_layers
 from meshpipe.layers.fields import LayerCall
 from meshpipe.layers.notes import notes_on
@@ -41,6 +41,12 @@ class Perhaps(nnx.Module):
         return x if memory is None else x + memory
 
 
+class Sowing(Decoder):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.sow(nnx.Intermediate, "features", x)
+        return self.linear(x)
+
+
 def loss(output: jax.Array, batch: Any) -> Any:
     return (output**2).sum(), output.size
 
@@ -61,7 +67,7 @@ def test_an_encoder_decoder() -> None:
     before = [Field("inputs"), Output(0), Field("targets"), *map(Output, (2, 3, 4))]
     assert list(found.inputs) == before
     assert [dict(given) for given in found.keywords] == [{}, {}, {}, {"memory": Output(1)}, {}, {"memory": Output(1)}]
-    assert (found.names, found.output, found.fields) == ({1: "memory"}, Output(5), {"inputs", "targets"})
+    assert (found.names, found.output, found.fields) == ({Output(1): "memory"}, Output(5), {"inputs", "targets"})
 
 
 @pytest.mark.parametrize(
@@ -129,10 +135,20 @@ def test_a_cut_says_what_moves_and_what_each_stage_reads() -> None:
     memory, plain = Value("memory", 0, (1, 2)), Value("", 1, (2,))
     assert found.graph.values == (memory, plain)
     assert found.stages == (
-        StageWiring((Field("inputs"), Output(0)), ((), ()), (1,)),
-        StageWiring((Field("targets"), Output(0)), ((), (("memory", Received(0)),)), (1,)),
+        StageWiring((Field("inputs"), Output(0)), ((), ()), (Output(1),)),
+        StageWiring((Field("targets"), Output(0)), ((), (("memory", Received(0)),)), (Output(1),)),
         StageWiring((Received(1), Output(0)), ((), (("memory", Received(0)),)), ()),
     )
+
+
+def test_what_a_layer_sows_is_a_value_beside_its_output() -> None:
+    layers = [dense, sows(named("image", Sowing), memory="features"), Decoder, Decoder]
+    found = wiring(layers, two_towers)
+    assert found.names == {Output(1): "image", Output(1, "features"): "memory"}
+    cut = cut_wiring(found, [range(2), range(2, 3), range(3, 4)], (True,) * 3)
+    image, memory, plain = Value("image", 0, (1, 2)), Value("memory", 0, (1, 2)), Value("", 1, (2,))
+    assert cut.graph.values == (image, memory, plain)
+    assert cut.stages[0].outputs == (Output(1), Output(1, "features"))
 
 
 def test_a_plain_list_is_a_chain_and_its_inner_stages_are_equal() -> None:
@@ -173,7 +189,7 @@ WRONG: dict[str, tuple[Callable[[], list[Any]], dict[str, Any], str]] = {
     "a batch field": (
         lambda: [dense, named("targets", dense), dense],
         {},
-        "A name must be that of a batch field or of an output, not of both. The output of layers/1 is named 'targets', "
+        "A name must be that of a batch field or of an output, not of both. An output of layers/1 is named 'targets', "
         "which is a field of the batch. Choose another name.",
     ),
     "twice": (
@@ -282,6 +298,29 @@ WRONG: dict[str, tuple[Callable[[], list[Any]], dict[str, Any], str]] = {
         {},
         "The name of an output must be one that a parameter can have. Got 'the memory'. Write e.g. "
         "named('memory', layer).",
+    ),
+    "what is sown has the name of an output": (
+        lambda: [MEMORY, sows(Sowing, memory="features"), Decoder],
+        {},
+        "Every named output must have a name of its own. Got 'memory' for those of layers/0 and layers/1. Rename one.",
+    ),
+    "what is sown is read by nobody": (
+        lambda: [dense, sows(Sowing, "features"), dense],
+        {},
+        "A named output must be read by name. Got 'features', sown by layers/1 (Sowing), which no layer after it, nor "
+        "loss, nor metrics ask for.",
+    ),
+    "sows without names": (lambda: [sows(Sowing)], {}, "sows takes a layer, then names. Got no name. Write e.g."),
+    "sows one name twice": (
+        lambda: [sows(sows(Sowing, "features"), features="other")],
+        {},
+        "sows must name each value once. Got 'features' twice. Leave one out, or rename it.",
+    ),
+    "sows no identifier": (
+        lambda: [sows(Sowing, "the features")],
+        {},
+        "The name of an output must be one that a parameter can have. Got 'the features'. Write e.g. "
+        "sows(layer, 'features').",
     ),
     "the name of a mode": (
         lambda: [named("train", dense), Decoder],
