@@ -10,6 +10,7 @@ from functools import partial
 from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, explanation
 from meshpipe.cli.checkpoint import checkpoint
 from meshpipe.cli.doctor import doctor
+from meshpipe.cli.generate import generate
 from meshpipe.cli.init import init
 from meshpipe.cli.launch import launch
 from meshpipe.cli.metrics import metrics
@@ -33,6 +34,7 @@ USAGE = """usage: meshpipe COMMAND ...
   plan RECIPE [flags] [--plot FILE.png]     show stages, schedule, bubble and memory; runs no step
   plan RECIPE [flags] --compare             compare the costs of all schedules
   plan RECIPE --profile [flags]             measure each layer on this machine, and suggest a better partition
+  generate FOLDER --prompt TEXT [flags]     continue texts with a trained model
   metrics RUN... [--plot FILE.png]          compare runs: losses, throughput, status; draw their curves
   launch --processes N [flags] -- train RECIPE [flags]   run N processes on this machine
   checkpoint list DIR                       list checkpoints and their layouts
@@ -54,6 +56,7 @@ def _commands(stop: StopRequest) -> dict[str, Command]:
         "train": partial(train, stop=stop),
         "verify": verify,
         "plan": plan,
+        "generate": generate,
         "metrics": metrics,
         "launch": launch,
         "checkpoint": checkpoint,

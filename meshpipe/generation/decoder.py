@@ -53,8 +53,8 @@ class Texts:
 class Decoder:
     """Continues groups of `batch` texts of up to `length` positions, on the submeshes of a mesh.
 
-    A text is a row of tokens. Every forward gives one more token for each text of a group; the caches of a group live on
-    the submeshes of the stages, and only tokens go from the last stage back to the first. All calls return at once.
+    A text is a row of tokens. Every forward gives one more token for each text of a group. The caches of a group live
+    on the submeshes of the stages, and only tokens go from the last stage back to the first. All calls return at once.
     Every process of the mesh makes the same calls in the same order.
     """
 
@@ -159,7 +159,7 @@ class Decoder:
     def _compiled(self, what: str, seq: int) -> Forwards:
         name = f"{self.group.name}/{self.batch} x {self.length}, {what}"
         microbatches = Microbatches(_shapes(self.input, self.batch, seq), self.input, 1, self.model.mesh)
-        return self.model.forwards(name, microbatches, outputs=True)
+        return self.model.forwards(name, microbatches, outputs=True, what="generate")
 
     def _feeding(self) -> Any:
         """The function that makes the newest tokens the input of the first stage; None where that is elsewhere."""

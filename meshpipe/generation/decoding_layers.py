@@ -1,4 +1,4 @@
-"""The layers of a language model as generation runs them: attention keeps what it has seen, and the last layer draws."""
+"""The layers of a language model in generation: attention keeps what it has seen, and the last layer draws a token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -93,9 +93,7 @@ class Generator:
         )
         self._weights = StagedWeights.of(task, self.mesh, given(weights) if isinstance(weights, Mapping) else weights)
 
-    def generate(
-        self, prompts: str | Sequence[str], sampling: SamplingConfig | None = None, **fields: Any
-    ) -> Any:
+    def generate(self, prompts: str | Sequence[str], sampling: SamplingConfig | None = None, **fields: Any) -> Any:
         """The texts that follow the prompts: of one prompt a string, of several a list of them, in their order.
 
         Arguments:

@@ -81,7 +81,8 @@ class RunningGroup:
         self.unread.append(tokens)
 
     def _read(self) -> Iterator[Drawn]:
-        tokens = local_value(self.unread.popleft()) if not self.decoder.group.is_alone else np.asarray(self.unread.popleft())
+        read = np.asarray if self.decoder.group.is_alone else local_value  # the latter of a replicated array
+        tokens = read(self.unread.popleft())
         for request, token in zip(self.requests, tokens.tolist(), strict=False):  # the group may be filled up
             if request.ended:
                 continue

@@ -1,9 +1,10 @@
 """What turns text into tokens and back."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class TextTokenizer(Protocol):
     """What generation needs of a tokenizer, such as `meshpipe.data.tokenizer.Tokenizer`."""
 
@@ -14,9 +15,9 @@ class TextTokenizer(Protocol):
     def end(self) -> int | None:
         """The token that ends a text, if there is one."""
 
-    def encode(self, text: str, special: bool = True) -> list[int]: ...
+    def encode(self, text: str, *, special: bool = True) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, tokens: Iterable[int]) -> str: ...
 
 
 class ByteTokenizer:
@@ -25,8 +26,8 @@ class ByteTokenizer:
     vocab_size = 256
     end: int | None = None
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode(errors="replace")
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
