@@ -9,6 +9,7 @@ from functools import partial
 
 from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, explanation
 from meshpipe.cli.checkpoint import checkpoint
+from meshpipe.cli.data import data
 from meshpipe.cli.doctor import doctor
 from meshpipe.cli.generate import generate
 from meshpipe.cli.init import init
@@ -40,6 +41,9 @@ USAGE = """usage: meshpipe COMMAND ...
   checkpoint list DIR                       list checkpoints and their layouts
   checkpoint show DIR [--step N]            show the full metadata of one checkpoint
   checkpoint verify DIR                     check every byte against its checksum
+  data prepare SOURCES... [flags]           tokenize text and pack it into windows for training
+  data show DIR                             show what a prepared folder has, and windows of it as text
+  data verify DIR                           check every byte against its checksum
   doctor                                    show versions, machine and devices, and what is missing
   --version                                 show the version
 
@@ -60,6 +64,7 @@ def _commands(stop: StopRequest) -> dict[str, Command]:
         "metrics": metrics,
         "launch": launch,
         "checkpoint": checkpoint,
+        "data": data,
         "doctor": doctor,
     }
 
