@@ -244,7 +244,7 @@ class Chooser:
     def _memory(self, cuts: Cuts, remat: str) -> Any:
         """What each stage stores, also with a split backward."""
         stages_per_rank = len(cuts) // self._num_ranks
-        plan = _split_backwards(gpipe(self._num_ranks, self.config.num_microbatches, stages_per_rank))
+        plan = split_backwards(gpipe(self._num_ranks, self.config.num_microbatches, stages_per_rank))
         config = replace(self.config, remat=remat)
         return stage_memory(self._model(Choice(plan, cuts, None), config=config), self.transformation)
 
@@ -292,7 +292,7 @@ def _ops(plan: Plan) -> set[Op]:
     return {action.op for action in plan.actions}
 
 
-def _split_backwards(plan: Plan) -> Plan:
+def split_backwards(plan: Plan) -> Plan:
     """The plan with every backward split in two parts, one directly after the other."""
 
     def parts(action: Action) -> tuple[Action, ...]:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import itertools
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -89,6 +89,20 @@ def _of_part(config: Any, part: str, prefix: str) -> Iterator[Flag]:
             yield from _of_part(value, part, f"{name}.")
         else:
             yield Flag(name, part, hint, value, text)
+
+
+def changed_arguments(before: Any, after: Any, leave_out: Collection[str] = ()) -> list[str]:
+    """The arguments that make one config another, but for some of the flags."""
+    values = {flag.name: flag.default for flag in flags_of(before)}
+    changed = [flag for flag in flags_of(after) if flag.default != values.get(flag.name) and flag.name not in leave_out]
+    return [word for flag in changed for word in _as_arguments(flag.name, flag.default)]
+
+
+def _as_arguments(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        section, dot, last = name.rpartition(".")
+        return [f"--{name}" if value else f"--{section}{dot}no-{last}"]
+    return [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
 
 
 def suggestion(flag: str, known: Sequence[str]) -> str:

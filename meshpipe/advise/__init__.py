@@ -1,0 +1,1 @@
+"""Which layout to train with on given devices: searched by arithmetic and simulation."""

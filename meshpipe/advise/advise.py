@@ -1,0 +1,95 @@
+"""Finds the layout to train with on the devices of a described machine."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from meshpipe.advise.advice import Advice, Confirmed
+from meshpipe.advise.candidates import REMATS, Space
+from meshpipe.advise.estimate import Estimator
+from meshpipe.advise.layout import Layout
+from meshpipe.advise.search import search
+from meshpipe.advise.survey import survey
+from meshpipe.advise.times import Roofline
+from meshpipe.config import Config
+from meshpipe.errors import ArgumentError
+from meshpipe.hardware.target_name import TargetName
+from meshpipe.plan.schedules import SCHEDULES
+from meshpipe.stage.target import Target
+
+
+def advise_on(
+    config: Config,
+    target: TargetName,
+    *,
+    devices: Sequence[jax.Device],
+    programs_for: Target | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    memory: int | None = None,
+    command: Callable[[Layout], str],
+) -> Advice:
+    """The advice on a run: its best layouts, and why those of other kinds lost.
+
+    Arguments:
+        config: The run; its own layout does not matter.
+        target: The devices that it is to use, all of them.
+        devices: Two devices or more that stand for them while layers are traced.
+        programs_for: The kind of devices that programs are written for; None is that of `devices`.
+        fixed: Fields of `Layout` that the layouts must have.
+        memory: The bytes of a device that a step may need; None is most of its memory.
+        command: What runs a layout.
+
+    Raises `ValueError` when the model or its data cannot be had, or no layout has what is fixed.
+    """
+    started = time.perf_counter()
+    check_fixed(fixed or {})
+    space = space_of(config, target.num_devices, fixed or {})
+    if next(space.layouts(), None) is None:
+        raise ArgumentError(_nothing(config, target, fixed or {}))
+    work = survey(config, devices, programs_for)
+    estimator = Estimator(work, Roofline(work, target.hardware), target.hardware, config.batch_size)
+    if memory is not None:
+        estimator.limit = float(memory)
+    can_shard = any(parameter.over_data is not None for parameter in work.parameters)
+    found = search(replace(space, can_shard=can_shard), estimator)
+    best = [Confirmed(estimate=estimate, how="estimated") for estimate in found.fastest]
+    return Advice(
+        devices=str(target),
+        batch_size=config.batch_size,
+        tokens=None if work.tokens is None else work.tokens * config.batch_size,
+        limit=estimator.limit,
+        considered=found.considered,
+        simulated=found.simulated,
+        seconds=time.perf_counter() - started,
+        best=best,
+        families=list(found.families.values()),
+        command=command(best[0].estimate.layout) if best else "",
+    )
+
+
+def space_of(config: Config, num_devices: int, fixed: Mapping[str, Any]) -> Space:
+    return Space(num_devices=num_devices, batch_size=config.batch_size, num_layers=len(config.layers()), fixed=fixed)
+
+
+def check_fixed(fixed: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what no layout that is searched can have."""
+    remat, schedule = fixed.get("remat"), fixed.get("schedule")
+    if remat is not None and remat not in REMATS:
+        raise ArgumentError(
+            f"`remat` must be one of {', '.join(REMATS)}, as far as layouts are searched. Got {remat!r}."
+        )
+    if schedule is not None and (schedule not in SCHEDULES or schedule == "inference"):
+        names = ", ".join(name for name in SCHEDULES if name != "inference")
+        raise ArgumentError(f"`schedule` must be one of {names}, as far as layouts are searched. Got {schedule!r}.")
+
+
+def _nothing(config: Config, target: TargetName, fixed: Mapping[str, Any]) -> str:
+    settled = ", ".join(f"{name} {value}" for name, value in fixed.items())
+    return (
+        f"A layout must have all {target.num_devices:,} devices and divide the batch of {config.batch_size:,}. "
+        f"Got no such layout{f' with {settled}' if settled else ''}. Change the batch size, the target"
+        f"{', or what is settled' if settled else ''}."
+    )

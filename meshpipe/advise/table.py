@@ -1,0 +1,78 @@
+"""What people read of an advice."""
+
+import textwrap
+
+from rich.console import Console
+
+from meshpipe.advise.advice import Advice, Confirmed
+from meshpipe.advise.estimate import Estimate
+from meshpipe.report.columns import Columns
+from meshpipe.report.tables import count_of, format_bytes, make_table, print_text
+
+
+def print_advice(console: Console, recipe: str, advice: Advice, top: int) -> None:
+    """The best few layouts, why each family lost, and the command that runs the winner."""
+    print_text(
+        console,
+        f"{recipe} on {advice.devices}: a batch of {count_of(advice.batch_size, 'example')}. "
+        f"{advice.considered:,} layouts, {advice.simulated:,} simulated, in {advice.seconds:.0f} s.\n",
+    )
+    if advice.best:
+        console.print(_best_table(advice, top))
+        print_text(
+            console,
+            "\nMoved: bytes that a device sends to others in a step. Memory is that of the fullest device, of "
+            f"{format_bytes(advice.limit)} that it may use.\n",
+        )
+    for refused in advice.refused:
+        print_text(console, f"Not {_words(refused.estimate)}: {refused.reason}.\n")
+    print_text(console, "The best of every kind of parallelism, and why it lost:")
+    console.print(_family_table(advice))
+    if advice.command:
+        print_text(console, f"\nTo run the best:\n  {advice.command}")
+    else:
+        print_text(console, "\nNothing fits. Use more devices, a smaller model, or shorter examples.")
+
+
+def _best_table(advice: Advice, top: int) -> Columns:
+    speed = "step, s" if advice.tokens is None else "tokens/s"
+    names = ("step, s", speed, "bubble", "memory", "moved")
+    right = ("", "micro-batches", *names)
+    table = make_table("", "layout", "schedule", "micro-batches", "remat", *dict.fromkeys(names), "", right=right)
+    for place, found in enumerate(advice.best[:top], start=1):
+        estimate, layout = found.estimate, found.estimate.layout
+        cells = [place, _mesh(estimate), layout.order or "-", layout.num_microbatches, layout.remat]
+        cells += [f"{estimate.seconds:.4g}"]
+        cells += [] if advice.tokens is None else [f"{advice.tokens / estimate.seconds:,.0f}"]
+        cells += [f"{estimate.bubble:.1%}", format_bytes(estimate.memory), format_bytes(estimate.moved), found.how]
+        table.add_row(*cells, style="bold" if place == 1 else "")
+    return table
+
+
+def _family_table(advice: Advice) -> Columns:
+    reasons, winner = advice.reasons(), advice.winner
+    table = make_table("", "step, s", "against", "why", right=("step, s", "against"), wrap=("why",))
+    order = sorted(advice.families, key=lambda f: f.best.seconds if f.best is not None else float("inf"))
+    for family in order:
+        best = family.best
+        step = "-" if best is None else f"{best.seconds:.4g}"
+        against = "-" if best is None or winner is None else f"{best.seconds / winner.seconds:.2f} x"
+        won = reasons[family.name] == "won"
+        table.add_row(family.name, step, against, reasons[family.name], style="bold" if won else "")
+    return table
+
+
+def _mesh(estimate: Estimate) -> str:
+    mesh = estimate.layout.mesh
+    return mesh.replace("data", "fully sharded") if estimate.layout.is_sharded else mesh
+
+
+def _words(estimate: Estimate) -> str:
+    layout = estimate.layout
+    order = f", {layout.order}" if layout.order else ""
+    return f"{_mesh(estimate)}{order}, {layout.num_microbatches} microbatches, remat {layout.remat}"
+
+
+def as_text(found: Confirmed) -> str:
+    """A layout in a line, for a phase or a message."""
+    return textwrap.shorten(_words(found.estimate), 100)

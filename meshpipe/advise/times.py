@@ -1,0 +1,77 @@
+"""How long the work of a layer takes: by the rates of a described machine, or as it was measured."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from meshpipe.advise.layout import Layout
+from meshpipe.advise.work import LayerWork, ModelWork, ProgramWork
+from meshpipe.hardware.hardware import Hardware
+from meshpipe.hardware.links import Group, collective_seconds
+from meshpipe.plan.plan import Op
+
+RECOMPUTING = ("layer", "full")
+"""The rematerialisations whose backward runs all of forward again."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The time of one program of one layer on one microbatch."""
+
+    compute: float = 0.0
+    recompute: float = 0.0
+    """What rematerialisation adds, with its collectives."""
+    tensor: float = 0.0
+    """Collectives of the tensor axis."""
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.recompute + self.tensor
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.compute + other.compute, self.recompute + other.recompute, self.tensor + other.tensor)
+
+    def __mul__(self, count: float) -> "Seconds":
+        return Seconds(count * self.compute, count * self.recompute, count * self.tensor)
+
+
+@runtime_checkable
+class LayerTimes(Protocol):
+    """The times of the layers of a model."""
+
+    def seconds(self, place: int, op: Op, examples: float, layout: Layout) -> Seconds:
+        """The time of a layer, by its place, for so many examples of a microbatch on each part of the data axis."""
+        ...
+
+
+class Roofline:
+    """A program takes as long as its products or its memory traffic, whichever takes longer, and its collectives."""
+
+    def __init__(self, work: ModelWork, hardware: Hardware) -> None:
+        self._work, self._hardware = work, hardware
+
+    def seconds(self, place: int, op: Op, examples: float, layout: Layout) -> Seconds:
+        layer = self._work.layers[place]
+        tensor = layout.tensor if layer.is_split else 1
+        recomputes = layout.remat in RECOMPUTING
+        programs = layer.programs["none" if recomputes else layout.remat]
+        if op not in programs:
+            return Seconds()
+        own = Seconds(self._of(programs[op], examples, tensor), 0.0, self._reduces(layer, op, examples, tensor))
+        if not recomputes or op not in (Op.BACKWARD, Op.BACKWARD_INPUT):
+            return own
+        again = self._of(programs[Op.FORWARD], examples, tensor) + self._reduces(layer, Op.FORWARD, examples, tensor)
+        return own + Seconds(recompute=again)
+
+    def _of(self, program: ProgramWork, examples: float, tensor: int) -> float:
+        hardware = self._hardware
+        products = sum(amount.of(examples) / hardware.rate(dtype) for dtype, amount in program.operations.items())
+        products /= hardware.efficiency["products"]
+        moved = program.memory.of(examples) / (hardware.memory_bandwidth * hardware.efficiency["memory"])
+        return max(products, moved) / tensor
+
+    def _reduces(self, layer: LayerWork, op: Op, examples: float, tensor: int) -> float:
+        if tensor == 1 or op is Op.BACKWARD_WEIGHT:
+            return 0.0
+        nbytes = (layer.reduces_forward if op is Op.FORWARD else layer.reduces_backward) * examples
+        count = max(1, layer.num_reduces)
+        return count * collective_seconds("all-reduce", nbytes / count, Group(tensor), self._hardware)

@@ -1,0 +1,122 @@
+"""The search for layouts, on the work of a small language model and described machines."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+
+from meshpipe.advise.candidates import Space
+from meshpipe.advise.estimate import Estimate, Estimator
+from meshpipe.advise.layout import Layout
+from meshpipe.advise.search import Family, search
+from meshpipe.advise.survey import survey
+from meshpipe.advise.times import Roofline
+from meshpipe.advise.why import why_lost
+from meshpipe.advise.work import ModelWork
+from meshpipe.config import Config
+from meshpipe.data import TextFilesConfig
+from meshpipe.hardware.catalogue import find_hardware
+from meshpipe.models import LanguageModelConfig
+from meshpipe.plan.plan import Op
+from meshpipe.stage.target import ACCELERATOR
+
+BATCH = 8
+H100 = find_hardware("h100")
+
+
+@pytest.fixture(scope="module")
+def work() -> ModelWork:
+    model = LanguageModelConfig(d_model=32, num_blocks=4, num_heads=4, num_kv_heads=2, d_hidden=64, dtype="bfloat16")
+    config = Config(model=model, data=TextFilesConfig(sequence_length=32), batch_size=BATCH)
+    return survey(config, jax.devices(), ACCELERATOR)
+
+
+def estimator(work: ModelWork, **changes: object) -> Estimator:
+    hardware = replace(H100, **changes)
+    return Estimator(work, Roofline(work, hardware), hardware, BATCH)
+
+
+def space(work: ModelWork, num_devices: int, **fixed: object) -> Space:
+    return Space(num_devices=num_devices, batch_size=BATCH, num_layers=len(work.layers), fixed=fixed)
+
+
+def test_a_block_is_counted_as_its_formulas_say(work: ModelWork):
+    block = work.layers[1]
+    tokens, width, hidden, kv = 32, 32, 64, 16
+    products = 2 * tokens * (2 * width * width + 2 * width * kv + 3 * width * hidden)  # projections and SwiGLU
+    attention = 4 * tokens * tokens * width
+    forward = sum(amount.each for amount in block.programs["none"][Op.FORWARD].operations.values())
+    assert forward == products + attention
+    assert block.output == tokens * width * 2
+    # Megatron-LM's f and g: two all-reduces of the activation each way.
+    assert (block.num_reduces, block.reduces_forward) == (2, 2 * block.output)
+    assert block.reduces_backward == 2 * block.output
+    assert sum(p.nbytes for p in block.parameters) == 4 * (
+        2 * width * width + 2 * width * kv + 3 * width * hidden + 2 * width
+    )
+    assert block.optimizer_bytes == pytest.approx(2, rel=0.01)
+
+
+def test_no_layout_is_faster_than_its_bound(work: ModelWork):
+    by_arithmetic = estimator(work)
+    layouts = list(space(work, 4, remat="layer").layouts())
+    assert len(layouts) > 100
+    for layout in layouts:
+        if work.why_not_split(layout.data, layout.tensor, is_sharded=layout.is_sharded) is None:
+            least, found = by_arithmetic.least_seconds(layout), by_arithmetic.estimate(layout)
+            assert found.seconds >= least * (1 - 1e-9), layout
+            assert found.memory >= by_arithmetic.least_memory(layout) * (1 - 1e-9), layout
+
+
+def test_the_search_finds_what_trying_everything_finds(work: ModelWork):
+    by_arithmetic = estimator(work)
+    possible = [
+        layout
+        for layout in space(work, 4, remat="none").layouts()
+        if work.why_not_split(layout.data, layout.tensor, is_sharded=layout.is_sharded) is None
+    ]
+    everything = [by_arithmetic.estimate(layout) for layout in possible]
+    found = search(space(work, 4, remat="none"), by_arithmetic)
+    assert found.fastest[0].seconds == min(estimate.seconds for estimate in everything)
+    for name, family in found.families.items():
+        of_family = [estimate.seconds for estimate in everything if estimate.layout.family == name]
+        if of_family:
+            assert family.best is not None
+            assert family.best.seconds == min(of_family)
+    assert found.simulated < len(everything) * 0.8
+
+
+def test_what_is_settled_is_kept(work: ModelWork):
+    found = search(space(work, 4, pipeline=2, remat="full"), estimator(work))
+    assert found.considered
+    assert {(e.layout.pipeline, e.layout.remat) for e in found.fastest} == {(2, "full")}
+
+
+def test_memory_decides_when_it_is_scarce(work: ModelWork):
+    roomy = search(space(work, 4, tensor=1, remat="none"), estimator(work))
+    needed = roomy.families["data"].least
+    assert needed is not None
+    scarce = search(space(work, 4, tensor=1, remat="none"), estimator(work, memory_bytes=int(needed[0])))
+    family, winner = scarce.families["data"], scarce.fastest[0]
+    assert family.best is None
+    assert winner.layout.family != "data"
+    assert winner.memory <= 0.92 * needed[0]
+    assert why_lost(family, winner, 0.92 * needed[0]).startswith("does not fit: data 4, with all parameters")
+
+
+def test_slow_links_make_tensor_lose_for_its_all_reduces(work: ModelWork):
+    slow = estimator(work, host_link=1e7, network_link=1e7)
+    found = search(space(work, 4, remat="none"), slow)
+    family, winner = found.families["tensor"], found.fastest[0]
+    assert "tensor" not in winner.layout.family
+    assert family.impossible == "tensor 4 does not divide dim 1 of layers/1/attention/key/kernel, which has 2"
+    mixed = found.families["data + tensor"]
+    assert "all-reduces of activations over 2 devices" in why_lost(mixed, winner, slow.limit)
+
+
+def test_a_family_as_fast_as_the_winner_says_so(work: ModelWork):
+    found = search(space(work, 4, remat="none"), estimator(work))
+    winner: Estimate = found.fastest[0]
+    assert why_lost(Family("x", best=winner), winner, 1.0) == "won"
+    alike = replace(winner, layout=Layout(data=4), seconds=winner.seconds * 1.005)
+    assert why_lost(Family("x", best=alike), winner, 1.0) == "as fast as the winner, within 1%"

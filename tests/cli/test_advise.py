@@ -1,0 +1,88 @@
+"""`meshpipe advise`, called in this process, and its winner, trained."""
+
+import json
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+
+from meshpipe.cli import main
+
+RECIPES = Path(__file__).resolve().parents[1] / "tiny_recipes.py"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    assert jax.device_count() == 8
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "tiny.py").write_text(RECIPES.read_text())
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_command_of_the_winner_trains_in_its_layout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model.depth", "5", "--steps", "1", "--mesh.pipeline", "2"]
+    assert main(["advise", "tiny:pipeline", "--target", "gpu:h100:2", "--json", *flags]) == 0
+    advice = json.loads(capsys.readouterr().out)
+    best, (meshpipe, *command) = advice["best"][0], shlex.split(advice["command"])
+    assert meshpipe == "meshpipe"
+    assert best["pipeline"] * best["data"] * best["tensor"] == 2
+    assert best["step_seconds"] == pytest.approx(sum(best["step_parts"].values()))
+    assert best["memory"] == pytest.approx(sum(best["memory_parts"].values()))
+    assert {"--model.depth", "--steps"} <= set(command)  # what was asked for besides
+    assert main([*command, "--metrics", "m.jsonl"]) == 0
+    start, *_ = (json.loads(line) for line in Path("m.jsonl").read_text().splitlines())
+    same = ("pipeline", "data", "tensor", "num_microbatches", "schedule", "remat")
+    assert {name: start["layout"][name] for name in same} == {name: best[name] for name in same}
+
+
+def test_tables_name_every_family_and_why_it_lost(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "tiny:single", "--target", "gpu:h100:4", "--mesh.tensor", "1", "--top", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("recipes/tiny.py:single on gpu:h100:4" if "recipes/" in out else "tiny:single on gpu:h100:4")
+    rows = [line.split("   ")[0].strip() for line in out.splitlines()]
+    assert {"data", "pipeline", "pipeline + data"} <= set(rows)
+    assert out.count("won") == 1
+    assert "\n3 " not in out
+    assert "  meshpipe train tiny:single --mesh.pipeline" in out
+
+
+@pytest.mark.slow
+def test_settled_flags_are_kept_and_searched_around(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settled = ["--mesh.pipeline", "4", "--schedule", "zb-h1", "--num-microbatches=4"]
+    assert main(["advise", "tiny:single", "--target", "gpu:h100:8", "--json", *settled]) == 0
+    for best in json.loads(capsys.readouterr().out)["best"]:
+        assert (best["pipeline"], best["schedule"], best["num_microbatches"]) == (4, "zb-h1", 4)
+
+
+@pytest.mark.slow
+def test_nothing_that_fits_exits_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "tiny:single", "--target", "gpu:h100:2", "--remat", "none", "--usable-memory", "100B"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit: pipeline 2 needs" in out
+    assert "of 100 B at least" in out
+    assert "Nothing fits." in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--target must say which devices to find a layout for. Got none."),
+        (["--target", "gpu:h100"], "--target must say what machine, and how many devices"),
+        (["--target", "gpu:h200:8", "--partition", "cost"], "advise settles --partition itself."),
+        (["--target", "gpu:h100:8", "--schedule", "auto"], "--schedule must be one of gpipe, "),
+        (["--target", "gpu:h100:7", "--mesh.data", "7"], "must be a multiple of --num-microbatches * --mesh.data"),
+        (["--target", "gpu:h100:8", "--mesh.pipeline", "3"], "Got no such layout with pipeline 3."),
+        (["--target", "gpu:h100:8", "--top", "0"], "must be"),
+        (["--target", "gpu:h100:8", "--usable-memory", "much"], "must be a number of bytes"),
+    ],
+)
+def test_what_cannot_be_exits_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(["advise", "tiny:single", *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
