@@ -82,6 +82,10 @@ class phase:
         """One part is done, whichever it was."""
         self._tell(replace(self._now, number=min(self._now.number + 1, self._now.total)))
 
+    def describe(self, what: str) -> None:
+        """From now on it is described so."""
+        self._tell(replace(self._now, what=what))
+
     def end(self) -> None:
         """Ends a phase that was entered by hand, if it was and has not ended."""
         if self._now.began and self._now.seconds is None:

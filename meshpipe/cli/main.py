@@ -10,7 +10,9 @@ from functools import partial
 from meshpipe.cli.advise import advise
 from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, explanation
 from meshpipe.cli.checkpoint import checkpoint
+from meshpipe.cli.data import data
 from meshpipe.cli.doctor import doctor
+from meshpipe.cli.generate import generate
 from meshpipe.cli.init import init
 from meshpipe.cli.launch import launch
 from meshpipe.cli.metrics import metrics
@@ -35,11 +37,15 @@ USAGE = """usage: meshpipe COMMAND ...
   plan RECIPE [flags] --compare             compare the costs of all schedules
   plan RECIPE --profile [flags]             measure each layer on this machine, and suggest a better partition
   advise RECIPE --target gpu:h100:8 [flags] find the fastest layout on given devices, and say why others lose
+  generate FOLDER --prompt TEXT [flags]     continue texts with a trained model
   metrics RUN... [--plot FILE.png]          compare runs: losses, throughput, status; draw their curves
   launch --processes N [flags] -- train RECIPE [flags]   run N processes on this machine
   checkpoint list DIR                       list checkpoints and their layouts
   checkpoint show DIR [--step N]            show the full metadata of one checkpoint
   checkpoint verify DIR                     check every byte against its checksum
+  data prepare SOURCES... [flags]           tokenize text and pack it into windows for training
+  data show DIR                             show what a prepared folder has, and windows of it as text
+  data verify DIR                           check every byte against its checksum
   doctor                                    show versions, machine and devices, and what is missing
   --version                                 show the version
 
@@ -57,9 +63,11 @@ def _commands(stop: StopRequest) -> dict[str, Command]:
         "verify": verify,
         "plan": plan,
         "advise": advise,
+        "generate": generate,
         "metrics": metrics,
         "launch": launch,
         "checkpoint": checkpoint,
+        "data": data,
         "doctor": doctor,
     }
 

@@ -1,7 +1,7 @@
 """Checks the data of a recipe before anything is compiled."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -9,6 +9,13 @@ from meshpipe.errors import ArgumentError
 
 SAMPLES = 64
 """Number of examples to check, spread over the data."""
+
+
+@runtime_checkable
+class KnowsLimits(Protocol):
+    """A source that knows how large its values are, so that no example has to be read."""
+
+    def check_limits(self, limits: Mapping[str, int]) -> None: ...
 
 
 def check_source(source: Any) -> Any:
@@ -36,6 +43,9 @@ def check_limits(source: Any, limits: Mapping[str, int]) -> None:
     the classes of a model.
     """
     if not limits:
+        return
+    if isinstance(source, KnowsLimits):
+        source.check_limits(limits)
         return
     length = len(source)
     for index in sorted({place * length // SAMPLES for place in range(min(SAMPLES, length))}):

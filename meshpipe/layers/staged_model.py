@@ -262,20 +262,22 @@ class StagedModel:
         microbatches = self.microbatches.resized(size, count, self.wiring.fields)
         return self.forwards("predict", microbatches, outputs=True)
 
-    def forwards(self, name: str, microbatches: Microbatches, *, outputs: bool = False) -> Forwards:
-        """Compiles the forwards for batches of these shapes: to sum up the loss and the metrics, or for outputs."""
+    def forwards(self, name: str, batches: Microbatches, *, outputs: bool = False, what: str = "") -> Forwards:
+        """Compiles the forwards for batches of these shapes: to sum up the loss and the metrics, or for outputs. `what`
+        calls them, in place of their `name`.
+        """
         remat = ("none",) * self.plan.num_stages
         wired = self._wired(loss=not outputs, metrics=not outputs)
         traced, output, sums, _ = self._trace(
-            self.local, remat=remat, train=False, fields=microbatches.fields, outputs=outputs
+            self.local, remat=remat, train=False, fields=batches.fields, outputs=outputs
         )
         if outputs:
-            check_rows(output[-1], microbatches.size // microbatches.count)
+            check_rows(output[-1], batches.size // batches.count)
         return Forwards(
             name=f"{self._name}/{name}",
             plan=self.plan,
             graph=wired.graph,
-            microbatches=microbatches,
+            microbatches=batches,
             meshes=self._meshes,
             traced=traced,
             programs=compile_stages(
@@ -283,7 +285,7 @@ class StagedModel:
                 dict.fromkeys(traced, frozenset({Op.FORWARD})),
                 remat,
                 Compiler(self.cache),
-                what=f"Compiling to {name},",
+                what=f"Compiling to {what or name},",
             ),
             path_hashes=self._path_hashes,
             adds_up_early=any(sums[s] for s in range(self.plan.num_stages - 1)),

@@ -9,7 +9,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.mesh import DATA
 from meshpipe.models.attention import NO_SOFTCAP, AttentionName, attend, choose_attention, stands_in, why_not_cudnn
+from meshpipe.models.cache import KeyValueCache
 from meshpipe.models.model import ModelConfig
 from meshpipe.models.norms import NormConfig, rms_norm
 from meshpipe.models.rope import RopeScaling, rotate
@@ -87,6 +89,9 @@ class Attention(nnx.Module):
         self.window = window
         self.softcap = softcap
         self.scale = scale
+        self.dtype = dtype
+        self.cache: KeyValueCache | None = None
+        """What it keeps of the positions so far, in generation; see `open_cache`."""
         head_dim = d_model // num_heads if head_dim is None else head_dim
 
         def project(heads: int) -> nnx.LinearGeneral:
@@ -131,16 +136,20 @@ class Attention(nnx.Module):
         positions are not marked: they must be part of `x`.
         """
         attended_to = x if memory is None else memory
-        query, key = self.query(x), self.key(attended_to)
+        query, key, value = self.query(x), self.key(attended_to), self.value(attended_to)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rope_theta is not None:
             query = rotate(query, self.rope_theta, positions, self.rope_scaling)
             key = rotate(key, self.rope_theta, positions, self.rope_scaling)
+        if self.cache is not None and positions is not None:
+            self.cache.write(key, value, positions)
+            if x.shape[1] == 1:
+                return self.out(self._attend_to_cache(query, self.cache, positions))
         attended = attend(
             query,
             key,
-            self.value(attended_to),
+            value,
             causal=self.causal,
             segment_ids=segment_ids,
             window=self.window,
@@ -149,6 +158,34 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )
         return self.out(attended)
+
+    def open_cache(self, batch: int, length: int) -> None:
+        """From now on it keeps the keys and values of `batch` texts of up to `length` positions.
+
+        A call with `positions` [batch, seq] then either begins every text, from position 0 on, or continues it: one
+        position of every text (seq 1) attends to all that was kept.
+        """
+        *_, heads, head_dim = self.key.kernel.shape
+        slots = length if self.window is None else min(length, self.window)
+        cache = KeyValueCache((batch, slots, heads, head_dim), (DATA, None, HEADS, None), self.dtype)
+        self.cache = nnx.data(cache)  # until now it was None, which Flax takes for an attribute without variables
+
+    def _attend_to_cache(
+        self,
+        query: Float[Array, "batch 1 heads head_dim"],
+        cache: KeyValueCache,
+        positions: Int[Array, "batch 1"],
+    ) -> Float[Array, "batch 1 heads head_dim"]:
+        return attend(
+            query,
+            cache.keys[...],
+            cache.values[...],
+            causal=False,
+            mask=cache.mask(positions, self.window),
+            softcap=self.softcap,
+            scale=self.scale,
+            implementation="xla",  # fused kernels gain nothing for a single query
+        )
 
 
 def attention_notes(asked: AttentionName, dtype: str, head_dim: int, mesh: Mesh, *, softcap: bool = False) -> list[str]:

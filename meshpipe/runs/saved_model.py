@@ -8,6 +8,7 @@ from typing import Any
 
 from meshpipe.adapters.config import LoraConfig
 from meshpipe.checkpoint import CheckpointError
+from meshpipe.data import DataConfig
 from meshpipe.errors import ArgumentError
 from meshpipe.models.model import ModelConfig
 from meshpipe.runs.recipe import find
@@ -75,6 +76,14 @@ def saved_lora(metadata: Mapping[str, Any], directory: Path) -> LoraConfig:
             f"The metadata of a checkpoint must describe its adapters as a run saves them. Got {saved!r:.80} in "
             f"{directory}: {error}"
         ) from None
+
+
+def saved_data(data: DataConfig, metadata: Mapping[str, Any]) -> DataConfig:
+    """The data of a recipe with the numbers, flags and names that were saved."""
+    config = metadata.get("config")
+    saved = config.get("data") if isinstance(config, dict) else None
+    made: DataConfig = _with_values(data, saved) if isinstance(saved, dict) else data
+    return made
 
 
 def _with_values(config: Any, saved: Mapping[str, Any]) -> Any:

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from meshpipe.cli.joined import process_number
 from meshpipe.cli.output import lasting_output
-from meshpipe.cli.train import process_number
 from meshpipe.phases import phase
 from meshpipe.report import phases as shown
 from meshpipe.report.live_line import ERASE, LiveLine

@@ -1,0 +1,229 @@
+"""`meshpipe generate`."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from meshpipe.cli.arguments import parse
+from meshpipe.cli.joined import process_number, run_joined, take_devices_of_run
+from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.files import expand_fields
+from meshpipe.phases import phase, silence
+from meshpipe.processes.exit_codes import COMPLETED
+from meshpipe.processes.launcher_pipe import end_with_launcher
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshpipe.generation.generator import Generator
+    from meshpipe.generation.tokenizer import TextTokenizer
+    from meshpipe.processes.guard import Guard
+
+DESCRIPTION = "Continues texts with a trained model, from a run, its checkpoints, or a folder of published weights."
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFlags:
+    """What to continue, and where the answers go."""
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A text to continue; may be given several times."""
+    prompts: Path | None = None
+    """File with a prompt a line; in a file that ends in .jsonl, a line is a JSON text, or an object with a `prompt`."""
+    chat: bool = False
+    """Put every prompt as the message of a user into the chat template of the tokenizer."""
+    json: bool = False
+    """Write a JSON object a line, with `prompt`, `text` and `tokens`, in place of text."""
+    tokenizer: Path | None = None
+    """File tokenizer.json, or a folder with one; by default that of the model."""
+    ignore_end: bool = False
+    """Go on after the token that ends a text."""
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "prompts", "tokenizer")
+
+    def texts(self) -> list[str]:
+        """All prompts, in their order. Raises `ArgumentError` for none, and for a file that cannot be read."""
+        found = [*self.prompt, *([] if self.prompts is None else read_prompts(self.prompts))]
+        if not found:
+            raise ArgumentError("generate needs at least one `prompt`, or a file of `prompts`. Got none.")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupFlags:
+    """How many texts run together."""
+
+    batch_size: int = 8
+    """The most texts that run as one group."""
+    in_flight: int | None = None
+    """Groups that run at a time, so that every rank has work; by default, as many as there are ranks."""
+    step: int | None = None
+    """The step of the checkpoint; by default the newest."""
+    compile_cache: str | None = None
+    """Folder that keeps compiled programs for later commands; None keeps none."""
+
+    def __post_init__(self) -> None:
+        check_whole("batch_size", self.batch_size)
+        if self.in_flight is not None:
+            check_whole("in_flight", self.in_flight)
+        if self.step is not None:
+            check_whole("step", self.step, 0)
+        expand_fields(self, "compile_cache")
+
+
+def generate(arguments: list[str]) -> int:
+    end_with_launcher()
+    if process_number(arguments) not in (None, "0"):
+        silence()
+    with phase("Importing JAX"):
+        from meshpipe.generation.sampling import SamplingConfig
+        from meshpipe.generation.saved import open_saved
+        from meshpipe.mesh import MeshConfig
+        from meshpipe.processes.coordination import process_index
+        from meshpipe.processes.join import DistributedConfig
+        from meshpipe.report.tables import make_console
+
+    @dataclass(frozen=True)
+    class Flags:
+        folder: tyro.conf.Positional[Path]
+        """The --run-dir or --checkpoint-dir of a run, or a folder of published weights."""
+        mesh: MeshConfig = field(default_factory=MeshConfig)
+        prompts: Annotated[PromptFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=PromptFlags)
+        sampling: Annotated[SamplingConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplingConfig)
+        groups: Annotated[GroupFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=GroupFlags)
+        distributed: Annotated[DistributedConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=DistributedConfig)
+
+    flags = parse(Flags, arguments, "meshpipe generate", DESCRIPTION)
+    texts = flags.prompts.texts()
+
+    def run(guard: "Guard") -> int:
+        is_first = process_index() == 0
+        console = make_console(stderr=True, quiet=not is_first)
+        saved = open_saved(flags.folder.expanduser(), flags.groups.step, flags.prompts.tokenizer)
+        tokenizer = checked_tokenizer(saved.tokenizer)
+        take_devices_of_run(replace(saved.config, mesh=flags.mesh), console, flags.distributed)
+        prompts = [encoded(tokenizer, text, chat=flags.prompts.chat) for text in texts]
+        sampling = flags.sampling
+        if not flags.prompts.ignore_end:
+            sampling = replace(sampling, stop_tokens=(*sampling.stop_tokens, *saved.ends))
+        with phase(f"Reading {saved}"):
+            generator = saved.generator(
+                flags.mesh.build(),
+                batch_size=flags.groups.batch_size,
+                in_flight=flags.groups.in_flight,
+                compile_cache=flags.groups.compile_cache,
+            )
+        console.print(f"Generating with {saved}.", markup=False)
+        written = _Written(texts, tokenizer, as_json=flags.prompts.json)
+        began = time.perf_counter()
+        for line in written.lines(_drawn(generator, prompts, sampling)):
+            if is_first:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+        _tell_speed(console, written, time.perf_counter() - began)
+        return COMPLETED
+
+    return run_joined(flags.distributed, run)
+
+
+def _drawn(generator: "Generator", prompts: Sequence[Sequence[int]], sampling: Any) -> Iterator[tuple[int, int]]:
+    return ((drawn.request, drawn.token) for drawn in generator.stream(prompts, sampling))
+
+
+class _Written:
+    """Makes text of tokens as they come: that of one prompt at once, of several each when all are there."""
+
+    def __init__(self, prompts: Sequence[str], tokenizer: "TextTokenizer", *, as_json: bool) -> None:
+        self._prompts, self._tokenizer, self._as_json = prompts, tokenizer, as_json
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.first_seconds: float | None = None
+
+    def lines(self, drawn: Iterator[tuple[int, int]]) -> Iterator[str]:
+        streams = len(self._prompts) == 1 and not self._as_json
+        shown, began = "", time.perf_counter()
+        if streams:
+            yield self._prompts[0]
+        for request, token in drawn:
+            if self.first_seconds is None:
+                self.first_seconds = time.perf_counter() - began
+            self.tokens[request].append(token)
+            if streams:
+                text = self._tokenizer.decode(self.tokens[0])
+                if not text.endswith("\ufffd") and text.startswith(shown):  # else a character is not complete yet
+                    yield text[len(shown) :]
+                    shown = text
+        if streams:
+            yield self._tokenizer.decode(self.tokens[0])[len(shown) :] + "\n"
+            return
+        for number, (prompt, tokens) in enumerate(zip(self._prompts, self.tokens, strict=True)):
+            text = self._tokenizer.decode(tokens)
+            if self._as_json:
+                yield json.dumps({"prompt": prompt, "text": text, "tokens": tokens}, ensure_ascii=False) + "\n"
+            else:
+                yield f"{'' if number == 0 else chr(10)}--- {number + 1} of {len(self._prompts)}\n{prompt}{text}\n"
+
+
+def _tell_speed(console: "Console", written: _Written, seconds: float) -> None:
+    count = sum(map(len, written.tokens))
+    if written.first_seconds is None or count < 2:
+        console.print(f"{count} token{'' if count == 1 else 's'} in {seconds:.1f} s, with compilation.")
+        return
+    rest = seconds - written.first_seconds
+    console.print(
+        f"{count} tokens; the first after {written.first_seconds:.1f} s, with compilation, then "
+        f"{(count - 1) / max(rest, 1e-9):.1f} tokens/s."
+    )
+
+
+def checked_tokenizer(tokenizer: "TextTokenizer | None") -> "TextTokenizer":
+    if tokenizer is None:
+        raise ArgumentError(
+            "Text needs the tokenizer that the model was trained with. Got none, and the folder tells of none. Pass "
+            "`tokenizer` FILE."
+        )
+    return tokenizer
+
+
+def encoded(tokenizer: "TextTokenizer", text: str, *, chat: bool) -> list[int]:
+    """The tokens of a prompt; with `chat`, of the message of a user in the tokenizer's chat template."""
+    if not chat:
+        return tokenizer.encode(text)
+    make = getattr(tokenizer, "template", None)
+    template = None if make is None else make()
+    if template is None:
+        raise ArgumentError("`chat` needs a tokenizer with a chat template. Got one without. Leave `chat` out.")
+    return tokenizer.encode(template.render([{"role": "user", "content": text}], prompt=True), special=False)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a file, a line each. Raises `ArgumentError` for a file or line that cannot be read."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"`prompts` must name a text file in UTF-8. Got {str(file)!r}: {error}.") from None
+    found: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            found.append(line)
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ArgumentError(f"Every line of `prompts` must be JSON. Got {file}, line {number}: {error}.") from None
+        text = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise ArgumentError(
+                "Every line of `prompts` must be a JSON text, or an object with a text named prompt. "
+                f"Got {line!r:.60} in {file}, line {number}."
+            )
+        found.append(text)
+    return found

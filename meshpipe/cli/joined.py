@@ -1,0 +1,74 @@
+"""Runs a command in one process, or in all processes of a run together."""
+
+import itertools
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from meshpipe.cli.arguments import explanation
+from meshpipe.cli.devices import take_devices
+from meshpipe.errors import is_for_the_user
+from meshpipe.phases import phase, silence
+from meshpipe.processes.exit_codes import FAILED, INVALID
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshpipe.config import Config
+    from meshpipe.processes.guard import Guard
+    from meshpipe.processes.join import DistributedConfig
+
+
+def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", folder: str | None = None) -> int:
+    """Joins the other processes, if there are any, calls `run`, and returns its status; ends all processes when one of
+    them fails. Messages about a failure name the newest checkpoint of `folder`.
+    """
+    with phase("Importing JAX"):
+        from meshpipe.processes.coordination import process_count, process_index
+        from meshpipe.processes.guard import Guard, leave
+        from meshpipe.processes.join import join
+
+    try:
+        join(distributed)
+    except ConnectionError as error:
+        print(f"meshpipe: {error}", file=sys.stderr)
+        if process_count() > 1:
+            leave(FAILED)
+        return FAILED
+    several = process_count() > 1
+    if process_index() > 0:
+        silence()
+    try:
+        with Guard(folder) as guard:
+            status = run(guard)
+    except Exception as error:
+        if not several or not is_for_the_user(error):
+            raise
+        print(f"meshpipe: {explanation(error)}", file=sys.stderr)
+        status = INVALID
+    if several:
+        leave(status)
+    return status
+
+
+def take_devices_of_run(config: "Config", console: "Console", distributed: "DistributedConfig") -> None:
+    """Takes the devices of the mesh of a config, as `take_devices` does, and opens what moves arrays between
+    processes.
+    """
+    from meshpipe.host import keep_freed_memory
+    from meshpipe.pipeline.peers import open_peers
+    from meshpipe.processes.addresses import own_address
+    from meshpipe.processes.coordination import coordinator_address, process_count
+
+    take_devices(config, console)
+    keep_freed_memory()
+    if process_count() > 1:
+        open_peers(own_address(coordinator_address()), accelerators=distributed.transfers == "sockets")
+
+
+def process_number(arguments: list[str]) -> str | None:
+    """The number of this process, as far as the flags have it: only process 0 says what it does."""
+    flag = "--process-id"
+    given = [value for name, value in itertools.pairwise(arguments) if name == flag]
+    given += [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]
+    return given[-1] if given else None

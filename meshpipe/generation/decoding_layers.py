@@ -1,0 +1,88 @@
+"""The layers of a language model in generation: attention keeps what it has seen, and the last layer draws a token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meshpipe.errors import ArgumentError, kind_of
+from meshpipe.generation.sampling import sample
+from meshpipe.layers.constructors import Make, constructor_of
+from meshpipe.layers.fields import LayerCall, call
+from meshpipe.layers.layer import LayerLike
+from meshpipe.models.transformer import Attention
+
+SAMPLING_FIELDS = ("seed", "request", "temperature", "top_k", "top_p")
+"""The batch fields, a number for each text, that say how its next token is drawn."""
+
+
+@dataclass(frozen=True)
+class CachingConstructor:
+    """Makes the module of a layer, and gives its attentions caches for `batch` texts of up to `length` positions."""
+
+    make: Make
+    batch: int
+    length: int
+
+    def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
+        module = self.make(rngs)
+        for _, part in nnx.iter_modules(module, graph=True):
+            if isinstance(part, Attention):
+                part.open_cache(self.batch, self.length)
+        return module
+
+
+def decoding_layers(layers: Sequence[LayerLike], batch: int, length: int) -> list[LayerLike]:
+    """The layers with caches, of which the last gives a token for each text, int32 `[batch]`, in place of logits.
+
+    Leaves keep their paths; those of caches are `cache/keys` and `cache/values` below their attention. Batch fields:
+    that of the first layer, and `positions`, int32 `[batch, seq]`: either the beginning of a text, from position 0 on,
+    of which the last is repeated to the end of the row, or the next position alone. Besides them those of
+    `SAMPLING_FIELDS`, `[batch]`. Raises `ArgumentError` for layers that are called in ways of their own.
+    """
+    made: list[LayerLike] = []
+    for index, entry in enumerate(layers):
+        given = entry.layer if isinstance(entry, LayerCall) else entry
+        if isinstance(given, nnx.Module):
+            raise ArgumentError(
+                "To generate, every layer must be a constructor, which can give its attention a cache. Got "
+                f"{kind_of(given)} as layers/{index}. Write functools.partial(Class, ...)."
+            )
+        make, function = constructor_of(f"layers/{index}", given)
+        new: Any = given if function is not None else CachingConstructor(make, batch, length)
+        made.append(replace(entry, layer=new) if isinstance(entry, LayerCall) else new)
+    last = made[-1]
+    if isinstance(last, LayerCall) and (last.function is not None or last.fields or last.input or last.name):
+        raise ArgumentError(
+            "To generate, the last layer must be called with the output of the one before it alone. Got one with "
+            "a call, fields or a name of its own."
+        )
+    return [*made[:-1], call(last, _next_tokens)]
+
+
+def _next_tokens(
+    module: Any,
+    x: jax.Array,
+    *,
+    positions: jax.Array,
+    seed: jax.Array,
+    request: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
+    """The token after the last position of every text; the logits of other positions are not computed."""
+    last = positions.argmax(axis=1)  # the first of those that repeat it
+    rows = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    return sample(
+        module(rows)[:, 0],
+        positions.max(axis=1),
+        seed=seed,
+        request=request,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )

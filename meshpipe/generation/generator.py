@@ -1,0 +1,222 @@
+"""Continues texts with a language model whose stages live on the submeshes of a mesh."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from meshpipe.adapters.config import LoraConfig
+from meshpipe.adapters.lora import with_lora
+from meshpipe.compiler.cache import open_cache
+from meshpipe.errors import ArgumentError, check_whole, kind_of
+from meshpipe.generation.decoder import POSITIONS, Decoder
+from meshpipe.generation.requests import Drawn, Request, RunningGroup
+from meshpipe.generation.sampling import SamplingConfig
+from meshpipe.generation.staged_weights import ReadWeights, StagedWeights, given
+from meshpipe.generation.tokenizer import TextTokenizer
+from meshpipe.layers.task import Task
+from meshpipe.mesh import DATA, make_mesh
+from meshpipe.models.model import ModelConfig
+from meshpipe.processes.agreement import agree
+from meshpipe.processes.group import Group
+from meshpipe.sharding import ShardingRules
+
+LEAST_LENGTH = 32
+"""The fewest positions that caches have."""
+LEAST_BEGINNING = 8
+"""The fewest tokens of a row that holds a prompt."""
+
+
+class Generator:
+    """A language model that continues texts: one stage for each rank of the mesh, and no optimizer.
+
+    Prompts are sorted by length into groups of `batch_size`, of which `in_flight` run at a time, so that every rank has
+    work: while one group is at the last rank, others are at those before it. What is generated does not depend on
+    layout, groups or other prompts, but for rounding. Every process of the mesh must make the same calls.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: Mapping[str, Any] | ReadWeights,
+        *,
+        mesh: Mesh | None = None,
+        tokenizer: TextTokenizer | None = None,
+        lora: LoraConfig | None = None,
+        batch_size: int = 8,
+        in_flight: int | None = None,
+        rules: ShardingRules | None = None,
+        compile_cache: str | None = None,
+    ) -> None:
+        """Places the weights on the devices. Nothing is compiled before the first prompt.
+
+        Arguments:
+            model: The configuration of the model, whose attention is `meshpipe.models.transformer.Attention` and whose
+                last layer puts out logits `[batch, seq, vocab]`.
+            weights: Arrays by leaf path, as `meshpipe.load` returns them and `Trainer.params` has them; or a function
+                that reads them onto the submeshes.
+            mesh: The devices; by default one.
+            tokenizer: Turns text into tokens; without it, only `tokens` and `stream` can be used.
+            lora: The adapters of the model, if it has any.
+            batch_size: The most texts of a group.
+            in_flight: How many groups run at a time; by default as many as there are ranks.
+            rules: Which mesh axis splits which axis of a parameter; by default those of `Trainer`.
+            compile_cache: A folder that keeps compiled programs for later; None keeps none.
+
+        Raises `ValueError` when model, weights and mesh do not fit together.
+        """
+        check_whole("batch_size", batch_size)
+        self.mesh = make_mesh() if mesh is None else mesh
+        self.model, self.tokenizer = model, tokenizer
+        self._in_flight = self.mesh.devices.shape[0] if in_flight is None else in_flight
+        check_whole("in_flight", self._in_flight)
+        self._batch_size = batch_size
+        self._group = Group(device.process_index for device in self.mesh.devices.flat)
+        self._layers = with_lora(model.layers(), LoraConfig() if lora is None else lora)
+        self._rules = ShardingRules() if rules is None else rules
+        self._cache = open_cache(compile_cache)
+        self._decoders: dict[tuple[int, int], Decoder] = {}
+        self._calls = itertools.count()
+        shape = jax.ShapeDtypeStruct((self.mesh.shape.get(DATA, 1), LEAST_BEGINNING), jnp.int32)
+        task = Task(
+            self._layers,
+            model.loss,
+            batch={model.input: shape, POSITIONS: shape},
+            input=model.input,
+            tied=model.tied(),
+            rules=self._rules,
+        )
+        self._weights = StagedWeights.of(task, self.mesh, given(weights) if isinstance(weights, Mapping) else weights)
+
+    def generate(self, prompts: str | Sequence[str], sampling: SamplingConfig | None = None, **fields: Any) -> Any:
+        """The texts that follow the prompts: of one prompt a string, of several a list of them, in their order.
+
+        Arguments:
+            prompts: A text, or several.
+            sampling: How text is continued.
+            **fields: Fields of `SamplingConfig`, in place of those of `sampling`: `generate(text, max_tokens=50)`.
+
+        Raises `ValueError` without a tokenizer, and as `tokens` does.
+        """
+        tokenizer = self._tokenizer()
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        found = self.tokens([tokenizer.encode(text) for text in texts], self._sampling(sampling, fields))
+        written = [tokenizer.decode(ids) for ids in found]
+        return written[0] if isinstance(prompts, str) else written
+
+    def tokens(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | None = None, **fields: Any
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt; arguments and errors as those of `stream`."""
+        found: list[list[int]] = [[] for _ in prompts]
+        for drawn in self.stream(prompts, sampling, **fields):
+            found[drawn.request].append(drawn.token)
+        return found
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | None = None, **fields: Any
+    ) -> Iterator[Drawn]:
+        """Every token as soon as it is known, with the number of its prompt.
+
+        Arguments:
+            prompts: The tokens of each prompt, at least one.
+            sampling: How text is continued; a field of `fields` takes precedence.
+            **fields: Fields of `SamplingConfig`.
+
+        Raises `ValueError` for a prompt without tokens, tokens that the model does not have, and a text that is longer
+        than the model allows.
+        """
+        chosen = sampling = self._sampling(sampling, fields) if fields or sampling is None else sampling
+        requests = [Request(number=n, prompt=list(prompt), sampling=chosen) for n, prompt in enumerate(prompts)]
+        self._check(requests, sampling)
+        if not self._group.is_alone:
+            asked = {"prompts": str([request.prompt for request in requests]), "sampling": str(sampling)}
+            agree(self._group, f"prompts {next(self._calls)}", asked)
+        return self._run(requests, sampling)
+
+    def _run(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[Drawn]:
+        if not requests:
+            return
+        waiting = deque(self._grouped(requests))
+        longest = max(len(request.prompt) for request in requests)
+        decoder = self._decoder(len(waiting[0]), longest + sampling.max_tokens - 1)
+        running: list[RunningGroup] = []
+        while waiting or running:
+            while waiting and len(running) < self._in_flight:
+                group = waiting.popleft()
+                seq = _power_of_two(max(len(request.prompt) for request in group), LEAST_BEGINNING)
+                running.append(RunningGroup.begin(decoder, group, min(seq, decoder.length)))
+            for each in running:
+                yield from each.advance()
+            running = [each for each in running if not each.has_ended]
+
+    def _grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Groups of requests whose prompts are about equally long. Few requests make as many groups as can run at a
+        time.
+        """
+        size = min(self._batch_size, -(-len(requests) // self._in_flight))
+        ordered = sorted(requests, key=lambda request: len(request.prompt))
+        return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+    def _decoder(self, texts: int, length: int) -> Decoder:
+        """What continues groups of so many texts of at least this length."""
+        parts = self.mesh.shape.get(DATA, 1)
+        batch = -(-texts // parts) * parts
+        key = batch, _power_of_two(length, LEAST_LENGTH)
+        if key not in self._decoders:
+            self._decoders[key] = Decoder.of(
+                self._layers,
+                input=self.model.input,
+                batch=batch,
+                length=key[1],
+                mesh=self.mesh,
+                cuts=self._weights.model.cuts,
+                rules=self._rules,
+                weights=self._weights.values,
+                group=self._group,
+                cache=self._cache,
+            )
+        return self._decoders[key]
+
+    def _check(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
+        vocab = self.model.limits().get(self.model.input)
+        most: int | None = getattr(self.model, "max_positions", None)
+        for request in requests:
+            if not request.prompt:
+                raise ArgumentError(
+                    f"A prompt must have at least one token. Got none in prompt {request.number}. Begin the text."
+                )
+            if vocab is not None and not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
+                raise ArgumentError(
+                    f"Every token must be one of the model's {vocab:,}. Got {max(request.prompt)} in prompt "
+                    f"{request.number}. Use the tokenizer that the model was trained with."
+                )
+            length = len(request.prompt) + sampling.max_tokens
+            if most is not None and length > most:
+                raise ArgumentError(
+                    f"A text must fit into the {most} positions of the model. Got a prompt of {len(request.prompt)} "
+                    f"tokens and `max_tokens` {sampling.max_tokens}. Shorten one of them."
+                )
+
+    def _tokenizer(self) -> TextTokenizer:
+        if self.tokenizer is None:
+            raise ArgumentError("Text needs a tokenizer. Got none: pass `tokenizer`, or use `tokens` with token ids.")
+        return self.tokenizer
+
+    def _sampling(self, sampling: SamplingConfig | None, fields: Mapping[str, Any]) -> SamplingConfig:
+        """The config with other fields; without a config, the tokenizer's end of a text ends it."""
+        if sampling is None:
+            end = None if self.tokenizer is None else self.tokenizer.end
+            sampling = SamplingConfig(stop_tokens=() if end is None else (end,))
+        if not isinstance(sampling, SamplingConfig):
+            raise ArgumentError(f"`sampling` must be a SamplingConfig. Got {kind_of(sampling)}.")
+        return replace(sampling, **fields)
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())

@@ -1,0 +1,75 @@
+"""The values of a model on the submeshes of its stages, for use without training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from meshpipe.errors import ArgumentError
+from meshpipe.layers.examine import abstract_layers
+from meshpipe.layers.staged_model import Choice, StagedModel
+from meshpipe.layers.task import Task
+from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.plan.partition import partition_by_cost
+from meshpipe.plan.schedules import gpipe
+from meshpipe.training.state import StateTree
+
+ReadWeights = Callable[[StagedModel], Sequence[StateTree]]
+"""Returns the leaves of every local stage, `params` and `state` by leaf path, with the shardings of the model."""
+
+
+@dataclass(frozen=True)
+class StagedWeights:
+    """What a model has learned, on the submeshes of the stages of this process."""
+
+    model: StagedModel
+    """One stage for each rank, cut so that the ranks hold about equally many bytes."""
+    values: Mapping[int, Mapping[str, jax.Array]]
+    """By local stage and leaf path."""
+
+    @classmethod
+    def of(cls, task: Task, mesh: Mesh, read: ReadWeights) -> "StagedWeights":
+        """Cuts the layers of a task into stages, and reads their values."""
+        model = forward_model(task, mesh)
+        trees = read(model)
+        values = {s: {**trees[s].get("params", {}), **trees[s].get("state", {})} for s in model.local}
+        for s in model.local:
+            for path in (*model.parameters[s].params, *model.parameters[s].state):
+                if path not in values[s]:
+                    raise ArgumentError(f"The weights must have every leaf of the model. They lack {path}.")
+        return cls(model, values)
+
+
+def forward_model(task: Task, mesh: Mesh, num_microbatches: int = 1) -> StagedModel:
+    """The model with one stage for each rank of the mesh, so that ranks hold about equally many bytes."""
+    layers = abstract_layers(task.layers, task.batch)
+    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in layer.all_params.values()) for layer in layers]
+    ranks = range(mesh.devices.shape[0])
+    choice = Choice(gpipe(len(ranks), num_microbatches), partition_by_cost(sizes, list(ranks)), None)
+    config = PipelineConfig(schedule="gpipe", num_microbatches=num_microbatches)
+    return StagedModel(task, mesh=mesh, config=config, choice=choice)
+
+
+def given(weights: Mapping[str, Any]) -> ReadWeights:
+    """Reads from arrays by leaf path, such as `meshpipe.load` returns and `Trainer.params` is."""
+
+    def read(model: StagedModel) -> list[StateTree]:
+        trees: list[StateTree] = []
+        for s, stage in enumerate(model.parameters):
+            leaves: dict[str, Any] = {}
+            for path, shape in {**stage.params, **stage.state}.items() if s in model.local else ():
+                if path not in weights or np.shape(weights[path]) != shape.shape:
+                    got = f"one of {list(np.shape(weights[path]))}" if path in weights else "none"
+                    raise ArgumentError(
+                        "The weights must have every leaf of the model, in its shape. "
+                        f"Got {got} for {path} {list(shape.shape)}."
+                    )
+                leaves[path] = jax.device_put(jnp.asarray(weights[path], shape.dtype), shape.sharding)
+            trees.append({"params": leaves})
+        return trees
+
+    return read

@@ -1,0 +1,35 @@
+"""Published models write what `transformers` writes with the same weights, at every layout."""
+
+import golden
+import numpy as np
+import pytest
+
+from meshpipe import make_mesh
+from meshpipe.generation.generator import Generator
+
+LAYOUTS: dict[str, tuple[int, int, int]] = {
+    "single": (1, 1, 1),
+    "pipeline": (2, 1, 1),
+    "pipeline_tensor": (2, 1, 2),
+    "pipeline_data": (2, 2, 1),
+}
+QUICK = (("gemma3", "pipeline"), ("gpt2", "single"))
+
+
+def prompts(name: str) -> list[list[int]]:
+    """The golden prompts, which are of different lengths."""
+    expected = golden.expected(name)
+    return [row[:length].tolist() for row, length in zip(expected["ids"], expected["prompt_lengths"], strict=True)]
+
+
+def cases() -> list[object]:
+    every = [(name, layout) for name in golden.CONFIGS for layout in LAYOUTS]
+    return [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in every]
+
+
+@pytest.mark.parametrize(("name", "layout"), cases())
+def test_greedy_tokens_are_those_of_transformers(name: str, layout: str) -> None:
+    expected = golden.expected(name)["continuation"]
+    generator = Generator(golden.CONFIGS[name], golden.leaves(name), mesh=make_mesh(*LAYOUTS[layout]))
+    found = generator.tokens(prompts(name), max_tokens=expected.shape[1])
+    np.testing.assert_array_equal(found, expected)
