@@ -1,7 +1,8 @@
 """Which implementation computes attention: the one place that chooses."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -10,18 +11,23 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from meshpipe.errors import ArgumentError
+from meshpipe.hardware.catalogue import hardware_of
+from meshpipe.models.splash import LANES, splash_attention
 
-AttentionName = Literal["auto", "xla", "cudnn"]
-"""How attention is computed: by XLA, which writes the scores of all pairs of positions to memory; by the fused kernel
-of cuDNN, which does not; or `auto`, by cuDNN where devices, dtype and head size allow it."""
+AttentionName = Literal["auto", "xla", "cudnn", "pallas"]
+"""How attention is computed: by XLA, which writes the scores of all pairs of positions to memory; by a fused kernel that
+does not, cuDNN's on NVIDIA GPUs or JAX's Pallas kernel on TPUs; or `auto`, by the kernel of the devices where dtype and
+sizes allow it."""
+
+Implementation = Literal["xla", "cudnn", "pallas"]
+
+NAMES: Mapping[Implementation, str] = {"xla": "XLA", "cudnn": "cuDNN", "pallas": "Pallas"}
 
 HEAD_DIM_STEP = 8
 """cuDNN takes head sizes that are multiples of this."""
 
 NEWEST = 9.0
-"""The compute capability of a GPU that is only described."""
-
-NO_SOFTCAP = "cuDNN does not cap scores"
+"""The compute capability of a GPU that nothing is known of."""
 
 _standing_in = 0
 """How often `cpu_devices_stand_in` is entered."""
@@ -79,13 +85,34 @@ def attend(
 
     Raises `ValueError` when `implementation` cannot compute it.
     """
+    chosen = choose_attention(
+        implementation,
+        dtype=query.dtype,
+        head_dim=query.shape[-1],
+        softcap=softcap is not None,
+        call=Call(
+            queries=query.shape[1],
+            keys=key.shape[1],
+            segments=segment_ids is not None,
+            mask=mask is not None,
+            looks_ahead=window is not None and not causal,
+        ),
+    )
+    if chosen == "pallas":
+        return splash_attention(
+            query,
+            key,
+            value,
+            causal=causal,
+            segment_ids=segment_ids,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+            interpret=traced_device().platform == "cpu",
+        )
     if segment_ids is not None:
         together = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         mask = together if mask is None else mask & together
-    odd_mask = mask is not None and query.shape[1] % 2 == 1
-    chosen = choose_attention(
-        implementation, dtype=query.dtype, head_dim=query.shape[-1], odd_mask=odd_mask, softcap=softcap is not None
-    )
     if softcap is not None:
         return _capped(query, key, value, _mask(query, key, causal, mask, window), softcap, scale)
     return jax.nn.dot_product_attention(
@@ -131,44 +158,74 @@ def _capped(
     return rearrange(mixed, "batch seq kv group dim -> batch seq (kv group) dim")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What one call of `attend` asks for, beyond what a model's config says."""
+
+    queries: int
+    keys: int
+    segments: bool = False
+    mask: bool = False
+    """Whether there is a mask beside the segments."""
+    looks_ahead: bool = False
+    """Whether there is a window, and positions attend to later ones."""
+
+
 def choose_attention(
     asked: AttentionName,
     *,
     dtype: Any,
     head_dim: int,
-    device: Device | None = None,
-    odd_mask: bool = False,
     softcap: bool = False,
-) -> Literal["xla", "cudnn"]:
-    """The implementation for `jax.nn.dot_product_attention`.
+    device: Device | None = None,
+    call: Call | None = None,
+) -> Implementation:
+    """What computes attention.
 
     Arguments:
         asked: What the config says.
         dtype: The dtype of queries, keys and values.
         head_dim: The number of features of a head.
+        softcap: Whether scores are capped.
         device: A device that will run it. None is one of the mesh that `jax.set_mesh` has set while the layer is
             traced, or of JAX's default devices.
-        odd_mask: Whether there is a mask of an odd number of positions.
-        softcap: Whether scores are capped.
+        call: What is asked of it; None for what most calls ask.
 
-    Raises `ValueError` when `cudnn` is asked for and cannot be had.
+    Raises `ValueError` when a kernel is asked for and cannot be had.
     """
     if asked == "xla":
         return "xla"
     device = traced_device() if device is None else device
-    if stands_in(device):
-        reason = why_not_sizes(dtype, head_dim, NEWEST)
-    else:
-        reason = why_not_cudnn(dtype, head_dim, device)
-    if reason is None and odd_mask:
-        reason = "with a mask, cuDNN needs an even number of positions"
-    if reason is None and softcap:
-        reason = NO_SOFTCAP
-    if reason is not None and asked == "cudnn":
+    kernel = kernel_of(device)
+    if asked == "auto" and (kernel is None or (kernel == "pallas" and call is not None and _is_short(call))):
+        return "xla"
+    wanted: Implementation = kernel if asked == "auto" and kernel is not None else asked  # type: ignore[assignment]
+    reason = why_not(wanted, dtype=dtype, head_dim=head_dim, softcap=softcap, device=device, call=call)
+    if reason is not None and asked != "auto":
         raise ArgumentError(
-            f"`attention` cudnn must suit devices and sizes: {reason}. Choose `attention` auto or xla.", "model"
+            f"`attention` {asked} must suit devices and sizes: {reason}. Choose `attention` auto or xla.", "model"
         )
-    return "cudnn" if reason is None and not stands_in(device) else "xla"
+    return "xla" if reason is not None or stands_in(device) else wanted
+
+
+def why_not(
+    kernel: Implementation, *, dtype: Any, head_dim: int, softcap: bool, device: Device, call: Call | None = None
+) -> str | None:
+    """Why a kernel cannot compute it on a device; None if it can. CPU devices that stand in have all kernels."""
+    if not stands_in(device) and kernel_of(device) != kernel:
+        needed = {"cudnn": "an NVIDIA GPU", "pallas": "a TPU"}[kernel]
+        return f"{NAMES[kernel]} needs {needed}, and these are {device.platform} devices"
+    if kernel == "pallas":
+        return _why_not_pallas(dtype, call)
+    return _why_not_cudnn(dtype, head_dim, softcap, device, call)
+
+
+def kernel_of(device: Device) -> Implementation | None:
+    """The fused kernel that such devices have."""
+    if device.platform == "tpu":
+        return "pallas"
+    is_amd = any(name in device.device_kind for name in ("AMD", "Radeon", "gfx"))
+    return "cudnn" if device.platform == "gpu" and not is_amd else None
 
 
 def stands_in(device: Device) -> bool:
@@ -176,25 +233,35 @@ def stands_in(device: Device) -> bool:
     return _standing_in > 0 and device.platform == "cpu"
 
 
-def why_not_cudnn(dtype: Any, head_dim: int, device: Device) -> str | None:
-    """Why cuDNN cannot compute it; None if it can."""
-    if device.platform != "gpu" or any(name in device.device_kind for name in ("AMD", "Radeon", "gfx")):
-        found = "this plan is laid out on CPU" if stands_in(device) else f"these are {device.platform}"
-        return f"cuDNN needs an NVIDIA GPU, and {found} devices"
-    capability = _compute_capability(device)
+def _is_short(call: Call) -> bool:
+    """Whether the sequences are shorter than what the Pallas kernel would pad them to."""
+    return min(call.queries, call.keys) < LANES
+
+
+def _why_not_pallas(dtype: Any, call: Call | None) -> str | None:
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"Pallas computes in bfloat16 or float32, and the model in {jnp.dtype(dtype).name}"
+    return "its kernel takes segment_ids, and no other mask" if call is not None and call.mask else None
+
+
+def _why_not_cudnn(dtype: Any, head_dim: int, softcap: bool, device: Device, call: Call | None) -> str | None:
+    capability = NEWEST if stands_in(device) else _compute_capability(device)
     if capability < 8:
         return f"cuDNN needs a GPU of compute capability 8.0 or above, and this is a {device.device_kind}"
-    return why_not_sizes(dtype, head_dim, capability)
-
-
-def why_not_sizes(dtype: Any, head_dim: int, capability: float) -> str | None:
-    """Why cuDNN cannot compute it on an NVIDIA GPU of this compute capability; None if it can."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN computes in bfloat16 or float16, and the model in {jnp.dtype(dtype).name}"
     largest = 256 if capability >= 9 else 128
     if head_dim % HEAD_DIM_STEP or head_dim > largest:
         sizes = f"a multiple of {HEAD_DIM_STEP} features, at most {largest}"
         return f"cuDNN needs heads with {sizes}, and these have {head_dim}"
+    if head_dim > 128 and device.platform == "gpu" and _found(device) is None:
+        return f"JAX compiles cuDNN for heads of more than 128 features only where the GPU is, and these have {head_dim}"
+    if softcap:
+        return "cuDNN does not cap scores"
+    if call is not None and (call.segments or call.mask) and (call.queries % 2 or call.keys % 2):
+        return "with a mask, cuDNN needs an even number of positions"
+    if call is not None and call.looks_ahead:
+        return "cuDNN has windows only where positions attend to earlier ones"
     return None
 
 
@@ -206,7 +273,16 @@ def traced_device() -> Device:
 
 
 def _compute_capability(device: Device) -> float:
-    """Of a GPU that is there; one that is only described counts as new."""
-    alike = (d for d in jax.devices() if d.device_kind == device.device_kind)
-    text = getattr(device, "compute_capability", None) or getattr(next(alike, None), "compute_capability", None)
+    """Of a GPU that is here, or that the catalogue of machines describes; of any other, that of a new one."""
+    text = getattr(_found(device), "compute_capability", None)
+    if text is None:
+        described = hardware_of(device.device_kind)
+        text = described.compiler.get("compute_capability") if described is not None else None
     return float(text) if text else NEWEST
+
+
+def _found(device: Device) -> Any:
+    """The same kind of device where this process has one; the device itself if it says what it can do."""
+    if hasattr(device, "compute_capability"):
+        return device
+    return next((d for d in jax.devices() if d.device_kind == device.device_kind), None)

@@ -10,11 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.mesh import DATA
-from meshpipe.models.attention import NO_SOFTCAP, AttentionName, attend, choose_attention, stands_in, why_not_cudnn
+from meshpipe.models.attention import NAMES, AttentionName, attend, choose_attention, kernel_of, stands_in, why_not
 from meshpipe.models.cache import KeyValueCache
 from meshpipe.models.model import ModelConfig
 from meshpipe.models.norms import NormConfig, rms_norm
 from meshpipe.models.rope import RopeScaling, rotate
+from meshpipe.models.splash import LANES
 
 # Logical axes of parameters; meshpipe.sharding says which mesh axis each one is split over.
 EMBED, HEADS, HIDDEN, VOCAB = "embed", "heads", "hidden", "vocab"
@@ -31,8 +32,9 @@ class TransformerConfig(ModelConfig):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
     attention: AttentionName = "auto"
-    """How attention is computed: `xla` writes the scores of all pairs of positions to memory; `cudnn` is a fused kernel
-    that does not, for bfloat16 on NVIDIA GPUs. `auto` takes cudnn where devices, dtype and head size allow it."""
+    """How attention is computed: `xla` writes the scores of all pairs of positions to memory; fused kernels do not:
+    `cudnn` for bfloat16 on NVIDIA GPUs, `pallas` on TPUs. `auto` takes the kernel of the devices where dtype and sizes
+    allow it."""
 
     def notes(self, mesh: Mesh) -> list[str]:
         return attention_notes(self.attention, self.dtype, self.d_model // self.num_heads, mesh)
@@ -192,11 +194,19 @@ def attention_notes(asked: AttentionName, dtype: str, head_dim: int, mesh: Mesh,
     """What computes attention on the devices of a mesh, in a sentence. Raises `ValueError` if they cannot."""
     device = mesh.devices.flat[0]
     chosen = choose_attention(asked, dtype=dtype, head_dim=head_dim, device=device, softcap=softcap)
-    reason = why_not_cudnn(dtype, head_dim, device) or (NO_SOFTCAP if softcap else None)
-    if asked == "cudnn" and stands_in(device):
-        return ["Attention: cuDNN is asked for; this plan is laid out on CPU devices and counts XLA's."]
-    name = {"xla": "XLA", "cudnn": "cuDNN"}[chosen]
-    return [f"Attention by {name}{f': {reason}' if asked == 'auto' and reason is not None else ''}."]
+    if stands_in(device) and asked in ("cudnn", "pallas"):
+        return [f"Attention: {NAMES[asked]} is asked for; this plan is laid out on CPU devices and counts XLA's."]
+    if asked != "auto":
+        return [f"Attention by {NAMES[chosen]}."]
+    kernel = kernel_of(device)
+    if kernel is None:
+        found = "this plan is laid out on CPU" if stands_in(device) else f"these are {device.platform}"
+        reason = f": fused kernels are for NVIDIA GPUs and TPUs, and {found} devices"
+    elif chosen == "xla":
+        reason = f": {why_not(kernel, dtype=dtype, head_dim=head_dim, softcap=softcap, device=device)}"
+    else:
+        reason = f"; of fewer than {LANES} positions by XLA" if chosen == "pallas" else ""
+    return [f"Attention by {NAMES[chosen]}{reason}."]
 
 
 def check_heads(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None) -> None:

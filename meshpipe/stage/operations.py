@@ -31,8 +31,8 @@ CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
 def count_operations(program: ClosedJaxpr | Jaxpr) -> float:
     """An estimate: matrix products and convolutions by their sizes, other work as one operation per element.
 
-    A `scan` counts its body for every iteration, a `while` once, since its length is unknown, and a `cond` its most
-    expensive branch. Moving data counts nothing.
+    A `scan` counts its body for every iteration, and a Pallas kernel for every step of its grid; a `while` counts once,
+    since its length is unknown, and a `cond` its most expensive branch. Moving data counts nothing.
     """
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
@@ -46,6 +46,19 @@ def count_bytes(program: ClosedJaxpr | Jaxpr) -> float:
     return float(_bytes_of((*jaxpr.invars, *jaxpr.outvars))) + _bytes_of_products(jaxpr)
 
 
+def _repeats(equation: JaxprEqn) -> int:
+    """How often the program inside an equation runs: for every iteration of a scan, on every device of a `shard_map`,
+    and for every step of the grid of a Pallas kernel.
+    """
+    params = equation.params
+    match equation.primitive.name:
+        case "shard_map":
+            return params["mesh"].size
+        case "pallas_call":
+            return math.prod(params["grid_mapping"].grid)
+    return params.get("length", 1)
+
+
 def _bytes_of_products(jaxpr: Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
@@ -54,7 +67,7 @@ def _bytes_of_products(jaxpr: Jaxpr) -> float:
         inner = [_bytes_of_products(part) for part in jaxprs_in_params(equation.params)]
         if inner:
             most = max(inner) if equation.primitive.name == "cond" else sum(inner)
-            total += equation.params.get("length", 1) * most
+            total += _repeats(equation) * most
     return total
 
 
@@ -71,7 +84,7 @@ def _of_equation(equation: JaxprEqn) -> float:
     if name == "cond":
         return max(inner)
     if inner and not name.startswith("reduce"):
-        return params.get("length", 1) * sum(inner)
+        return _repeats(equation) * sum(inner)
     product = _of_product(equation)
     if product:
         return product
@@ -94,14 +107,14 @@ def count_products(program: ClosedJaxpr | Jaxpr) -> dict[str, float]:
         inner = [count_products(part) for part in jaxprs_in_params(equation.params)]
         if equation.primitive.name == "cond":
             inner = [max(inner, key=lambda count: sum(count.values()))]
-        length = equation.params.get("length", 1) if inner else 1
+        repeats = _repeats(equation) if inner else 1
         product = _of_product(equation)
         if product:
             left, right = (cast(Any, operand.aval).dtype for operand in equation.invars[:2])
             inner.append({str(jnp.promote_types(left, right)): product})
         for count in inner:
             for dtype, operations in count.items():
-                counts[dtype] = counts.get(dtype, 0.0) + length * operations
+                counts[dtype] = counts.get(dtype, 0.0) + repeats * operations
     return counts
 
 

@@ -14,7 +14,7 @@ from staged import staged
 from meshpipe import PipelineConfig, make_mesh
 from meshpipe.layers.task import Task
 from meshpipe.models import LanguageModelConfig
-from meshpipe.models.attention import choose_attention, cpu_devices_stand_in
+from meshpipe.models.attention import Call, choose_attention, cpu_devices_stand_in
 from meshpipe.report.plan import layout_lines
 from meshpipe.stage.jaxpr import nbytes
 from meshpipe.stage.programs import trace_backward, trace_split
@@ -29,35 +29,80 @@ class Gpu:
     compute_capability: str = "9.0"
 
 
+@dataclass(frozen=True)
+class Described:
+    """A device as a mesh of compile-only devices has it: its kind is all that it says."""
+
+    device_kind: str
+    platform: str = "gpu"
+
+
 OLD, AMPERE = Gpu("Tesla V100-SXM2-16GB", compute_capability="7.0"), Gpu("NVIDIA A100", compute_capability="8.0")
 
 
+TPU = Gpu("TPU v5 lite", "tpu", "")
+
+
 @pytest.mark.parametrize(
-    ("device", "dtype", "head_dim", "reason"),
+    ("kernel", "device", "dtype", "head_dim", "reason"),
     [
-        (Gpu(), "bfloat16", 128, None),
-        (Gpu(), "float16", 256, None),
-        (AMPERE, "bfloat16", 128, None),
-        (AMPERE, "bfloat16", 256, "at most 128, and these have 256"),
-        (Gpu(), "float32", 64, "bfloat16 or float16, and the model in float32"),
-        (Gpu(), "bfloat16", 20, "a multiple of 8 features"),
-        (OLD, "bfloat16", 64, "8.0 or above, and this is a Tesla V100"),
-        (Gpu("AMD Instinct MI300X"), "bfloat16", 64, "cuDNN needs an NVIDIA GPU"),
-        (Gpu("cpu", "cpu"), "bfloat16", 64, "these are cpu devices"),
-        (Gpu("TPU v5", "tpu"), "bfloat16", 64, "these are tpu devices"),
+        ("cudnn", Gpu(), "bfloat16", 128, None),
+        ("cudnn", Gpu(), "float16", 256, None),
+        ("cudnn", AMPERE, "bfloat16", 128, None),
+        ("cudnn", AMPERE, "bfloat16", 256, "at most 128, and these have 256"),
+        ("cudnn", Gpu(), "float32", 64, "bfloat16 or float16, and the model in float32"),
+        ("cudnn", Gpu(), "bfloat16", 20, "a multiple of 8 features"),
+        ("cudnn", OLD, "bfloat16", 64, "8.0 or above, and this is a Tesla V100"),
+        ("cudnn", Gpu("AMD Instinct MI300X"), "bfloat16", 64, "cuDNN needs an NVIDIA GPU"),
+        ("cudnn", Gpu("cpu", "cpu"), "bfloat16", 64, "these are cpu devices"),
+        ("pallas", TPU, "bfloat16", 20, None),
+        ("pallas", TPU, "float32", 128, None),
+        ("pallas", TPU, "float16", 128, "bfloat16 or float32, and the model in float16"),
+        ("pallas", Gpu("cpu", "cpu"), "float32", 128, "Pallas needs a TPU, and these are cpu devices"),
     ],
 )
-def test_auto_takes_cudnn_where_it_can_and_cudnn_is_refused_where_it_cannot(
-    device: Gpu, dtype: str, head_dim: int, reason: str | None
+def test_auto_takes_the_kernel_of_the_devices_and_a_name_is_refused_where_it_cannot_be_had(
+    kernel: Any, device: Gpu, dtype: str, head_dim: int, reason: str | None
 ) -> None:
     sizes: Any = {"dtype": dtype, "head_dim": head_dim, "device": device}
     assert choose_attention("xla", **sizes) == "xla"
-    assert choose_attention("auto", **sizes) == ("cudnn" if reason is None else "xla")
+    assert choose_attention("auto", **sizes) == (kernel if reason is None else "xla")
     if reason is None:
-        assert choose_attention("cudnn", **sizes) == "cudnn"
+        assert choose_attention(kernel, **sizes) == kernel
     else:
         with pytest.raises(ValueError, match=f"{re.escape(reason)}.*Choose `attention` auto or xla"):
-            choose_attention("cudnn", **sizes)
+            choose_attention(kernel, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("device", "softcap", "call", "reason"),
+    [
+        (Gpu(), True, Call(queries=256, keys=256), "cuDNN does not cap scores"),
+        (Gpu(), False, Call(queries=255, keys=255, segments=True), "an even number of positions"),
+        (Gpu(), False, Call(queries=256, keys=256, looks_ahead=True), "where positions attend to earlier ones"),
+        (TPU, False, Call(queries=256, keys=256, mask=True), "segment_ids, and no other mask"),
+    ],
+)
+def test_what_a_call_asks_for_counts(device: Gpu, softcap: bool, call: Call, reason: str) -> None:
+    asked: Any = {"dtype": "bfloat16", "head_dim": 64, "device": device, "softcap": softcap, "call": call}
+    assert choose_attention("auto", **asked) == "xla"
+    with pytest.raises(ValueError, match=reason):
+        choose_attention("cudnn" if device.platform == "gpu" else "pallas", **asked)
+
+
+def test_short_sequences_are_not_padded_for_a_kernel_that_nobody_asked_for() -> None:
+    sizes: Any = {"dtype": "bfloat16", "head_dim": 64, "device": TPU, "call": Call(queries=64, keys=64)}
+    assert choose_attention("auto", **sizes) == "xla"
+    assert choose_attention("pallas", **sizes) == "pallas"
+
+
+def test_a_described_gpu_has_the_compute_capability_of_the_catalogue() -> None:
+    device = Described("NVIDIA A100-SXM4-80GB")
+    assert choose_attention("auto", dtype="bfloat16", head_dim=128, device=device) == "cudnn"
+    with pytest.raises(ValueError, match="at most 128, and these have 256"):
+        choose_attention("cudnn", dtype="bfloat16", head_dim=256, device=device)
+    with pytest.raises(ValueError, match="more than 128 features only where the GPU is"):
+        choose_attention("cudnn", dtype="bfloat16", head_dim=256, device=Described("NVIDIA H200"))
 
 
 def batch(seq: int = 16) -> dict[str, np.ndarray]:
@@ -74,21 +119,27 @@ def model(attention: Any, schedule: str = "1f1b", data: int = 1) -> Any:
 
 
 def test_a_model_says_what_it_takes_and_refuses_what_its_devices_lack() -> None:
-    assert model("auto").choices == ("Attention by XLA: cuDNN needs an NVIDIA GPU, and these are cpu devices.",)
+    assert model("auto").choices == (
+        "Attention by XLA: fused kernels are for NVIDIA GPUs and TPUs, and these are cpu devices.",
+    )
     assert model("xla").choices == ("Attention by XLA.",)
     assert not any("Attention" in line for line in layout_lines("mine", model("auto")))  # nothing to choose on CPU
-    with pytest.raises(ValueError, match=r"cpu devices\. Choose `attention` auto or xla"):
-        model("cudnn")
+    for kernel in ("cudnn", "pallas"):
+        with pytest.raises(ValueError, match=r"cpu devices\. Choose `attention` auto or xla"):
+            model(kernel)
 
 
 def test_a_plan_on_cpu_devices_says_what_it_counts_and_refuses_only_what_no_device_has() -> None:
     with cpu_devices_stand_in():
-        (asked,) = model("cudnn").choices
+        (asked,), (other,) = model("cudnn").choices, model("pallas").choices
         (found,) = model("auto").choices
         with pytest.raises(ValueError, match=r"and the model in float32\. Choose `attention` auto or xla"):
             choose_attention("cudnn", dtype="float32", head_dim=64)
     assert asked == "Attention: cuDNN is asked for; this plan is laid out on CPU devices and counts XLA's."
-    assert found == "Attention by XLA: cuDNN needs an NVIDIA GPU, and this plan is laid out on CPU devices."
+    assert other == asked.replace("cuDNN", "Pallas")
+    assert found == (
+        "Attention by XLA: fused kernels are for NVIDIA GPUs and TPUs, and this plan is laid out on CPU devices."
+    )
     with pytest.raises(ValueError, match="these are cpu devices"):
         model("cudnn")
 
