@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 from staged import staged
 
 from meshpipe import PipelineConfig, make_mesh
@@ -110,11 +110,11 @@ def batch(seq: int = 16) -> dict[str, np.ndarray]:
     return tokens | {"weights": np.ones((8, seq), np.float32)}
 
 
-def model(attention: Any, schedule: str = "1f1b", data: int = 1) -> Any:
+def model(attention: Any, schedule: str = "1f1b", data: int = 1, seq: int = 16) -> Any:
     config = LanguageModelConfig(
         d_model=32, num_blocks=2, num_heads=2, num_kv_heads=1, d_hidden=64, dtype="bfloat16", attention=attention
     )
-    task = Task(config.layers(), config.loss, batch=batch(), notes=config.notes)
+    task = Task(config.layers(), config.loss, batch=batch(seq), notes=config.notes)
     return staged(task, make_mesh(2, data), PipelineConfig(num_microbatches=2, schedule=schedule))
 
 
@@ -178,3 +178,29 @@ def test_cudnn_passes_through_the_stages(monkeypatch: pytest.MonkeyPatch, data: 
             if attention == "cudnn":
                 assert not any(v.aval.shape[-2:] == (16, 16) and v.aval.ndim == 5 for v in stage.residual_vars)
     assert stored["cudnn", 0] < stored["xla", 0]
+
+
+def kernels_inside(program: Jaxpr | ClosedJaxpr) -> int:
+    """How many Pallas kernels a program has, at any depth."""
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    inner = (kernels_inside(part) for equation in jaxpr.eqns for part in jaxprs_in_params(equation.params))
+    return sum(equation.primitive.name == "pallas_call" for equation in jaxpr.eqns) + sum(inner)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_pallas_passes_through_the_stages(monkeypatch: pytest.MonkeyPatch, data: int) -> None:
+    """Traced alone: forward has one kernel, backward two, whole in one of its parts, and no scores are stored."""
+    monkeypatch.setattr("meshpipe.models.attention.choose_attention", lambda asked, **_: asked)
+    monkeypatch.setattr("meshpipe.models.language_model.attention_notes", lambda *_, **__: [])
+    for stage in model("pallas", "zb-h1", data, seq=128).trace():
+        shapes = [
+            tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)
+            for values in (stage.hoisted_vars, stage.residual_vars)
+        ]
+        with jax.set_mesh(stage.spec.mesh):
+            backward, parts = trace_backward(stage, *shapes), trace_split(stage, *shapes)
+        assert kernels_inside(stage.forward(outputs=True, residuals=True)) == 1
+        # The first stage has no gradient of its input, so all of its backward is in the weight part.
+        found = [kernels_inside(part) for part in (backward, parts.input_part(), parts.weight_part())]
+        assert found == [2, *((2, 0) if stage.spec.index > 0 else (0, 2))]
+        assert not any(v.aval.shape[-2:] == (128, 128) for v in stage.residual_vars)
