@@ -15,9 +15,9 @@ from meshpipe.hardware.catalogue import hardware_of
 from meshpipe.models.splash import LANES, splash_attention
 
 AttentionName = Literal["auto", "xla", "cudnn", "pallas"]
-"""How attention is computed: by XLA, which writes the scores of all pairs of positions to memory; by a fused kernel that
-does not, cuDNN's on NVIDIA GPUs or JAX's Pallas kernel on TPUs; or `auto`, by the kernel of the devices where dtype and
-sizes allow it."""
+"""How attention is computed: by XLA, which writes the scores of all pairs of positions to memory; by a fused kernel
+that does not, cuDNN's on NVIDIA GPUs or JAX's Pallas kernel on TPUs; or `auto`, by the kernel of the devices where
+dtype and sizes allow it."""
 
 Implementation = Literal["xla", "cudnn", "pallas"]
 
@@ -255,7 +255,9 @@ def _why_not_cudnn(dtype: Any, head_dim: int, softcap: bool, device: Device, cal
         sizes = f"a multiple of {HEAD_DIM_STEP} features, at most {largest}"
         return f"cuDNN needs heads with {sizes}, and these have {head_dim}"
     if head_dim > 128 and device.platform == "gpu" and _found(device) is None:
-        return f"JAX compiles cuDNN for heads of more than 128 features only where the GPU is, and these have {head_dim}"
+        return (
+            f"JAX compiles cuDNN for heads of more than 128 features only where the GPU is, and these have {head_dim}"
+        )
     if softcap:
         return "cuDNN does not cap scores"
     if call is not None and (call.segments or call.mask) and (call.queries % 2 or call.keys % 2):

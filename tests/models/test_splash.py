@@ -71,10 +71,10 @@ def test_it_is_what_xla_computes(name: str) -> None:
     devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
     with jax.set_mesh(Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)):
         found = values_and_gradients(partial(splash_attention, **options, interpret=True), inputs, weights)
-    # Relative to the largest value. Scores, weights and the gradients of both are sums of HEAD_DIM and of `keys` products
-    # of operands that were rounded: each is off by at most its number of terms times the unit roundoff of float32,
-    # and four of them follow one another. With bfloat16, the operands of each product are rounded to it: queries,
-    # weights, gradients of scores, the results.
+    # Relative to the largest value. Scores, weights and the gradients of both are sums of HEAD_DIM and of `keys`
+    # products of operands that were rounded: each is off by at most its number of terms times the unit roundoff of
+    # float32, and four of them follow one another. With bfloat16, the operands of each product are rounded to it:
+    # queries, weights, gradients of scores, the results.
     unit = jnp.finfo(jnp.float32).eps / 2
     bound = 4 * (HEAD_DIM + case.keys) * unit
     if case.dtype == "bfloat16":
