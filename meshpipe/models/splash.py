@@ -63,7 +63,7 @@ def splash_attention(
             mixed = jax.vmap(kernel)(*heads_first, ids_of)
         return rearrange(mixed, "batch heads seq dim -> batch seq heads dim")[:, :queries]
 
-    operands = [query, key, value] if segment_ids is None else [query, key, value, segment_ids]
+    operands: Any = [query, key, value] if segment_ids is None else [query, key, value, segment_ids]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return attend(*operands)
@@ -105,6 +105,7 @@ def _kernel(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = queries, keys
+    mask: Any
     if window is not None:
         mask = splash.LocalMask(shape, (window - 1, 0 if causal else None), 0)
     else:
