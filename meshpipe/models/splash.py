@@ -43,7 +43,7 @@ def splash_attention(
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array | None = None) -> jax.Array:
         queries, keys = query.shape[1], key.shape[1]
         padded = -(-queries // LANES) * LANES, -(-keys // LANES) * LANES
-        kernel = _kernel(query.shape[2], *padded, causal, window, softcap, interpret)
+        kernel: Kernel = _kernel(query.shape[2], *padded, causal, window, softcap, interpret)
         query_ids, key_ids = ids, ids
         if keys < padded[1] and not (causal and queries <= keys) and ids is None:
             # Otherwise real queries would attend to padding.
@@ -60,7 +60,7 @@ def splash_attention(
         else:
             # An id that no document has keeps padding to itself.
             ids_of = _ids(_padded(query_ids, padded[0], -1), _padded(key_ids, padded[1], -1))
-            mixed = jax.vmap(kernel)(*heads_first, ids_of)
+            mixed = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, ids))(*heads_first, ids_of)
         return rearrange(mixed, "batch heads seq dim -> batch seq heads dim")[:, :queries]
 
     operands: Any = [query, key, value] if segment_ids is None else [query, key, value, segment_ids]
