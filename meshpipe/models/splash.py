@@ -54,13 +54,13 @@ def splash_attention(
             _padded(key, padded[1]),
             _padded(value, padded[1]),
         )
-        heads_first = [rearrange(x, "batch seq heads dim -> batch heads seq dim") for x in operands]
+        q, k, v = (rearrange(x, "batch seq heads dim -> batch heads seq dim") for x in operands)
         if query_ids is None or key_ids is None:
-            mixed = jax.vmap(lambda q, k, v: kernel(q, k, v, None))(*heads_first)
+            mixed = jax.vmap(lambda q, k, v: kernel(q, k, v, None))(q, k, v)
         else:
             # An id that no document has keeps padding to itself.
             ids_of = _ids(_padded(query_ids, padded[0], -1), _padded(key_ids, padded[1], -1))
-            mixed = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, ids))(*heads_first, ids_of)
+            mixed = jax.vmap(kernel)(q, k, v, ids_of)
         return rearrange(mixed, "batch heads seq dim -> batch seq heads dim")[:, :queries]
 
     operands: Any = [query, key, value] if segment_ids is None else [query, key, value, segment_ids]
