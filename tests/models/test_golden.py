@@ -1,5 +1,9 @@
 """Published models compute what `transformers` computes with the same weights, at every layout."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import golden
@@ -66,3 +70,29 @@ def test_logits_at_every_layout(name: str, layout: str) -> None:
     )
     expected = np.resize(golden.expected(name)["logits"], (6 * 4, 16, 288))
     np.testing.assert_allclose(trainer.predict(given), expected, rtol=0, atol=golden.TOLERANCE)
+
+
+@pytest.mark.slow
+def test_transformers_makes_the_same_folders(tmp_path: Path) -> None:
+    for package in ("torch", "transformers", "tokenizers"):
+        pytest.importorskip(package)
+    script = Path(__file__).with_name("make_golden.py")
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300)
+    for name in NAMES:
+        before, after = golden.FOLDER / name, tmp_path / name
+        assert {file.name for file in before.iterdir()} == {file.name for file in after.iterdir()}
+        for file in before.glob("*.safetensors"):
+            assert file.read_bytes() == (after / file.name).read_bytes(), file
+        for file in before.glob("*.json"):
+            assert _without_version(file) == _without_version(after / file.name), file
+        with np.load(after / "expected.npz") as made:
+            expected = golden.expected(name)
+            assert set(made) == set(expected)
+            for field in ("ids", "prompt_lengths", "continuation"):
+                np.testing.assert_array_equal(made[field], expected[field])
+            np.testing.assert_allclose(made["logits"], expected["logits"], rtol=0, atol=golden.TOLERANCE)
+
+
+def _without_version(file: Path) -> Any:
+    found = json.loads(file.read_text())
+    return {key: value for key, value in found.items() if key != "transformers_version"}
