@@ -26,6 +26,10 @@ CASES = [
     pytest.param(2, "--mesh 2 1 1 --sown", id="terms of the loss", marks=pytest.mark.slow),
     pytest.param(4, "--mesh 2 2 1 --sown", id="terms and data across processes", marks=pytest.mark.slow),
     pytest.param(2, "--mesh 4 1 1 --sown --schedule zb-h1", id="terms in the middle", marks=pytest.mark.slow),
+    pytest.param(4, "--mesh 4 1 1 --trainable layers/2/**", id="two stages without backward", marks=pytest.mark.slow),
+    pytest.param(
+        2, "--mesh 1 2 1 --sown --trainable layers/1/** layers/3/**", id="some are trained", marks=pytest.mark.slow
+    ),
     pytest.param(4, "--mesh 2 2 1", id="data across processes", marks=pytest.mark.slow),
     pytest.param(2, "--mesh 1 2 1 --sharding fully-sharded", id="parameters split", marks=pytest.mark.slow),
     pytest.param(2, "--mesh 2 1 1 --schedule interleaved-1f1b --tied", id="four stages, tied", marks=pytest.mark.slow),
@@ -50,6 +54,7 @@ CASES = [
             (4, "4 1 1", "block residuals", "gpipe"),
             (2, "2 1 1", "two stages of a rank", "interleaved-1f1b"),
             (4, "2 2 1", "only the loss", "dualpipe-v"),
+            (4, "4 1 1", "sown", "zb-h1"),
         ]
     ),
 ]

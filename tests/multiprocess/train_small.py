@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--sown", action="store_true", help="layers add terms to the loss, and state once per step")
     parser.add_argument("--sharding", default="replicated")
     parser.add_argument("--graph", help="a name in graph_models, in place of the chain")
+    parser.add_argument("--trainable", nargs="*", help="patterns of the parameters that are trained")
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--process-count", type=int)
@@ -31,7 +32,7 @@ def main() -> None:
     place = {name: getattr(flags, name) for name in ("coordinator", "process_id", "process_count")}
     join(DistributedConfig(**place))
     kind = "encoder-decoder" if flags.encoder_decoder else "sown" if flags.sown else "chain"
-    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding, kind, flags.graph)
+    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding, kind, flags.graph, flags.trainable)
     if flags.process_count:
         from meshpipe.processes.coordination import barrier
 
@@ -43,7 +44,9 @@ def squares(output: Any, batch: Any) -> Any:
     return ((output - batch["goal"]) ** 2).sum(), output.size
 
 
-def train(mesh: object, schedule: str, tied: bool, sharding: str, kind: str, graph: str | None) -> None:
+def train(
+    mesh: object, schedule: str, tied: bool, sharding: str, kind: str, graph: str | None, trainable: list[str] | None
+) -> None:
     import graph_models
     import jax
     import numpy as np
@@ -101,6 +104,7 @@ def train(mesh: object, schedule: str, tied: bool, sharding: str, kind: str, gra
         clip_norm=0.5,
         rules=PRESETS[sharding],
         tied=[("layers/0/linear/kernel", "layers/3/linear/kernel")] if tied else (),
+        trainable=trainable,
     )
     scalars = []
     for batch in batches[:3]:
