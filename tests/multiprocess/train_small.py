@@ -32,7 +32,8 @@ def main() -> None:
     place = {name: getattr(flags, name) for name in ("coordinator", "process_id", "process_count")}
     join(DistributedConfig(**place))
     kind = "encoder-decoder" if flags.encoder_decoder else "sown" if flags.sown else "chain"
-    train(meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding, kind, flags.graph, flags.trainable)
+    layout = meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding
+    train(*layout, kind, flags.graph, flags.trainable)
     if flags.process_count:
         from meshpipe.processes.coordination import barrier
 
