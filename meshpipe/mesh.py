@@ -109,6 +109,11 @@ def on_cpu(mesh: Mesh) -> bool:
     return bool(mesh.devices.flat[0].platform == "cpu")
 
 
+def is_described(mesh: Mesh) -> bool:
+    """Whether the devices are only described: programs can be compiled for them, and nothing can run there."""
+    return getattr(mesh.devices.flat[0].client, "runtime_type", None) == "compile_only_runtime"
+
+
 def use_cpu_devices(count: int) -> None:
     """Gives the CPU backend virtual devices; has no effect on accelerators. Call it before JAX is first used.
 

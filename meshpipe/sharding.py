@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshpipe.mesh import DATA, TENSOR
+from meshpipe.mesh import DATA, TENSOR, is_described
 
 Arrays: TypeAlias = tuple[jax.Array, ...]
 """Flat values on one submesh, in the order in which a stage or a boundary lists its leaves."""
@@ -166,8 +166,8 @@ def abstract(shape: Sequence[int], dtype: Any, sharding: NamedSharding) -> jax.S
 
 
 def is_local(mesh: Mesh) -> bool:
-    """Whether this process has a device of the mesh."""
-    return any(device.process_index == jax.process_index() for device in mesh.devices.flat)
+    """Whether this process has a device of the mesh, or all of them are only described."""
+    return is_described(mesh) or any(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
 
 def place(values: Any, shardings: Any) -> Any:

@@ -123,6 +123,8 @@ class StagedModel:
             StageInfo.of(s, self.plan.stage_ranks[s], self.cuts[s], owned) for s, owned in enumerate(self.parameters)
         )
         self.plan = self.plan.on(self._wired().graph)
+        self.programs: dict[int, StagePrograms] = {}
+        """Those of the local stages, once they are compiled."""
 
     @property
     def _splits_data(self) -> bool:
@@ -228,10 +230,7 @@ class StagedModel:
             self.parameters[s] = replace(self.parameters[s], fixed=stage.fixed_paths - written)
 
     def compile_programs(self, compiler: Compiler, also: Sequence[Callable[[], None]] = ()) -> dict[int, StagePrograms]:
-        """The programs of the local stages, which `trace_to_run` has traced. Allocates nothing.
-
-        They are compiled in threads, beside the functions `also`.
-        """
+        """Compiles what `trace_to_run` has traced in threads, beside the functions `also`. Allocates nothing."""
         assert self.remat is not None, "remat is to be chosen first"
         fused = self.plan.fusible_stage if self.target.fuses_last_stage else None
         return compile_stages(self.traced, ops_of_stages(self.plan), self.remat, compiler, also, fused)

@@ -49,8 +49,8 @@ class UpdatePrograms:
         self.summary: Any = None
         """Sums of all stages -> scalars of the update; where the last stage is local."""
 
-    def compile(self, compiler: Compiler | None = None) -> None:
-        """Compiles what `init` and `update` run, in threads.
+    def compile(self, compiler: Compiler | None = None, *, inits: bool = True) -> None:
+        """Compiles what an update runs, in threads, and with `inits` what makes the first state of Optax.
 
         Programs see leaves without their paths, so stages of equal shapes that are updated alike share them: the first
         stage is traced and compiled, the others get copies.
@@ -62,7 +62,7 @@ class UpdatePrograms:
 
         def copy_stage(index: int) -> None:
             first = firsts[self._kind(index)]
-            for found in (self.norms, self.updates, self.inits):
+            for found in (self.norms, self.updates, *([self.inits] if inits else [])):
                 copy = programs.copy(found[first], self._stages[index].mesh)
                 if copy is None:
                     return compile_stage(index)
@@ -91,7 +91,8 @@ class UpdatePrograms:
             read = tuple(stage.read_after_step.values())
             arguments = (params, opt_state, gradients, state, state, scalar, applied, read)
             self.updates[index] = programs.compile(jitted.lower(*arguments), stage.mesh)
-            self.inits[index] = self.compile_init(index, programs)
+            if inits:
+                self.inits[index] = self.compile_init(index, programs)
 
         def compile_summary() -> None:
             scalar, good = abstract((), scalar_dtype(), self._last), abstract((), jnp.bool_, self._last)

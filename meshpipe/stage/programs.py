@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
-from meshpipe.compiler.compiler import Compiler
+from meshpipe.compiler.compiler import Compiled, Compiler
 from meshpipe.plan.plan import Op
 from meshpipe.sharding import Arrays, Shapes, abstract, replicated, scalar_dtype
 from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, compile_reduce, compile_zeros
@@ -127,7 +127,7 @@ def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> Sta
     copies: dict[int, Any] = {}
     for part in (programs, programs.split):
         for program in vars(part).values() if part is not None else ():
-            if isinstance(program, jax.stages.Compiled):
+            if isinstance(program, Compiled):
                 copies[id(program)] = compiler.copy(program, target)
     if None in copies.values():
         return None
@@ -146,7 +146,7 @@ def _forward_part(stage: TracedStage, *, residuals: bool) -> AccumulatedOutputs:
 
 def _compile_forward(
     stage: TracedStage, part: AccumulatedOutputs, totals: Accumulators, arguments: tuple[Any, ...], compiler: Compiler
-) -> jax.stages.Compiled:
+) -> Compiled:
     mesh = stage.spec.mesh
     values = [boundary.on(mesh, stage.microbatch_size) for boundary in stage.boundaries_out]
     run = part.function(totals.unreduced)
@@ -175,7 +175,7 @@ def _parts_of_forward(stage: TracedStage, flat: Sequence[Any]) -> list[list[Any]
     return split(flat, (*sizes, len(flat) - sum(sizes)))
 
 
-def _compile_recompute(stage: TracedStage, arguments: tuple[Any, ...], compiler: Compiler) -> jax.stages.Compiled:
+def _compile_recompute(stage: TracedStage, arguments: tuple[Any, ...], compiler: Compiler) -> Compiled:
     """A forward that returns only its residuals."""
     # Without state and sums, which advance once for each microbatch, in forward.
     run = function_of(stage.forward(outputs=False, residuals=True))
@@ -277,7 +277,7 @@ def _numbered(values: Sequence[int], first: int = 0) -> dict[int, int]:
     return dict(enumerate(values, first))
 
 
-def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> jax.stages.Compiled:
+def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> Compiled:
     assert parts.whole is not None
     sums = parts.gradients
     run = parts.whole.function(sums.unreduced)
@@ -299,7 +299,7 @@ def _compile_forward_backward(
     totals: Accumulators,
     arguments: tuple[Any, ...],
     compiler: Compiler,
-) -> jax.stages.Compiled:
+) -> Compiled:
     assert not stage.boundaries_out
     assert parts.whole is not None
     gradients = parts.gradients
@@ -360,7 +360,7 @@ def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler
     return SplitPrograms(input_part, _compile_backward_part(stage, lowered, compiler), cut.carried)
 
 
-def _compile_backward_part(stage: TracedStage, lowered: jax.stages.Lowered, compiler: Compiler) -> jax.stages.Compiled:
+def _compile_backward_part(stage: TracedStage, lowered: jax.stages.Lowered, compiler: Compiler) -> Any:
     return compiler.compile(lowered, stage.spec.mesh, stage.spec.target.backward_options)
 
 

@@ -1,0 +1,135 @@
+"""What XLA says of a program that was compiled for devices that are not here, and so cannot run."""
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meshpipe.errors import ArgumentError
+
+_COSTS = ("flops", "bytes accessed", "optimal_seconds")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", re.IGNORECASE)
+
+
+class TooLarge(ArgumentError):
+    """A program that the compiler refuses, because it needs more memory than a device has."""
+
+    def __init__(self, needed: int, there: int) -> None:
+        super().__init__(
+            f"A program must fit into the memory of a device. The compiler got one that needs {needed:,} bytes, with "
+            f"{there:,} there. Use smaller microbatches, more rematerialisation, or more devices."
+        )
+        self.needed, self.there = needed, there
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Bytes of one device."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    """Outputs that take the place of donated arguments."""
+    code: int
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> "MemoryStats":
+        found: Any = compiled.memory_analysis()
+        return cls(
+            arguments=found.argument_size_in_bytes,
+            outputs=found.output_size_in_bytes,
+            temporaries=found.temp_size_in_bytes,
+            aliased=found.alias_size_in_bytes,
+            code=found.generated_code_size_in_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class DescribedProgram:
+    """Stands in for a compiled program where stages are compiled one after the other, and tells what XLA said of it."""
+
+    out_info: Any
+    """Shapes and dtypes of the results."""
+    specs: tuple[PartitionSpec, ...]
+    """How each result is sharded."""
+    mesh: Mesh
+    memory: MemoryStats
+    costs: Mapping[str, float]
+    """The compiler's own counts, where it makes some: `flops`, `bytes accessed`, `optimal_seconds`."""
+    text: str = field(repr=False)
+    """The optimised program of one device."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise RuntimeError("This program was compiled for devices that are only described: it cannot run.")
+
+    @property
+    def output_shardings(self) -> Any:
+        """The shardings of the results, as a pytree like theirs."""
+        return jax.tree.unflatten(
+            jax.tree.structure(self.out_info), [NamedSharding(self.mesh, spec) for spec in self.specs]
+        )
+
+    def on(self, mesh: Mesh) -> "DescribedProgram":
+        """The same for other devices of this kind, in the same arrangement."""
+        return self if mesh == self.mesh else replace(self, mesh=mesh)
+
+    def to_bytes(self) -> bytes:
+        """What `read_described` reads."""
+        parts = {
+            "specs": [[list(a) if isinstance(a, tuple) else a for a in spec] for spec in self.specs],
+            "memory": vars(self.memory),
+            "costs": self.costs,
+            "text": self.text,
+        }
+        return zlib.compress(json.dumps(parts).encode(), 3)
+
+
+def describe(lowered: jax.stages.Lowered, mesh: Mesh, options: Mapping[str, Any] | None) -> DescribedProgram:
+    """Compiles a lowered program for devices that are not here.
+
+    Raises `TooLarge` when the compiler finds that it does not fit into their memory.
+    """
+    try:
+        compiled = lowered.compile(compiler_options=dict(options) if options else None)
+    except jax.errors.JaxRuntimeError as error:
+        found = _TOO_LARGE.search(str(error))
+        if found is None:
+            raise
+        needed, there = (round(float(n) * _UNITS[unit.upper()]) for n, unit in (found.groups()[:2], found.groups()[2:]))
+        raise TooLarge(needed, there) from None
+    costs = compiled.cost_analysis() or {}
+    return DescribedProgram(
+        out_info=lowered.out_info,
+        specs=tuple(
+            getattr(sharding, "spec", PartitionSpec()) for sharding in jax.tree.leaves(compiled.output_shardings)
+        ),
+        mesh=mesh,
+        memory=MemoryStats.of(compiled),
+        costs={name: float(costs[name]) for name in _COSTS if name in costs},
+        text=compiled.as_text() or "",
+    )
+
+
+def read_described(data: bytes, lowered: jax.stages.Lowered, mesh: Mesh) -> DescribedProgram | None:
+    """The program that `to_bytes` wrote, for the same lowered program; None if it was written otherwise."""
+    try:
+        parts = json.loads(zlib.decompress(data))
+        return DescribedProgram(
+            out_info=lowered.out_info,
+            specs=tuple(
+                PartitionSpec(*(tuple(a) if isinstance(a, list) else a for a in spec)) for spec in parts["specs"]
+            ),
+            mesh=mesh,
+            memory=MemoryStats(**{own.name: parts["memory"][own.name] for own in fields(MemoryStats)}),
+            costs=parts["costs"],
+            text=parts["text"],
+        )
+    except (zlib.error, ValueError, KeyError, TypeError):
+        return None
