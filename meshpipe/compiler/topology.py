@@ -3,14 +3,14 @@
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
 
 from meshpipe.errors import ArgumentError
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.hardware.target_name import TargetName
-
-if TYPE_CHECKING:
-    import jax
+from meshpipe.mesh import use_cpu_devices
 
 _OF_THIS_HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -53,7 +53,7 @@ def _missing(package: str, target: TargetName) -> ArgumentError:
     return ArgumentError(f"To compile for {target.text}, {package} must be installed: pip install 'meshpipe[{extra}]'")
 
 
-def devices_of(target: TargetName) -> Sequence["jax.Device"]:
+def devices_of(target: TargetName) -> Sequence[jax.Device]:
     """The devices of a target in JAX's order. Of a CPU that a file describes, virtual devices of this process.
 
     Raises `ArgumentError` when the packages that compile for it are not installed, or do not know the devices.
@@ -61,10 +61,6 @@ def devices_of(target: TargetName) -> Sequence["jax.Device"]:
     check_wheels(target)
     hardware = target.hardware
     if hardware.platform == "cpu":
-        import jax
-
-        from meshpipe.mesh import use_cpu_devices
-
         use_cpu_devices(target.num_devices)
         return jax.devices("cpu")[: target.num_devices]
     if hardware.platform == "tpu":
@@ -91,7 +87,7 @@ def _slice(target: TargetName) -> Mapping[str, Any]:
     return settings
 
 
-def _described(target: TargetName, platform: str, settings: Mapping[str, Any]) -> Sequence["jax.Device"]:
+def _described(target: TargetName, platform: str, settings: Mapping[str, Any]) -> Sequence[jax.Device]:
     for name, value in _OF_THIS_HOST.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies

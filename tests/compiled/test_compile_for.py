@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from meshpipe.compiled.compile_for import compile_for
 from meshpipe.compiled.program import CompiledProgram
-from meshpipe.hardware.target_name import parse_target
 from meshpipe.compiler.topology import devices_of
+from meshpipe.hardware.target_name import parse_target
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import make_mesh
 from meshpipe.runs.build import make_chooser, make_trainer
