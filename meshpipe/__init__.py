@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from meshpipe.checkpoint import CheckpointError as CheckpointError
     from meshpipe.config import Config as Config
     from meshpipe.data import DataConfig as DataConfig
+    from meshpipe.generation.generator import Generator as Generator
+    from meshpipe.generation.sampling import SamplingConfig as SamplingConfig
     from meshpipe.layers.assembled import assemble as assemble
     from meshpipe.layers.fields import call as call
     from meshpipe.layers.fields import named as named
@@ -58,6 +60,8 @@ _MODULES = {
     "CheckpointError": "meshpipe.checkpoint",
     "Config": "meshpipe.config",
     "DataConfig": "meshpipe.data",
+    "Generator": "meshpipe.generation.generator",
+    "SamplingConfig": "meshpipe.generation.sampling",
     "assemble": "meshpipe.layers.assembled",
     "call": "meshpipe.layers.fields",
     "named": "meshpipe.layers.fields",

@@ -9,14 +9,14 @@ from meshpipe.accelerators import Accelerator, find_accelerators, hidden_by, rem
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from meshpipe.config import Config
+    from meshpipe.mesh import MeshConfig
 
 DEVICES = "MESHPIPE_CPU_DEVICES"
 """Environment variable in which `launch` passes each process its number of virtual CPU devices."""
 
 
 def take_devices(
-    config: "Config",
+    mesh: "MeshConfig",
     console: "Console",
     accelerators: Sequence[Accelerator] | None = None,
     environment: Mapping[str, str] = os.environ,
@@ -30,7 +30,7 @@ def take_devices(
     from meshpipe.mesh import use_cpu_devices
     from meshpipe.processes.coordination import process_count
 
-    count, processes = config.mesh.num_devices, process_count()
+    count, processes = mesh.num_devices, process_count()
     per_process = int(environment.get(DEVICES, 0)) or -(-count // processes)
     use_cpu_devices(per_process)
     if jax.default_backend() == "cpu":

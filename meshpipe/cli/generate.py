@@ -108,19 +108,20 @@ def generate(arguments: list[str]) -> int:
         console = make_console(stderr=True, quiet=not is_first)
         saved = open_saved(flags.folder.expanduser(), flags.groups.step, flags.prompts.tokenizer)
         tokenizer = checked_tokenizer(saved.tokenizer)
-        take_devices_of_run(replace(saved.config, mesh=flags.mesh), console, flags.distributed)
+        take_devices_of_run(flags.mesh, console, flags.distributed)
         prompts = [encoded(tokenizer, text, chat=flags.prompts.chat) for text in texts]
         sampling = flags.sampling
         if not flags.prompts.ignore_end:
-            sampling = replace(sampling, stop_tokens=(*sampling.stop_tokens, *saved.ends))
-        with phase(f"Reading {saved}"):
+            ends = () if tokenizer.end is None else (tokenizer.end,)
+            sampling = replace(sampling, stop_tokens=(*sampling.stop_tokens, *saved.ends, *ends))
+        with phase(f"Reading {saved.name}"):
             generator = saved.generator(
                 flags.mesh.build(),
                 batch_size=flags.groups.batch_size,
                 in_flight=flags.groups.in_flight,
                 compile_cache=flags.groups.compile_cache,
             )
-        console.print(f"Generating with {saved}.", markup=False)
+        console.print(f"Generating with {saved.name}.", markup=False)
         written = _Written(texts, tokenizer, as_json=flags.prompts.json)
         began = time.perf_counter()
         for line in written.lines(_drawn(generator, prompts, sampling)):

@@ -14,7 +14,7 @@ from meshpipe.processes.exit_codes import FAILED, INVALID
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from meshpipe.config import Config
+    from meshpipe.mesh import MeshConfig
     from meshpipe.processes.guard import Guard
     from meshpipe.processes.join import DistributedConfig
 
@@ -51,8 +51,8 @@ def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", 
     return status
 
 
-def take_devices_of_run(config: "Config", console: "Console", distributed: "DistributedConfig") -> None:
-    """Takes the devices of the mesh of a config, as `take_devices` does, and opens what moves arrays between
+def take_devices_of_run(mesh: "MeshConfig", console: "Console", distributed: "DistributedConfig") -> None:
+    """Takes the devices of a mesh, as `take_devices` does, and opens what moves arrays between
     processes.
     """
     from meshpipe.host import keep_freed_memory
@@ -60,7 +60,7 @@ def take_devices_of_run(config: "Config", console: "Console", distributed: "Dist
     from meshpipe.processes.addresses import own_address
     from meshpipe.processes.coordination import coordinator_address, process_count
 
-    take_devices(config, console)
+    take_devices(mesh, console)
     keep_freed_memory()
     if process_count() > 1:
         open_peers(own_address(coordinator_address()), accelerators=distributed.transfers == "sockets")

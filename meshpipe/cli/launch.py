@@ -10,6 +10,9 @@ from meshpipe.errors import check_whole
 PROCESS_LIMIT = 1025
 """The number of processes must be below this, far more than one machine runs."""
 
+COMMANDS = {"train": "RECIPE", "generate": "FOLDER", "eval": "FOLDER"}
+"""What several processes can run, and what each is called with."""
+
 
 @dataclass(frozen=True)
 class _LaunchFlags:
@@ -35,17 +38,26 @@ def launch(arguments: list[str]) -> int:
     if separator in arguments:
         place = arguments.index(separator)
         own, command = arguments[:place], arguments[place + 1 :]
-    elif "train" in arguments:
+    elif found := [argument for argument in arguments if argument in COMMANDS]:
         raise ValueError(
-            "The command of the processes must follow --. Got train without it. "
-            "Write meshpipe launch --processes N -- train RECIPE."
+            f"The command of the processes must follow --. Got {found[0]} without it. "
+            f"Write meshpipe launch --processes N -- {found[0]} {COMMANDS[found[0]]}."
         )
     flags = parse(_LaunchFlags, own, "meshpipe launch", launch.__doc__)
-    if not command or command[0] != "train":
+    if not command or command[0] not in COMMANDS:
         got = f"Got {command[0]!r}." if command else "Got nothing after it."
-        raise ValueError(f"The command after -- must be train: meshpipe launch --processes N -- train RECIPE. {got}")
+        raise ValueError(
+            f"The command after -- must be one of {', '.join(COMMANDS)}: meshpipe launch --processes N -- train RECIPE. "
+            f"{got}"
+        )
     if command[1:2] == [] or command[1].startswith("-"):
-        raise ValueError("A recipe comes after train: meshpipe launch --processes N -- train RECIPE. Got none.")
+        what = COMMANDS[command[0]]
+        raise ValueError(
+            f"A {what.lower()} comes after {command[0]}: meshpipe launch --processes N -- {command[0]} {what}. "
+            "Got none."
+        )
+    if flags.max_restarts and command[0] != "train":
+        raise ValueError(f"--max-restarts is for train. Got it for {command[0]}. Leave it out.")
     if flags.max_restarts and not any(argument.startswith(("--checkpoint-dir", "--run-dir")) for argument in command):
         raise ValueError(
             f"A run is restarted from its newest checkpoint. Got --max-restarts {flags.max_restarts} without "

@@ -12,6 +12,7 @@ from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, ex
 from meshpipe.cli.checkpoint import checkpoint
 from meshpipe.cli.data import data
 from meshpipe.cli.doctor import doctor
+from meshpipe.cli.evaluate import evaluate
 from meshpipe.cli.generate import generate
 from meshpipe.cli.init import init
 from meshpipe.cli.launch import launch
@@ -37,7 +38,8 @@ USAGE = """usage: meshpipe COMMAND ...
   plan RECIPE [flags] --compare             compare the costs of all schedules
   plan RECIPE --profile [flags]             measure each layer on this machine, and suggest a better partition
   advise RECIPE --target gpu:h100:8 [flags] find the fastest layout on given devices, and say why others lose
-  generate FOLDER --prompt TEXT [flags]     continue texts with a trained model
+  generate FOLDER --prompt TEXT [flags]     continue texts with a trained model or published weights
+  eval FOLDER [flags]                       loss, perplexity and metrics on held-out data
   metrics RUN... [--plot FILE.png]          compare runs: losses, throughput, status; draw their curves
   launch --processes N [flags] -- train RECIPE [flags]   run N processes on this machine
   checkpoint list DIR                       list checkpoints and their layouts
@@ -64,6 +66,7 @@ def _commands(stop: StopRequest) -> dict[str, Command]:
         "plan": plan,
         "advise": advise,
         "generate": generate,
+        "eval": evaluate,
         "metrics": metrics,
         "launch": launch,
         "checkpoint": checkpoint,

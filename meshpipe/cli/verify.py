@@ -30,7 +30,7 @@ def verify(arguments: list[str]) -> int:
         from meshpipe.report.tables import make_console
 
     console = make_console()
-    take_devices(config, console)
+    take_devices(config.mesh, console)
     keep_freed_memory()
     report = verify_recipe(config, extra.updates)
     updates = f"{extra.updates} update{'s' if extra.updates > 1 else ''}"

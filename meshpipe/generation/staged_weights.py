@@ -16,6 +16,7 @@ from meshpipe.layers.task import Task
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.partition import partition_by_cost
 from meshpipe.plan.schedules import gpipe
+from meshpipe.sharding import Arrays
 from meshpipe.training.state import StateTree
 
 ReadWeights = Callable[[StagedModel], Sequence[StateTree]]
@@ -31,10 +32,18 @@ class StagedWeights:
     values: Mapping[int, Mapping[str, jax.Array]]
     """By local stage and leaf path."""
 
+    @property
+    def params(self) -> dict[int, Arrays]:
+        return {s: tuple(own[path] for path in self.model.parameters[s].params) for s, own in self.values.items()}
+
+    @property
+    def state(self) -> dict[int, Arrays]:
+        return {s: tuple(own[path] for path in self.model.parameters[s].state) for s, own in self.values.items()}
+
     @classmethod
-    def of(cls, task: Task, mesh: Mesh, read: ReadWeights) -> "StagedWeights":
+    def of(cls, task: Task, mesh: Mesh, read: ReadWeights, num_microbatches: int = 1) -> "StagedWeights":
         """Cuts the layers of a task into stages, and reads their values."""
-        model = forward_model(task, mesh)
+        model = forward_model(task, mesh, num_microbatches)
         trees = read(model)
         values = {s: {**trees[s].get("params", {}), **trees[s].get("state", {})} for s in model.local}
         for s in model.local:
@@ -44,7 +53,7 @@ class StagedWeights:
         return cls(model, values)
 
 
-def forward_model(task: Task, mesh: Mesh, num_microbatches: int = 1) -> StagedModel:
+def forward_model(task: Task, mesh: Mesh, num_microbatches: int) -> StagedModel:
     """The model with one stage for each rank of the mesh, so that ranks hold about equally many bytes."""
     layers = abstract_layers(task.layers, task.batch)
     sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in layer.all_params.values()) for layer in layers]

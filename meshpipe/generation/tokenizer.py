@@ -1,7 +1,14 @@
-"""What turns text into tokens and back."""
+"""What turns text into tokens and back, and where to find it."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from meshpipe.errors import ArgumentError
+from meshpipe.models.model import ModelConfig
+
+TOKENIZER = "tokenizer.json"
 
 
 @runtime_checkable
@@ -31,3 +38,36 @@ class ByteTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(tokens).decode(errors="replace")
+
+
+def find_tokenizer(model: ModelConfig, given: str | Path | None, folders: Sequence[Path]) -> TextTokenizer | None:
+    """The tokenizer in the file or folder `given`, or in the first of `folders` that has one; or bytes, for a model of
+    256 tokens. None where nothing tells. Raises `ArgumentError` for a tokenizer with more tokens than the model.
+    """
+    vocab = model.limits().get(model.input)
+    place = given if given is not None else next((f for f in folders if (f / TOKENIZER).is_file()), None)
+    if place is None:
+        return ByteTokenizer() if vocab == ByteTokenizer.vocab_size else None
+    from meshpipe.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(place)
+    if vocab is not None and tokenizer.vocab_size > vocab:
+        raise ArgumentError(
+            f"`tokenizer` must be the one that the model was trained with. Got {place} with {tokenizer.vocab_size:,} "
+            f"tokens for a model of {vocab:,}."
+        )
+    return tokenizer
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """The tokens that end a text, as generation_config.json or config.json of a folder name them."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            values = json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            continue
+        found = values.get("eos_token_id") if isinstance(values, dict) else None
+        tokens = found if isinstance(found, list) else [found]
+        if ends := tuple(token for token in tokens if isinstance(token, int) and not isinstance(token, bool)):
+            return ends
+    return ()

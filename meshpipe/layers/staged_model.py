@@ -97,7 +97,9 @@ class StagedModel:
         """The values that wait on the rank that makes them until another first reads them; `meshpipe.choose` says."""
         self.cache: CompileCache | None = None
         """Keeps the programs that are compiled later, for evaluation and prediction."""
-        self._name, self._overwrites_state = "model", overwrites_state
+        self.name = "model"
+        """Begins the names of its transfers; unique among the models of this process that run between processes."""
+        self._overwrites_state = overwrites_state
         self._of_rest: dict[int, Forwards] = {}
         self._unread: set[tuple[str, str]] = set()
         """What layers sow and nothing reads: their class, and the name."""
@@ -208,7 +210,7 @@ class StagedModel:
         `name` must be unique among the models of this process; the names of its transfers begin with it. `check` is
         called in between.
         """
-        self._name = name
+        self.name = name
         compiler = compiler or Compiler()
         self.cache = compiler.cache
         self.trace_to_run()
@@ -273,7 +275,7 @@ class StagedModel:
         if outputs:
             check_rows(output[-1], batches.size // batches.count)
         return Forwards(
-            name=f"{self._name}/{name}",
+            name=f"{self.name}/{name}",
             plan=self.plan,
             graph=wired.graph,
             microbatches=batches,

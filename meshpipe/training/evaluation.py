@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -12,16 +12,26 @@ from meshpipe.layers.microbatches import OwnBatch
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.optimizer.sums import LOSS, WEIGHT, means
 from meshpipe.processes.group import Group
-from meshpipe.sharding import local_value
-from meshpipe.training.state import TrainingState
+from meshpipe.sharding import Arrays, local_value
 
 LAST_STAGE_SECONDS = 3600.0
 """How long to wait for the value of the last stage."""
 
 
+@runtime_checkable
+class Values(Protocol):
+    """The values of a model by local stage, in the order of the stage's leaves."""
+
+    @property
+    def params(self) -> Mapping[int, Arrays]: ...
+
+    @property
+    def state(self) -> Mapping[int, Arrays]: ...
+
+
 def evaluate(
     model: StagedModel,
-    training: TrainingState,
+    values: Values,
     batches: Iterable[Mapping[str, Any]],
     seed_data: Mapping[int, jax.Array],
     group: Group,
@@ -37,7 +47,7 @@ def evaluate(
         for forwards, count, part in _pieces(model, batch):
             inputs = forwards.inputs(part, seed_data)
             group.calls += 1
-            _, _, sums = forwards.executor(count).run(training.params, training.state, inputs)
+            _, _, sums = forwards.executor(count).run(values.params, values.state, inputs)
             found.append({s: {n: float(local_value(v)) for n, v in own.items()} for s, own in sums.items()})
     if not found:
         raise ArgumentError("Evaluation needs at least one batch. Got `batches` without any.")

@@ -140,7 +140,7 @@ def test_wrong_timeouts(timeout: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_train_names_a_gpu_that_jax_does_not_see() -> None:
     console, text = make_console()
-    take_devices(single(), console, [GPU], {})
+    take_devices(single().mesh, console, [GPU], {})
     first, second = text.getvalue().splitlines()
     assert first.startswith(
         "JAX does not see the NVIDIA GPU of this machine (/dev/nvidia0). Install JAX's support: pip"
@@ -150,6 +150,6 @@ def test_train_names_a_gpu_that_jax_does_not_see() -> None:
 
 def test_train_is_silent_about_a_gpu_that_the_user_has_hidden(tmp_path: Path) -> None:
     console, text = make_console()
-    take_devices(single(), console, [GPU], {"JAX_PLATFORMS": "cpu"})
-    take_devices(single(), console, find_accelerators(tmp_path, {}), {})
+    take_devices(single().mesh, console, [GPU], {"JAX_PLATFORMS": "cpu"})
+    take_devices(single().mesh, console, find_accelerators(tmp_path, {}), {})
     assert text.getvalue() == "No accelerator: running on 1 virtual CPU device.\n" * 2

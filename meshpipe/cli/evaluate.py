@@ -1,0 +1,106 @@
+"""`meshpipe eval`."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from meshpipe.cli.arguments import parse
+from meshpipe.cli.joined import process_number, run_joined, take_devices_of_run
+from meshpipe.errors import check_whole
+from meshpipe.files import expand_fields
+from meshpipe.phases import phase, silence
+from meshpipe.processes.exit_codes import COMPLETED
+from meshpipe.processes.launcher_pipe import end_with_launcher
+
+if TYPE_CHECKING:
+    from meshpipe.processes.guard import Guard
+
+DESCRIPTION = "Loss, perplexity and metrics of a trained model, or of published weights, on held-out data."
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFlags:
+    """On what the model is evaluated."""
+
+    data: Path | None = None
+    """Folder that `meshpipe data prepare` has made, or a text file or folder, read byte by byte; by default the
+    held-out data of the run."""
+    sequence_length: int = 128
+    """Bytes per window of a text file or folder."""
+    batch_size: int = 32
+    """Examples that are put on the devices at a time."""
+    num_microbatches: int = 1
+    """Parts of a batch, which follow each other through the ranks of a pipeline."""
+    batches: int = 0
+    """Evaluate so many batches; 0 all held-out data."""
+    step: int | None = None
+    """The step of the checkpoint; by default the newest."""
+    json: bool = False
+    """Write one JSON object in place of text."""
+    compile_cache: str | None = None
+    """Folder that keeps compiled programs for later commands; None keeps none."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_size", "num_microbatches"):
+            check_whole(name, getattr(self, name))
+        check_whole("batches", self.batches, 0)
+        if self.step is not None:
+            check_whole("step", self.step, 0)
+        expand_fields(self, "data", "compile_cache")
+
+
+def evaluate(arguments: list[str]) -> int:
+    end_with_launcher()
+    if process_number(arguments) not in (None, "0"):
+        silence()
+    with phase("Importing JAX"):
+        from meshpipe.generation.held_out import evaluate_saved, held_out_source
+        from meshpipe.generation.saved import open_saved
+        from meshpipe.mesh import MeshConfig
+        from meshpipe.processes.coordination import process_index
+        from meshpipe.processes.join import DistributedConfig
+        from meshpipe.report.tables import make_console
+
+    @dataclass(frozen=True)
+    class Flags:
+        folder: tyro.conf.Positional[Path]
+        """The --run-dir or --checkpoint-dir of a run, or a folder of published weights."""
+        mesh: MeshConfig = field(default_factory=MeshConfig)
+        evaluation: Annotated[EvaluationFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=EvaluationFlags)
+        distributed: Annotated[DistributedConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=DistributedConfig)
+
+    flags = parse(Flags, arguments, "meshpipe eval", DESCRIPTION)
+    asked = flags.evaluation
+
+    def run(guard: "Guard") -> int:
+        is_first = process_index() == 0
+        console = make_console(stderr=True, quiet=not is_first)
+        saved = open_saved(flags.folder, asked.step)
+        take_devices_of_run(flags.mesh, console, flags.distributed)
+        with phase("Opening the data"):
+            source = held_out_source(saved, asked.data, asked.sequence_length)
+        found = evaluate_saved(
+            saved,
+            source,
+            flags.mesh.build(),
+            batch_size=asked.batch_size,
+            num_microbatches=asked.num_microbatches,
+            num_batches=asked.batches,
+            compile_cache=asked.compile_cache,
+        )
+        examples = min(len(source), asked.batches * asked.batch_size) if asked.batches else len(source)
+        if asked.json:
+            line = {name: value if math.isfinite(value) else None for name, value in found.items()}
+            text = json.dumps({"model": saved.name, "examples": examples, **line})
+        else:
+            values = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+            text = f"{saved.name}, {examples:,} held-out examples: {values}"
+        if is_first:
+            print(text)
+        return COMPLETED
+
+    return run_joined(flags.distributed, run)
