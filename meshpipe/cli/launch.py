@@ -47,8 +47,8 @@ def launch(arguments: list[str]) -> int:
     if not command or command[0] not in COMMANDS:
         got = f"Got {command[0]!r}." if command else "Got nothing after it."
         raise ValueError(
-            f"The command after -- must be one of {', '.join(COMMANDS)}: meshpipe launch --processes N -- train RECIPE. "
-            f"{got}"
+            f"The command after -- must be one of {', '.join(COMMANDS)}: "
+            f"meshpipe launch --processes N -- train RECIPE. {got}"
         )
     if command[1:2] == [] or command[1].startswith("-"):
         what = COMMANDS[command[0]]

@@ -67,8 +67,13 @@ def open_saved(folder: str | Path, step: int | None = None, tokenizer: str | Pat
     as it was.
     """
     folder = Path(folder).expanduser()
-    if not reader_of(folder).steps() and (folder / "config.json").is_file():
-        return _published(folder, step, tokenizer)
+    if not reader_of(folder).steps():
+        if (folder / "config.json").is_file():
+            return _published(folder, step, tokenizer)
+        raise CheckpointError(
+            "A model is in a folder of checkpoints, such as the --run-dir of a run, or of published weights, with "
+            f"config.json and files of safetensors. Got {str(folder)!r}, which has neither."
+        )
     return _checkpoint(folder, step, tokenizer)
 
 

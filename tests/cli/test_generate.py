@@ -1,0 +1,131 @@
+"""`meshpipe generate` and `eval`: text and JSON, from published weights and from checkpoints; wrong calls."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import golden
+import jax
+import pytest
+
+from meshpipe.cli import main
+
+ROOT = Path(__file__).parents[2]
+LANGUAGE = f"{ROOT / 'recipes' / 'language_model.py'}:debug"
+QWEN = golden.FOLDER / "qwen2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def devices() -> None:
+    """All devices of the tests, before a command takes fewer."""
+    assert len(jax.devices()) >= 4
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the smallest language model, and its metrics."""
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    assert main(["train", LANGUAGE, "--steps", "3", "--run-dir", str(folder), "--eval-batches", "3"]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_published_weights_continue_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"Hello"\n\n{"prompt": "and so"}\n')
+    flags = ["--prompt", "A", "--prompts", str(prompts), "--max-tokens", "4", "--ignore-end", "--json"]
+    assert main(["generate", str(QWEN), *flags]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["A", "Hello", "and so"]
+    assert [len(line["tokens"]) for line in lines] == [4, 4, 4]
+    assert main(["generate", str(QWEN), "--prompt", "A", "--max-tokens", "4", "--ignore-end"]) == 0
+    out, error = capsys.readouterr()
+    assert out == f"A{lines[0]['text']}\n"
+    assert re.search(r"4 tokens; the first after [\d.]+ s, with compilation, then [\d.]+ tokens/s", error)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_continues_text_and_is_evaluated_as_its_run_does(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    of_run = next(line for line in written if line["event"] == "eval")
+    capsys.readouterr()
+    for layout in ((), ("--mesh.pipeline", "2", "--mesh.data", "2", "--num-microbatches", "2")):
+        assert main(["eval", str(run_folder), "--batches", "3", "--json", *layout]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["examples"] == 96
+        for name in ("loss", "accuracy"):
+            assert found[name] == pytest.approx(of_run[name], rel=1e-5)
+        assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-6)
+    text = run_folder / "text.txt"
+    text.write_text("x = 1\n" * 200)
+    assert main(["eval", str(run_folder), "--data", str(text), "--sequence-length", "16", "--batch-size", "5"]) == 0
+    assert re.search(r"8 held-out examples: loss [\d.]+  perplexity [\d.]+  accuracy", capsys.readouterr().out)
+    drawn = ["--prompt", "def f(", "--max-tokens", "12", "--temperature", "1", "--seed", "5"]
+    outputs = []
+    for layout in ((), ("--mesh.pipeline", "2", "--mesh.tensor", "2")):
+        assert main(["generate", str(run_folder), *drawn, *layout]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("def f(")
+
+
+WRONG = {
+    "no prompt": ("generate QWEN", "needs at least one --prompt, or a file of --prompts"),
+    "no such folder": ("generate missing --prompt a", "which has neither"),
+    "a folder of something else": ("eval EMPTY", "which has neither"),
+    "no tokenizer": ("generate LLAMA --prompt a", "Pass --tokenizer FILE"),
+    "a tokenizer that is none": ("generate LLAMA --prompt a --tokenizer EMPTY", "--tokenizer must be a tokenizer.json"),
+    "a tokenizer with other tokens": ("generate SMALL --prompt a", "must be the one that the model was trained with"),
+    "a step of published weights": ("generate QWEN --prompt a --step 3", "Published weights have no steps"),
+    "an empty prompt": ("generate QWEN --prompts EMPTY/empty.jsonl", "must have at least one token"),
+    "a line that is no JSON": ("generate QWEN --prompts EMPTY/wrong.jsonl", "wrong.jsonl, line 2"),
+    "a line without a prompt": ("generate QWEN --prompts EMPTY/other.jsonl", "an object with a text named prompt"),
+    "no file of prompts": ("generate QWEN --prompts EMPTY/missing.txt", "--prompts must name a text file"),
+    "cold": ("generate QWEN --prompt a --temperature -1", "--temperature must be 0 or a number above it. Got -1.0."),
+    "no share": ("generate QWEN --prompt a --top-p 0", "--top-p must be above 0 and at most 1"),
+    "no group": ("generate QWEN --prompt a --batch-size 0", "--batch-size must be at least 1"),
+    "more ranks than layers": ("generate QWEN --prompt a --mesh.pipeline 7", "Every stage needs a layer"),
+    "no data": ("eval QWEN", "Evaluation needs held-out data"),
+    "data that is not prepared": ("eval QWEN --data EMPTY", "must be a folder that `meshpipe data prepare` has made"),
+    "a damaged tensor file": ("generate DAMAGED --prompt a", "DAMAGED"),
+    "launch of nothing to run": ("launch --processes 2 -- plan RECIPE", "must be one of train, generate, eval"),
+    "launch of no folder": ("launch --processes 2 -- generate --prompt a", "A folder comes after generate"),
+    "restarts of generation": ("launch --processes 2 --max-restarts 1 -- eval FOLDER", "--max-restarts is for train"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    words, message = WRONG[name]
+    empty, small, damaged = tmp_path / "empty", tmp_path / "small", tmp_path / "damaged"
+    empty.mkdir()
+    (empty / "empty.jsonl").write_text('""\n')
+    (empty / "wrong.jsonl").write_text('"a"\n{"prompt": \n')
+    (empty / "other.jsonl").write_text('{"text": "a"}\n')
+    shutil.copytree(QWEN, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    shutil.copytree(QWEN, damaged)
+    data = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(data[: len(data) // 2])
+    places = {
+        "QWEN": QWEN,
+        "LLAMA": golden.FOLDER / "llama2",
+        "EMPTY": empty,
+        "SMALL": small,
+        "DAMAGED": damaged,
+    }
+    before = sorted(tmp_path.rglob("*"))
+    for word, place in places.items():
+        words, message = words.replace(word, str(place)), message.replace(word, str(place))
+    assert main(words.split()) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert message in " ".join(error.split()), error
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,38 @@
+"""Continues the golden prompts in this process, one of several perhaps; prints the tokens."""
+
+import json
+
+import golden
+import jax
+from member import join_run, place_parser
+
+import meshpipe
+from meshpipe.processes.coordination import barrier
+from meshpipe.processes.guard import leave
+
+
+def main() -> None:
+    parser = place_parser()
+    parser.add_argument("names")
+    parser.add_argument("pipeline", type=int)
+    parser.add_argument("tensor", type=int)
+    flags = parser.parse_args()
+    names, pipeline, tensor = flags.names.split(","), flags.pipeline, flags.tensor
+    join_run(flags, pipeline * tensor // (flags.process_count or 1))
+    found = {}
+    for name in names:
+        expected = golden.expected(name)
+        prompts = [
+            row[:length].tolist() for row, length in zip(expected["ids"], expected["prompt_lengths"], strict=True)
+        ]
+        mesh = meshpipe.make_mesh(pipeline, 1, tensor)
+        generator = meshpipe.Generator(golden.CONFIGS[name], golden.leaves(name), mesh=mesh, batch_size=2)
+        found[name] = generator.tokens(prompts, max_tokens=expected["continuation"].shape[1])
+    print("RESULT", json.dumps(found), flush=True)
+    if jax.process_count() > 1:
+        barrier("end", 60.0)
+        leave(0)
+
+
+if __name__ == "__main__":
+    main()
