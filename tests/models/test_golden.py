@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
-from meshpipe import PipelineConfig, Trainer, make_mesh
+from meshpipe import PipelineConfig, Trainer, make_mesh, verify
 
 NAMES = tuple(golden.CONFIGS)
 LAYOUTS: dict[str, tuple[int, int, int]] = {
@@ -70,6 +70,23 @@ def test_logits_at_every_layout(name: str, layout: str) -> None:
     )
     expected = np.resize(golden.expected(name)["logits"], (6 * 4, 16, 288))
     np.testing.assert_allclose(trainer.predict(given), expected, rtol=0, atol=golden.TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3", "gpt2"])
+def test_training_equals_training_on_one_device(name: str) -> None:
+    config = golden.CONFIGS[name]
+    given = batch(name, 8) | {"segment_ids": np.asarray([[0] * 6 + [1] * 10] * 8, np.int32)}
+    report = verify(
+        golden.modules(name),
+        config.loss,
+        optax.adam(1e-3),
+        batches=[given] * 2,
+        mesh=make_mesh(2, 2, 2),
+        pipeline=PipelineConfig(num_microbatches=2, schedule="zb-h1"),
+        tied=config.tied(),
+    )
+    assert report.ok, report
 
 
 @pytest.mark.slow
