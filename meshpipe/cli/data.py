@@ -10,7 +10,7 @@ import tyro
 from meshpipe.cli.arguments import Command, choose, parse
 from meshpipe.errors import check_whole
 from meshpipe.files import expand_fields
-from meshpipe.phases import phase
+from meshpipe.phases import each, phase
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
 USAGE = """usage: meshpipe data prepare SOURCES... --tokenizer FILE --to DIR --sequence-length N [flags]
@@ -46,10 +46,9 @@ class _FolderAndExamples:
 
 
 def data_prepare(arguments: list[str]) -> int:
-    with phase("Importing JAX"):
-        from meshpipe.data.preparation import PrepareConfig, prepare
-        from meshpipe.report.prepared import print_prepared
-        from meshpipe.report.tables import make_console, print_text
+    from meshpipe.data.preparation import PrepareConfig, prepare
+    from meshpipe.report.prepared import print_prepared
+    from meshpipe.report.tables import make_console, print_text
 
     description = "Tokenizes text and packs it into windows, in files that training reads at random."
     config = parse(PrepareConfig, arguments, "meshpipe data prepare", description)
@@ -63,14 +62,15 @@ def data_prepare(arguments: list[str]) -> int:
 
 def data_show(arguments: list[str]) -> int:
     flags = parse(_FolderAndExamples, arguments, "meshpipe data show", "Shows what a prepared folder has.")
-    with phase("Importing JAX"):
-        from meshpipe.data.manifest import read_manifest
-        from meshpipe.report.prepared import print_examples, print_prepared
-        from meshpipe.report.tables import make_console
+    from meshpipe.data.manifest import read_manifest
+    from meshpipe.report.prepared import print_prepared
+    from meshpipe.report.tables import make_console
 
     console = make_console()
     print_prepared(console, flags.directory, read_manifest(flags.directory, "DIR"))
     if flags.examples:
+        with phase("Importing JAX"):
+            from meshpipe.report.windows import print_examples
         print_examples(console, flags.directory, flags.split, flags.examples)
     return COMPLETED
 
@@ -78,10 +78,8 @@ def data_show(arguments: list[str]) -> int:
 def data_verify(arguments: list[str]) -> int:
     description = "Compares every byte of a prepared folder with the checksums written when it was prepared."
     flags = parse(_Folder, arguments, "meshpipe data verify", description)
-    with phase("Importing JAX"):
-        from meshpipe.data.manifest import SPLITS, read_manifest
-        from meshpipe.data.preparation.split_writer import file_digest
-        from meshpipe.phases import each
+    from meshpipe.data.manifest import SPLITS, read_manifest
+    from meshpipe.data.preparation.split_writer import file_digest
 
     manifest = read_manifest(flags.directory, "DIR")
     files = [file for split in SPLITS for file in manifest.files[split]]

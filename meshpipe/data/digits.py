@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshpipe.data.batches import DataConfig
+from meshpipe.data.batch import DataConfig
 from meshpipe.errors import ArgumentError
 
 HELD_OUT = 5

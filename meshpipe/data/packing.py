@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from meshpipe.data.batches import Batch
+Example = dict[str, np.ndarray]
 
 OPEN_WINDOWS = 64
 """Windows that wait for documents that fit, where documents are kept whole."""
@@ -129,7 +129,7 @@ def write_record(window: Window, dtype: np.dtype) -> bytes:
     return b"".join(parts)
 
 
-def read_record(record: bytes, dtype: np.dtype, length: int) -> Batch:
+def read_record(record: bytes, dtype: np.dtype, length: int) -> Example:
     """The example of a record, padded to a length. Fields, each [seq]: `inputs` and `targets` int32; `segment_ids`
     int32, different for each segment and for the padding; `positions` int32, from 0 in each of them; `weights` float32,
     0 where a target does not count, else 1.

@@ -9,7 +9,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from meshpipe.data.batches import Batch, DataConfig
+from meshpipe.data.batch import Batch, DataConfig
 from meshpipe.data.manifest import RecordFile, Split, read_manifest
 from meshpipe.data.packing import read_record
 from meshpipe.errors import ArgumentError, check_positive

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meshpipe.data.batches import DataConfig
+from meshpipe.data.batch import DataConfig
 from meshpipe.data.text_files import MAX_BYTES_PER_FILE, PACKAGES, Text, folder_files, package_files, read, split
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields

@@ -11,7 +11,7 @@ import jax
 
 from meshpipe.checkpoint.documents import is_count
 from meshpipe.config import Config
-from meshpipe.data.batches import ADDRESS
+from meshpipe.data.batch import ADDRESS
 from meshpipe.environment import versions
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.staged_model import StagedModel

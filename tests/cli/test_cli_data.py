@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def test_what_is_prepared_is_shown_and_verified(
     assert status == 1
     assert output.startswith("train-00000.array_record: its bytes are not those that were written.")
     assert run(capsys, "show", to, "--examples", "1", "--split", "eval")[0] == 2
+
+
+def test_preparing_imports_nothing_that_takes_seconds(tokenizer: Path, chats: Path, tmp_path: Path) -> None:
+    flags = ["--tokenizer", tokenizer, "--to", tmp_path / "to", "--sequence-length", 32, "--held-out", 0]
+    command = [sys.executable, "-X", "importtime", "-m", "meshpipe", "data", "prepare", chats, *flags]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
+    assert {"meshpipe", "tokenizers"} <= imported
+    assert not imported & {"jax", "flax", "optax", "orbax", "grain", "scipy", "matplotlib", "pyarrow"}
 
 
 WRONG: dict[str, tuple[str, str]] = {
