@@ -10,7 +10,6 @@ from meshpipe.cli.arguments import configure
 from meshpipe.cli.flags import changed_arguments
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.phases import phase
-from meshpipe.pipeline.config import parse_bytes
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ class _AdviseFlags:
     def __post_init__(self) -> None:
         check_whole("top", self.top, below=1001)
         if self.usable_memory is not None:
+            from meshpipe.pipeline.config import parse_bytes  # late: it imports JAX
+
             parse_bytes(self.usable_memory)
 
 
@@ -86,6 +87,7 @@ def _advice(
     from meshpipe.advise.advise import advise_on
     from meshpipe.mesh import use_cpu_devices
     from meshpipe.models.attention import cpu_devices_stand_in
+    from meshpipe.pipeline.config import parse_bytes
     from meshpipe.stage.target import ACCELERATOR
 
     jax.config.update("jax_platforms", "cpu")
