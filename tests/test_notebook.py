@@ -14,7 +14,7 @@ CELLS = [
     "import meshpipe, tiny_recipes\nmeshpipe.use_cpu_devices(2)\nbefore = signal.getsignal(signal.SIGINT)",
     "result = meshpipe.run(replace(tiny_recipes.pipeline(), steps=30, eval_every=10))\nresult",
     "assert signal.getsignal(signal.SIGINT) is before\nassert len(result.losses) == 30\nresult.trainer",
-    "result.trainer.step(next(iter(meshpipe.data.batch(tiny_recipes.Points(16, 8), 16))))",
+    "result.trainer.step(next(iter(meshpipe.data.batches(tiny_recipes.Points(16, 8), 16))))",
     "try:\n    meshpipe.use_cpu_devices(64)\nexcept ValueError as error:\n    print(error)",
     "try:\n    meshpipe.run(replace(tiny_recipes.pipeline(), data=tiny_recipes.PointsConfig(poisoned=3, count=32)))\n"
     "except meshpipe.NonFiniteError as error:\n    print(error, *error.__notes__)",
