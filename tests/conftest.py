@@ -1,7 +1,9 @@
 """Eight virtual CPU devices for every test, taken before JAX starts, and the types and shapes of calls checked."""
 
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -9,6 +11,13 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA sizes its thread pool from NPROC; fewer than twice the devices can deadlock programs with collectives (jax 0.10).
 os.environ.setdefault("NPROC", "16")
+# Tests compile many of the same programs, in several processes: JAX keeps them in a folder of this run. Workers and
+# processes that tests start inherit it.
+PROGRAMS = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="programs-")
+if PROGRAMS is not None:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -47,6 +56,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=float("inf"),
         help="seconds after which no further test is started: the rest is reported as skipped",
     )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if PROGRAMS is not None:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
