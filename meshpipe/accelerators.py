@@ -1,9 +1,10 @@
 """Accelerators of this machine, found without JAX: by files of their drivers, the PCI bus and the environment."""
 
+import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,15 @@ _GOOGLE = "0x1ae0"
 _TPU_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 """PCI identifiers of Google's TPUs. Other devices of that vendor are in all of its virtual machines."""
 _TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+_CLUSTER_VARIABLES = ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE")
+
+ANSWERS: Mapping[str, str] = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+"""What libtpu, the compiler for TPUs, asks the environment for. Where nothing answers, it waits and writes warnings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +66,26 @@ def _tpu(root: Path, environment: Mapping[str, str]) -> tuple[str, ...]:
         on_bus = [path for path in sorted((root / "sys/bus/pci/devices").glob("*")) if _is_tpu(path)]
         devices = [_name(path, root) for path in sorted((root / "dev/vfio").glob("[0-9]*"))] if on_bus else []
         devices = devices or [_name(path, root) for path in on_bus]
-    return tuple(devices or [f"{name}={environment[name]}" for name in _TPU_VARIABLES if environment.get(name)])
+    told = [name for name in _TPU_VARIABLES if environment.get(name, "") not in ("", ANSWERS.get(name))]
+    return tuple(devices or [f"{name}={environment[name]}" for name in told])
+
+
+def quiet_libtpu(
+    root: Path = Path("/"), environment: MutableMapping[str, str] = os.environ, *, gpu: bool = False
+) -> None:
+    """On a machine without a TPU where libtpu is installed, to compile for TPUs, answers what it asks for.
+
+    With a GPU, JAX's detection of clusters might take the answers for those of a TPU machine: then only with `gpu`.
+    """
+    if importlib.util.find_spec("libtpu") is None or any(environment.get(name) for name in _CLUSTER_VARIABLES):
+        return
+    kinds = {accelerator.kind for accelerator in find_accelerators(root, environment)}
+    # It refuses a second process otherwise, even where neither uses a TPU.
+    if TPU not in kinds:
+        environment.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if not kinds or (gpu and kinds == {NVIDIA}):
+        for name, value in ANSWERS.items():
+            environment.setdefault(name, value)
 
 
 def _is_tpu(device: Path) -> bool:

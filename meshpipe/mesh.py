@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from meshpipe.accelerators import quiet_libtpu
 from meshpipe.errors import check_whole
 
 PIPELINE = "pipeline"
@@ -127,6 +128,7 @@ def use_cpu_devices(count: int) -> None:
         raise ValueError(
             f"A machine can have at most {MAX_CPU_DEVICES} virtual CPU devices. Got {count:,}. Choose a smaller mesh."
         )
+    quiet_libtpu()
     if count > 1:
         # XLA sizes its thread pool by NPROC. In jax 0.10, programs with collectives can deadlock on CPU devices when
         # the pool has fewer than two threads per device. A value that the caller has set stays.

@@ -1,10 +1,13 @@
 """Accelerators are found by files and variables of a made-up machine, and the remedy fits what is installed."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from meshpipe.accelerators import NVIDIA, TPU, Accelerator, find_accelerators, hidden_by, remedy
+from meshpipe.accelerators import ANSWERS, NVIDIA, TPU, Accelerator, find_accelerators, hidden_by, quiet_libtpu, remedy
 
 CPU_ONLY = {"jax": "0.10.2", "jaxlib": "0.10.2"}
 
@@ -127,3 +130,32 @@ def test_remedies_for_a_tpu() -> None:
     assert "Another process may hold the TPU" in remedy(tpu, CPU_ONLY | {"libtpu": "0.0.42"}, {})
     assert hidden_by(tpu, {"JAX_PLATFORMS": "cuda"}) == "JAX_PLATFORMS=cuda"
     assert hidden_by(tpu, {"JAX_PLATFORMS": "tpu,cpu", "CUDA_VISIBLE_DEVICES": ""}) is None
+
+
+def test_libtpu_is_answered_only_where_there_is_nothing_that_the_answers_could_hide(tmp_path: Path) -> None:
+    pytest.importorskip("libtpu")
+    environment: dict[str, str] = {}
+    quiet_libtpu(tmp_path, environment)
+    assert environment.items() >= ANSWERS.items()
+    assert find_accelerators(tmp_path, environment) == []  # the answers do not look like a TPU
+    for root, given in (
+        (make(tmp_path / "tpu", {"dev/accel0": ""}), {}),
+        (make(tmp_path / "gpu", {"dev/nvidia0": ""}), {}),
+        (tmp_path, {"SLURM_JOB_ID": "1"}),
+        (tmp_path, {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}),
+    ):
+        environment = dict(given)
+        quiet_libtpu(root, environment)
+        assert not environment.keys() & ANSWERS.keys() - given.keys()
+    own = {"TPU_WORKER_ID": "7"}
+    quiet_libtpu(make(tmp_path / "gpu", {"dev/nvidia0": ""}), own, gpu=True)
+    assert own == {**ANSWERS, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_ID": "7"}
+
+
+def test_jax_says_nothing_about_tpus_on_a_machine_without(tmp_path: Path) -> None:
+    pytest.importorskip("libtpu")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
+    program = "import meshpipe, jax; meshpipe.use_cpu_devices(2); print(len(jax.devices()))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("2\n", "")

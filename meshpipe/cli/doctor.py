@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshpipe.accelerators import TPU, Accelerator, find_accelerators, remedy
+from meshpipe.accelerators import ANSWERS, TPU, Accelerator, find_accelerators, remedy
 from meshpipe.cli.arguments import parse
 from meshpipe.cli.probe import Probe, probe_devices
 from meshpipe.errors import check_positive
@@ -30,7 +30,7 @@ QUIET_SECONDS = 2.0
 PREFIXES = ("JAX_", "XLA_", "CUDA_VISIBLE", "NVIDIA_VISIBLE", "TPU_", "LIBTPU", "MESHPIPE_", "LD_LIBRARY_PATH", "NPROC")
 """Beginnings of the names of environment variables that change how JAX or meshpipe runs."""
 SECRET = "MESHPIPE_SECRET"
-SET_BY_JAX = {"TPU_SKIP_MDS_QUERY", "TPU_ML_PLATFORM", "TPU_ML_PLATFORM_VERSION"}
+SET_BY_JAX = {"TPU_SKIP_MDS_QUERY", "TPU_ML_PLATFORM", "TPU_ML_PLATFORM_VERSION", "TPU_LIBRARY_PATH"}
 """Variables that importing JAX sets by itself."""
 
 
@@ -180,7 +180,11 @@ def _article(accelerator: Accelerator) -> str:
 
 
 def _variables(environment: Mapping[str, str]) -> str:
-    names = sorted(name for name in environment if name.startswith(PREFIXES) and name not in SET_BY_JAX)
+    names = sorted(
+        name
+        for name, value in environment.items()
+        if name.startswith(PREFIXES) and name not in SET_BY_JAX and value != ANSWERS.get(name)
+    )
     return " ".join(f"{name}={'(set)' if name == SECRET else environment[name]}" for name in names)
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 
+from meshpipe.accelerators import quiet_libtpu
 from meshpipe.cli.advise import advise
 from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, explanation
 from meshpipe.cli.checkpoint import checkpoint
@@ -124,6 +125,7 @@ def _quiet_libraries() -> None:
     # JAX sets 1 by default.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    quiet_libtpu()
     for library in ("absl", "orbax", "grain", "flax", "optax", "jax", "etils", "tensorstore"):
         warnings.filterwarnings("ignore", module=rf"{library}\b")
     logging.getLogger("absl").setLevel(logging.ERROR)

@@ -14,7 +14,11 @@ from meshpipe.errors import ArgumentError
 
 _COSTS = ("flops", "bytes accessed", "optimal_seconds")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", re.IGNORECASE)
+_SIZE = r"([\d.]+)([KMGT]?)i?B?"
+_TOO_LARGE = re.compile(
+    rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds (?:the )?available HBM \({_SIZE}\)", re.IGNORECASE
+)
+"""What the compiler for TPUs says of a program that does not fit."""
 
 
 class TooLarge(ArgumentError):
@@ -102,7 +106,8 @@ def describe(lowered: jax.stages.Lowered, mesh: Mesh, options: Mapping[str, Any]
         found = _TOO_LARGE.search(str(error))
         if found is None:
             raise
-        needed, there = (round(float(n) * _UNITS[unit.upper()]) for n, unit in (found.groups()[:2], found.groups()[2:]))
+        parts = [part for part in found.groups() if part is not None]
+        needed, there = (round(float(n) * _UNITS[unit.upper()]) for n, unit in (parts[:2], parts[2:]))
         raise TooLarge(needed, there) from None
     costs = compiled.cost_analysis() or {}
     return DescribedProgram(

@@ -1,24 +1,17 @@
 """The devices of a target that are not here, as JAX describes them: programs can be compiled for them, not run."""
 
 import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from meshpipe.accelerators import quiet_libtpu
 from meshpipe.errors import ArgumentError
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.hardware.target_name import TargetName
 from meshpipe.mesh import use_cpu_devices
 
-_OF_THIS_HOST = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
-"""What libtpu asks a host that has TPUs about. Where nothing answers, it waits, and writes warnings."""
 _EXTRAS = {"tpu": "tpu-target", "gpu": "gpu-target"}
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
@@ -88,8 +81,7 @@ def _slice(target: TargetName) -> Mapping[str, Any]:
 
 
 def _described(target: TargetName, platform: str, settings: Mapping[str, Any]) -> Sequence[jax.Device]:
-    for name, value in _OF_THIS_HOST.items():
-        os.environ.setdefault(name, value)
+    quiet_libtpu(gpu=True)
     from jax.experimental import topologies
 
     try:

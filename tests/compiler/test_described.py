@@ -1,0 +1,91 @@
+"""Programs for devices that are not here: kept between runs, and refused where they do not fit."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meshpipe.compiler.cache import CompileCache
+from meshpipe.compiler.compiler import Compiler
+from meshpipe.compiler.described import DescribedProgram, TooLarge
+from meshpipe.compiler.topology import devices_of, target_config
+from meshpipe.hardware.catalogue import find_hardware
+from meshpipe.hardware.target_name import parse_target
+from meshpipe.mesh import is_described, make_mesh, submeshes
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pytest.importorskip("libtpu")
+    return submeshes(make_mesh(2, 2, devices=devices_of(parse_target("tpu:v5e:2x2"))))
+
+
+def lowered(mesh, rows=8):
+    x = jax.ShapeDtypeStruct((rows, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    return jax.jit(lambda x: (jnp.tanh(x), x.sum()), donate_argnums=0).lower(x)
+
+
+def test_an_equal_program_is_compiled_once_and_known_on_every_submesh(ranks) -> None:
+    compiler = Compiler()
+    first = compiler.compile(lowered(ranks[0]), ranks[0])
+    second = compiler.compile(lowered(ranks[1]), ranks[1])
+    assert isinstance(first, DescribedProgram)
+    assert second.text is first.text
+    assert [s.mesh for s in jax.tree.leaves(second.output_shardings)] == [ranks[1]] * 2
+    copy = compiler.copy(first, ranks[1])
+    assert isinstance(copy, DescribedProgram)
+    assert copy.mesh == ranks[1]
+    assert first.memory.aliased == first.memory.arguments == 4 * 4 * 128
+    with pytest.raises(RuntimeError, match="cannot run"):
+        first(None)
+
+
+def test_what_is_known_of_a_program_is_kept_for_later_runs(ranks, tmp_path: Path, monkeypatch) -> None:
+    first = Compiler(CompileCache(tmp_path / "cache"), "a").compile(lowered(ranks[0]), ranks[0])
+    (file,) = (tmp_path / "cache").iterdir()
+
+    def refuse(*arguments):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr("meshpipe.compiler.compiler.describe", refuse)
+    again = Compiler(CompileCache(tmp_path / "cache"), "a").compile(lowered(ranks[0]), ranks[0])
+    assert (again.text, again.memory, again.costs) == (first.text, first.memory, first.costs)
+    assert again.output_shardings == first.output_shardings
+    with pytest.raises(AssertionError, match="compiled again"):  # other devices of the same name
+        Compiler(CompileCache(tmp_path / "cache"), "b").compile(lowered(ranks[0]), ranks[0])
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(AssertionError, match="compiled again"):  # a damaged file
+        Compiler(CompileCache(tmp_path / "cache"), "a").compile(lowered(ranks[0]), ranks[0])
+
+
+def test_a_program_that_the_compiler_refuses_says_by_how_much_it_is_too_large(ranks) -> None:
+    with pytest.raises(TooLarge, match="must fit into the memory") as caught:
+        Compiler().compile(lowered(ranks[0], 2**27), ranks[0])
+    assert 15 * 2**30 < caught.value.there <= 16 * 2**30 < caught.value.needed
+
+
+def test_devices_that_are_here_are_not_only_described(ranks) -> None:
+    assert is_described(ranks[0])
+    assert not is_described(make_mesh(2))
+
+
+def test_a_gpu_is_described_in_the_words_of_xla() -> None:
+    text = target_config(find_hardware("h100"))
+    for line in (
+        "core_count: 132",
+        "memory_bandwidth: 3352320000000",
+        "{ major: 9 minor: 0 }",
+        "device_memory_size: 8",
+    ):
+        assert line in text
+
+
+def test_a_missing_compiler_is_one_line_that_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for text, extra in (("tpu:v5p:2x2x1", "tpu-target"), ("gpu:h100:8", "gpu-target")):
+        with pytest.raises(ValueError, match="must be installed: pip install") as caught:
+            devices_of(parse_target(text))
+        assert f"pip install 'meshpipe[{extra}]'" in str(caught.value)
+        assert "\n" not in str(caught.value)
