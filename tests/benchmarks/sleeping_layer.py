@@ -34,14 +34,17 @@ def register() -> None:
 
 
 class SleepingLayer(nnx.Module):
-    """`seconds` for each of forward, the gradient of the input and that of the weights."""
+    """`seconds` for each of forward, the gradient of the input and that of the weights; perhaps for each row."""
 
-    def __init__(self, seconds: tuple[float, float, float]):
+    def __init__(self, seconds: tuple[float, float, float], *, of_each_row: bool = False):
         self.weight = nnx.Param(jnp.eye(WIDTH))
         self.seconds = seconds
+        self.of_each_row = of_each_row
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _product(self.seconds, x, self.weight[...])
+        rows = x.shape[0] if self.of_each_row else 1
+        forward, backward, weights = (rows * part for part in self.seconds)
+        return _product((forward, backward, weights), x, self.weight[...])
 
 
 def _sleep(x: jax.Array, seconds: float) -> jax.Array:
