@@ -19,8 +19,9 @@ class Base:
     digest: str
     """Of their paths, shapes, dtypes and values."""
     folder: str | None = None
-    """Folder of the checkpoint that they came from; None where they are first values, drawn from the seed."""
+    """Folder that they came from; None where they are first values, drawn from the seed."""
     step: int | None = None
+    """The step, where it is a folder of checkpoints; None where it is one of published weights."""
     seed: int | None = None
     """Seed of the first values."""
 
@@ -29,7 +30,10 @@ class Base:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        where = f"the first values of seed {self.seed}" if self.folder is None else f"step {self.step} of {self.folder}"
+        if self.folder is None:
+            where = f"the first values of seed {self.seed}"
+        else:
+            where = f"the weights of {self.folder}" if self.step is None else f"step {self.step} of {self.folder}"
         return f"base {self.digest[:12]}, {where}"
 
 
@@ -54,4 +58,4 @@ def _is_base(found: Mapping[str, Any]) -> bool:
         return False
     if folder is None:
         return "step" not in found and is_count(found.get("seed"), 2**32)
-    return isinstance(folder, str) and is_count(found.get("step")) and "seed" not in found
+    return isinstance(folder, str) and ("step" not in found or is_count(found["step"])) and "seed" not in found

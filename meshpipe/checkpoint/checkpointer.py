@@ -5,15 +5,18 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 
+from meshpipe.checkpoint.chunks import Region, whole
 from meshpipe.checkpoint.contents import Content
 from meshpipe.checkpoint.documents import dump_json, is_count
 from meshpipe.checkpoint.errors import CheckpointError
@@ -24,7 +27,7 @@ from meshpipe.checkpoint.preparation import check_space, index_shapes, make_writ
 from meshpipe.checkpoint.reader import CheckpointReader
 from meshpipe.checkpoint.restore import restore_step
 from meshpipe.checkpoint.schema import FORMAT
-from meshpipe.checkpoint.shards import HeldShard, all_files, document_files, hold_shards, own_files
+from meshpipe.checkpoint.shards import ReadShard, Shard, all_files, document_files, hold_shards, own_files
 from meshpipe.checkpoint.together import SaveTogether, check_together
 from meshpipe.files import remove_empty
 from meshpipe.processes.coordination import process_index
@@ -134,18 +137,45 @@ class Checkpointer(CheckpointReader):
         """
         self.wait()
         index, items = index_leaves(trees, shapes)
+        self._save(step, index, lambda: hold_shards(items), len(trees), metadata)
+
+    def save_as_read(
+        self, step: int, shapes: Tree, read: Callable[[str, Region], np.ndarray], metadata: Mapping[str, Any]
+    ) -> None:
+        """Saves leaves whose values are read while they are written, from a run of one process: there is never more of
+        them in memory than what a few files hold.
+
+        `shapes` are `jax.ShapeDtypeStruct`s; `read` gives the values of a part of a leaf, `section/path`. It is called
+        in the background, from several threads. Raises as `save` does; what `read` raises is raised by `wait`.
+        """
+        self.wait()
+        index, _ = index_leaves(None, [shapes])
+
+        def shard(key: str, leaf: Mapping[str, Any]) -> Shard:
+            return ReadShard(key, whole(leaf["shape"]), np.dtype(leaf["dtype"]).itemsize, partial(read, key))
+
+        self._save(step, index, lambda: [shard(key, leaf) for key, leaf in index.items()], 1, metadata)
+
+    def _save(
+        self,
+        step: int,
+        index: Index,
+        hold: Callable[[], list[Shard]],
+        stages: int,
+        metadata: Mapping[str, Any],
+    ) -> None:
         user = _dump_metadata(metadata)
-        partial = self.directory / f"{step}.partial"
-        together = SaveTogether(partial, self._wait_seconds)
+        folder = self.directory / f"{step}.partial"
+        together = SaveTogether(folder, self._wait_seconds)
         try:
             together.begin(lambda: self._begin(step))
         except OSError as error:
             raise self._write_error(step, error) from error
-        shards = hold_shards(items)
-        head = {"format": FORMAT, "step": step, "stages": len(trees)}
-        whole: Future[None] = Future()
-        task = self._background.submit(self._write, whole, together, shards, index, head, user, partial)
-        self._writing, self._tidying = (step, whole), (step, task)
+        shards = hold()
+        head = {"format": FORMAT, "step": step, "stages": stages}
+        saved: Future[None] = Future()
+        task = self._background.submit(self._write, saved, together, shards, index, head, user, folder)
+        self._writing, self._tidying = (step, saved), (step, task)
         atexit.unregister(self._finish_at_exit)
         atexit.register(self._finish_at_exit)
 
@@ -182,9 +212,9 @@ class Checkpointer(CheckpointReader):
             self._end_tidying()
         if self._writing is None:
             return
-        step, whole = self._writing
+        step, saved = self._writing
         try:
-            whole.result()
+            saved.result()
         except Exception as error:
             raise self._write_error(step, error) from error
         finally:
@@ -258,13 +288,13 @@ class Checkpointer(CheckpointReader):
 
     def _write(
         self,
-        whole: Future[None],
+        saved: Future[None],
         together: SaveTogether,
-        shards: list[HeldShard],
+        shards: list[Shard],
         index: Index,
         head: Mapping[str, Any],
         user: bytes,
-        partial: Path,
+        folder: Path,
     ) -> None:
         def own() -> dict[str, Content]:
             files = own_files(shards, index)
@@ -275,11 +305,11 @@ class Checkpointer(CheckpointReader):
 
         try:
             self._clear()
-            together.finish(own, lambda: all_files(index), lambda: self._publish(partial))
+            together.finish(own, lambda: all_files(index), lambda: self._publish(folder))
         except BaseException as error:
-            whole.set_exception(error)
+            saved.set_exception(error)
             return
-        whole.set_result(None)
+        saved.set_result(None)
         shards.clear()
         self._prune()
 

@@ -29,8 +29,8 @@ class CheckpointConfig:
     """Continue from the newest checkpoint of the folder if there is one, else start from the beginning."""
 
     init_from: str | None = None
-    """Folder with a checkpoint of another run, to begin this one from; it is only read. Where a resumed run finds a
-    checkpoint of its own, that is taken."""
+    """Folder with a checkpoint of another run, or with published weights (config.json and files of safetensors), to
+    begin this one from; it is only read. Where a resumed run finds a checkpoint of its own, that is taken."""
     init_step: int | None = None
     """The step to take from --init-from; None takes the newest."""
     init_what: Literal["weights", "all"] = "weights"

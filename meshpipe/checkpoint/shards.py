@@ -6,7 +6,7 @@ So a checksum is one of a single leaf, and whoever restores some leaves reads on
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,8 +30,30 @@ class HeldShard:
     region: Region
     values: np.ndarray
 
+    @property
+    def itemsize(self) -> int:
+        return self.values.itemsize
 
-def hold_shards(items: Mapping[str, Mapping[str, jax.Array]]) -> list[HeldShard]:
+    def read(self, part: Region) -> np.ndarray:
+        """The values of a part of the leaf."""
+        return self.values[inside(part, self.region)]
+
+
+@dataclass(frozen=True)
+class ReadShard:
+    """A whole leaf whose values are read from elsewhere when they are written, a part at a time."""
+
+    key: str
+    region: Region
+    itemsize: int
+    read: Callable[[Region], np.ndarray]
+    """The values of a part of the leaf."""
+
+
+Shard = HeldShard | ReadShard
+
+
+def hold_shards(items: Mapping[str, Mapping[str, jax.Array]]) -> list[Shard]:
     """The first replicas of all shards that are in this process.
 
     On accelerators they are copies in the host's memory, which are complete when this returns. On CPU devices they are
@@ -52,7 +74,7 @@ def hold_shards(items: Mapping[str, Mapping[str, jax.Array]]) -> list[HeldShard]
     ]
 
 
-def own_files(shards: list[HeldShard], index: _Index) -> dict[str, Content]:
+def own_files(shards: Sequence[Shard], index: _Index) -> dict[str, Content]:
     """The files of these shards, by name. The process that has a leaf's first shard describes the leaf too.
 
     What is in them is made when they are written: several are at once, and only for moments does one hold the
@@ -62,17 +84,17 @@ def own_files(shards: list[HeldShard], index: _Index) -> dict[str, Content]:
     for shard in shards:
         leaf = index[shard.key]
         folder = f"{leaf['item']}/{directory_name(shard.key)}"
-        full = math.prod(leaf["chunks"]) * shard.values.itemsize
+        full = math.prod(leaf["chunks"]) * shard.itemsize
         for name, part in chunks_in(shard.region, leaf["shape"], leaf["chunks"]):
-            size = math.prod(bounds.stop - bounds.start for bounds in part) * shard.values.itemsize
+            size = math.prod(bounds.stop - bounds.start for bounds in part) * shard.itemsize
             files[f"{folder}/{name}"] = Content(partial(_bytes_of, shard, part), full - size)
         if not any(part.start for part in shard.region):
             files[f"{folder}/{ZARRAY}"] = Content(partial(_description, leaf))
     return files
 
 
-def _bytes_of(shard: HeldShard, part: Region) -> memoryview:
-    values = np.ascontiguousarray(shard.values[inside(part, shard.region)])
+def _bytes_of(shard: Shard, part: Region) -> memoryview:
+    values = np.ascontiguousarray(shard.read(part))
     return values.reshape(-1).view(np.uint8).data
 
 

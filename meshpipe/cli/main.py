@@ -23,6 +23,7 @@ from meshpipe.cli.plan import plan
 from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
 from meshpipe.cli.verify import verify
+from meshpipe.cli.weights import weights
 from meshpipe.errors import errors_name_flags, is_for_the_user
 from meshpipe.processes.exit_codes import COMPLETED, FAILED, INTERRUPTED, INVALID
 from meshpipe.processes.stop import StopRequest, leave_now
@@ -49,6 +50,8 @@ USAGE = """usage: meshpipe COMMAND ...
   data prepare SOURCES... [flags]           tokenize text and pack it into windows for training
   data show DIR                             show what a prepared folder has, and windows of it as text
   data verify DIR                           check every byte against its checksum
+  weights import FOLDER --to CHECKPOINTS    write published weights (safetensors) as a checkpoint
+  weights export CHECKPOINTS --to FOLDER    write a checkpoint as published weights, which transformers loads
   doctor                                    show versions, machine and devices, and what is missing
   --version                                 show the version
 
@@ -72,6 +75,7 @@ def _commands(stop: StopRequest) -> dict[str, Command]:
         "launch": launch,
         "checkpoint": checkpoint,
         "data": data,
+        "weights": weights,
         "doctor": doctor,
     }
 

@@ -36,4 +36,8 @@ def base_record(trainer: Trainer, start: Start | None) -> Base:
     source = start if start is None or start.left_out_base is None else start.base
     if source is None:
         return Base(digest=digest, seed=trainer.seed)
-    return Base(digest=digest, folder=str(Path(source.folder).expanduser().absolute()), step=source.step)
+    return Base(
+        digest=digest,
+        folder=str(Path(source.folder).expanduser().absolute()),
+        step=None if source.published is not None else source.step,
+    )

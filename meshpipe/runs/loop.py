@@ -318,6 +318,8 @@ class Loop:
         if self._out.left_out_base is not None:
             metadata[BASE] = self._out.left_out_base.values()
         with self.progress.during("save"), phase("Saving a checkpoint"):
+            if self._saved_step is None and self._start is not None:
+                self._start.keep_companions(checkpointer.directory)
             trees = self._trainer.state_tree(frozen=self._out.left_out_base is None)
             checkpointer.save(step, trees, metadata, self._saved_shapes)
         self._saved_step = step
@@ -346,11 +348,7 @@ class Loop:
     @property
     def _origin(self) -> dict[str, Any]:
         """The checkpoint of another run that this run began from, if any."""
-        start = self._start
-        if start is None or start.is_own:
-            return {}
-        what = "weights" if start.weights_only else "all"
-        return {"init_from": {"folder": start.folder, "step": start.step, "what": what}}
+        return {} if self._start is None or self._start.is_own else {"init_from": self._start.origin}
 
     def _newest_checkpoint(self) -> int | None:
         if self._out.checkpointer is None:

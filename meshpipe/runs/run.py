@@ -26,6 +26,7 @@ from meshpipe.processes.stop import StopRequest
 from meshpipe.report.plan import layout_lines
 from meshpipe.runs.base_record import base_record, saves_base
 from meshpipe.runs.build import make_trainer, saved_shapes
+from meshpipe.runs.find_start import find_start
 from meshpipe.runs.history import History
 from meshpipe.runs.journal import Journal
 from meshpipe.runs.log_file import LogFile
@@ -35,7 +36,7 @@ from meshpipe.runs.profile_window import check_profile
 from meshpipe.runs.record import check_can_be_saved, checkpoint_metadata, run_layout
 from meshpipe.runs.run_folder import LOG, draw_run, in_run_dir, run_folder
 from meshpipe.runs.settings import describe_config, describe_source
-from meshpipe.runs.start import Start, find_start
+from meshpipe.runs.start import Start
 from meshpipe.runs.trackers import check_trackers, started_trackers
 from meshpipe.trainer import Trainer
 from meshpipe.training.state import StartingState

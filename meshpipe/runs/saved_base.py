@@ -21,6 +21,7 @@ from meshpipe.processes.group import Group
 from meshpipe.sharding import ShardingRules
 from meshpipe.stage.target import Target
 from meshpipe.training.base import digest_of_leaves
+from meshpipe.weights import WeightsFolder, is_published
 
 
 def base_values(
@@ -41,6 +42,12 @@ def base_values(
         found = _first_values(layers, base.seed, groups, device)
         leaves = {path: found[path] for path in wanted}
         where = f"the first values of seed {base.seed}, as they are drawn here,"
+    elif is_published(place := folder if folder is not None else str(base.folder)):
+        one = SingleDeviceSharding(device)
+        leaves = WeightsFolder(place).read(
+            {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one) for path, leaf in wanted.items()}
+        )
+        where = f"the weights of {place}"
     else:
         reader, step = base_step(base, folder)
         saved = reader.leaves(step)

@@ -13,6 +13,7 @@ from meshpipe.errors import ArgumentError
 from meshpipe.models.model import ModelConfig
 from meshpipe.runs.recipe import find
 from meshpipe.runs.record import config_values
+from meshpipe.weights.model_of import MODELS, saved_model_of
 
 
 def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> ModelConfig:
@@ -25,6 +26,8 @@ def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> Mod
         raise ArgumentError(f'`layers` must be a list of layers, or "recipe". Got {asked!r}.')
     recipe, config = metadata.get("recipe"), metadata.get("config")
     saved = config.get("model") if isinstance(config, dict) else None
+    if recipe is None and isinstance(saved, dict) and saved.get("type") in MODELS:
+        return saved_model_of(metadata, directory)  # of imported weights
     if not isinstance(recipe, str) or not isinstance(saved, dict):
         raise CheckpointError(
             f"The metadata of a checkpoint must name the recipe that was trained. Those in {directory} name none: "

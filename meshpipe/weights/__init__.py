@@ -2,5 +2,5 @@
 
 from meshpipe.weights.errors import WeightsError as WeightsError
 from meshpipe.weights.folder import WeightsFolder as WeightsFolder
-from meshpipe.weights.folder import is_weights_folder as is_weights_folder
+from meshpipe.weights.folder import is_published as is_published
 from meshpipe.weights.model_of import model_of as model_of

@@ -1,6 +1,7 @@
 """A folder of weights as `transformers` saves it: what model they are of, and reading them by leaf path."""
 
-import shutil
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 
+from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.models.model import ModelConfig
 from meshpipe.weights.architectures import Table, read_config, table_of
 from meshpipe.weights.entry import Entry
@@ -36,10 +38,10 @@ COMPANIONS = (
 """Files that go with weights and are copied as they are."""
 
 
-def is_weights_folder(path: str | Path) -> bool:
-    """Whether a folder has weights, or is meant to: a config.json and no checkpoints of meshpipe."""
+def is_published(path: str | Path) -> bool:
+    """Whether a folder is one of published weights, or is meant to be: no checkpoints, but files that such have."""
     folder = Path(path).expanduser()
-    return (folder / CONFIG).is_file() or any(folder.glob("*.safetensors"))
+    return not reader_of(folder).steps() and ((folder / CONFIG).is_file() or any(folder.glob("*.safetensors")))
 
 
 class WeightsFolder:
@@ -82,9 +84,20 @@ class WeightsFolder:
         """Bytes of the tensors that are read."""
         return sum(self.tensors[name].nbytes for name in {e.name for e in self.table.entries} if name in self.tensors)
 
-    def check(self, leaves: Mapping[str, Any]) -> None:
+    @property
+    def leaves(self) -> Sequence[str]:
+        """The paths of all leaves of the model."""
+        return [*(entry.path for entry in self.table.entries), *self.table.tied]
+
+    def outline(self) -> str:
+        """A digest of all that is known without reading the tensors, for processes to compare."""
+        known = {name: [str(tensor), tensor.file.name, tensor.offset] for name, tensor in self.tensors.items()}
+        text = json.dumps([self.fields.values, known], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def check(self, leaves: Mapping[str, Any], *, whole: bool = True) -> None:
         """Raises `WeightsError` unless the tensors are those of a model with these leaves, which have a shape and a
-        dtype; every leaf must have a tensor, and every tensor a leaf.
+        dtype: every leaf must have a tensor and, if the leaves are `whole`, every tensor a leaf.
         """
         problems: list[str] = []
         entries = {entry.path: entry for entry in self.table.entries}
@@ -97,7 +110,7 @@ class WeightsFolder:
             problems.append(f"it has no {listed(missing)}")
         known = {entry.name for entry in needed.values()}
         extra = sorted(name for name in self.tensors if name not in known and not self._is_known_extra(name))
-        if extra:
+        if whole and extra:
             problems.append(f"the model has no use for {listed(extra)}")
         problems += self._shape_problems(needed, leaves)
         if problems:
@@ -112,6 +125,10 @@ class WeightsFolder:
         """The leaves `wanted`, by leaf path, with their shardings and in their dtypes; those without a device in this
         process are left out. Only the parts that this process holds are read. Raises `WeightsError` as `check` does.
         """
+        return read_leaves(self.sources(wanted), wanted)
+
+    def sources(self, wanted: Mapping[str, Any]) -> dict[str, Source]:
+        """What each of the leaves is read from. Raises as `check` does."""
         entries = {entry.path: entry for entry in self.table.entries}
         sources = {}
         for path, shape in wanted.items():
@@ -123,12 +140,7 @@ class WeightsFolder:
                 raise WeightsError(f"Tensors must have the shapes of the model. Got {self.folder}, where {problem}.")
             check_dtype(entry.name, tensor, shape.dtype)
             sources[path] = Source(entry, tensor)
-        return read_leaves(sources, wanted)
-
-    def copy_files(self, to: Path) -> None:
-        """Copies the files that go with the weights to a folder."""
-        for file in self.files:
-            shutil.copyfile(file, to / file.name)
+        return sources
 
     def _shape_problems(self, entries: Mapping[str, Entry], leaves: Mapping[str, Any]) -> list[str]:
         found = [

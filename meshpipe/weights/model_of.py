@@ -11,7 +11,7 @@ from meshpipe.models.gpt2 import GPT2Config
 from meshpipe.models.language_model import LanguageModelConfig
 from meshpipe.models.model import ModelConfig
 from meshpipe.weights.errors import WeightsError
-from meshpipe.weights.folder import WeightsFolder, is_weights_folder
+from meshpipe.weights.folder import WeightsFolder, is_published
 
 MODELS: Mapping[str, type[ModelConfig]] = {
     "LanguageModelConfig": LanguageModelConfig,
@@ -27,7 +27,7 @@ def model_of(folder: str | Path, step: int | None = None) -> ModelConfig:
     """
     reader = reader_of(folder)
     steps = reader.steps()
-    if not steps and is_weights_folder(folder):
+    if not steps and is_published(folder):
         return WeightsFolder(folder).model
     if not steps:
         raise WeightsError(

@@ -7,6 +7,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,15 @@ def read_leaves(sources: Mapping[str, Source], wanted: Mapping[str, jax.ShapeDty
     }
     for_each(lambda task: task(), [task for leaf in leaves.values() for task in leaf.tasks()], "weights", READERS)
     return {path: leaf.array() for path, leaf in leaves.items()}
+
+
+def read_region(source: Source, leaf: Any, part: Region) -> np.ndarray:
+    """A part of a leaf, which has a shape and a dtype, in memory of its own."""
+    values = np.empty([bounds.stop - bounds.start for bounds in part], leaf.dtype)
+    for piece in pieces(source, leaf.shape, part):
+        seen = read_part(source.tensor, source.entry.seen_shape(leaf.shape), piece)
+        put(values[inside(source.entry.leaf_region(piece), part)], source.entry.to_leaf(seen))
+    return values
 
 
 class _LeafRead:

@@ -29,7 +29,7 @@ from forgeries import forge
 from meshpipe.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
 from meshpipe.cli.main import main
 from meshpipe.processes.exit_reporter import saved_sentence
-from meshpipe.runs.start import find_start
+from meshpipe.runs.find_start import find_start
 
 SECONDS = 30
 """For one forgery."""

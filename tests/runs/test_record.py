@@ -18,8 +18,9 @@ from meshpipe.environment import versions
 from meshpipe.mesh import MeshConfig
 from meshpipe.optimizer.config import OptimizerConfig, matrices
 from meshpipe.pipeline.config import PipelineConfig
+from meshpipe.runs.continues import check_continues
+from meshpipe.runs.find_start import find_start
 from meshpipe.runs.record import check_metadata, checkpoint_metadata, config_values, layout_values
-from meshpipe.runs.start import check_continues, find_start
 
 
 def saved(config: Config) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""`meshpipe weights`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from meshpipe.cli.arguments import Command, choose, parse
+from meshpipe.errors import check_whole
+from meshpipe.files import expand_fields
+from meshpipe.processes.exit_codes import COMPLETED
+
+USAGE = """usage: meshpipe weights import FOLDER --to CHECKPOINTS
+       meshpipe weights export CHECKPOINTS --to FOLDER [--step N] [--dtype NAME] [flags]
+
+import writes published weights (config.json and files of safetensors) as step 0 of a folder of checkpoints; export
+writes a checkpoint as such a folder, which transformers loads. `train --init-from FOLDER` needs no import."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Import:
+    folder: tyro.conf.Positional[Path]
+    """Folder with config.json and files of safetensors."""
+    to: Path
+    """Folder for the checkpoint, made when missing; it must hold none."""
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "folder", "to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Export:
+    checkpoints: tyro.conf.Positional[Path]
+    """The `--run-dir` or `--checkpoint-dir` of a run, or what `import` wrote."""
+    to: Path
+    """Folder for the weights, made when missing; it must be empty."""
+    step: int | None = None
+    """The step to export; None takes the newest."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the tensors; `auto` is that of the weights that the run began with, or float32."""
+    like: Path | None = None
+    """Folder whose config.json and tokenizer go with the weights; None takes those that the run began with."""
+    base: Path | None = None
+    """Folder with the base of adapters, which are merged into it; None takes it from where the run had it."""
+    largest_file: int = 5_000_000_000
+    """Bytes from which on the tensors are cut into several files."""
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "checkpoints", "to", "like", "base")
+        check_whole("largest_file", self.largest_file)
+
+
+def weights_import(arguments: list[str]) -> int:
+    about = "Writes published weights as a checkpoint."
+    flags = parse(_Import, arguments, "meshpipe weights import", about)
+    from meshpipe.exchange.importing import import_weights
+    from meshpipe.phases import phase
+    from meshpipe.report.tables import format_bytes
+    from meshpipe.weights import WeightsFolder
+
+    weights = WeightsFolder(flags.folder)
+    size = format_bytes(weights.nbytes)
+    with phase(f"Importing {size}"):
+        import_weights(flags.folder, flags.to)
+    unused = f" Not read, since nothing needs it: {', '.join(weights.unused)}." if weights.unused else ""
+    print(f"{size} of {weights.fields.values['model_type']} are step 0 of {flags.to}, as float32.{unused}")
+    return COMPLETED
+
+
+def weights_export(arguments: list[str]) -> int:
+    about = "Writes the weights of a checkpoint as a folder that transformers loads."
+    flags = parse(_Export, arguments, "meshpipe weights export", about)
+    from meshpipe.exchange.exporting import export_weights
+    from meshpipe.phases import phase
+
+    with phase("Exporting"):
+        dtype = export_weights(
+            flags.checkpoints,
+            flags.to,
+            step=flags.step,
+            dtype=flags.dtype,
+            like=flags.like,
+            base=flags.base,
+            largest_file=flags.largest_file,
+        )
+    print(f"Weights in {dtype} are in {flags.to}.")
+    return COMPLETED
+
+
+COMMANDS: dict[str, Command] = {"import": weights_import, "export": weights_export}
+
+
+def weights(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return COMPLETED
+    name, *rest = arguments or [""]
+    return choose(name, COMMANDS, "meshpipe weights")(rest)

@@ -1,0 +1,1 @@
+"""Exchange of weights with others: import to checkpoints, export from them."""

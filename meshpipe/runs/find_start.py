@@ -1,0 +1,207 @@
+"""Finds where a run starts: from scratch, from its own newest checkpoint, or from weights that are there."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from meshpipe.checkpoint import Checkpointer
+from meshpipe.checkpoint.base import base_of
+from meshpipe.checkpoint.inspection import reader_of
+from meshpipe.checkpoint.lock import check_free
+from meshpipe.checkpoint.names import CHECKPOINTS
+from meshpipe.checkpoint.reader import outline_problems
+from meshpipe.config import Config
+from meshpipe.errors import ArgumentError
+from meshpipe.files import check_folder
+from meshpipe.processes.coordination import all_gather, process_count
+from meshpipe.runs.continues import check_continues
+from meshpipe.runs.record import check_metadata
+from meshpipe.runs.run_folder import used_by
+from meshpipe.runs.saved_base import base_step
+from meshpipe.runs.start import WAIT_SECONDS, Start, damaged
+from meshpipe.weights import WeightsFolder, is_published
+from meshpipe.weights.architectures import differences
+
+
+def find_start(config: Config) -> Start | None:
+    """The checkpoint that the config asks to start from, which has all its files; None to start from scratch.
+
+    Only what is written down of it is read. Its arrays are read, and compared with their checksums, by `Start.read`.
+    Raises `ValueError` when a required checkpoint is missing, belongs to another run, or would mix with a new run. All
+    processes raise the same error.
+    """
+    own = _own_start(config)
+    if own is not None:
+        return _with_base(own, config)
+    if config.checkpoint.init_from is None:
+        return None
+    options, folder = config.checkpoint, config.checkpoint.init_from
+    if is_published(folder):
+        return _published_start(config, folder)
+    steps = Checkpointer(folder).steps()
+    if not steps and (inside := Checkpointer(Path(folder) / CHECKPOINTS).steps()):  # it is a `run_dir`
+        folder, steps = str(Path(folder) / CHECKPOINTS), inside
+    _check_shared("init_from", folder, steps)
+    if not steps:
+        raise ArgumentError(
+            f"`init_from` must name a folder with a complete checkpoint. Got {folder!r}, which has none, and no "
+            "published weights either (config.json with files of safetensors)."
+        )
+    step = steps[-1] if options.init_step is None else options.init_step
+    metadata = _read(folder, step, steps, "init_step")
+    if options.init_what == "all":
+        check_metadata(metadata, step, folder)
+        check_continues(config, metadata, folder)
+        if step >= config.steps:
+            raise ArgumentError(
+                f"`steps` must be above the step that a run continues from. Got {config.steps}, and {step}."
+            )
+    start = Start(
+        folder,
+        step,
+        metadata,
+        is_own=False,
+        argument="init_step",
+        weights_only=options.init_what == "weights",
+    )
+    return _with_base(start, config)
+
+
+def _published_start(config: Config, folder: str) -> Start:
+    """The start with published weights."""
+    for name, is_given in {
+        "init_step": config.checkpoint.init_step is not None,
+        "init_what": config.checkpoint.init_what != "weights",
+    }.items():
+        if is_given:
+            raise ArgumentError(
+                f"`{name}` is for checkpoints of a run. Got it with {folder!r}, a folder of published weights. Leave "
+                "it out."
+            )
+    start = _published(folder)
+    assert start.published is not None
+    return replace(start, differences=differences(config.model, start.published.model))
+
+
+def _published(folder: str) -> Start:
+    """Raises `ArgumentError` when processes see different weights, and `WeightsError` for damaged ones."""
+    found = WeightsFolder(folder)
+    if process_count() > 1:
+        seen = all_gather(f"meshpipe/weights/{folder}", found.outline(), WAIT_SECONDS)
+        if len(set(seen)) > 1:
+            raise ArgumentError(
+                f"All processes must see the same `init_from`. Got other files in {folder!r} in some of them. "
+                "Name a folder on a file system that they share, or copy all files to each machine."
+            )
+    return Start(folder, 0, {}, is_own=False, argument="init_from", weights_only=True, published=found)
+
+
+def _with_base(start: Start, config: Config) -> Start:
+    """The start with what its step leaves out. Raises `ArgumentError` when that cannot be had."""
+    left_out = base_of(start.metadata)
+    if left_out is None:
+        return start
+    asked = config.checkpoint.init_from if start.is_own else None
+    if asked is not None and not _is_whole(asked):
+        asked = None  # the checkpoint of adapters that this run began with: its base is that of this one
+    if asked is None and left_out.folder is None:
+        if left_out.seed != config.seed:
+            raise ArgumentError(
+                f"Step {start.step} of {start.folder} leaves out its {left_out}. Got `seed` {config.seed}, which draws "
+                f"others. Pass `seed` {left_out.seed}."
+            )
+        return replace(start, left_out_base=left_out)
+    published = asked if asked is not None and is_published(asked) else None
+    if asked is None and left_out.step is None and left_out.folder is not None and is_published(left_out.folder):
+        published = left_out.folder
+    if published is not None:
+        return replace(start, left_out_base=left_out, base=_published(published))
+    # A run that begins with this checkpoint has named it as `init_from`, and cannot name the base as well.
+    reader, step = base_step(left_out, asked, "init_from" if start.is_own else None)
+    folder = str(reader.directory)
+    metadata = _read(folder, step, reader.steps(), "init_step")
+    if base_of(metadata) is not None:
+        raise ArgumentError(
+            f"A base must be a checkpoint of all parameters. Got step {step} of {folder}, which leaves some out. Pass "
+            "the folder of the base as `init_from`."
+        )
+    base = Start(folder, step, metadata, is_own=False, argument="init_step", weights_only=True)
+    return replace(start, left_out_base=left_out, base=base)
+
+
+def _is_whole(folder: str) -> bool:
+    reader = reader_of(folder)
+    latest = reader.latest()
+    return latest is None or base_of(reader.metadata(latest)) is None
+
+
+def _own_start(config: Config) -> Start | None:
+    options = config.checkpoint
+    folder = options.checkpoint_dir
+    if folder is None:
+        return None
+    check_folder("checkpoint_dir", folder)
+    check_free(Path(folder).expanduser())
+    steps = Checkpointer(folder).steps()
+    _check_shared("checkpoint_dir", folder, steps)
+    if steps and not options.may_continue:
+        raise ArgumentError(
+            "A new run needs a `checkpoint_dir` without checkpoints, so that two runs do not mix. "
+            f"Got {folder!r}, which holds steps up to {steps[-1]}. Pass `resume` to continue, or name another folder."
+        )
+    if not steps and (options.auto_resume or not options.may_continue):
+        return None
+    name = "resume" if options.resume_from is None else "resume_from"
+    if not steps:
+        raise ArgumentError(_nothing_to_resume(config, name))
+    step = steps[-1] if options.resume_from is None else options.resume_from
+    metadata = _read(folder, step, steps, "resume_from")
+    check_metadata(metadata, step, folder)
+    check_continues(config, metadata, folder)
+    return Start(folder, step, metadata, is_own=True)
+
+
+def _nothing_to_resume(config: Config, name: str) -> str:
+    """Why a run without a complete checkpoint cannot be resumed, and what its user can do instead."""
+    folder, argument = config.checkpoint.checkpoint_dir, "checkpoint_dir"
+    if config.run_dir is not None and folder == str(Path(config.run_dir) / CHECKPOINTS):
+        folder, argument = config.run_dir, "run_dir"
+        if used_by(Path(folder)) is not None:
+            return (
+                f"`{name}` needs a complete checkpoint in `{argument}`. Got {folder!r}, whose run saved none. To start "
+                f"a new run, leave `{name}` out, and name another folder or remove this one."
+            )
+    return (
+        f"`{name}` needs a complete checkpoint in `{argument}`. Got {folder!r}, which has none. "
+        f"Name the folder of the run to resume, or leave `{name}` out to start a new one; "
+        "`init_from` starts from a checkpoint in another folder."
+    )
+
+
+def _read(folder: str, step: int, steps: Sequence[int], argument: str) -> dict[str, Any]:
+    """The metadata of a step, which has all its files in their sizes."""
+    if step not in steps:
+        raise ArgumentError(
+            f"`{argument}` must name a step that is saved in {folder}. Got {step}. "
+            f"Complete steps there: {', '.join(map(str, steps))}."
+        )
+    reader = Checkpointer(folder)
+    problems = outline_problems(reader.folder(step), step)
+    if problems:
+        raise damaged(folder, step, problems, argument)
+    return reader.metadata(step)
+
+
+def _check_shared(argument: str, folder: str, steps: Sequence[int]) -> None:
+    """Raises `ArgumentError` when processes see different checkpoints."""
+    if process_count() == 1:
+        return
+    seen = all_gather(f"meshpipe/{argument}/steps", json.dumps(steps), WAIT_SECONDS)
+    if len(set(seen)) > 1:
+        found = "; ".join(f"steps {text} in process {process}" for process, text in enumerate(seen))
+        raise ArgumentError(
+            f"All processes must see the same `{argument}`. Got {found}. "
+            "Name a folder on a file system that they share."
+        )

@@ -1,0 +1,76 @@
+"""`--init-from` takes a folder of published weights; adapters and what they leave out come from it again."""
+
+import shutil
+from pathlib import Path
+
+import golden
+import jax
+import numpy as np
+import pytest
+
+from meshpipe import load
+from meshpipe.cli import main
+
+RECIPE = str(Path(__file__).parent / "published_recipes.py")
+FEW = "--steps 1 --batch-size 4 --eval-batches 0 --learning-rate 0.01"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    assert jax.device_count() == 8  # before a command asks for fewer
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(golden.FOLDER / "llama3", tmp_path / "weights")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 100)
+    return tmp_path
+
+
+def run(layout: str, flags: str) -> int:
+    return main(["train", f"{RECIPE}:{layout}", *f"{FEW} {flags}".split()])
+
+
+@pytest.mark.parametrize("layout", ["single", pytest.param("pipeline", marks=pytest.mark.slow)])
+def test_a_run_begins_with_the_published_weights(layout: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = "--model.rope-theta 20000" if layout == "single" else ""
+    assert run(layout, f"--init-from weights --steps 0 --checkpoint-dir tuned {other}") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Started with the weights of weights." in shown
+    differs = "The model differs from its config.json: rope_theta is 20000.0, not 500000.0."
+    assert (differs in shown) == bool(other)
+    found, expected = load("tuned"), golden.leaves("llama3")
+    assert found.keys() == expected.keys()
+    for path, leaf in found.items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+@pytest.mark.slow
+def test_adapters_leave_out_the_published_base_and_find_it_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapt = "--lora.rank 2 --checkpoint-dir tuned"
+    assert run("single", f"{adapt} --init-from weights") == 0
+    assert all("lora" in path for path in load("tuned"))
+    modules = load("tuned", layers="recipe")
+    np.testing.assert_array_equal(modules[0].embedding[...], golden.leaves("llama3")["layers/0/embedding"])
+    assert run("single", f"{adapt} --resume --steps 2") == 0
+    assert f"Its base is {folder / 'weights'}." in capsys.readouterr().out
+    (folder / "weights").rename(folder / "moved")
+    assert run("single", f"{adapt} --resume --steps 3") == 2
+    assert "Pass the folder that does as --init-from." in capsys.readouterr().err
+    assert run("single", f"{adapt} --resume --steps 3 --init-from moved") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--init-from weights --init-step 3", "--init-step is for checkpoints of a run."),
+        ("--init-from weights --init-what all", "--init-what is for checkpoints of a run."),
+        ("--init-from weights --model.d-model 32", "and the model's [288, 32]"),
+        ("--init-from weights --model.num-blocks 1", "the model has no use for model.layers.1."),
+        ("--init-from weights --model.num-blocks 3", "has no layers/3/attention/key/kernel"),
+        ("--init-from weights --model.qkv-bias", "has no layers/1/attention/key/bias"),
+    ],
+)
+def test_weights_of_another_model(folder: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("single", f"{flags} --checkpoint-dir new") == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "new").exists()
