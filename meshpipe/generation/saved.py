@@ -21,9 +21,10 @@ from meshpipe.layers.staged_model import StagedModel
 from meshpipe.models.model import ModelConfig
 from meshpipe.processes.coordination import process_count
 from meshpipe.processes.group import Group
+from meshpipe.runs.find_start import find_start
 from meshpipe.runs.saved_base import check_digest
 from meshpipe.runs.saved_model import saved_lora, saved_model
-from meshpipe.runs.start import Start, find_start
+from meshpipe.runs.start import Start
 from meshpipe.training.base import digest_of_leaves
 from meshpipe.training.state import StateTree
 from meshpipe.weights import WeightsFolder
