@@ -3,7 +3,7 @@
 from meshpipe.advise.estimate import Estimate
 from meshpipe.advise.layout import Layout
 from meshpipe.advise.search import Family
-from meshpipe.machine import format_bytes
+from meshpipe.report.tables import count_of, format_bytes
 
 MATTERS = 0.01
 """Differences below this share of a step are not worth a word."""
@@ -25,6 +25,7 @@ def why_lost(family: Family, winner: Estimate | None, limit: float) -> str:
     longer = best.seconds - winner.seconds
     if longer < MATTERS * winner.seconds:
         return f"as fast as the winner, within {MATTERS:.0%}"
+    # Compiled programs say how long a step takes; what it is spent on is known of the estimates.
     excess = {name: best.parts.get(name, 0.0) - winner.parts.get(name, 0.0) for name in best.parts}
     reasons = [
         _PHRASES[name](best, winner)
@@ -47,8 +48,9 @@ def _replicates(layout: Layout) -> bool:
 
 
 def _share(estimate: Estimate, name: str) -> str:
+    # Where the programs were compiled, the parts are still those of the estimate.
     seconds = estimate.parts[name]
-    return f"{seconds:.3g} s, {seconds / estimate.seconds:.0%} of a step"
+    return f"{seconds:.3g} s, {seconds / sum(estimate.parts.values()):.0%} of a step"
 
 
 def _compute(best: Estimate, winner: Estimate) -> str:
@@ -68,9 +70,8 @@ def _tensor(best: Estimate, winner: Estimate) -> str:
 
 def _bubble(best: Estimate, winner: Estimate) -> str:
     layout = best.layout
-    return (
-        f"ranks wait: {_share(best, 'bubble')}, with {layout.num_microbatches} microbatches on {layout.pipeline} ranks"
-    )
+    microbatches = count_of(layout.num_microbatches, "microbatch", "microbatches")
+    return f"ranks wait: {_share(best, 'bubble')}, with {microbatches} on {layout.pipeline} ranks"
 
 
 def _host(best: Estimate, winner: Estimate) -> str:
