@@ -1,4 +1,4 @@
-"""The order of layouts by estimate is their order by measurement, where stages sleep for as long as they are to take."""
+"""The order of layouts by estimate is that by measurement, where stages sleep for as long as they are to take."""
 
 import shutil
 import sys
