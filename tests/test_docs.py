@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "r
 FENCE = re.compile(r"^\s*```(\w*)")
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)|<img[^>]*\ssrc=\"([^\"]+)\"")
 
-SLOW = {"patterns.md", "graphs.md", "use.md", "coming_from.md"}
+SLOW = {"generation.md", "patterns.md", "graphs.md", "use.md", "coming_from.md"}
 """Pages whose Python blocks compile several models."""
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -67,7 +67,7 @@ def test_a_checkpoint_continues_text_and_is_evaluated_as_its_run_does(
     assert re.search(r"8 held-out examples: loss [\d.]+  perplexity [\d.]+  accuracy", capsys.readouterr().out)
     drawn = ["--prompt", "def f(", "--max-tokens", "12", "--temperature", "1", "--seed", "5"]
     outputs = []
-    for layout in ((), ("--mesh.pipeline", "2", "--mesh.tensor", "2")):
+    for layout in ((), ("--mesh.pipeline", "2", "--mesh.data", "2")):
         assert main(["generate", str(run_folder), *drawn, *layout]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
