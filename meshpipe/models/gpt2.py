@@ -73,7 +73,8 @@ class GPT2Embedding(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
         width, dtype = config.d_model, config.dtype
-        tokens, positions = embedding_init(0.02), nnx.with_partitioning(nnx.initializers.normal(0.02), (None, EMBED))
+        tokens = embedding_init(0.02, config.vocab_size)
+        positions = nnx.with_partitioning(nnx.initializers.normal(0.02), (None, EMBED))
         self.tokens = nnx.Embed(config.vocab_size, width, dtype=dtype, embedding_init=tokens, rngs=rngs)
         self.positions = nnx.Embed(config.max_positions, width, dtype=dtype, embedding_init=positions, rngs=rngs)
 
@@ -159,7 +160,7 @@ class GPT2Head(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
         self.norm = _layer_norm(config, rngs)
-        init = embedding_init(0.02)
+        init = embedding_init(0.02, config.vocab_size)
         self.tokens = nnx.Embed(config.vocab_size, config.d_model, dtype=config.dtype, embedding_init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import ArgumentError, check_positive, check_whole
@@ -21,7 +20,6 @@ from meshpipe.models.transformer import (
     EMBED,
     HIDDEN,
     Attention,
-    attention_notes,
     check_at_least_one,
     check_heads,
     embedding_init,
@@ -154,13 +152,13 @@ class LanguageModelConfig(NextTokenConfig):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name), section="model")
 
-    def notes(self, mesh: Mesh) -> list[str]:
-        softcap = self.attention_softcap is not None
-        return attention_notes(self.attention, self.dtype, self.features_of_a_head, mesh, softcap=softcap)
-
     @property
     def features_of_a_head(self) -> int:
-        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+        return super().features_of_a_head if self.head_dim is None else self.head_dim
+
+    @property
+    def caps_scores(self) -> bool:
+        return self.attention_softcap is not None
 
     def has_window(self, block: int) -> bool:
         """Whether a block, counted from 0, attends only to a window."""
@@ -168,7 +166,7 @@ class LanguageModelConfig(NextTokenConfig):
         return self.window.size is not None and (every is None or (block + 1) % every != 0)
 
     def layers(self) -> list[LayerConstructor]:
-        init = embedding_init(self.d_model**-0.5 if self.tie_embedding else 1.0)
+        init = embedding_init(self.d_model**-0.5 if self.tie_embedding else 1.0, self.vocab_size)
         embed = ScaledEmbed if self.scale_embedding else nnx.Embed
         embedding = partial(embed, self.vocab_size, self.d_model, dtype=self.dtype, embedding_init=init)
         blocks = [partial(DecoderBlock, self, self.has_window(block)) for block in range(self.num_blocks)]
@@ -256,7 +254,7 @@ class LanguageModelHead(nnx.Module):
         self.softcap = config.logit_softcap
         self.norm = _norm(config, rngs)
         # An embedding used backwards, tied or not, so that both have one shape and one path.
-        init = embedding_init(config.d_model**-0.5)
+        init = embedding_init(config.d_model**-0.5, config.vocab_size)
         self.tokens = nnx.Embed(config.vocab_size, config.d_model, dtype=config.dtype, embedding_init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:

@@ -7,8 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from meshpipe.mesh import TENSOR
 from meshpipe.models.model import SumAndWeight
 from meshpipe.models.transformer import TransformerConfig
 
@@ -21,6 +23,14 @@ class NextTokenConfig(TransformerConfig):
 
     vocab_size: int
     """Number of different tokens."""
+
+    def notes(self, mesh: Mesh) -> list[str]:
+        notes = super().notes(mesh)
+        if self.vocab_size % 2 and mesh.shape.get(TENSOR, 1) > 1:
+            notes.append(
+                f"The tensor axis does not split the {self.vocab_size} tokens of the vocabulary, which are odd."
+            )
+        return notes
 
     def limits(self) -> dict[str, int]:
         return {"inputs": self.vocab_size, "targets": self.vocab_size}

@@ -37,7 +37,17 @@ class TransformerConfig(ModelConfig):
     allow it."""
 
     def notes(self, mesh: Mesh) -> list[str]:
-        return attention_notes(self.attention, self.dtype, self.d_model // self.num_heads, mesh)
+        head_dim, softcap = self.features_of_a_head, self.caps_scores
+        return attention_notes(self.attention, self.dtype, head_dim, mesh, softcap=softcap)
+
+    @property
+    def features_of_a_head(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def caps_scores(self) -> bool:
+        """Whether attention scores are kept within a range."""
+        return False
 
 
 def kernel_init(*axes: str | None, scale: float = 1.0) -> Initializer:
@@ -45,8 +55,12 @@ def kernel_init(*axes: str | None, scale: float = 1.0) -> Initializer:
     return nnx.with_partitioning(nnx.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal"), axes)
 
 
-def embedding_init(stddev: float) -> Initializer:
-    return nnx.with_partitioning(nnx.initializers.normal(stddev), (VOCAB, EMBED))
+def embedding_init(stddev: float, vocab_size: int | None = None) -> Initializer:
+    """Normal, for the features of tokens. The tensor axis splits the tokens, unless `vocab_size` is given and odd, as
+    GPT-2's 50,257 is: then every device of the axis has all of them.
+    """
+    vocab = VOCAB if vocab_size is None or vocab_size % 2 == 0 else None
+    return nnx.with_partitioning(nnx.initializers.normal(stddev), (vocab, EMBED))
 
 
 def ones_init(*axes: str | None) -> Initializer:

@@ -154,7 +154,7 @@ def test_cudnn_passes_through_the_stages(monkeypatch: pytest.MonkeyPatch, data: 
     cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr("meshpipe.models.attention.choose_attention", lambda asked, **_: asked)
-    monkeypatch.setattr("meshpipe.models.language_model.attention_notes", lambda *_, **__: [])
+    monkeypatch.setattr("meshpipe.models.transformer.attention_notes", lambda *_, **__: [])
     stored = {}
     for attention in ("xla", "cudnn"):
         for stage in model(attention, "zb-h1", data).trace():
@@ -191,7 +191,7 @@ def kernels_inside(program: Jaxpr | ClosedJaxpr) -> int:
 def test_pallas_passes_through_the_stages(monkeypatch: pytest.MonkeyPatch, data: int) -> None:
     """Traced alone: forward has one kernel, backward two, whole in one of its parts, and no scores are stored."""
     monkeypatch.setattr("meshpipe.models.attention.choose_attention", lambda asked, **_: asked)
-    monkeypatch.setattr("meshpipe.models.language_model.attention_notes", lambda *_, **__: [])
+    monkeypatch.setattr("meshpipe.models.transformer.attention_notes", lambda *_, **__: [])
     for stage in model("pallas", "zb-h1", data, seq=128).trace():
         shapes = [
             tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)

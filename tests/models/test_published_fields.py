@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from meshpipe import make_mesh
+from meshpipe.layers.examine import abstract_layers
 from meshpipe.models import GPT2Config, LanguageModelConfig
 from meshpipe.models.attention import attend
 from meshpipe.models.gpt2 import GPT2Embedding, document_positions
@@ -151,3 +153,14 @@ def test_a_text_longer_than_the_learned_positions_is_refused() -> None:
 def test_fields_that_cannot_be(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_odd_vocabulary_is_not_split_and_the_model_says_so() -> None:
+    for config in (LanguageModelConfig(vocab_size=257), GPT2Config(vocab_size=257)):
+        axes = {path: axes for layer in abstract_layers(config.layers(), ()) for path, axes in layer.axes.items()}
+        odd = [path for path in axes if path.endswith(("0/embedding", "tokens/embedding"))]
+        assert len(odd) == 2
+        assert all(axes[path][0] is None for path in odd)
+        (_, note) = config.notes(make_mesh(1, 1, 2))
+        assert note == "The tensor axis does not split the 257 tokens of the vocabulary, which are odd."
+        assert len(config.notes(make_mesh(2))) == len(replace(config, vocab_size=256).notes(make_mesh(1, 1, 2))) == 1
