@@ -28,10 +28,8 @@ from meshpipe.runs.start import Start
 from meshpipe.training.base import digest_of_leaves
 from meshpipe.training.state import StateTree
 from meshpipe.weights import WeightsFolder
+from meshpipe.weights.companions import PRETRAINED
 from meshpipe.weights.model_of import MODELS, saved_model_of
-
-PRETRAINED = "pretrained"
-"""The folder beside the steps of a run with the tokenizer that its weights came with."""
 
 
 @dataclass(frozen=True, kw_only=True)
