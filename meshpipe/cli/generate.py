@@ -149,11 +149,11 @@ class _Written:
     def lines(self, drawn: Iterator[tuple[int, int]]) -> Iterator[str]:
         streams = len(self._prompts) == 1 and not self._as_json
         shown, began = "", time.perf_counter()
-        if streams:
-            yield self._prompts[0]
         for request, token in drawn:
             if self.first_seconds is None:
                 self.first_seconds = time.perf_counter() - began
+                if streams:  # not before, since what compiles says so
+                    yield self._prompts[0]
             self.tokens[request].append(token)
             if streams:
                 text = self._tokenizer.decode(self.tokens[0])
@@ -161,7 +161,8 @@ class _Written:
                     yield text[len(shown) :]
                     shown = text
         if streams:
-            yield self._tokenizer.decode(self.tokens[0])[len(shown) :] + "\n"
+            prompt = self._prompts[0] if self.first_seconds is None else ""
+            yield prompt + self._tokenizer.decode(self.tokens[0])[len(shown) :] + "\n"
             return
         for number, (prompt, tokens) in enumerate(zip(self._prompts, self.tokens, strict=True)):
             text = self._tokenizer.decode(tokens)
