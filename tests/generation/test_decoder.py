@@ -35,6 +35,7 @@ def test_prompts_alone_together_and_in_any_order_give_the_same_tokens(generator:
     assert together[0] != generator.tokens(prompts[:1], max_tokens=7, temperature=0.7, top_k=9, seed=4)[0]
 
 
+@pytest.mark.slow
 def test_a_text_ends_at_a_stop_token(generator: Generator) -> None:
     whole, other = generator.tokens([PROMPT, PROMPT[:2]], max_tokens=12)
     stop = whole[4]

@@ -13,7 +13,7 @@ LAYOUTS: dict[str, tuple[int, int, int]] = {
     "pipeline_tensor": (2, 1, 2),
     "pipeline_data": (2, 2, 1),
 }
-QUICK = (("gemma3", "pipeline"), ("gpt2", "single"))
+QUICK = (("gpt2", "single"),)
 
 
 def prompts(name: str) -> list[list[int]]:
