@@ -40,16 +40,17 @@ for line in open(sys.argv[2]):
         break
 print(tokens / seconds)
 """
+# Of the program itself: what the system reports of an ended process includes that of its parent.
+PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+PREPARE = f"import sys; from meshpipe.cli import main; status = main(sys.argv[1:]); {PEAK}; sys.exit(status)"
 
 
 def write_data(folder: Path, megabytes: int, vocab: int) -> tuple[Path, Path]:
     """The file of JSON lines and the tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from meshpipe.data import TextFilesConfig
     from meshpipe.data.text_files import PACKAGES, package_files, read
 
-    assert TextFilesConfig  # the data of recipes has the same files
     texts = [
         bytes(text).decode(errors="ignore")
         for name in PACKAGES
@@ -73,16 +74,13 @@ def write_data(folder: Path, megabytes: int, vocab: int) -> tuple[Path, Path]:
     return data, file
 
 
-def measured(command: list[str]) -> tuple[float, float, str]:
-    """Seconds, the largest resident memory in bytes, and what is printed."""
-    with tempfile.TemporaryFile("w+") as output:
-        began = time.monotonic()
-        process = subprocess.Popen(command, stdout=output, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - began
-        assert os.waitstatus_to_exitcode(status) == 0
-        output.seek(0)
-        return seconds, usage.ru_maxrss * 1024, output.read()
+def measured(*command: str) -> tuple[float, str, float]:
+    """Seconds of a Python program, what it prints, and its largest resident memory in bytes."""
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    *lines, last = ended.stdout.splitlines()
+    return time.monotonic() - began, "\n".join(lines), float(last) * 1024
 
 
 def main() -> None:
@@ -95,11 +93,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=flags.folder) as name:
         folder = Path(name)
         data, tokenizer = write_data(folder, flags.megabytes, flags.vocab)
-        _, idle, _ = measured([sys.executable, "-c", "import meshpipe.data.preparation, tokenizers"])
-        rate = float(measured([sys.executable, "-c", ALONE, str(tokenizer), str(data)])[2])
-        prepare = [sys.executable, "-m", "meshpipe", "data", "prepare", str(data), "--tokenizer", str(tokenizer)]
-        flags_of_it = ["--to", str(folder / "to"), "--sequence-length", "2048"]
-        seconds, peak, _ = measured([*prepare, *flags_of_it])
+        idle = measured("-c", f"import meshpipe.data.preparation, meshpipe.cli, tokenizers; {PEAK}")[2]
+        rate = float(measured("-c", f"{ALONE}\n{PEAK}", str(tokenizer), str(data))[1])
+        arguments = ["data", "prepare", str(data), "--tokenizer", str(tokenizer), "--to", str(folder / "to")]
+        seconds, _, peak = measured("-c", PREPARE, *arguments, "--sequence-length", "2048")
         manifest = json.loads((folder / "to" / "prepared.json").read_text())
         tokens = sum(counts["pairs"] for counts in manifest["counts"].values())
     values = {
