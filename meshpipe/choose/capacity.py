@@ -176,8 +176,9 @@ def _free_on(device: Any) -> int | None:
 
 
 def _parts(memory: RankMemory) -> Parts:
-    """The fields that are bytes."""
-    return {name: value for name, value in vars(memory).items() if name not in ("rank", "live_activations")}
+    """The fields that add up to its total."""
+    names = ("parameters", "gradients", "optimizer", "batch", "activations", "temporaries")
+    return {name: getattr(memory, name) for name in names}
 
 
 def _of_devices(devices: np.ndarray, ranks: Sequence[Parts], copies: Parts, free_of: Free) -> Iterable[Need]:
@@ -204,7 +205,7 @@ def _explain(model: StagedModel, need: Need) -> str:
 def _way_out(model: StagedModel, largest: str) -> str:
     shape, config = model.mesh.shape, model.config
     helps = []
-    if largest in ("activations", "recomputed"):
+    if largest in ("activations", "temporaries"):
         if config.remat != "layer":
             helps.append("`remat` layer")
         helps.append("a smaller `batch_size` or more `num_microbatches`, for smaller microbatches")

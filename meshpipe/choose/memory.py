@@ -1,7 +1,6 @@
-"""Predicts what a step holds in the memory of each rank's devices, from shapes alone."""
+"""Predicts what a step holds in the memory of each rank's devices, from shapes, or with what XLA compiled."""
 
-import math
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,12 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Var
 
+from meshpipe.choose.compiled_memory import ProgramsOfStage, leaf_bytes, programs_of_stages, with_compiled
+from meshpipe.choose.compiled_memory import device_bytes as device_bytes
+from meshpipe.compiled.program import CompiledProgram
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import DATA, TENSOR
 from meshpipe.optimizer.separable import kinds_of_updates
 from meshpipe.optimizer.state import state_shapes
 from meshpipe.plan.plan import Op, Plan
-from meshpipe.plan.simulate import Costs, StageMemory, simulate
+from meshpipe.plan.simulate import Costs, StageMemory, Timeline, simulate
 from meshpipe.sharding import abstract
 from meshpipe.stage.jaxpr import nbytes
 from meshpipe.stage.programs import trace_pullback, trace_split
@@ -41,11 +43,28 @@ class RankMemory:
     once; state that it changes, such as batch statistics, counts twice."""
     activations: int
     """What forward stores for backward, over all microbatches that are live at once, and boundary values in transit."""
-    recomputed: int
-    """What rematerialisation adds to that at the peak inside a backward's program: an estimate of XLA's temporary
-    memory for it."""
+    temporaries: int
+    """What the inside of a program, and an update, add to that at the peak. Where the programs are compiled, what XLA
+    says; else an estimate, of what rematerialisation recomputes inside a backward alone."""
     live_activations: int
     """Microbatches that are live at once, summed over the stages of the rank."""
+    transfers: int = 0
+    """The part of `activations` that is on its way between stages."""
+    peak_in: str = ""
+    """What runs at the peak: an action such as `0B1`, or `update of stage 1`; empty where nothing does."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What the total is the sum of, by name."""
+        return {
+            "parameters": self.parameters,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "batch": self.batch,
+            "residuals": self.activations - self.transfers,
+            "transfers": self.transfers,
+            "temporaries": self.temporaries,
+        }
 
     @property
     def arrays(self) -> int:
@@ -54,7 +73,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        return self.arrays + self.recomputed
+        return self.arrays + self.temporaries
 
 
 @dataclass(frozen=True)
@@ -62,45 +81,97 @@ class HeldAlways:
     """Bytes per device that a stage holds for the whole step."""
 
     parameters: int
+    hoisted: int
+    """What is computed from parameters and fixed state once per step."""
     gradients: int
     optimizer: int
-    batch: int
+    inputs: int
+    """The batch fields that it reads."""
+    state: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.batch
+        return self.parameters + self.hoisted + self.gradients + self.optimizer + self.inputs + self.state
 
 
 def predict_memory(
-    model: StagedModel, transformation: optax.GradientTransformation, traced: Sequence[TracedStage] | None = None
+    model: StagedModel,
+    transformation: optax.GradientTransformation,
+    traced: Sequence[TracedStage] | None = None,
+    programs: Sequence[CompiledProgram] = (),
 ) -> list[RankMemory]:
     """The memory of every rank, found by tracing the model, unless it was `traced` already; nothing is allocated.
 
-    Of XLA's temporary memory, what rematerialisation recomputes is estimated, and the rest is not included. Arrays are
-    exact, except where XLA chooses the layout: see `stage_memory`.
+    With the compiled `programs` of a step, memory that XLA decides on is what XLA says: temporary memory, and what
+    residuals take in the layout that it chose. Without, temporary memory is estimated for what rematerialisation
+    recomputes, the rest is not included, and for layouts see `stage_memory`.
     """
     plan, remat = model.plan, _remat(model)
     traced = model.trace(remat) if traced is None else traced
-    always = held_always(model, transformation, traced)
+    of_stage = programs_of_stages(programs)
+    always = [
+        _compiled_always(kept, of_stage.get(s, {})) for s, kept in enumerate(held_always(model, transformation, traced))
+    ]
     memory = _stage_memory(model, remat, always, traced)
+    memory = [
+        with_compiled(held, stage, of_stage.get(s, {}))
+        for s, (held, stage) in enumerate(zip(memory, traced, strict=True))
+    ]
     timeline = simulate(plan, ONE_UNIT_EACH, memory, model.late)
-    arrays = replace(timeline, memory=[replace(stage, recomputed_inside=0) for stage in memory])
+    arrays = replace(timeline, memory=[replace(stage, temporaries={}) for stage in memory])
+    staying = [replace(stage, inputs=(), kept_inputs=(), input_gradients=()) for stage in arrays.memory]
+    without_transfers = replace(timeline, memory=staying).peak_bytes
     ranks = []
-    for rank, (peak, with_inside) in enumerate(zip(arrays.peak_bytes, timeline.peak_bytes, strict=True)):
-        kept = [always[stage] for stage in plan.stages_of(rank)]
+    for rank, peak in enumerate(arrays.peak_bytes):
+        kept = {stage: always[stage] for stage in plan.stages_of(rank)}
+        most, peak_in = _highest(timeline, rank)
+        for name, size in _outside_of_actions(kept, of_stage):
+            if size > most:
+                most, peak_in = size, name
         ranks.append(
             RankMemory(
                 rank=rank,
-                parameters=sum(stage.parameters for stage in kept),
-                gradients=sum(stage.gradients for stage in kept),
-                optimizer=sum(stage.optimizer for stage in kept),
-                batch=sum(stage.batch for stage in kept),
-                activations=round(peak) - sum(stage.total for stage in kept),
-                recomputed=round(with_inside) - round(peak),
+                parameters=sum(stage.parameters + stage.hoisted for stage in kept.values()),
+                gradients=sum(stage.gradients for stage in kept.values()),
+                optimizer=sum(stage.optimizer for stage in kept.values()),
+                batch=sum(stage.inputs + stage.state for stage in kept.values()),
+                activations=round(peak) - sum(stage.total for stage in kept.values()),
+                temporaries=round(most) - round(peak),
+                transfers=max(0, round(peak) - round(without_transfers[rank])),
                 live_activations=timeline.peak_activations[rank],
+                peak_in=peak_in,
             )
         )
     return ranks
+
+
+def _highest(timeline: Timeline, rank: int) -> tuple[float, str]:
+    """The peak of a rank over its actions, and the action that runs then."""
+    time, most = max(timeline.memory_curve(rank), key=lambda point: point[1])
+    starts, ends = timeline.starts, timeline.ends
+    running = (action for action in timeline.plan.orders[rank] if starts[action] <= time < ends[action])
+    return most, str(next(running, ""))
+
+
+def _outside_of_actions(
+    kept: Mapping[int, HeldAlways], programs: Mapping[int, ProgramsOfStage]
+) -> Iterator[tuple[str, int]]:
+    """What a rank holds while programs run that are no actions: before the first one, and after the last one."""
+    total = sum(stage.total for stage in kept.values())
+    # Of the step only gradients and state are left when the optimizer updates.
+    left = total - sum(stage.hoisted + stage.inputs for stage in kept.values())
+    for s, stage in kept.items():
+        of_stage = programs.get(s, {})
+        if (reduce := of_stage.get("reduce")) is not None:
+            yield f"reduce of stage {s}", total + reduce.needs
+            left += reduce.outputs - stage.gradients
+    for s, stage in kept.items():
+        of_stage = programs.get(s, {})
+        if (prepare := of_stage.get("prepare")) is not None:
+            yield f"prepare of stage {s}", total - stage.gradients + prepare.temporaries
+        for name in ("norm", "update"):
+            if name in of_stage:
+                yield f"{name} of stage {s}", left + of_stage[name].needs
 
 
 def stage_memory(model: StagedModel, transformation: optax.GradientTransformation) -> list[StageMemory]:
@@ -129,13 +200,24 @@ def held_always(
     optimizer = [state_shapes(transformation, stage) for stage in model.parameters]
     return [
         HeldAlways(
-            parameters=device_bytes(owned.all_params.values()) + _hoisted_bytes(stage),
+            parameters=device_bytes(owned.all_params.values()),
+            hoisted=_hoisted_bytes(stage),
             gradients=_gradient_bytes(stage),
             optimizer=device_bytes(jax.tree.leaves(optimizer[s])),
-            batch=device_bytes(stage.inputs) + device_bytes(owned.own_state.values()) + device_bytes(stage.state),
+            inputs=device_bytes(stage.inputs),
+            state=device_bytes(owned.own_state.values()) + device_bytes(stage.state),
         )
         for s, (owned, stage) in enumerate(zip(model.parameters, traced, strict=True))
     ]
+
+
+def _compiled_always(kept: HeldAlways, programs: ProgramsOfStage) -> HeldAlways:
+    """The same with the sizes of what compiled programs make."""
+    if (prepare := programs.get("prepare")) is not None:
+        kept = replace(kept, hoisted=prepare.outputs)
+    if (zeros := programs.get("zeros")) is not None:
+        kept = replace(kept, gradients=zeros.outputs)
+    return kept
 
 
 def _stage_memory(
@@ -181,7 +263,7 @@ def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> Stage
     if splits:
         with jax.set_mesh(stage.spec.mesh):
             parts = trace_split(stage, *shapes)
-        gradients = _leaf_bytes(shape for shapes in stage.output_gradients for shape in shapes)
+        gradients = leaf_bytes(shape for shapes in stage.output_gradients for shape in shapes)
         from_forward = [*kept_x, *kept_state, *([] if recomputes else residuals)]
         of_microbatch = [*kept_x, *kept_state, *residuals, *gradients]
         carried = [] if parts.is_whole else parts.carried
@@ -199,7 +281,7 @@ def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> Stage
             for boundary, has_gradient in zip(stage.boundaries_in, stage.spec.gradients_in, strict=True)
         ),
         recomputed=sum(residuals) if recomputes else 0,
-        recomputed_inside=inside,
+        temporaries={Op.BACKWARD: inside, Op.BACKWARD_INPUT: inside} if inside else {},
         found_for_weights=found,
         new_state=device_bytes(stage.state),
     )
@@ -217,15 +299,6 @@ def _inputs_bytes(stage: TracedStage, kept: Collection[int] | None = None) -> tu
 
 def shapes_of(values: Iterable[Var]) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)  # type: ignore[attr-defined]
-
-
-def _leaf_bytes(leaves: Iterable[Any]) -> list[int]:
-    """Bytes that one device holds of the leaves, by their shardings."""
-    return [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
-
-
-def device_bytes(leaves: Iterable[Any]) -> int:
-    return sum(_leaf_bytes(leaves))
 
 
 def _gradient_bytes(stage: TracedStage) -> int:

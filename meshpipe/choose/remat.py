@@ -148,7 +148,7 @@ def _sizes(memory: StageMemory) -> tuple[int | float, ...]:
     """Bytes between forward and backward, during backward, and until the gradients of the weights."""
     return (
         memory.activation,
-        memory.activation + memory.recomputed + memory.recomputed_inside,
+        memory.activation + memory.recomputed + max(memory.temporaries.values(), default=0.0),
         memory.kept_for_weights + memory.made_for_weights,
     )
 

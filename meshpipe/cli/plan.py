@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshpipe.cli.arguments import configure
+from meshpipe.cli.plan_target import plan_for
 from meshpipe.files import check_file, expand_fields
+from meshpipe.hardware.target_name import CPU, parse_target
 from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
 
@@ -17,8 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _PlanFlags:
+    target: str = CPU
+    """Machine to compile the programs for, such as tpu:v5p:2x2x2, gpu:h100:8 or gpu:h100:4x8 (hosts x GPUs); it need
+    not be here. Shows XLA's memory and collectives, and predicted times. `cpu` compiles nothing."""
     plot: Path | None = None
-    """Draw the plan's timeline and memory to this file; the suffix selects the format."""
+    """Draw the plan's timeline and memory to this file; the suffix selects the format. With --target, what each
+    rank holds in memory, against what its devices have."""
     save_schedule: Path | None = None
     """File (.txt) to write the plan to; edit it if you like, and pass it as --schedule."""
     wide: bool = False
@@ -40,6 +46,10 @@ class _PlanFlags:
                 "--profile measures costs, and --costs reads them from a file. "
                 f"Got both, with {config.pipeline.costs!r}. Leave one of them out."
             )
+        others = [name for name in ("compare", "profile", "save_schedule", "wide") if getattr(self, name)]
+        if self.target != CPU and others:
+            flag = f"--{others[0].replace('_', '-')}"
+            raise ValueError(f"--target shows one plan on a machine that need not be here, without {flag}. Got both.")
         if self.save_costs is not None and not self.profile:
             raise ValueError(f"--save-costs needs --profile, whose costs it saves. Got {str(self.save_costs)!r} alone.")
         if self.compare and (self.plot or self.save_schedule):
@@ -60,6 +70,9 @@ def plan(arguments: list[str]) -> int:
         "plan", arguments, "Shows stages, schedule, bubble and memory; runs no step.", _PlanFlags()
     )
     extra.check(config)
+    if extra.target != CPU:
+        plan_for(recipe, config, parse_target(extra.target), extra.plot)
+        return COMPLETED
     with phase("Importing JAX"):
         import jax
 

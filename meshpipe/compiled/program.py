@@ -39,6 +39,11 @@ class CompiledProgram:
     collectives: tuple[Collective, ...]
 
     @property
+    def needs(self) -> int:
+        """Bytes that it takes beside its arguments while it runs."""
+        return self.outputs - self.aliased + self.temporaries
+
+    @property
     def flops(self) -> float:
         return sum(self.products.values(), start=0.0)
 

@@ -75,8 +75,10 @@ class MemoryCurve:
             taken, given_back = taken + stage.new_state, given_back + stage.new_state
         elif action.op is not Op.BACKWARD_WEIGHT:
             found = stage.found_for_weights if action.op is Op.BACKWARD_INPUT else 0.0
-            only_inside = stage.recomputed + stage.recomputed_inside - found
+            only_inside = stage.recomputed - found
             taken, given_back = taken + only_inside, given_back + only_inside - stage.kept_of_inputs
+        inside = stage.temporaries.get(action.op, 0.0)
+        taken, given_back = taken + inside, given_back + inside
         self._taken[action] += taken
         self._given_back[action] += given_back
 

@@ -122,7 +122,7 @@ class Timeline:
 
         Space is taken when an action starts and given back when it ends. A value that moves has space on both sides
         from the end of its action until it has arrived; one that is late, while it moves. What a program needs inside
-        itself is not counted.
+        itself is counted as far as the memory of the stages has it.
         """
         assert self.memory, "simulate the plan with the memory of its stages"
         return MemoryCurve(rank, self.plan, self.starts, self.ends, self.memory, self.transfer, self.late).points()

@@ -1,8 +1,8 @@
 """What a stage holds of each microbatch, and for how long."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from meshpipe.plan.graph import Graph
 from meshpipe.plan.plan import Action, Op
@@ -29,8 +29,8 @@ class StageMemory:
     """The gradient of each of them, which goes to its source and is held there until the B or I of that ends."""
     recomputed: float = 0.0
     """What a program of its own recomputes for B or I (rematerialisation), while that runs."""
-    recomputed_inside: float = 0.0
-    """What B or I recomputes within its own program, at most at once, while it runs."""
+    temporaries: Mapping[Op, float] = field(default_factory=dict)
+    """What the program of each kind of work needs inside itself, while it runs."""
     found_for_weights: float = 0.0
     """The part of `made_for_weights` that other fields count while I runs: output gradients, and what is recomputed."""
     new_state: float = 0.0
@@ -38,7 +38,8 @@ class StageMemory:
 
     def __post_init__(self) -> None:
         for what, counts in vars(self).items():
-            for count in counts if isinstance(counts, tuple) else (counts,):
+            sizes = counts.values() if isinstance(counts, Mapping) else counts
+            for count in sizes if isinstance(counts, Mapping | tuple) else (counts,):
                 if not 0 <= count < math.inf:
                     raise ValueError(f"A number of bytes must be 0 or more, and finite. Got {count} for {what}.")
 

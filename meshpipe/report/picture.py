@@ -164,7 +164,7 @@ def _draw_memory(axes: "Axes", panel: Panel, longest: float) -> None:
 
     timeline = panel.timeline
     curves = [timeline.memory_curve(rank) for rank in range(timeline.plan.num_ranks)]
-    size, unit = _unit_of_bytes(max(held for curve in curves for _, held in curve))
+    size, unit = unit_of_bytes(max(held for curve in curves for _, held in curve))
     for rank, curve in enumerate(curves):
         times, held = zip(*curve, (timeline.makespan, curve[-1][1]), strict=True)
         sizes = [bytes_held / size for bytes_held in held]
@@ -193,5 +193,6 @@ def _draw_time(axes: "Axes", panel: Panel, longest: float) -> None:
     axes.set_xlabel(f"time, {unit}", fontsize=8)
 
 
-def _unit_of_bytes(most: float) -> tuple[float, str]:
+def unit_of_bytes(most: float) -> tuple[float, str]:
+    """The unit in which so many bytes are a handy number: its size, and its name."""
     return next(((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if most >= size), (1.0, "B"))

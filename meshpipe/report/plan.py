@@ -56,6 +56,14 @@ def layout_lines(recipe: str, model: StagedModel, notes: Sequence[str] | None = 
     ]
 
 
+def print_layout(console: Console, recipe: str, model: StagedModel) -> None:
+    """What runs where, for the devices of the model's mesh, and a table of the stages."""
+    for line in layout_lines(recipe, model):
+        print_text(console, line)
+    names = [layer.class_name for layer in model.layers]
+    console.print(stage_table(model.stages, names, _remat_of_stages(model), what_stages_run(model.plan.graph)))
+
+
 def _how_chosen(model: StagedModel) -> str:
     """The costs that the bubble assumes, or equal stages; and how stages were cut, unless evenly."""
     partition = model.config.partition
@@ -143,13 +151,13 @@ def _run_lengths(names: Sequence[str]) -> str:
 
 def memory_table(ranks: Sequence[RankMemory]) -> Columns:
     """One row per rank: what each of its devices holds at the peak of a step."""
-    again = any(rank.recomputed for rank in ranks)
-    names = ("parameters", "gradients", "optimizer", "batch", "activations", *["recomputed"] * again)
+    inside = any(rank.temporaries for rank in ranks)
+    names = ("parameters", "gradients", "optimizer", "batch", "activations", *["temporaries"] * inside)
     names = (*names, "sum", "live")
     table = make_table("rank", *names, right=("rank", *names))
     for rank in ranks:
         stored = (rank.parameters, rank.gradients, rank.optimizer, rank.batch, rank.activations)
-        parts = (*stored, *[rank.recomputed] * again, rank.total)
+        parts = (*stored, *[rank.temporaries] * inside, rank.total)
         table.add_row(str(rank.rank), *map(format_bytes, parts), str(rank.live_activations))
     return table
 

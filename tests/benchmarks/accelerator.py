@@ -7,7 +7,8 @@ parameters unless `--dtype` says otherwise. `one stage` is meshpipe with a singl
 one device, whose host work is that of a pipeline without its transfers. `dispatch` is the time until the step is handed
 out, with nothing in front of it; for the rest of a step the host is free. All ways take turns; medians.
 The second table has what the device's allocator says was in use at most, after the first step of a single stage, which
-is the first thing done, against what `meshpipe plan` predicts, which leaves out what XLA needs inside a program.
+is the first thing done, against what is predicted from the compiled programs; `device_memory.py` does that for more
+layouts.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from real_compute import LEARNING_RATE, WITH_MICROBATCHES, WITHOUT_MICROBATCHES,
 
 import meshpipe
 from meshpipe.choose.memory import predict_memory
+from meshpipe.compiled.compile_for import compile_for
 
 STAGES = {"one stage": ("1f1b", 1), "four stages": ("interleaved-1f1b", 4)}
 """Schedule and number of stages of the ways that are meshpipe."""
@@ -98,9 +100,7 @@ def pipeline_step(name: str, job: Job) -> tuple[meshpipe.Trainer, Callable[[], A
         optax.sgd(LEARNING_RATE),
         batch=batch,
         mesh=meshpipe.make_mesh(1),
-        pipeline=meshpipe.PipelineConfig(
-            schedule=schedule, stages_per_rank=num_stages, num_microbatches=job.microbatches, partition="cost"
-        ),
+        pipeline=pipeline_of(job, schedule, num_stages),
     )
 
     def step() -> Any:
@@ -110,13 +110,26 @@ def pipeline_step(name: str, job: Job) -> tuple[meshpipe.Trainer, Callable[[], A
     return trainer, step
 
 
+def pipeline_of(job: Job, schedule: str, num_stages: int, remat: str = "none") -> meshpipe.PipelineConfig:
+    return meshpipe.PipelineConfig(
+        schedule=schedule,
+        stages_per_rank=num_stages,
+        num_microbatches=job.microbatches,
+        partition="cost",
+        remat=remat,
+    )
+
+
 def memory_row(name: str, trainer: meshpipe.Trainer, device: jax.Device) -> dict[str, object]:
-    (predicted,) = predict_memory(trainer.model, optax.sgd(LEARNING_RATE))
+    transformation = optax.sgd(LEARNING_RATE)
+    programs = compile_for(trainer.model, transformation)
+    (predicted,) = predict_memory(trainer.model, transformation, programs=programs)
     measured = device.memory_stats()["peak_bytes_in_use"]
     return {
         "way": name,
         "predicted": predicted.total,
         "of it activations": predicted.activations,
+        "of it temporaries": predicted.temporaries,
         "measured": measured,
         "predicted/measured": predicted.total / measured,
     }

@@ -283,7 +283,7 @@ def test_xla_recomputes_one_layer_at_a_time(data: int) -> None:
         config = PipelineConfig(num_microbatches=2, remat=remat)
         task = Task([Wide] * 24, lambda output, batch: ((output**2).sum(), output.size), batch=batch)
         model = staged(task, make_mesh(2, data), config)
-        _, predicted[remat] = (rank.recomputed for rank in predict_memory(model, optax.sgd(0.1)))
+        _, predicted[remat] = (rank.temporaries for rank in predict_memory(model, optax.sgd(0.1)))
         assert len(model.trace()[1].residual_vars) == (11 if remat == "layer" else 0)  # and one from rank 0
         model.compile()
         temporary[remat] = model.programs[1].backward.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]

@@ -1,0 +1,158 @@
+"""What a step takes on a described machine, by its compiled programs: memory, times, throughput."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from meshpipe.choose.compiled_memory import ProgramsOfStage, programs_of_stages
+from meshpipe.choose.memory import RankMemory, predict_memory
+from meshpipe.compiled.program import CompiledProgram
+from meshpipe.compiled.seconds import plan_seconds
+from meshpipe.hardware.hardware import Hardware
+from meshpipe.hardware.links import move_seconds
+from meshpipe.layers.staged_model import StagedModel
+from meshpipe.plan.plan import Op
+from meshpipe.plan.simulate import Costs, Timeline, simulate
+from meshpipe.stage.operations import count_products
+
+ONCE = ("prepare", "zeros", "reduce", "norm", "update", "summary")
+"""The programs that run once per step; the others run for every microbatch."""
+BACKWARD = 2
+"""Products of backward for each of forward: one for the gradient of each operand."""
+SHARE_OF_FORWARD = 1 / (1 + BACKWARD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPrediction:
+    """One step on a described machine."""
+
+    hardware: Hardware
+    programs: tuple[CompiledProgram, ...]
+    seconds: tuple[float, ...]
+    """Of one call of each program."""
+    ranks: tuple[RankMemory, ...]
+    timeline: Timeline
+    """When the actions run, in seconds."""
+    around: float
+    """Seconds of what comes before the first action and after the last one, such as the update."""
+    flops: Mapping[str, float]
+    """Operations of the model's products in a step by dtype; recomputed ones do not count."""
+    num_devices: int
+    tokens: int | None
+    """Tokens of a batch; None where there are none."""
+    examples: int
+
+    @property
+    def step_seconds(self) -> float:
+        return self.timeline.makespan + self.around
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs utilisation: the share of the peak that a step's own products reach, 0 to 1."""
+        least = sum(amount / self.hardware.rate(dtype) for dtype, amount in self.flops.items())
+        return least / self.num_devices / self.step_seconds if self.step_seconds else math.nan
+
+    @property
+    def throughput(self) -> float:
+        """Tokens per second, or examples where there are no tokens."""
+        return (self.tokens or self.examples) / self.step_seconds if self.step_seconds else math.nan
+
+    @property
+    def fullest(self) -> RankMemory:
+        return max(self.ranks, key=lambda rank: rank.total)
+
+    @property
+    def missing(self) -> int:
+        """Bytes by which the fullest device is too small; 0 if everything fits."""
+        return max(0, self.fullest.total - self.hardware.memory_bytes)
+
+    def of_action(self, stage: int, op: Op) -> float:
+        """Seconds of an action."""
+        times = {(a.stage, a.op): self.timeline.ends[a] - start for a, start in self.timeline.starts.items()}
+        return times.get((stage, op), 0.0)
+
+
+def predict_step(
+    model: StagedModel,
+    transformation: optax.GradientTransformation,
+    programs: Sequence[CompiledProgram],
+    hardware: Hardware,
+    tokens: int | None = None,
+) -> StepPrediction:
+    """The prediction for a model whose programs were compiled by `compile_for`, for all of its stages.
+
+    `tokens` is the number of tokens of a batch.
+    """
+    assert model.traced, "compile_for traces the model"
+    traced = [model.traced[stage] for stage in range(model.plan.num_stages)]
+    seconds = tuple(
+        plan_seconds(program, hardware, dict(model.stages[program.stage].submesh.shape)) for program in programs
+    )
+    by_name = {(program.stage, program.name): time for program, time in zip(programs, seconds, strict=True)}
+    of_stage = programs_of_stages(programs)
+    costs = Costs(
+        {(s, op): _action_seconds(op, s, by_name) for s in range(model.plan.num_stages) for op in Op},
+        _transfer_seconds(model, hardware),
+    )
+    (examples,) = {shape.shape[0] for shape in model.microbatches.shapes.values()}
+    return StepPrediction(
+        hardware=hardware,
+        programs=tuple(programs),
+        seconds=seconds,
+        ranks=tuple(predict_memory(model, transformation, traced, programs)),
+        timeline=simulate(model.plan, costs, late=model.late),
+        around=max(_around(model, rank, of_stage, by_name) for rank in range(model.plan.num_ranks)),
+        flops=_model_flops(model),
+        num_devices=model.mesh.devices.size,
+        tokens=tokens,
+        examples=examples,
+    )
+
+
+def _action_seconds(op: Op, stage: int, seconds: Mapping[tuple[int, str], float]) -> float:
+    def of(*names: str) -> float:
+        return sum(seconds.get((stage, name), 0.0) for name in names)
+
+    both = of("forward_backward")
+    match op:
+        case Op.FORWARD:
+            return of("forward") + SHARE_OF_FORWARD * both
+        case Op.BACKWARD:
+            return of("recompute", "backward") + (1 - SHARE_OF_FORWARD) * both
+        case Op.BACKWARD_INPUT:
+            return of("recompute", "backward_input")
+        case Op.BACKWARD_WEIGHT:
+            return of("backward_weight")
+
+
+def _transfer_seconds(model: StagedModel, hardware: Hardware) -> float:
+    """The longest time of a move between two ranks."""
+    ranks, each = model.plan.stage_ranks, model.mesh.devices.size // model.plan.num_ranks
+    moves = [
+        move_seconds(size, abs(ranks[target] - ranks[value.source]) * each, hardware)
+        for value, size in model.value_bytes().items()
+        for target in value.targets
+        if ranks[target] != ranks[value.source]
+    ]
+    return max(moves, default=0.0)
+
+
+def _around(
+    model: StagedModel, rank: int, programs: Mapping[int, ProgramsOfStage], seconds: Mapping[tuple[int, str], float]
+) -> float:
+    stages = model.plan.stages_of(rank)
+    return sum(seconds[stage, name] for stage in stages for name in programs.get(stage, {}) if name in ONCE)
+
+
+def _model_flops(model: StagedModel) -> dict[str, float]:
+    counts: dict[int, Mapping[str, Any]] = {}
+    total: dict[str, float] = {}
+    for stage in model.traced.values():
+        if id(stage.closed) not in counts:
+            counts[id(stage.closed)] = count_products(stage.forward(outputs=True, residuals=False))
+        for dtype, operations in counts[id(stage.closed)].items():
+            total[dtype] = total.get(dtype, 0.0) + (1 + BACKWARD) * model.config.num_microbatches * operations
+    return total
