@@ -59,6 +59,14 @@ def measure_needs(model: StagedModel, transformation: optax.GradientTransformati
     return _of_ranks(model, _watch_step(model, transformation, batch, update=True).needs)
 
 
+def measure_both(
+    model: StagedModel, transformation: optax.GradientTransformation, batch: dict[str, Any]
+) -> tuple[list[int], list[int]]:
+    """For each rank, the peak of its arrays, and the peak with temporary memory, over a step and the update."""
+    live = _watch_step(model, transformation, batch, update=True)
+    return _of_ranks(model, live.peaks), _of_ranks(model, live.needs)
+
+
 def _watch_step(
     model: StagedModel, transformation: optax.GradientTransformation, batch: dict[str, Any], *, update: bool
 ) -> LiveBytes:
