@@ -22,6 +22,8 @@ class _PlanFlags:
     target: str = CPU
     """Machine to compile the programs for, such as tpu:v5p:2x2x2, gpu:h100:8 or gpu:h100:4x8 (hosts x GPUs); it need
     not be here. Shows XLA's memory and collectives, and predicted times. `cpu` compiles nothing."""
+    json: bool = False
+    """With --target, print everything in numbers, for scripts: times in seconds, memory in bytes of a device."""
     plot: Path | None = None
     """Draw the plan's timeline and memory to this file; the suffix selects the format. With --target, what each
     rank holds in memory, against what its devices have."""
@@ -46,6 +48,8 @@ class _PlanFlags:
                 "--profile measures costs, and --costs reads them from a file. "
                 f"Got both, with {config.pipeline.costs!r}. Leave one of them out."
             )
+        if self.json and self.target == CPU:
+            raise ValueError("--json needs --target, such as --target gpu:h100:8: it has the numbers of that machine.")
         others = [name for name in ("compare", "profile", "save_schedule", "wide") if getattr(self, name)]
         if self.target != CPU and others:
             flag = f"--{others[0].replace('_', '-')}"
@@ -71,7 +75,7 @@ def plan(arguments: list[str]) -> int:
     )
     extra.check(config)
     if extra.target != CPU:
-        plan_for(recipe, config, parse_target(extra.target), extra.plot)
+        plan_for(recipe, config, parse_target(extra.target), extra.plot, as_json=extra.json)
         return COMPLETED
     with phase("Importing JAX"):
         import jax

@@ -1,5 +1,6 @@
 """`meshpipe plan --target`: the programs of a recipe compiled for a machine that need not be here."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
     from meshpipe.hardware.target_name import TargetName
 
 
-def plan_for(recipe: str, config: "Config", target: "TargetName", plot: Path | None) -> None:
+def plan_for(
+    recipe: str, config: "Config", target: "TargetName", plot: Path | None = None, *, as_json: bool = False
+) -> None:
     """Compiles every distinct program of a step for the target, and shows memory, times and throughput there.
 
     Nothing is allocated. Raises `ValueError` when the mesh is larger than the target, or its compiler is not installed.
@@ -32,7 +35,7 @@ def plan_for(recipe: str, config: "Config", target: "TargetName", plot: Path | N
         from meshpipe.report.memory_picture import draw_memory
         from meshpipe.report.plan import print_layout
         from meshpipe.report.tables import make_console
-        from meshpipe.report.target import print_prediction
+        from meshpipe.report.target import prediction_values, print_prediction
     from meshpipe.runs.build import check_groups_of, make_chooser
 
     check_wheels(target)
@@ -48,9 +51,14 @@ def plan_for(recipe: str, config: "Config", target: "TargetName", plot: Path | N
     with phase("Predicting the step"):
         prediction = predict_step(model, chooser.transformation, programs, target.hardware, tokens)
     console = make_console()
-    print_layout(console, recipe, model)
-    print_prediction(console, str(target), prediction)
+    if as_json:
+        layout = {"recipe": recipe, "target": target.text, "mesh": dict(mesh.shape)}
+        print(json.dumps({**layout, **prediction_values(prediction)}, indent=2))
+    else:
+        print_layout(console, recipe, model)
+        print_prediction(console, str(target), prediction)
     if plot is not None:
         sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         draw_memory(prediction.ranks, target.hardware.memory_bytes, f"{recipe} on {target.text}: {sizes}", plot)
-        console.print(f"\nDrawn in {plot}.")
+        if not as_json:
+            console.print(f"\nDrawn in {plot}.")

@@ -1,7 +1,8 @@
 """The tables of `plan --target`: what XLA made of a step's programs for a machine, and what that takes there."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from rich.console import Console
 
@@ -22,6 +23,27 @@ def print_prediction(console: Console, target: str, prediction: StepPrediction) 
     console.print()
     for line in time_lines(prediction):
         print_text(console, line)
+
+
+def prediction_values(prediction: StepPrediction) -> dict[str, Any]:
+    """The same in numbers, for JSON: times in seconds, memory and traffic in bytes of a device."""
+    timeline = prediction.timeline
+    return {
+        "step_s": prediction.step_seconds,
+        "tokens_per_s" if prediction.tokens else "examples_per_s": prediction.throughput,
+        "model_flops_utilisation": prediction.utilisation,
+        "bubble_fraction": timeline.bubble_fraction,
+        "transfer_s": timeline.transfer,
+        "memory_bytes": prediction.hardware.memory_bytes,
+        "missing_bytes": prediction.missing,
+        "ranks": [
+            {"rank": rank.rank, **rank.parts, "peak": rank.total, "peak_in": rank.peak_in} for rank in prediction.ranks
+        ],
+        "programs": [
+            {**asdict(program), "flops": program.flops, "seconds": seconds}
+            for program, seconds in zip(prediction.programs, prediction.seconds, strict=True)
+        ],
+    }
 
 
 def program_table(prediction: StepPrediction) -> Columns:

@@ -41,12 +41,22 @@ def test_plan_for_a_machine_that_a_file_describes(in_process: Path, capsys: pyte
     assert Path("a.png").stat().st_size > 1000
 
 
+def test_a_plan_in_numbers(in_process: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny:pipeline", "--target", "slow.json:2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing_bytes"] == 0
+    assert found["step_s"] > 0
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    assert {"forward", "backward", "update"} <= {program["name"] for program in found["programs"]}
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         ("--target gpu:h1000:8", "h1000"),
         ("--target gpu:h100:1", "must not have more devices than its target"),
         ("--target gpu:h100:8 --compare", "without --compare"),
+        ("--json", "--json needs --target"),
         ("--target gpu:h100:8 --profile", "without --profile"),
         ("--target slow.json:2 --plot a.nothing", "suffix"),
     ],
