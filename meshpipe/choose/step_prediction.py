@@ -132,7 +132,7 @@ def _transfer_seconds(model: StagedModel, hardware: Hardware) -> float:
     """The longest time of a move between two ranks."""
     ranks, each = model.plan.stage_ranks, model.mesh.devices.size // model.plan.num_ranks
     moves = [
-        move_seconds(size, abs(ranks[target] - ranks[value.source]) * each, hardware)
+        move_seconds(float(size), abs(ranks[target] - ranks[value.source]) * each, hardware)
         for value, size in model.value_bytes().items()
         for target in value.targets
         if ranks[target] != ranks[value.source]
