@@ -25,7 +25,7 @@ def draw_memory(ranks: Sequence[RankMemory], limit: int, title: str, file: Path)
     figure = Figure(figsize=(min(WIDEST, 5.0 + 0.5 * len(ranks)), 4.2), layout="constrained")
     axes = figure.subplots()
     places = range(len(ranks))
-    size, unit = unit_of_bytes(max(rank.total for rank in ranks))
+    size, unit = unit_of_bytes(float(max(rank.total for rank in ranks)))
     bottom = [0.0] * len(ranks)
     for name, colour in zip(ranks[0].parts, COLOURS, strict=True):
         heights = [rank.parts[name] / size for rank in ranks]
