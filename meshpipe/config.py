@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -9,6 +10,7 @@ import tyro
 from meshpipe.adapters.config import LoraConfig
 from meshpipe.adapters.lora import with_lora
 from meshpipe.checkpoint import CheckpointConfig
+from meshpipe.checkpoint.names import CHECKPOINTS
 from meshpipe.data import DataConfig, check_source, example_batch
 from meshpipe.errors import ArgumentError, check_seed, check_whole
 from meshpipe.files import expand_fields
@@ -20,6 +22,7 @@ from meshpipe.observe.config import ObserveConfig
 from meshpipe.optimizer.config import OptimizerConfig
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.sharding import PRESETS
+from meshpipe.weights.published_model import PublishedModel
 
 COUNT_LIMIT = 2**31
 """Steps and examples must be below this: Optax counts updates in 32 bits."""
@@ -101,6 +104,8 @@ class Config:
             if not isinstance(getattr(self, name), kind):
                 got = type(getattr(self, name)).__name__
                 raise ArgumentError(f"{name} of a Config must be a {kind.__name__}. Got a {got}.")
+        if isinstance(self.model, PublishedModel):
+            object.__setattr__(self, "model", self.model.found(self.checkpoint.init_from, self._own_checkpoints))
         check_seed(self.seed)
         expand_fields(self, "run_dir", "compile_cache", "metrics", "trace")
         if self.run_dir is None:
@@ -123,6 +128,13 @@ class Config:
                 f"Got {self.batch_size} with {microbatches} * {self.mesh.data} = {microbatches * self.mesh.data}. "
                 f"{_nearest_batch_sizes(self.batch_size, microbatches * self.mesh.data)}"
             )
+
+    @property
+    def _own_checkpoints(self) -> str | None:
+        """The folder whose checkpoints the run may continue."""
+        if not self.checkpoint.may_continue or self.checkpoint.checkpoint_dir is not None or self.run_dir is None:
+            return self.checkpoint.checkpoint_dir if self.checkpoint.may_continue else None
+        return str(Path(self.run_dir) / CHECKPOINTS)
 
     def layers(self) -> Sequence[LayerLike]:
         """The layers of the model, with the adapters of the run. Raises `ValueError` where none can be had."""

@@ -14,6 +14,7 @@ from meshpipe.models.model import ModelConfig
 from meshpipe.runs.recipe import find
 from meshpipe.runs.record import config_values
 from meshpipe.weights.model_of import MODELS, saved_model_of
+from meshpipe.weights.published_model import PublishedModel
 
 
 def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> ModelConfig:
@@ -39,6 +40,8 @@ def saved_model(metadata: Mapping[str, Any], directory: Path, asked: str) -> Mod
             f"{recipe!r:.80}: it was saved by meshpipe.run without a recipe's `name`. Pass the `layers` themselves."
         )
     model = find(recipe).config().model
+    if isinstance(model, PublishedModel):
+        return saved_model_of(metadata, directory)  # the recipe does not know it
     kind = saved.get("type")
     if kind != type(model).__name__:
         raise CheckpointError(

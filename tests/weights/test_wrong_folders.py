@@ -1,0 +1,103 @@
+"""Wrong folders of weights: the rule, what was got, the way out; and nothing written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import golden
+import pytest
+
+from meshpipe.cli import main
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+    return change
+
+
+def bytes_of(change: Callable[[bytes], bytes], name: str = "model.safetensors") -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+    return write
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def renamed(old: str, new: str) -> Callable[[Path], None]:
+    """A header with another name of a tensor, of as many letters."""
+    return bytes_of(lambda data: data.replace(old.encode(), new.encode(), 1))
+
+
+CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "no config.json": ("llama3", without("config.json"), "must have a config.json"),
+    "config.json is no JSON": ("llama3", lambda f: (f / "config.json").write_text("{"), "config.json must be JSON"),
+    "an unknown architecture": ("llama3", config(model_type="mamba"), "must be one of llama, mistral"),
+    "no hidden_size": ("llama3", config(hidden_size=None), "must have `hidden_size`"),
+    "a size that is a text": ("llama3", config(hidden_size="16"), "must be a whole number of at least 1. Got '16'"),
+    "biases of attention": (
+        "llama3",
+        config(attention_bias=True),
+        "`attention_bias` of a model",
+    ),
+    "another activation": ("llama3", config(hidden_act="relu"), "must be silu. Got 'relu'"),
+    "another scaling": ("llama3", config(rope_scaling={"rope_type": "yarn"}), "must be default or linear or llama3"),
+    "quantised": ("llama3", config(quantization_config={"bits": 4}), "must be left out"),
+    "an uneven pattern of windows": (
+        "gemma3",
+        config(layer_types=["full_attention", "sliding_attention", "full_attention", "sliding_attention"]),
+        "`layer_types` of a model",
+    ),
+    "no tensors": ("llama3", without("model.safetensors"), "which has none. Download"),
+    "a part is missing": ("mistral", without("model-00003-of-00004.safetensors"), "lacks model-00003-of-00004"),
+    "no index": ("mistral", without("model.safetensors.index.json"), "need their index"),
+    "an index that leads elsewhere": (
+        "mistral",
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a"}}'),
+        "must have a `weight_map`",
+    ),
+    "a truncated file": ("llama3", bytes_of(lambda data: data[:-8]), "it is truncated. Download"),
+    "a file without its header": ("llama3", bytes_of(lambda data: data[:4]), "too few for a header"),
+    "a header that is too large": ("llama3", bytes_of(lambda data: b"\xff" * 8 + data[8:]), "more than the 100000000"),
+    "an unknown dtype": ("llama3", renamed('"F32"', '"Q99"'), "which is not known here"),
+    "a tensor is missing": (
+        "llama3",
+        renamed("layers.1.mlp.up_proj", "layers.1.mlp.xx_proj"),
+        "no model.layers.1.mlp.up_",
+    ),
+    "too many blocks": ("llama3", config(num_hidden_layers=3), "it has no model.layers.2."),
+    "another width": ("llama3", config(intermediate_size=48), "and the model's [48, 16]"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_said(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, change, message = CASES[case]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(golden.FOLDER / name, "weights")
+    change(Path("weights"))
+    assert main(["weights", "import", "weights", "--to", "new"]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_folders_that_are_not_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["weights", "import", str(golden.FOLDER / "gpt2"), "--to", "new"]) == 0
+    assert main(["weights", "import", str(golden.FOLDER / "gpt2"), "--to", "new"]) == 2
+    assert "must be a folder without checkpoints" in capsys.readouterr().err
+    assert main(["weights", "export", "new", "--to", "new"]) == 2
+    assert "must be a folder that is not there or empty" in capsys.readouterr().err
+    assert main(["weights", "export", "nowhere", "--to", "out"]) == 2
+    assert not Path("out").exists()
