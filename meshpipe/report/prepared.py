@@ -34,10 +34,10 @@ def print_prepared(console: Console, folder: Path, manifest: Manifest) -> None:
         )
     console.print(table)
     end = "nothing" if manifest.end_token is None else repr(manifest.end_token)
-    print_text(
-        console,
-        f"Documents end with {end}, and are {_packing(manifest)}. Fingerprint {manifest.fingerprint}.",
-    )
+    ends = f"Documents end with {end}"
+    if manifest.settings["chat_template"] is not None:
+        ends = f"Conversations end as their template writes them, other documents with {end}"
+    print_text(console, f"{ends}. Documents are {_packing(manifest)}. Fingerprint {manifest.fingerprint}.")
     noticed = [f"{number:,} {what}" for what, number in manifest.noticed.items() if number]
     if manifest.bad:
         noticed.append(f"{count_of(manifest.bad, 'bad line')} left out, such as {manifest.bad_lines[0]}")
