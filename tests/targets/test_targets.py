@@ -94,7 +94,9 @@ def scale_kernel(x_ref: Any, factor_ref: Any, out_ref: Any) -> None:
 
 @jax.custom_vjp
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    return pl.pallas_call(scale_kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x, factor)
+    # Broadcast outside of the kernel: on GPUs, its operands must have one layout.
+    factors = jnp.broadcast_to(factor, x.shape)
+    return pl.pallas_call(scale_kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x, factors)
 
 
 def scaled_forward(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
