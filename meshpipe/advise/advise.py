@@ -1,5 +1,6 @@
 """Finds the layout to train with on the devices of a described machine."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,14 +10,16 @@ import jax
 
 from meshpipe.advise.advice import Advice, Confirmed
 from meshpipe.advise.candidates import REMATS, Space
-from meshpipe.advise.estimate import Estimator
+from meshpipe.advise.confirm import confirm, worth_compiling
+from meshpipe.advise.estimate import Estimate, Estimator
+from meshpipe.advise.here import measure
 from meshpipe.advise.layout import Layout
-from meshpipe.advise.search import search
+from meshpipe.advise.search import Family, Found, search
 from meshpipe.advise.survey import survey
 from meshpipe.advise.times import Roofline
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
-from meshpipe.hardware.target_name import TargetName
+from meshpipe.hardware.target_name import HERE, TargetName
 from meshpipe.plan.schedules import SCHEDULES
 from meshpipe.stage.target import Target
 
@@ -29,6 +32,7 @@ def advise_on(
     programs_for: Target | None = None,
     fixed: Mapping[str, Any] | None = None,
     memory: int | None = None,
+    count: int = 0,
     command: Callable[[Layout], str],
 ) -> Advice:
     """The advice on a run: its best layouts, and why those of other kinds lost.
@@ -40,6 +44,7 @@ def advise_on(
         programs_for: The kind of devices that programs are written for; None is that of `devices`.
         fixed: Fields of `Layout` that the layouts must have.
         memory: The bytes of a device that a step may need; None is most of its memory.
+        count: How many of the best layouts to compile, or to measure here; `devices` must then be all of the target.
         command: What runs a layout.
 
     Raises `ValueError` when the model or its data cannot be had, or no layout has what is fixed.
@@ -55,7 +60,8 @@ def advise_on(
         estimator.limit = float(memory)
     can_shard = any(parameter.over_data is not None for parameter in work.parameters)
     found = search(replace(space, can_shard=can_shard), estimator)
-    best = [Confirmed(estimate=estimate, how="estimated") for estimate in found.fastest]
+    confirmed = _confirmed(found, config, target, devices, estimator.limit, count)
+    best = [layout for layout in confirmed if not layout.reason]
     return Advice(
         devices=str(target),
         batch_size=config.batch_size,
@@ -65,9 +71,52 @@ def advise_on(
         simulated=found.simulated,
         seconds=time.perf_counter() - started,
         best=best,
+        refused=[layout for layout in confirmed if layout.reason],
         families=list(found.families.values()),
         command=command(best[0].estimate.layout) if best else "",
     )
+
+
+def _confirmed(
+    found: Found, config: Config, target: TargetName, devices: Sequence[jax.Device], limit: float, count: int
+) -> list[Confirmed]:
+    """The best layouts, first those that were compiled or measured, by their times. The estimates of all others are
+    scaled by what that changed of these.
+    """
+    chosen = worth_compiling(found, count)
+    if target.text == HERE:
+        known = measure(chosen, config)
+    else:
+        known = confirm(chosen, config, devices, target.hardware, limit) if chosen else []
+    changes = [after.estimate.seconds / before.seconds for before, after in zip(chosen, known, strict=True)]
+    factor = statistics.median(changes) if changes else 1.0
+    done = {layout.estimate.layout for layout in known}
+    for family in found.families.values():
+        _settle(family, known, factor)
+    rest = [_scaled(estimate, factor) for estimate in found.fastest if estimate.layout not in done]
+    return [
+        *sorted(known, key=lambda layout: layout.estimate.seconds),
+        *(Confirmed(estimate=estimate, how="estimated") for estimate in rest),
+    ]
+
+
+def _settle(family: Family, known: Sequence[Confirmed], factor: float) -> None:
+    """The best of a family is the best that was compiled or measured, or else its estimate, scaled."""
+    if family.best is None:
+        return
+    own = [layout for layout in known if layout.estimate.layout.family == family.name]
+    possible = [layout.estimate for layout in own if not layout.reason]
+    if possible:
+        family.best = min(possible, key=lambda estimate: estimate.seconds)
+    elif own:
+        family.best, family.least, family.impossible = None, None, own[0].reason
+    else:
+        family.best = _scaled(family.best, factor)
+
+
+def _scaled(estimate: Estimate, factor: float) -> Estimate:
+    parts = {name: factor * seconds for name, seconds in estimate.parts.items()}
+    return replace(estimate, seconds=factor * estimate.seconds, parts=parts)
 
 
 def space_of(config: Config, num_devices: int, fixed: Mapping[str, Any]) -> Space:

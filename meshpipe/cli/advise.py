@@ -2,13 +2,16 @@
 
 import json
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meshpipe.cli.arguments import configure
 from meshpipe.cli.flags import changed_arguments
 from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.hardware.target_name import HERE
 from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
@@ -28,6 +31,8 @@ LAYOUT_FLAGS = {
     "remat": "remat",
 }
 """The flags that advice is about, and the fields of a layout; those that are given are kept."""
+MOST_COMPILED = 12
+"""Layouts that are compiled, unless the user says how many."""
 UNUSED_FLAGS = ("partition", "costs", "memory-limit")
 
 
@@ -35,9 +40,13 @@ UNUSED_FLAGS = ("partition", "costs", "memory-limit")
 class _AdviseFlags:
     target: str = ""
     """The devices to find a layout for: `tpu:v5p:4x4x4` (a slice), `gpu:h100:8` (a host of 8), `gpu:h100:4x8` (4 hosts
-    of 8), or a machine that a file describes, `FILE.json:8`."""
+    of 8), a machine that a file describes, `FILE.json:8`, or the devices of this machine, `here` or `here:4`, on which
+    the best layouts are measured."""
     top: int = 5
     """How many of the best layouts to show."""
+    compile: int | None = None
+    """How many of the best layouts to compile for the devices: XLA's own memory and work take the place of estimates.
+    0 compiles none. None compiles 12 where the compiler for the devices is installed. `--target here` runs them."""
     usable_memory: str | None = None
     """The most bytes that a step may need of each device, e.g. `70GiB`. None is 92 % of its memory."""
     json: bool = False
@@ -45,6 +54,8 @@ class _AdviseFlags:
 
     def __post_init__(self) -> None:
         check_whole("top", self.top, below=1001)
+        if self.compile is not None:
+            check_whole("compile", self.compile, 0, 1001)
         if self.usable_memory is not None:
             from meshpipe.pipeline.config import parse_bytes  # late: it imports JAX
 
@@ -60,13 +71,11 @@ def advise(arguments: list[str]) -> int:
         raise ArgumentError("`target` must say which devices to find a layout for. Got none. Add e.g. gpu:h100:8.")
     with phase("Importing JAX"):
         from meshpipe.advise.table import print_advice
-        from meshpipe.hardware.target_name import parse_target
         from meshpipe.report.tables import make_console
         from meshpipe.runs.recipe import find
 
-    target = parse_target(extra.target)
     fixed = _fixed(config, arguments)
-    advice = _advice(recipe, find(recipe).config(), config, target, fixed, extra)
+    advice = _advice(recipe, find(recipe).config(), config, fixed, extra)
     if extra.json:
         print(json.dumps({"recipe": recipe, **advice.as_json()}, indent=1))
     else:
@@ -74,35 +83,68 @@ def advise(arguments: list[str]) -> int:
     return COMPLETED if advice.best else FAILED
 
 
-def _advice(
-    recipe: str,
-    before: "Config",
-    config: "Config",
-    target: "TargetName",
-    fixed: Mapping[str, Any],
-    extra: _AdviseFlags,
-) -> "Advice":
-    import jax
-
+def _advice(recipe: str, before: "Config", config: "Config", fixed: Mapping[str, Any], extra: _AdviseFlags) -> "Advice":
     from meshpipe.advise.advise import advise_on
-    from meshpipe.mesh import use_cpu_devices
     from meshpipe.models.attention import cpu_devices_stand_in
     from meshpipe.pipeline.config import parse_bytes
     from meshpipe.stage.target import ACCELERATOR
 
-    jax.config.update("jax_platforms", "cpu")
-    use_cpu_devices(2)
+    is_here = extra.target.partition(":")[0] == HERE
+    target, devices, count = _here(config, extra) if is_here else _described(extra)
     given = changed_arguments(before, config, leave_out={*LAYOUT_FLAGS, *UNUSED_FLAGS})
-    with cpu_devices_stand_in():
+    with nullcontext() if is_here else cpu_devices_stand_in():
         return advise_on(
             config,
             target,
-            devices=jax.devices("cpu"),
-            programs_for=ACCELERATOR,
+            devices=devices,
+            programs_for=None if count or is_here else ACCELERATOR,
+            count=count,
             fixed=fixed,
             memory=None if extra.usable_memory is None else parse_bytes(extra.usable_memory),
             command=lambda layout: shlex.join(["meshpipe", "train", recipe, *layout.arguments(), *given]),
         )
+
+
+def _described(extra: _AdviseFlags) -> tuple["TargetName", Sequence[Any], int]:
+    """The target, devices to trace and compile for, and how many layouts to compile."""
+    import jax
+
+    from meshpipe.compiler.topology import check_wheels, devices_of
+    from meshpipe.hardware.target_name import parse_target
+    from meshpipe.mesh import use_cpu_devices
+
+    target = parse_target(extra.target)
+    jax.config.update("jax_platforms", "cpu")
+    use_cpu_devices(2)
+    count = extra.compile
+    if count is None:
+        try:
+            check_wheels(target)
+            count = MOST_COMPILED
+        except ArgumentError as error:
+            print(f"meshpipe: layouts are only estimated. {error}", file=sys.stderr)
+            count = 0
+    return target, devices_of(target) if count else jax.devices("cpu"), count
+
+
+def _here(config: "Config", extra: _AdviseFlags) -> tuple["TargetName", Sequence[Any], int]:
+    """The same for the devices of this machine, where layouts are measured."""
+    import jax
+
+    from meshpipe.advise.here import count_here, target_here
+    from meshpipe.host import keep_freed_memory
+    from meshpipe.mesh import use_cpu_devices
+
+    asked = count_here(extra.target)
+    number = asked or config.mesh.num_devices
+    use_cpu_devices(number)
+    devices = jax.devices()
+    if devices[0].platform != "cpu":
+        number = asked or len(devices)
+    if number > len(devices):
+        raise ArgumentError(f"`target` here must have its devices. Got {number}, with {len(devices)} on this machine.")
+    keep_freed_memory()
+    return target_here(devices[:number]), devices[:number], MOST_COMPILED if extra.compile is None else extra.compile
 
 
 def _fixed(config: "Config", arguments: Sequence[str]) -> dict[str, Any]:

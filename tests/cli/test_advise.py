@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_the_command_of_the_winner_trains_in_its_layout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model.depth", "5", "--steps", "1", "--mesh.pipeline", "2"]
-    assert main(["advise", "tiny:pipeline", "--target", "gpu:h100:2", "--json", *flags]) == 0
+    assert main(["advise", "tiny:pipeline", "--target", "gpu:h100:2", "--compile", "0", "--json", *flags]) == 0
     advice = json.loads(capsys.readouterr().out)
     best, (meshpipe, *command) = advice["best"][0], shlex.split(advice["command"])
     assert meshpipe == "meshpipe"
@@ -39,7 +39,10 @@ def test_the_command_of_the_winner_trains_in_its_layout(folder: Path, capsys: py
 
 
 def test_tables_name_every_family_and_why_it_lost(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["advise", "tiny:single", "--target", "gpu:h100:4", "--mesh.tensor", "1", "--top", "2"]) == 0
+    assert (
+        main(["advise", "tiny:single", "--target", "gpu:h100:4", "--compile", "0", "--mesh.tensor", "1", "--top", "2"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert out.startswith("recipes/tiny.py:single on gpu:h100:4" if "recipes/" in out else "tiny:single on gpu:h100:4")
     rows = [line.split("   ")[0].strip() for line in out.splitlines()]
@@ -49,17 +52,77 @@ def test_tables_name_every_family_and_why_it_lost(folder: Path, capsys: pytest.C
     assert "  meshpipe train tiny:single --mesh.pipeline" in out
 
 
+CORES = {
+    "name": "cores",
+    "platform": "cpu",
+    "device_kind": "cpu",
+    "flops": {"float32": 1e10},
+    "memory_bytes": 2**30,
+    "memory_bandwidth": 1e10,
+    "host_link": 1e9,
+    "network_link": 1e9,
+    "host_latency": 1e-5,
+    "network_latency": 1e-5,
+    "devices_per_host": 8,
+    "efficiency": {"products": 1.0, "memory": 1.0, "links": 1.0, "network": 1.0},
+}
+
+
+@pytest.mark.slow
+def test_the_best_are_compiled_for_the_devices_of_a_described_machine(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("cores.json").write_text(json.dumps(CORES))
+    flags = ["--compile", "2", "--json", "--mesh.tensor", "1", "--remat", "none"]
+    assert main(["advise", "tiny:single", "--target", "cores.json:2", *flags]) == 0
+    advice = json.loads(capsys.readouterr().out)
+    how = [best["how"] for best in advice["best"]]
+    assert how[:2] == ["compiled", "compiled"]
+    assert set(how[2:]) == {"estimated"}
+    first, second = advice["best"][:2]
+    assert first["family"] != second["family"]  # the best of each, before others of the same
+    assert 0 < first["step_seconds"] <= second["step_seconds"]
+    assert first["memory"] > 0
+    shown = {family["family"]: family["best"]["step_seconds"] for family in advice["families"] if family["best"]}
+    assert shown[first["family"]] == first["step_seconds"]
+
+
+@pytest.mark.slow
+def test_layouts_of_this_machine_are_measured(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--compile", "2", "--json", "--mesh.tensor", "1", "--remat", "none"]
+    assert main(["advise", "tiny:single", "--target", "here:2", *flags]) == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    assert [found["how"] for found in best[:2]] == ["measured", "measured"]
+    assert 1e-4 < best[0]["step_seconds"] <= best[1]["step_seconds"]
+
+
 @pytest.mark.slow
 def test_settled_flags_are_kept_and_searched_around(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settled = ["--mesh.pipeline", "4", "--schedule", "zb-h1", "--num-microbatches=4"]
-    assert main(["advise", "tiny:single", "--target", "gpu:h100:8", "--json", *settled]) == 0
+    assert main(["advise", "tiny:single", "--target", "gpu:h100:8", "--compile", "0", "--json", *settled]) == 0
     for best in json.loads(capsys.readouterr().out)["best"]:
         assert (best["pipeline"], best["schedule"], best["num_microbatches"]) == (4, "zb-h1", 4)
 
 
 @pytest.mark.slow
 def test_nothing_that_fits_exits_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["advise", "tiny:single", "--target", "gpu:h100:2", "--remat", "none", "--usable-memory", "100B"]) == 1
+    assert (
+        main(
+            [
+                "advise",
+                "tiny:single",
+                "--target",
+                "gpu:h100:2",
+                "--compile",
+                "0",
+                "--remat",
+                "none",
+                "--usable-memory",
+                "100B",
+            ]
+        )
+        == 1
+    )
     out = capsys.readouterr().out
     assert "does not fit: pipeline 2 needs" in out
     assert "of 100 B at least" in out
@@ -70,6 +133,7 @@ def test_nothing_that_fits_exits_1(folder: Path, capsys: pytest.CaptureFixture[s
     ("flags", "message"),
     [
         ([], "--target must say which devices to find a layout for. Got none."),
+        (["--target", "here:many"], "--target here takes a number of devices, such as here:4."),
         (["--target", "gpu:h100"], "--target must say what machine, and how many devices"),
         (["--target", "gpu:h200:8", "--partition", "cost"], "advise settles --partition itself."),
         (["--target", "gpu:h100:8", "--schedule", "auto"], "--schedule must be one of gpipe, "),

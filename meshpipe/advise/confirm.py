@@ -1,0 +1,93 @@
+"""Compiles the programs of the best layouts for the devices, and predicts their steps from what XLA made."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+
+from meshpipe.advise.advice import Confirmed
+from meshpipe.advise.estimate import Estimate
+from meshpipe.advise.search import Found
+from meshpipe.choose.step_prediction import StepPrediction, predict_step
+from meshpipe.compiled.compile_for import compile_for
+from meshpipe.compiler.cache import open_cache
+from meshpipe.compiler.compiler import Compiler
+from meshpipe.config import Config
+from meshpipe.hardware.hardware import Hardware
+from meshpipe.machine import format_bytes
+from meshpipe.phases import each
+from meshpipe.runs.build import make_chooser
+
+WORTH_COMPILING = 2.0
+"""The best of a family is compiled unless it takes this many times as long as the fastest estimate."""
+
+
+def worth_compiling(found: Found, count: int) -> list[Estimate]:
+    """The best of each family that comes near, then the fastest of all: at most `count`, the fastest first."""
+    if not found.fastest:
+        return []
+    limit = WORTH_COMPILING * found.fastest[0].seconds
+    bests = [f.best for f in found.families.values() if f.best is not None and f.best.seconds < limit]
+    chosen = {estimate.layout: estimate for estimate in sorted(bests, key=lambda e: e.seconds)[:count]}
+    for estimate in found.fastest:
+        if len(chosen) < count:
+            chosen.setdefault(estimate.layout, estimate)
+    return sorted(chosen.values(), key=lambda estimate: estimate.seconds)
+
+
+def confirm(
+    estimates: Sequence[Estimate],
+    config: Config,
+    devices: Sequence[jax.Device],
+    hardware: Hardware,
+    limit: float,
+) -> list[Confirmed]:
+    """What compiled programs say of each layout: its time and memory, or why it cannot be.
+
+    Arguments:
+        estimates: The layouts.
+        config: The run.
+        devices: All devices of the target; they may be only described.
+        hardware: What the devices are.
+        limit: The bytes of a device that a step may need.
+
+    Equal programs are compiled once, and kept in the folder `compile_cache` of the config.
+    """
+    compiler = Compiler(open_cache(config.compile_cache), repr(hardware))
+    return [
+        _confirmed(estimate, config, devices, hardware, limit, compiler)
+        for estimate in each("Compiling the best,", "layout", list(estimates))
+    ]
+
+
+def _confirmed(
+    estimate: Estimate,
+    config: Config,
+    devices: Sequence[jax.Device],
+    hardware: Hardware,
+    limit: float,
+    compiler: Compiler,
+) -> Confirmed:
+    try:
+        predicted = _predict(estimate, config, devices, hardware, compiler)
+    except ValueError as error:  # what the compiler refuses, or the model
+        return Confirmed(estimate=estimate, how="compiled", reason=". ".join(str(error).split(". ")[:2]).rstrip("."))
+    memory = float(predicted.fullest.total)
+    reason = "" if memory <= limit else f"compiled, it needs {format_bytes(memory)} of {format_bytes(limit)}"
+    compiled = replace(
+        estimate,
+        seconds=predicted.step_seconds + estimate.parts["host"],
+        bubble=predicted.timeline.bubble_fraction,
+        memory=memory,
+    )
+    return Confirmed(estimate=compiled, how="compiled", reason=reason)
+
+
+def _predict(
+    estimate: Estimate, config: Config, devices: Sequence[jax.Device], hardware: Hardware, compiler: Compiler
+) -> StepPrediction:
+    laid_out = estimate.layout.configure(config)
+    chooser = make_chooser(laid_out, mesh=laid_out.mesh.build(devices))
+    model = chooser.choose()
+    programs = compile_for(model, chooser.transformation, clip_norm=config.optimizer.clip_norm, compiler=compiler)
+    return predict_step(model, chooser.transformation, programs, hardware)

@@ -1,0 +1,85 @@
+"""The devices of this machine as a target, on which layouts are measured, not predicted."""
+
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+
+from meshpipe.advise.advice import Confirmed
+from meshpipe.advise.estimate import Estimate
+from meshpipe.choose.counted import CORE
+from meshpipe.config import Config
+from meshpipe.errors import ArgumentError
+from meshpipe.hardware.catalogue import hardware_of
+from meshpipe.hardware.hardware import Hardware
+from meshpipe.hardware.target_name import HERE, TargetName
+from meshpipe.machine import free_memory, usable_cores
+from meshpipe.phases import each
+from meshpipe.runs.build import make_trainer
+
+STEPS = 5
+"""Steps of a layout that are timed, after a first one."""
+CPU_BANDWIDTH = 1e10
+"""Bytes per second that virtual devices share, roughly: layouts are measured, so this only chooses which."""
+
+
+def count_here(text: str) -> int | None:
+    """The number of devices in `here:4`; None where `here` gives none. Raises `ArgumentError` for other texts."""
+    match = re.fullmatch(rf"{HERE}(?::([1-9]\d{{0,3}}))?", text)
+    if match is None:
+        raise ArgumentError(f"`target` here takes a number of devices, such as here:4. Got {text!r}.")
+    return int(match[1]) if match[1] else None
+
+
+def target_here(devices: Sequence[jax.Device]) -> TargetName:
+    """These devices of this machine. Raises `ArgumentError` for accelerators that are not known."""
+    device, count = devices[0], len(devices)
+    hardware = _cores(count) if device.platform == "cpu" else hardware_of(device.device_kind)
+    if hardware is None:
+        raise ArgumentError(
+            f"`target` here needs a device that is known. Got {device.device_kind}. Describe it in a file, and pass "
+            f"machine.json:{count}."
+        )
+    return TargetName(text=HERE, hardware=hardware, shape=(1, count), num_devices=count, hosts=1)
+
+
+def _cores(count: int) -> Hardware:
+    """Virtual CPU devices, which share the cores and the memory of the machine."""
+    return Hardware(
+        name=HERE,
+        platform="cpu",
+        device_kind="cpu",
+        flops={"float32": CORE * usable_cores() / count},
+        memory_bytes=int((free_memory() or 2**33) / count),
+        memory_bandwidth=CPU_BANDWIDTH / count,
+        host_link=CPU_BANDWIDTH / count,
+        network_link=CPU_BANDWIDTH / count,
+        host_latency=1e-4,
+        network_latency=1e-4,
+        devices_per_host=count,
+        joined_devices=count,
+        efficiency={"products": 1.0, "memory": 1.0, "links": 1.0, "network": 1.0},
+    )
+
+
+def measure(estimates: Sequence[Estimate], config: Config) -> list[Confirmed]:
+    """The median time of a few steps of each layout, which is compiled and run on JAX's devices."""
+    return [_measured(estimate, config) for estimate in each("Measuring the best,", "layout", list(estimates))]
+
+
+def _measured(estimate: Estimate, config: Config) -> Confirmed:
+    laid_out = estimate.layout.configure(config)
+    try:
+        batch = laid_out.task().batch
+        trainer = make_trainer(laid_out)
+        taken = []
+        for _ in range(1 + STEPS):
+            began = time.perf_counter()
+            jax.block_until_ready(trainer.step(batch).loss)
+            taken.append(time.perf_counter() - began)
+    except ValueError as error:
+        return Confirmed(estimate=estimate, how="measured", reason=str(error))
+    return Confirmed(estimate=replace(estimate, seconds=statistics.median(taken[1:])), how="measured")
