@@ -39,6 +39,7 @@ USAGE = """usage: meshpipe COMMAND ...
   plan RECIPE [flags] [--plot FILE.png]     show stages, schedule, bubble and memory; runs no step
   plan RECIPE [flags] --compare             compare the costs of all schedules
   plan RECIPE --profile [flags]             measure each layer on this machine, and suggest a better partition
+  plan --measure-machine FILE.json          measure this machine's devices, to be named by --target
   advise RECIPE --target gpu:h100:8 [flags] find the fastest layout on given devices, and say why others lose
   generate FOLDER --prompt TEXT [flags]     continue texts with a trained model or published weights
   eval FOLDER [flags]                       loss, perplexity and metrics on held-out data

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshpipe.cli import measure_machine
 from meshpipe.cli.arguments import configure
 from meshpipe.cli.plan_target import plan_for
 from meshpipe.files import check_file, expand_fields
@@ -70,6 +71,8 @@ class _PlanFlags:
 
 def plan(arguments: list[str]) -> int:
     """Shows the plan of a recipe. Virtual CPU devices stand in for any number of real ones; nothing is allocated."""
+    if measure_machine.is_asked(arguments):
+        return measure_machine.measure(arguments)
     recipe, config, extra = configure(
         "plan", arguments, "Shows stages, schedule, bubble and memory; runs no step.", _PlanFlags()
     )

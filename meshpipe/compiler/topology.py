@@ -97,9 +97,16 @@ def _described(target: TargetName, platform: str, settings: Mapping[str, Any]) -
 def target_config(hardware: Hardware) -> str:
     """XLA's description of a GPU that is not there, as the text of a protocol buffer.
 
-    The names are those of `xla/backends/gpu/target_config/specs` in the repository openxla/xla.
+    The names are those of `xla/backends/gpu/target_config/specs` in the repository openxla/xla. Raises `ArgumentError`
+    when the description lacks what XLA asks for.
     """
     own = dict(hardware.compiler)
+    missing = [name for name in ("compute_capability", "core_count", "fpus_per_core") if name not in own]
+    if missing:
+        raise ArgumentError(
+            f"A described GPU must have what XLA asks for, in its field compiler: {', '.join(missing)}, ... "
+            f"Got {hardware.name} without. Take them from a similar GPU in meshpipe/hardware/catalogue.json."
+        )
     major, minor = (int(part) for part in str(own.pop("compute_capability")).split("."))
     values = {
         **_NVIDIA,
