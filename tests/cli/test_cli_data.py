@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,17 @@ def test_preparing_imports_nothing_that_takes_seconds(tokenizer: Path, chats: Pa
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
     assert {"meshpipe", "tokenizers"} <= imported
     assert not imported & {"jax", "flax", "optax", "orbax", "grain", "scipy", "matplotlib", "pyarrow"}
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(tokenizer: Path, chats: Path, tmp_path: Path) -> None:
+    flags = ["--tokenizer", tokenizer, "--to", tmp_path / "to", "--sequence-length", 32, "--held-out", 0]
+    command = shlex.join(map(str, [sys.executable, "-m", "meshpipe", "data", "prepare", chats, *flags]))
+    limited = f"ulimit -f 16; exec {command}"  # largest file: 16 blocks of 1 KiB
+    ended = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert "--to must be a folder with room for the data" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "to").exists()
 
 
 WRONG: dict[str, tuple[str, str]] = {

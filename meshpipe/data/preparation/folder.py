@@ -27,7 +27,7 @@ from meshpipe.data.preparation.config import MEBI, PrepareConfig
 from meshpipe.data.preparation.job import Job
 from meshpipe.data.preparation.part import SHOWN, PartMaker, PartResult
 from meshpipe.data.preparation.sources import Part
-from meshpipe.data.preparation.split_writer import write_whole
+from meshpipe.data.preparation.split_writer import write_whole, writing_to
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder, remove_empty
 from meshpipe.phases import phase
@@ -74,7 +74,8 @@ def prepare(config: PrepareConfig, report: Callable[[str], object] = print) -> P
         except ArgumentError:
             _clean_up(job, folder)
             raise
-        job.tokenizer.copy_to(folder / TOKENIZER_FOLDER)
+        with writing_to(folder):
+            job.tokenizer.copy_to(folder / TOKENIZER_FOLDER)
         write_whole(folder / NAME, manifest.to_json().encode())
         shutil.rmtree(folder / PARTS)
     return Prepared(folder, manifest, len(known), known.count(None), time.monotonic() - began)

@@ -178,12 +178,7 @@ class PartMaker:
         return "eval" if int.from_bytes(digest, "little") < share * 2**64 else "train"
 
     def _finish(self, texts: Sequence[int]) -> PartResult:
-        try:
-            written = {split: output.finish() for split, output in self._outputs.items()}
-        except (OSError, RuntimeError) as error:
-            raise ArgumentError(
-                f"`to` must be a folder with room for the data. Got {self._folder}: {error}."
-            ) from error
+        written = {split: output.finish() for split, output in self._outputs.items()}
         result = PartResult(
             key=self._job.key(self._part),
             files={split: file for split, file in written.items() if file is not None},

@@ -1,8 +1,9 @@
 """Writes the windows of one split of a part to an ArrayRecord file, whose name it gets when it is whole."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from meshpipe.data.manifest import PARTS, Counts, RecordFile
 from meshpipe.data.packing import Packer, Segment, Window, write_record
+from meshpipe.errors import ArgumentError
 
 OPTIONS = "group_size:1,zstd:3"
 """Of ArrayRecord: each record is read by itself."""
@@ -36,14 +38,14 @@ class SplitWriter:
         self._write(self._packer.finish())
         if self._writer is None:
             return None
-        self._writer.close()
         whole = self._folder / self._name
-        _sync(self._partial)
-        os.replace(self._partial, whole)
-        _sync(self._folder)
-        return RecordFile(
-            name=self._name, records=self.counts.windows, size=whole.stat().st_size, digest=file_digest(whole)
-        )
+        with writing_to(self._folder):
+            self._writer.close()
+            sync(self._partial)
+            os.replace(self._partial, whole)
+            sync(self._folder)
+            size, digest = whole.stat().st_size, file_digest(whole)
+        return RecordFile(name=self._name, records=self.counts.windows, size=size, digest=digest)
 
     @property
     def _partial(self) -> Path:
@@ -51,9 +53,10 @@ class SplitWriter:
 
     def _write(self, windows: Iterable[Window]) -> None:
         for window in windows:
-            if self._writer is None:
-                self._writer = _open(self._partial)
-            self._writer.write(write_record(window, self._dtype))
+            with writing_to(self._folder):
+                if self._writer is None:
+                    self._writer = _open(self._partial)
+                self._writer.write(write_record(window, self._dtype))
             self.largest_token = max(self.largest_token, *(int(segment.tokens.max()) for segment in window))
             self.counts += Counts(
                 windows=1, pairs=sum(one.pairs for one in window), targets=sum(one.targets for one in window)
@@ -66,15 +69,28 @@ def _open(file: Path) -> Any:
     return ArrayRecordWriter(str(file), OPTIONS)
 
 
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """While entered, errors of writing are `ArgumentError`s: the disk is full, say. ArrayRecord has `RuntimeError`s."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise ArgumentError(
+            f"`to` must be a folder with room for the data. Got {str(folder)!r}: {error}. Make room and run the same "
+            "command again, or name another folder."
+        ) from error
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a file that is whole or not there, also after a loss of power."""
     partial = file.with_name(f"{file.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
-    _sync(file.parent)
+    with writing_to(file.parent):
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+        sync(file.parent)
 
 
 def file_digest(file: Path) -> str:
@@ -82,7 +98,7 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
