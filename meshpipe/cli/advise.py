@@ -97,7 +97,7 @@ def _advice(recipe: str, before: "Config", config: "Config", fixed: Mapping[str,
             config,
             target,
             devices=devices,
-            programs_for=None if count or is_here else ACCELERATOR,
+            programs_for=ACCELERATOR if devices[0].platform == "cpu" and target.hardware.platform != "cpu" else None,
             count=count,
             fixed=fixed,
             memory=None if extra.usable_memory is None else parse_bytes(extra.usable_memory),
@@ -116,15 +116,15 @@ def _described(extra: _AdviseFlags) -> tuple["TargetName", Sequence[Any], int]:
     target = parse_target(extra.target)
     jax.config.update("jax_platforms", "cpu")
     use_cpu_devices(2)
-    count = extra.compile
-    if count is None:
-        try:
-            check_wheels(target)
-            count = MOST_COMPILED
-        except ArgumentError as error:
+    if extra.compile:
+        return target, devices_of(target), extra.compile
+    try:
+        check_wheels(target)
+    except ArgumentError as error:
+        if extra.compile is None:
             print(f"meshpipe: layouts are only estimated. {error}", file=sys.stderr)
-            count = 0
-    return target, devices_of(target) if count else jax.devices("cpu"), count
+        return target, jax.devices("cpu"), 0
+    return target, devices_of(target), MOST_COMPILED if extra.compile is None else 0
 
 
 def _here(config: "Config", extra: _AdviseFlags) -> tuple["TargetName", Sequence[Any], int]:
