@@ -16,6 +16,7 @@ from meshpipe.observe import machine_rates
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_rates, "_MOST", 3)
+    jax.devices()  # with the devices of all tests: the command would start JAX with its own
 
 
 def test_measured_devices_are_a_target_by_the_name_of_their_file(tmp_path: Path, capsys) -> None:
