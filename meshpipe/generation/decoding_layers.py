@@ -1,6 +1,6 @@
 """The layers of a language model in generation: attention keeps what it has seen, and the last layer draws a token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,13 +54,21 @@ def decoding_layers(layers: Sequence[LayerLike], batch: int, length: int) -> lis
         make, function = constructor_of(f"layers/{index}", given)
         new: Any = given if function is not None else CachingConstructor(make, batch, length)
         made.append(replace(entry, layer=new) if isinstance(entry, LayerCall) else new)
-    last = made[-1]
+    return with_last_call(made, _next_tokens, "generate")
+
+
+def with_last_call(layers: Sequence[LayerLike], function: Callable[..., Any], what: str) -> list[LayerLike]:
+    """The layers, of which the last is called by `function` in place of a call of its own.
+
+    Raises `ArgumentError`, which says that it is in order to `what`, for a last layer that has a call of its own.
+    """
+    last = layers[-1]
     if isinstance(last, LayerCall) and (last.function is not None or last.fields or last.input or last.name):
         raise ArgumentError(
-            "To generate, the last layer must be called with the output of the one before it alone. Got one with "
+            f"To {what}, the last layer must be called with the output of the one before it alone. Got one with "
             "a call, fields or a name of its own."
         )
-    return [*made[:-1], call(last, _next_tokens)]
+    return [*layers[:-1], call(last, function)]
 
 
 def _next_tokens(

@@ -4,6 +4,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -15,10 +16,13 @@ from meshpipe.adapters.lora import with_lora
 from meshpipe.compiler.cache import open_cache
 from meshpipe.errors import ArgumentError, check_whole, kind_of
 from meshpipe.generation.decoder import POSITIONS, Decoder
-from meshpipe.generation.requests import Drawn, Request, RunningGroup
+from meshpipe.generation.lengths import LEAST_BEGINNING, check_tokens, power_of_two
+from meshpipe.generation.requests import Drawn, Request, RunningGroup, StopWhen
 from meshpipe.generation.sampling import SamplingConfig
+from meshpipe.generation.scorer import Scorer
+from meshpipe.generation.scoring import Score
 from meshpipe.generation.staged_weights import ReadWeights, StagedWeights, given
-from meshpipe.generation.tokenizer import TextTokenizer
+from meshpipe.generation.tokenizer import TextTokenizer, encode_pair, first_token
 from meshpipe.layers.task import Task
 from meshpipe.mesh import DATA, make_mesh
 from meshpipe.models.model import ModelConfig
@@ -28,8 +32,6 @@ from meshpipe.sharding import ShardingRules
 
 LEAST_LENGTH = 32
 """The fewest positions that caches have."""
-LEAST_BEGINNING = 8
-"""The fewest tokens of a row that holds a prompt."""
 
 
 class Generator:
@@ -110,34 +112,79 @@ class Generator:
         return written[0] if isinstance(prompts, str) else written
 
     def tokens(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | None = None, **fields: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | None = None,
+        *,
+        stop_when: StopWhen | None = None,
+        **fields: Any,
     ) -> list[list[int]]:
         """The tokens that follow each prompt; arguments and errors as those of `stream`."""
         found: list[list[int]] = [[] for _ in prompts]
-        for drawn in self.stream(prompts, sampling, **fields):
+        for drawn in self.stream(prompts, sampling, stop_when=stop_when, **fields):
             found[drawn.request].append(drawn.token)
         return found
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | None = None, **fields: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | None = None,
+        *,
+        stop_when: StopWhen | None = None,
+        **fields: Any,
     ) -> Iterator[Drawn]:
         """Every token as soon as it is known, with the number of its prompt.
 
         Arguments:
             prompts: The tokens of each prompt, at least one.
             sampling: How text is continued; a field of `fields` takes precedence.
+            stop_when: Called after each token with the tokens that were added to a text; it ends the text by True.
+                Every process must answer alike.
             **fields: Fields of `SamplingConfig`.
 
         Raises `ValueError` for a prompt without tokens, tokens that the model does not have, and a text that is longer
         than the model allows.
         """
         chosen = sampling = self._sampling(sampling, fields) if fields or sampling is None else sampling
-        requests = [Request(number=n, prompt=list(prompt), sampling=chosen) for n, prompt in enumerate(prompts)]
+        requests = [
+            Request(number=n, prompt=list(prompt), sampling=chosen, stop_when=stop_when)
+            for n, prompt in enumerate(prompts)
+        ]
         self._check(requests, sampling)
         if not self._group.is_alone:
             asked = {"prompts": str([request.prompt for request in requests]), "sampling": str(sampling)}
             agree(self._group, f"prompts {next(self._calls)}", asked)
         return self._run(requests, sampling)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Says how likely given texts are, with the same weights on the same devices. Raises `ArgumentError` for a
+        model whose last layer is called in a way of its own.
+        """
+        return Scorer(
+            model=self.model,
+            layers=self._layers,
+            staged=self._weights,
+            cache=self._cache,
+            group=self._group,
+            batch_size=self._batch_size,
+            in_flight=self._in_flight,
+        )
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+        """How likely each text is after its context: pairs of a context and a continuation. An empty context is the
+        token that begins texts, or else the one that ends them.
+
+        Raises `ValueError` without a tokenizer, and as `first_token` and `Scorer.tokens` do.
+        """
+        tokenizer = self._tokenizer()
+        tokens = [
+            encode_pair(tokenizer, context, text)
+            if context
+            else ([first_token(tokenizer)], tokenizer.encode(text, special=False))
+            for context, text in pairs
+        ]
+        return self.scorer.tokens(tokens)
 
     def _run(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[Drawn]:
         if not requests:
@@ -149,7 +196,7 @@ class Generator:
         while waiting or running:
             while waiting and len(running) < self._in_flight:
                 group = waiting.popleft()
-                seq = _power_of_two(max(len(request.prompt) for request in group), LEAST_BEGINNING)
+                seq = power_of_two(max(len(request.prompt) for request in group), LEAST_BEGINNING)
                 running.append(RunningGroup.begin(decoder, group, min(seq, decoder.length)))
             for each in running:
                 yield from each.advance()
@@ -167,7 +214,7 @@ class Generator:
         """What continues groups of so many texts of at least this length."""
         parts = self.mesh.shape.get(DATA, 1)
         batch = -(-texts // parts) * parts
-        key = batch, _power_of_two(length, LEAST_LENGTH)
+        key = batch, power_of_two(length, LEAST_LENGTH)
         if key not in self._decoders:
             self._decoders[key] = Decoder.of(
                 self._layers,
@@ -184,18 +231,13 @@ class Generator:
         return self._decoders[key]
 
     def _check(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
-        vocab = self.model.limits().get(self.model.input)
         most: int | None = getattr(self.model, "max_positions", None)
         for request in requests:
             if not request.prompt:
                 raise ArgumentError(
                     f"A prompt must have at least one token. Got none in prompt {request.number}. Begin the text."
                 )
-            if vocab is not None and not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
-                raise ArgumentError(
-                    f"Every token must be one of the model's {vocab:,}. Got {max(request.prompt)} in prompt "
-                    f"{request.number}. Use the tokenizer that the model was trained with."
-                )
+            check_tokens(self.model, request.prompt, f"prompt {request.number}")
             length = len(request.prompt) + sampling.max_tokens
             if most is not None and length > most:
                 raise ArgumentError(
@@ -216,7 +258,3 @@ class Generator:
         if not isinstance(sampling, SamplingConfig):
             raise ArgumentError(f"`sampling` must be a SamplingConfig. Got {kind_of(sampling)}.")
         return replace(sampling, **fields)
-
-
-def _power_of_two(number: int, least: int) -> int:
-    return max(least, 1 << (number - 1).bit_length())

@@ -1,7 +1,7 @@
 """Texts that are to be continued, and the groups of them that are continued together."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -15,6 +15,9 @@ AHEAD = 2
 """How many tokens of a group are computed before the first of them is read: the devices never wait for the host. As
 many are computed in vain when all texts of a group have ended."""
 
+StopWhen = Callable[[Sequence[int]], bool]
+"""Says of the tokens that were added to a text whether it ends with them."""
+
 
 @dataclass(kw_only=True)
 class Request:
@@ -24,7 +27,8 @@ class Request:
     """Its place among the prompts."""
     prompt: Sequence[int]
     sampling: SamplingConfig
-    drawn: int = 0
+    stop_when: StopWhen | None = None
+    drawn: list[int] = field(default_factory=list)
     """The tokens that were added."""
     ended: bool = False
 
@@ -89,8 +93,10 @@ class RunningGroup:
             if token in request.sampling.stop_tokens:
                 request.ended = True
                 continue
-            request.drawn += 1
-            request.ended = request.drawn == request.sampling.max_tokens
+            request.drawn.append(token)
+            request.ended = len(request.drawn) == request.sampling.max_tokens or (
+                request.stop_when is not None and request.stop_when(request.drawn)
+            )
             yield Drawn(request.number, token)
 
 

@@ -19,6 +19,10 @@ class TextTokenizer(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def begin(self) -> int | None:
+        """The token in front of a text, if there is one."""
+
+    @property
     def end(self) -> int | None:
         """The token that ends a text, if there is one."""
 
@@ -31,6 +35,7 @@ class ByteTokenizer:
     """The bytes of UTF-8, which the byte-level data of recipes has as its tokens."""
 
     vocab_size = 256
+    begin: int | None = None
     end: int | None = None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -38,6 +43,37 @@ class ByteTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(tokens).decode(errors="replace")
+
+
+def first_token(tokenizer: TextTokenizer) -> int:
+    """What a text without a context comes after: the token that begins texts, or else the one that ends them. Raises
+    `ArgumentError` for a tokenizer that has neither.
+    """
+    found = tokenizer.end if tokenizer.begin is None else tokenizer.begin
+    if found is None:
+        raise ArgumentError(
+            "The first token of a text can be scored only after a token that begins or ends texts. The tokenizer has "
+            "neither. Give every text a context."
+        )
+    return found
+
+
+def encode_text(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """The tokens of a text, with the one in front of it once, whether the text has it or the tokenizer adds it."""
+    tokens = tokenizer.encode(text)
+    return tokens[1:] if tokenizer.begin is not None and tokens[:2] == [tokenizer.begin] * 2 else tokens
+
+
+def encode_pair(tokenizer: TextTokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The tokens of a context that is not empty and of its continuation, as those of both together begin and go on.
+
+    Spaces at the end of the context become part of the continuation, since most tokens begin with their space.
+    """
+    kept = context.rstrip()
+    if kept:
+        context, continuation = kept, context[len(kept) :] + continuation
+    beginning = encode_text(tokenizer, context)
+    return beginning, encode_text(tokenizer, context + continuation)[len(beginning) :]
 
 
 def find_tokenizer(model: ModelConfig, given: str | Path | None, folders: Sequence[Path]) -> TextTokenizer | None:

@@ -5,12 +5,16 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import golden
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from meshpipe.cli import main
+from meshpipe.data import PreparedConfig
 
 ROOT = Path(__file__).parents[2]
 LANGUAGE = f"{ROOT / 'recipes' / 'language_model.py'}:debug"
@@ -72,6 +76,30 @@ def test_a_checkpoint_continues_text_and_is_evaluated_as_its_run_does(
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     assert outputs[0].startswith("def f(")
+
+
+@pytest.mark.slow
+def test_published_weights_are_evaluated_on_prepared_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    source, prepared = tmp_path / "lines.jsonl", tmp_path / "prepared"
+    source.write_text("".join(json.dumps({"text": f"Line {n} says so to {n * 7 % 13}."}) + "\n" for n in range(40)))
+    flags = ["--tokenizer", str(QWEN), "--sequence-length", "16", "--held-out", "0.3"]
+    assert main(["data", "prepare", str(source), "--to", str(prepared), *flags]) == 0
+    capsys.readouterr()
+    # The loss of the layers one after the other.
+    examples = PreparedConfig(path=str(prepared)).eval_source()
+    batch = {name: np.stack([examples[n][name] for n in range(len(examples))]) for name in examples[0]}
+    x: Any = jnp.asarray(batch["inputs"])
+    for at, layer in enumerate(golden.modules("qwen2")):
+        x = layer(x, jnp.asarray(batch["segment_ids"])) if 0 < at < 3 else layer(x)
+    logprobs = np.asarray(jax.nn.log_softmax(x))
+    of_targets = np.take_along_axis(logprobs, batch["targets"][..., None], axis=2)[..., 0]
+    wanted = -(of_targets * batch["weights"]).sum() / batch["weights"].sum()
+    for layout in ((), ("--mesh.pipeline", "2")):
+        assert main(["eval", str(QWEN), "--data", str(prepared), "--batch-size", "6", "--json", *layout]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["examples"] == len(examples)
+        assert found["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
 WRONG = {
