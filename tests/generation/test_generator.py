@@ -33,3 +33,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, layout: str) -> None
     generator = Generator(golden.CONFIGS[name], golden.leaves(name), mesh=make_mesh(*LAYOUTS[layout]))
     found = generator.tokens(prompts(name), max_tokens=expected.shape[1])
     np.testing.assert_array_equal(found, expected)
+    # The first text ends by a function of its tokens, and the others go on.
+    end = expected[0, :2].tolist()
+    ended = generator.tokens(prompts(name), max_tokens=expected.shape[1], stop_when=lambda tokens: tokens == end)
+    assert ended == [row[:2] if row[:2] == end else row for row in expected.tolist()]
