@@ -16,9 +16,11 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(
-        f"The tasks need lm-evaluation-harness: {error}. Install it: pip install 'meshpipe[harness]'."
-    ) from error
+    message = f"The tasks need lm-evaluation-harness: {error}. Install it: pip install 'meshpipe[harness]'."
+    if __name__ == "__main__":
+        print(f"meshpipe: {message}", file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(message) from error
 
 from meshpipe.data.chat import ChatTemplate
 from meshpipe.errors import ArgumentError, check_whole

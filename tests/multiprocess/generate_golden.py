@@ -1,4 +1,4 @@
-"""Continues the golden prompts in this process, one of several perhaps; prints the tokens."""
+"""Continues the golden prompts in this process, one of several perhaps; prints the tokens, and the scores of texts."""
 
 import json
 
@@ -27,7 +27,9 @@ def main() -> None:
         ]
         mesh = meshpipe.make_mesh(pipeline, 1, tensor)
         generator = meshpipe.Generator(golden.CONFIGS[name], golden.leaves(name), mesh=mesh, batch_size=2)
-        found[name] = generator.tokens(prompts, max_tokens=expected["continuation"].shape[1])
+        tokens = generator.tokens(prompts, max_tokens=expected["continuation"].shape[1])
+        scores = generator.scorer.tokens([(row[:1], row[1:]) for row in expected["ids"].tolist()])
+        found[name] = {"tokens": tokens, "logprobs": [score.logprob for score in scores]}
     print("RESULT", json.dumps(found), flush=True)
     if jax.process_count() > 1:
         barrier("end", 60.0)

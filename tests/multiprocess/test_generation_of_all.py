@@ -1,9 +1,10 @@
-"""Several processes generate what `transformers` does; each has the tokens, and only its own stages."""
+"""Several processes generate and score what `transformers` does; each has all of it, and only its own stages."""
 
 import json
 from pathlib import Path
 
 import golden
+import numpy as np
 import pytest
 from processes import run_processes
 
@@ -26,5 +27,12 @@ def test_tokens_of_several_processes(
     ended = run_processes(count, [SCRIPT, ",".join(names), str(pipeline), str(tensor)], tmp_path)
     assert not any(ended.codes), ended
     lines = [line for log in ended.logs for line in log.splitlines() if line.startswith("RESULT ")]
-    expected = {name: golden.expected(name)["continuation"].tolist() for name in names}
-    assert [json.loads(line.removeprefix("RESULT ")) for line in lines] == [expected] * count, ended
+    found = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    assert len(found) == count, ended
+    for name in names:
+        arrays = golden.expected(name)
+        assert [own[name]["tokens"] for own in found] == [arrays["continuation"].tolist()] * count, ended
+        logits, ids = arrays["logits"][:, :-1].astype(np.float64), arrays["ids"][:, 1:]
+        logprobs = np.take_along_axis(logits, ids[..., None], axis=2)[..., 0] - np.log(np.exp(logits).sum(axis=2))
+        for own in found:
+            np.testing.assert_allclose(own[name]["logprobs"], logprobs.sum(axis=1), rtol=0, atol=16 * golden.TOLERANCE)
