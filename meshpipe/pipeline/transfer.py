@@ -40,11 +40,37 @@ def transfer_between(name: str, source: Mesh, shapes: Shapes) -> Callable[[Array
     places = {device.process_index for pair in pairs for device in pair}
     if places <= {here}:
         return transfer_to(tuple(map(_sharding_of, shapes)))
-    return _Sockets(name, pairs, shapes).move if by_sockets() else _native(source, shapes)
+    # Where every part stays in its process, no socket is opened; `jax.device_put` refuses arrays of several processes.
+    processes = [(a.process_index, b.process_index) for a, b in pairs]
+    if by_sockets() or all(a == b for a, b in processes):
+        return _Sockets(name, pairs, shapes).move
+    check_native(processes, pairs[0][0].platform, jax.process_count())
+    return _native(source, shapes)
+
+
+def check_native(processes: Sequence[tuple[int, int]], platform: str, process_count: int) -> None:
+    """Raises `ValueError` for moves between these pairs of processes that `jax.device_put` refuses or does wrongly."""
+    sources, targets = map(set, zip(*processes, strict=True))
+    if sources == targets:
+        raise ValueError(
+            "On accelerators, where two submeshes lie in the same processes, the devices at each position of both must "
+            f"be of one process. Got submeshes on processes {sorted(sources)} in different orders. "
+            "Order the devices of the mesh by process, or pass DistributedConfig(transfers='sockets') "
+            "(--transfers sockets)."
+        )
+    if process_count > 2 and platform == "tpu":
+        raise ValueError(
+            "On TPU, at most two processes may move arrays by the backend's own transport: JAX gives each transfer the "
+            f"number of transfers before it in that process, and both sides must give the same. Got {process_count} "
+            "processes. Pass DistributedConfig(transfers='sockets') (--transfers sockets)."
+        )
 
 
 def _native(source: Mesh, shapes: Shapes) -> Callable[[Arrays | None], Arrays | None]:
-    """Uses the backend's own transport, through `jax.device_put` (GPU, TPU)."""
+    """Uses the backend's own transport, through `jax.device_put` (GPU, TPU).
+
+    All arrays of a move are in one call: between each two devices, they then go as one group of sends and receives.
+    """
     shardings = tuple(map(_sharding_of, shapes))
     receives, sends = is_local(_mesh_of(shapes[0])), is_local(source)
     elsewhere = tuple(
@@ -100,9 +126,12 @@ class _Sockets:
         if not self._is_target:
             return None
         arrived: list[dict[jax.Device, jax.Array]] = [{} for _ in self._shapes]
-        for part, into in zip(parts, arrived, strict=False):
-            for source, target in self._stays:
-                into[target] = jax.device_put(part[source], target)
+        if parts and self._stays:
+            targets = [target for _, target in self._stays] * len(parts)
+            stay = [part[source] for part in parts for source, _ in self._stays]
+            moved = iter(jax.device_put(stay, targets))
+            for into in arrived:
+                into.update((target, next(moved)) for _, target in self._stays)
         for process, devices in self._receives.items():
             wanted = tuple(self._part_on(shape, device) for shape in self._shapes for device in devices)
             received = iter(peers().receive(process, self._number_for(jax.process_index()), wanted))

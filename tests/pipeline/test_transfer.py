@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from meshpipe.mesh import make_mesh, submeshes
 from meshpipe.pipeline import peers
-from meshpipe.pipeline.transfer import transfer_to
+from meshpipe.pipeline.transfer import check_native, transfer_to
 from meshpipe.sharding import activation_sharding, replicated
 
 FIRST, SECOND = submeshes(make_mesh(2, 2, 2))
@@ -54,3 +54,13 @@ def test_accelerators_use_sockets_where_that_is_asked_for(
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(peers, "_peers", [SimpleNamespace(accelerators=accelerators)])
     assert peers.by_sockets() is sockets
+
+
+def test_moves_that_accelerators_cannot_make_are_refused_before_the_first_step() -> None:
+    check_native([(0, 1), (2, 3)], "gpu", 4)
+    check_native([(0, 1), (1, 1)], "gpu", 3)
+    check_native([(0, 1)], "tpu", 2)
+    with pytest.raises(ValueError, match=r"must be of one process.*\[0, 1\].*--transfers sockets"):
+        check_native([(0, 1), (1, 0)], "gpu", 2)
+    with pytest.raises(ValueError, match=r"at most two processes.*Got 3.*--transfers sockets"):
+        check_native([(0, 1)], "tpu", 3)
