@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from meshpipe.errors import ArgumentError, errors_name_flags
 from meshpipe.models.gpt2 import GPT2Config
 from meshpipe.models.language_model import LanguageModelConfig
 from meshpipe.models.model import ModelConfig
@@ -65,7 +66,11 @@ def read_config(fields: Fields) -> ModelConfig:
             f"`model_type` of {fields.place} must be one of {', '.join(READERS)}. Got {kind!r:.60}. "
             "A model of another architecture needs layers of its own."
         )
-    return READERS[kind](fields)
+    try:
+        with errors_name_flags(False):  # no flag sets what a file says
+            return READERS[kind](fields)
+    except ArgumentError as error:
+        raise WeightsError(f"{fields.place} must describe a model that can be: {error}") from None
 
 
 def write_config(model: ModelConfig) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _model(fields: Fields, head_dim: int | None = None, **more: Any) -> Language
     theta, scaling = _rope(fields, more.pop("theta", 10_000.0))
     made: dict[str, Any] = {
         "d_model": width,
-        "num_blocks": fields.size("num_hidden_layers"),
+        "num_blocks": fields.blocks("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": fields.size("num_key_value_heads", heads),
         "d_hidden": fields.size("intermediate_size"),
@@ -143,7 +143,7 @@ def _window_of_qwen(fields: Fields) -> WindowConfig:
 def _window(fields: Fields, default: int, every: int | None) -> WindowConfig:
     """The window of the blocks that have one: by `layer_types`, or else all but every n-th."""
     kinds = fields.names("layer_types")
-    blocks = fields.size("num_hidden_layers")
+    blocks = fields.blocks("num_hidden_layers")
     if kinds is not None:
         every = kinds.index(_GLOBAL) + 1 if _GLOBAL in kinds else None
         expected = [_LOCAL if every is None or (i + 1) % every else _GLOBAL for i in range(blocks)]

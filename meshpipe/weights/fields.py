@@ -12,6 +12,7 @@ from meshpipe.weights.errors import WeightsError
 
 _Value = TypeVar("_Value")
 _MISSING = object()
+_MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,23 @@ class Fields:
             raise WeightsError(f"{file.name} must be a JSON object. Got {file}, which holds {values!r:.60}.")
         return cls(values, str(file))
 
-    def size(self, name: str, default: Any = _MISSING) -> int:
-        """A whole number of at least 1."""
+    def size(self, name: str, default: Any = _MISSING, most: int = 1 << 31) -> int:
+        """A whole number of at least 1. More than `most` would only keep the machine busy before it fails."""
         value = self._value(name, default)
         if type(value) is not int or value < 1:
             raise self.wrong(name, "a whole number of at least 1")
+        if value > most:
+            raise self.wrong(name, f"at most {most}")
         return value
+
+    def blocks(self, name: str) -> int:
+        """A number of blocks, each of which takes time and memory before a tensor is read."""
+        return self.size(name, most=_MOST_BLOCKS)
 
     def number(self, name: str, default: Any = _MISSING) -> float:
         value = self._value(name, default)
         if not is_number(value):
-            raise self.wrong(name, "a number")
+            raise self.wrong(name, "a number of at least 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -65,7 +72,7 @@ class Fields:
 
     def choice(self, name: str, choices: Mapping[str, _Value], default: str) -> _Value:
         value = self._value(name, default)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise self.wrong(name, " or ".join(choices))
         return choices[value]
 

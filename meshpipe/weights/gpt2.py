@@ -61,7 +61,7 @@ def read_gpt2(fields: Fields) -> GPT2Config:
     width, hidden = fields.size("n_embd"), fields.optional_size("n_inner")
     return GPT2Config(
         d_model=width,
-        num_blocks=fields.size("n_layer"),
+        num_blocks=fields.blocks("n_layer"),
         num_heads=fields.size("n_head"),
         d_hidden=None if hidden == 4 * width else hidden,
         vocab_size=fields.size("vocab_size"),

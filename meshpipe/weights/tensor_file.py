@@ -107,7 +107,19 @@ def _tensors(file: Path, header: Any, start: int, size: int) -> dict[str, Tensor
         if start + end > size:
             raise DamagedFileError(f"{name} ends at byte {start + end}, and it has {size}: it is truncated")
         found[name] = tensor
+    _check_places(found, start, size)
     return found
+
+
+def _check_places(tensors: dict[str, Tensor], start: int, size: int) -> None:
+    """Tensors must fill the file one after the other: where they do not, a name may have another tensor's bytes."""
+    end, before = start, "its header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != end:
+            raise DamagedFileError(f"{name} begins at byte {tensor.offset}, and {before} ends at byte {end}")
+        end, before = tensor.offset + tensor.nbytes, name
+    if end != size:
+        raise DamagedFileError(f"{before} ends at byte {end}, and it has {size}")
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:

@@ -67,6 +67,21 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a file without its header": ("llama3", bytes_of(lambda data: data[:4]), "too few for a header"),
     "a header that is too large": ("llama3", bytes_of(lambda data: b"\xff" * 8 + data[8:]), "more than the 100000000"),
     "an unknown dtype": ("llama3", renamed('"F32"', '"Q99"'), "which is not known here"),
+    "two tensors in one place": (
+        "llama3",
+        renamed('"data_offsets":[43264,43328]', '"data_offsets":[43200,43264]'),
+        "begins at byte",
+    ),
+    "bytes after the last tensor": ("llama3", bytes_of(lambda data: data + b"abc"), "ends at byte"),
+    "a list for a name": ("llama3", config(hidden_act=["silu"]), "must be silu. Got ['silu']"),
+    "a negative number": ("llama3", config(rope_theta=-5.0), "must be a number of at least 0. Got -5.0"),
+    "more blocks than anybody has": ("llama3", config(num_hidden_layers=10**9), "must be at most 10000. Got 1000000000"),
+    "a width that no machine holds": ("llama3", config(hidden_size=10**30), "`hidden_size` of a model"),
+    "heads that do not divide": (
+        "llama3",
+        config(num_key_value_heads=3),
+        "config.json must describe a model that can be: `num_heads` must be a multiple of `num_kv_heads`",
+    ),
     "a tensor is missing": (
         "llama3",
         renamed("layers.1.mlp.up_proj", "layers.1.mlp.xx_proj"),
