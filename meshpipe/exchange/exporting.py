@@ -66,7 +66,7 @@ def export_weights(
         step: The step to export; None takes the newest.
         dtype: The dtype of the tensors. `auto` is that of the published weights that the run began with, or float32.
         like: A folder of published weights whose config.json and tokenizer go with the exported ones; None takes those
-            that the run began with.
+            that the run began with. It must describe the model of the checkpoint.
         base: The folder with the base of a checkpoint that holds only what was trained, as for `meshpipe.load`.
         largest_file: Bytes from which on the tensors are cut into several files.
 
@@ -79,9 +79,13 @@ def export_weights(
     model = saved_model_of(metadata, reader.directory)
     table = table_of(model)
     companions = companions_of(reader.directory) if like is None else Path(like).expanduser()
+    if like is not None:
+        _check_like(model, Path(like).expanduser())
     config, dtypes = _config(model, metadata, companions), _dtypes(table, companions, dtype)
     shapes = {key.removeprefix("params/"): tuple(leaf["shape"]) for key, leaf in reader.leaves(step).items()}
     if base_of(metadata) is None and not any(path.endswith(FACTORS) for path in shapes):
+        if base is not None:
+            raise ArgumentError(f"`base` is for checkpoints of adapters. Got it with {directory}, which has none.")
         read = _reader(reader, step)
     else:
         merged = _merged(reader.directory, step, base)
@@ -105,6 +109,15 @@ def export_weights(
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_tensors(folder, outlines, values, largest_file)
     return ", ".join(names)
+
+
+def _check_like(model: ModelConfig, folder: Path) -> None:
+    """Raises `WeightsError` when the folder's config.json describes another model than the checkpoint's."""
+    fields = Fields.of_file(folder / CONFIG)
+    if wrong := differences(model, read_config(fields)):
+        raise WeightsError(
+            f"The config.json that goes with weights must describe their model. Got {fields.place}: {'; '.join(wrong)}."
+        )
 
 
 def _config(model: ModelConfig, metadata: Mapping[str, Any], companions: Path | None) -> dict[str, Any]:

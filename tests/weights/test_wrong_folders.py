@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "bytes after the last tensor": ("llama3", bytes_of(lambda data: data + b"abc"), "ends at byte"),
     "a list for a name": ("llama3", config(hidden_act=["silu"]), "must be silu. Got ['silu']"),
     "a negative number": ("llama3", config(rope_theta=-5.0), "must be a number of at least 0. Got -5.0"),
-    "more blocks than anybody has": ("llama3", config(num_hidden_layers=10**9), "must be at most 10000. Got 1000000000"),
+    "more blocks than anybody has": ("llama3", config(num_hidden_layers=10**9), "must be at most 10000. Got 10000000"),
     "a width that no machine holds": ("llama3", config(hidden_size=10**30), "`hidden_size` of a model"),
     "heads that do not divide": (
         "llama3",
@@ -115,4 +115,9 @@ def test_folders_that_are_not_free(
     assert main(["weights", "export", "new", "--to", "new"]) == 2
     assert "must be a folder that is not there or empty" in capsys.readouterr().err
     assert main(["weights", "export", "nowhere", "--to", "out"]) == 2
+    capsys.readouterr()
+    assert main(["weights", "export", "new", "--to", "out", "--like", str(golden.FOLDER / "llama3")]) == 2
+    assert "must describe their model. Got" in capsys.readouterr().err
+    assert main(["weights", "export", "new", "--to", "out", "--base", str(golden.FOLDER / "gpt2")]) == 2
+    assert "--base is for checkpoints of adapters" in capsys.readouterr().err
     assert not Path("out").exists()

@@ -83,6 +83,8 @@ def fields_of(file: SourceFile, config: PrepareConfig) -> Fields:
         if named:
             raise ArgumentError(f"`{named[0]}` is for JSON lines and Parquet. Got it with {file.path}, a file of text.")
         return Fields()
+    if config.separator is not None:
+        raise ArgumentError(f"`separator` is for text. Got it with {file.path}, in which each record is a document.")
     names = _names(file)
     if config.chat_field is not None or config.text_field is not None:
         chosen = Fields(config.text_field, config.prompt_field, config.chat_field)

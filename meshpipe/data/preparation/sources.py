@@ -138,9 +138,11 @@ def _file(path: Path, kind: Format, argument: str) -> SourceFile:
     if found == "text" and b"\0" in head and path.suffix not in COMPRESSED:
         raise ArgumentError(f"{argument} must be text. Got {str(path)!r}, which has bytes of zero.")
     if found == "jsonl" and head.lstrip().startswith(b"["):
+        lines = path.with_suffix(".jsonl").name
+        lines = lines if lines != path.name else f"{path.stem}.lines.jsonl"  # the shell would empty what jq reads
         raise ArgumentError(
             f"{argument} must have one JSON object per line. Got {str(path)!r}, which begins with a list. Convert it: "
-            f"jq -c '.[]' {path.name} > {path.stem}.jsonl"
+            f"jq -c '.[]' {path.name} > {lines}"
         )
     return SourceFile(path, found, status.st_size, status.st_mtime_ns)
 
