@@ -57,7 +57,7 @@ def _of_the_run(saved: Saved) -> Source:
     recipe = None if saved.metadata is None else saved.metadata.get("recipe")
     if saved.metadata is None or not isinstance(recipe, str) or ":" not in recipe:
         raise ArgumentError(
-            f"Evaluation needs held-out data. Got none: {saved.name} names no recipe with any. Pass `data` FOLDER."
+            f"Evaluation needs held-out data. Got none, and no recipe goes with {saved.name}. Pass `data` FOLDER."
         )
     return saved_data(find(recipe).config().data, saved.metadata).eval_source()
 
