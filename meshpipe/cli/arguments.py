@@ -81,6 +81,7 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
     with phase("Importing JAX"):
         from meshpipe.config import Config
         from meshpipe.runs.recipe import find
+        from meshpipe.weights.published_model import PublishedModel
 
     recipe = find(arguments[0])
     config = recipe.config()
@@ -100,17 +101,19 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
     if unknown:
         _refuse(unknown, [flag.name for flag in flags], command)
     if command != "train":
-        _tell_unused(command, flags_of(config), flags_of(chosen.config))
+        is_published = isinstance(config.model, PublishedModel)
+        _tell_unused(command, flags_of(config), flags_of(chosen.config), used=("init-from",) if is_published else ())
     return recipe.name, chosen.config, getattr(chosen, "extra", None)
 
 
-def _tell_unused(command: str, before: Sequence[Flag], after: Sequence[Flag]) -> None:
-    """Prints which of the flags that were given concern a run alone."""
+def _tell_unused(command: str, before: Sequence[Flag], after: Sequence[Flag], used: Sequence[str]) -> None:
+    """Prints which of the flags that were given concern a run alone, except for those that this recipe's model uses."""
     values = {flag.name: flag.default for flag in before}
     unused = [
         f"--{flag.name}"
         for flag in after
-        if (flag.part in PARTS_OF_RUNS or flag.name in FLAGS_OF_RUNS) and flag.default != values[flag.name]
+        if (flag.part in PARTS_OF_RUNS or flag.name in FLAGS_OF_RUNS) and flag.name not in used
+        if flag.default != values[flag.name]
     ]
     if unused:
         print(f"meshpipe: {command} makes no run, so it does not use {', '.join(unused)}.", file=sys.stderr)

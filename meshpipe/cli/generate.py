@@ -101,6 +101,7 @@ def generate(arguments: list[str]) -> int:
         distributed: Annotated[DistributedConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=DistributedConfig)
 
     flags = parse(Flags, arguments, "meshpipe generate", DESCRIPTION)
+    _check_drawn(flags.sampling)
     texts = flags.prompts.texts()
 
     def run(guard: "Guard") -> int:
@@ -109,6 +110,7 @@ def generate(arguments: list[str]) -> int:
         saved = open_saved(flags.folder.expanduser(), flags.groups.step, flags.prompts.tokenizer)
         tokenizer = checked_tokenizer(saved.tokenizer)
         take_devices_of_run(flags.mesh, console, flags.distributed)
+        _check_known(flags.sampling.stop_tokens, saved.model)
         prompts = [encoded(tokenizer, text, chat=flags.prompts.chat) for text in texts]
         sampling = flags.sampling
         if not flags.prompts.ignore_end:
@@ -132,6 +134,22 @@ def generate(arguments: list[str]) -> int:
         return COMPLETED
 
     return run_joined(flags.distributed, run)
+
+
+def _check_drawn(sampling: Any) -> None:
+    """Raises `ArgumentError` for flags about drawing where nothing is drawn."""
+    if sampling.temperature == 0 and (sampling.top_k or sampling.top_p < 1):
+        name = "top_k" if sampling.top_k else "top_p"
+        raise ArgumentError(
+            f"`{name}` has no effect at temperature 0, which takes the most likely token. Pass `temperature` as well."
+        )
+
+
+def _check_known(tokens: Sequence[int], model: Any) -> None:
+    """Raises `ArgumentError` for tokens that a model does not have."""
+    size = model.limits().get(model.input)
+    if size is not None and (unknown := [token for token in tokens if token >= size]):
+        raise ArgumentError(f"`stop_tokens` must be tokens of the model, 0 to {size - 1}. Got {unknown[0]}.")
 
 
 def _drawn(generator: "Generator", prompts: Sequence[Sequence[int]], sampling: Any) -> Iterator[tuple[int, int]]:
