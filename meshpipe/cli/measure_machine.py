@@ -24,6 +24,9 @@ class _Flags:
 
     def __post_init__(self) -> None:
         expand_fields(self, "measure_machine")
+
+    def check(self) -> None:
+        """Raises `ValueError` when a value or the file cannot be."""
         if self.devices is not None:
             check_whole("devices", self.devices)
         if self.measure_machine.suffix != FILE_SUFFIX:
@@ -47,6 +50,7 @@ def measure(arguments: list[str]) -> int:
             f"Leave it out: meshpipe plan {FLAG} FILE{FILE_SUFFIX}"
         )
     flags = parse(_Flags, arguments, "meshpipe plan", "Measures products, memory and links of the devices here.")
+    flags.check()
     with phase("Importing JAX"):
         import jax
 

@@ -57,8 +57,10 @@ def plan_for(
     else:
         print_layout(console, recipe, model)
         print_prediction(console, str(target), prediction)
+        if idle := target.num_devices - mesh.size:
+            console.print(f"{idle} of the {target.num_devices} devices are idle: the mesh has {mesh.size}.")
     if plot is not None:
         sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        draw_memory(prediction.ranks, target.hardware.memory_bytes, f"{recipe} on {target.text}: {sizes}", plot)
+        draw_memory(prediction.ranks, target.hardware.memory_bytes, f"{recipe} on {target.text}\n{sizes}", plot)
         if not as_json:
             console.print(f"\nDrawn in {plot}.")

@@ -53,7 +53,7 @@ def read_hardware(file: Path) -> Hardware:
             "`meshpipe plan --measure-machine FILE.json` writes one."
         ) from None
     except ValueError as error:
-        raise ArgumentError(f"{file} must be a JSON file. It is none: {error}.") from None
+        raise ArgumentError(f"{file} must be a JSON file. It is not valid: {error}.") from None
     if isinstance(values, list) and len(values) == 1:
         values = values[0]
     if not isinstance(values, dict):
@@ -61,7 +61,8 @@ def read_hardware(file: Path) -> Hardware:
     try:
         return Hardware.of(values)
     except (ArgumentError, TypeError, KeyError) as error:
-        raise ArgumentError(f"{file} describes no machine. {error}") from None
+        plain = str(error).replace("`", "")  # names of the file, not of flags
+        raise ArgumentError(f"{file} is not a valid description of a machine. {plain}") from None
 
 
 def hardware_of(device_kind: str) -> Hardware | None:

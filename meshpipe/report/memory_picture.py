@@ -9,7 +9,8 @@ from meshpipe.report.picture import unit_of_bytes
 
 COLOURS = ("#4c78a8", "#72b7b2", "#54a24b", "#bab0ac", "#f58518", "#eeca3b", "#e45756")
 """Of the parts of `RankMemory.parts`, in order."""
-WIDEST = 20.0
+NARROWEST, WIDEST = 7.0, 20.0
+"""Inches."""
 SMALL = 0.1
 """Share of a device's memory below which it is not drawn to scale."""
 
@@ -22,7 +23,7 @@ def draw_memory(ranks: Sequence[RankMemory], limit: int, title: str, file: Path)
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(min(WIDEST, 5.0 + 0.5 * len(ranks)), 4.2), layout="constrained")
+    figure = Figure(figsize=(min(WIDEST, max(NARROWEST, 5.0 + 0.5 * len(ranks))), 4.2), layout="constrained")
     axes = figure.subplots()
     places = range(len(ranks))
     size, unit = unit_of_bytes(float(max(rank.total for rank in ranks)))

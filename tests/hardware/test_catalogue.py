@@ -73,7 +73,7 @@ def test_a_file_of_the_same_form_describes_a_further_machine(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"memory_bytes": None}, "`memory_bytes` must be a whole number of at least 1. Got None"),
+        ({"memory_bytes": None}, "memory_bytes must be a whole number of at least 1. Got None"),
         ({"flops": {}}, "flops must give FLOP/s by dtype"),
         ({"flops": {"bfloat16": "fast"}}, "flops of bfloat16 must be a number above 0. Got 'fast'"),
         ({"efficiency": {"products": 2}}, "efficiency of products must be above 0 and at most 1. Got 2"),
@@ -85,7 +85,7 @@ def test_a_file_of_the_same_form_describes_a_further_machine(tmp_path: Path) -> 
 def test_a_file_with_a_wrong_value_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(of_catalogue("h100") | change))
-    with pytest.raises(ArgumentError, match="describes no machine") as caught:
+    with pytest.raises(ArgumentError, match="is not a valid description of a machine") as caught:
         read_hardware(file)
     assert says in str(caught.value)
 
