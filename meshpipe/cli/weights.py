@@ -7,12 +7,12 @@ from typing import Literal
 import tyro
 
 from meshpipe.cli.arguments import Command, choose, parse
-from meshpipe.errors import check_whole
+from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields
 from meshpipe.processes.exit_codes import COMPLETED
 
 USAGE = """usage: meshpipe weights import FOLDER --to CHECKPOINTS
-       meshpipe weights export CHECKPOINTS --to FOLDER [--step N] [--dtype NAME] [flags]
+       meshpipe weights export CHECKPOINTS --to FOLDER [--step N] [--dtype NAME] [--adapters] [flags]
 
 import writes published weights (config.json and files of safetensors) as step 0 of a folder of checkpoints; export
 writes a checkpoint as such a folder, which transformers loads. `train --init-from FOLDER` needs no import."""
@@ -21,12 +21,14 @@ writes a checkpoint as such a folder, which transformers loads. `train --init-fr
 @dataclass(frozen=True, kw_only=True)
 class _Import:
     folder: tyro.conf.Positional[Path]
-    """Folder with config.json and files of safetensors."""
+    """Folder with config.json and files of safetensors, or adapters of PEFT (adapter_config.json)."""
     to: Path
     """Folder for the checkpoint, made when missing; it must hold none."""
+    base: Path | None = None
+    """Folder of the weights below adapters; None takes the one that adapter_config.json names."""
 
     def __post_init__(self) -> None:
-        expand_fields(self, "folder", "to")
+        expand_fields(self, "folder", "to", "base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class _Export:
     """Folder whose config.json and tokenizer go with the weights; None takes those that the run began with."""
     base: Path | None = None
     """Folder with the base of adapters, which are merged into it; None takes it from where the run had it."""
+    adapters: bool = False
+    """Whether to write the adapters alone, as PEFT reads them; `--base` is then the name of their base."""
     largest_file: int = 5_000_000_000
     """Bytes from which on the tensors are cut into several files."""
 
@@ -59,6 +63,10 @@ def weights_import(arguments: list[str]) -> int:
     from meshpipe.report.tables import format_bytes
     from meshpipe.weights import WeightsFolder
 
+    if (flags.folder / "adapter_config.json").is_file() and not (flags.folder / "config.json").is_file():
+        return _import_adapters(flags)
+    if flags.base is not None:
+        raise ArgumentError(f"`base` is for adapters of PEFT. Got it with {flags.folder}. Leave it out.")
     weights = WeightsFolder(flags.folder)
     size = format_bytes(weights.nbytes)
     with phase(f"Importing {size}"):
@@ -68,12 +76,29 @@ def weights_import(arguments: list[str]) -> int:
     return COMPLETED
 
 
+def _import_adapters(flags: _Import) -> int:
+    from meshpipe.exchange.importing_adapters import import_adapters
+    from meshpipe.phases import phase
+
+    with phase("Importing adapters and their base"):
+        lora = import_adapters(flags.folder, flags.to, base=flags.base)
+    print(f"Adapters of rank {lora.rank} and their base are step 0 of {flags.to}, as float32.")
+    extra = f" --lora.dropout {lora.dropout}" * bool(lora.dropout) + " --lora.rank-stabilised" * lora.rank_stabilised
+    print(
+        f"Train on: --init-from {flags.to} --lora.rank {lora.rank} --lora.alpha {lora.alpha} "
+        f"--lora.targets {' '.join(lora.targets)}{extra}"
+    )
+    return COMPLETED
+
+
 def weights_export(arguments: list[str]) -> int:
     about = "Writes the weights of a checkpoint as a folder that transformers loads."
     flags = parse(_Export, arguments, "meshpipe weights export", about)
     from meshpipe.exchange.exporting import export_weights
     from meshpipe.phases import phase
 
+    if flags.adapters:
+        return _export_adapters(flags)
     with phase("Exporting"):
         dtype = export_weights(
             flags.checkpoints,
@@ -85,6 +110,18 @@ def weights_export(arguments: list[str]) -> int:
             largest_file=flags.largest_file,
         )
     print(f"Weights in {dtype} are in {flags.to}.")
+    return COMPLETED
+
+
+def _export_adapters(flags: _Export) -> int:
+    from meshpipe.exchange.exporting_adapters import export_adapters
+    from meshpipe.phases import phase
+
+    if flags.dtype not in ("auto", "float32") or flags.like is not None:
+        raise ArgumentError("Adapters are exported in float32 and without a tokenizer. Leave out `dtype` and `like`.")
+    with phase("Exporting adapters"):
+        count = export_adapters(flags.checkpoints, flags.to, step=flags.step, base=flags.base)
+    print(f"Adapters of {count} modules, in float32, are in {flags.to}.")
     return COMPLETED
 
 

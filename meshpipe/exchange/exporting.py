@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +13,11 @@ from jax.sharding import SingleDeviceSharding
 
 from meshpipe.checkpoint import list_checkpoints
 from meshpipe.checkpoint.base import base_of
-from meshpipe.checkpoint.files import flush_folder
 from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.checkpoint.reader import CheckpointReader
 from meshpipe.checkpoint.restore import restore_step
 from meshpipe.errors import ArgumentError
-from meshpipe.files import check_folder
+from meshpipe.exchange.new_folder import new_folder
 from meshpipe.layers.layer import Leaves
 from meshpipe.layers.modules import host_device
 from meshpipe.layers.shared import FACTORS, variables_of
@@ -101,7 +99,7 @@ def export_weights(
     def values(name: str) -> np.ndarray:
         return _joined(tensors[name], read)
 
-    with _new_folder(to) as folder:
+    with new_folder(to) as folder:
         if companions is not None:
             for file in COMPANIONS:
                 if (companions / file).is_file() and file != CONFIG:
@@ -196,26 +194,3 @@ def _joined(entries: list[Entry], read: Callable[[str], np.ndarray]) -> np.ndarr
         region = entry.seen_region(tuple(slice(0, size) for size in leaf.shape))
         entry.to_leaf(seen[region])[...] = leaf
     return seen.reshape(entries[0].tensor_shape(first.shape))
-
-
-@contextmanager
-def _new_folder(to: str | Path) -> Iterator[Path]:
-    """A folder that gets its name when all is in it, and is removed where that fails."""
-    check_folder("to", to)
-    target = Path(to).expanduser().absolute()
-    if target.is_dir() and any(target.iterdir()):
-        raise ArgumentError(f"`to` must be a folder that is not there or empty. Got {str(to)!r}. Name another.")
-    partial = target.with_name(f"{target.name}.partial")
-    if partial.exists():
-        raise ArgumentError(f"{partial} is left of an export that was interrupted. Remove it, or name another folder.")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        with suppress(FileNotFoundError):
-            target.rmdir()
-        flush_folder(partial)
-        partial.rename(target)
-        flush_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

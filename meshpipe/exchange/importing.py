@@ -1,5 +1,6 @@
 """`meshpipe.import_weights`: published weights become a checkpoint."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def import_weights(folder: str | Path, to: str | Path) -> ModelConfig:
         path = key.partition("/")[2]
         return read_region(sources[path], shapes[path], part)
 
+    save_imported(weights, to, shapes, read, imported_metadata(weights))
+    return weights.model
+
+
+def save_imported(
+    weights: WeightsFolder,
+    to: str | Path,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    read: Callable[[str, Region], np.ndarray],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Saves leaves as step 0, with what goes with the weights. Raises as `import_weights` does."""
     with Checkpointer(to, keep=0) as checkpointer:
         if checkpointer.steps():
             raise ArgumentError(
@@ -46,7 +59,6 @@ def import_weights(folder: str | Path, to: str | Path) -> ModelConfig:
                 f"{checkpointer.latest()}. Name another folder, or remove that one."
             )
         tree = {"params": {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}}
-        metadata = _metadata(weights)
         checkpointer.prepare([tree], metadata)
         checkpointer.save_as_read(0, tree, read, metadata)
         try:
@@ -56,9 +68,9 @@ def import_weights(folder: str | Path, to: str | Path) -> ModelConfig:
                 raise cause from None
             raise
         keep_companions(weights, checkpointer.directory)
-    return weights.model
 
 
-def _metadata(weights: WeightsFolder) -> dict[str, Any]:
+def imported_metadata(weights: WeightsFolder) -> dict[str, Any]:
+    """Of the step that is imported."""
     model = {"type": type(weights.model).__name__, **config_values(weights.model)}
     return {"step": 0, "config": {"model": model}, "imported_from": str(weights.folder), "versions": versions()}

@@ -1,0 +1,124 @@
+"""`meshpipe weights export --adapters`: the adapters of a checkpoint become a folder that PEFT reads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from meshpipe.adapters.config import LoraConfig
+from meshpipe.checkpoint import list_checkpoints
+from meshpipe.checkpoint.base import base_of
+from meshpipe.checkpoint.inspection import reader_of
+from meshpipe.checkpoint.restore import restore_step
+from meshpipe.exchange.new_folder import new_folder
+from meshpipe.exchange.peft import CONFIG, FACTORS, TENSORS, check_modules, modules_of, target_modules, tensor_name
+from meshpipe.layers.modules import host_device
+from meshpipe.models.gpt2 import GPT2Config
+from meshpipe.models.model import ModelConfig
+from meshpipe.runs.saved_model import saved_lora
+from meshpipe.weights.errors import WeightsError
+from meshpipe.weights.model_of import saved_model_of
+from meshpipe.weights.writing import Outline, write_file
+
+
+def export_adapters(
+    directory: str | Path, to: str | Path, *, step: int | None = None, base: str | Path | None = None
+) -> int:
+    """Writes the adapters of a checkpoint as PEFT does: adapter_config.json and adapter_model.safetensors, in float32.
+    Their base is neither read nor written.
+
+    Arguments:
+        directory: The folder that a run with adapters saved to, or that `import_adapters` made.
+        to: A folder that is not there, or is empty.
+        step: The step to export; None takes the newest.
+        base: The name or folder of the base that PEFT is told; None takes the published weights that the run began
+            with, or tells none.
+
+    Returns the number of modules with an adapter. Raises `ValueError` when there is no such checkpoint, it has no
+    adapters, more than adapters was trained, or PEFT has no such adapter; then nothing is written.
+    """
+    reader = reader_of(directory)
+    step = list_checkpoints(reader.directory)[-1] if step is None else step
+    metadata = reader.metadata(step)
+    model, lora = saved_model_of(metadata, reader.directory), saved_lora(metadata, reader.directory)
+    leaves = {key.removeprefix("params/"): leaf for key, leaf in reader.leaves(step).items() if key[:7] == "params/"}
+    ends = tuple(f"/{end}" for end in FACTORS.values())
+    factors = {path: leaf for path, leaf in leaves.items() if path.endswith(ends)}
+    if not factors or not lora.rank:
+        raise WeightsError(
+            f"Adapters are exported from a run that trained some, with a `rank` of lora. Got step {step} of "
+            f"{reader.directory}, which has none. Export its weights instead."
+        )
+    _check_base(metadata, sorted(leaves.keys() - factors.keys()), reader.directory)
+    adapted = {path.removesuffix(end) for path in factors for end in ends if path.endswith(end)}
+    check_modules(model, adapted)
+    (tree,) = restore_step(reader, step, [{"params": {path: _on_host(leaf) for path, leaf in factors.items()}}])
+    values = _values(model, lora.rank, {path: np.asarray(leaf) for path, leaf in tree["params"].items()})
+    outlines = [Outline(name, value.shape, np.dtype(np.float32)) for name, value in sorted(values.items())]
+    config = _config(model, lora, target_modules(model, adapted), _base_name(metadata, base))
+    with new_folder(to) as folder:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_file(folder / TENSORS, outlines, lambda name: values[name])
+    return len(adapted)
+
+
+def _check_base(metadata: Mapping[str, Any], others: list[str], directory: Path) -> None:
+    """Raises `WeightsError` where the base may not be what it was: adapters would not give the same model."""
+    config = metadata.get("config")
+    trainable = config.get("trainable") if isinstance(config, dict) else None
+    got = None
+    if base_of(metadata) is not None and others:
+        got = f"{others[0]}, which was trained as well"
+    elif trainable is not None:
+        got = f"a run with `trainable` {trainable!r:.80}"
+    if got is not None:
+        raise WeightsError(
+            f"Adapters alone are exported where nothing else was trained. Got {got}, in {directory}. Export the "
+            "weights with the adapters merged into them."
+        )
+
+
+def _on_host(leaf: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=SingleDeviceSharding(host_device()))
+
+
+def _values(model: ModelConfig, rank: int, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors by name: A is [rank, inputs], B is [outputs, rank]."""
+    names, found = modules_of(model), {}
+    for path, leaf in leaves.items():
+        for factor, end in FACTORS.items():
+            if path.endswith(f"/{end}"):
+                flat = leaf.reshape(-1, rank) if factor == "lora_A" else leaf.reshape(rank, -1)
+                found[tensor_name(names[path.removesuffix(f"/{end}")], factor)] = flat.T
+    return found
+
+
+def _base_name(metadata: Mapping[str, Any], asked: str | Path | None) -> str | None:
+    if asked is not None:
+        return str(asked)
+    base = base_of(metadata)
+    if base is not None:
+        return base.folder if base.step is None else None
+    imported = metadata.get("imported_from")
+    return imported if isinstance(imported, str) else None
+
+
+def _config(model: ModelConfig, lora: LoraConfig, names: list[str], base: str | None) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rank_stabilised,
+        "target_modules": names,
+        "bias": "none",
+        # The kernels of GPT-2 are [inputs, outputs] in transformers.
+        "fan_in_fan_out": isinstance(model, GPT2Config),
+    }

@@ -1,0 +1,72 @@
+"""How PEFT names adapters: the modules of transformers, and the modules here that they are."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from meshpipe.models.model import ModelConfig
+from meshpipe.weights.architectures import table_of
+from meshpipe.weights.errors import WeightsError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+KERNEL = "/kernel"
+FACTORS: Mapping[str, str] = {"lora_A": "lora/lora_a", "lora_B": "lora/lora_b"}
+"""The factors of an adapter in PEFT, and the leaves below a module that they are."""
+
+
+def modules_of(model: ModelConfig) -> dict[str, str]:
+    """By path of each module that PEFT adapts as one, its name in transformers."""
+    entries = table_of(model).entries
+    parts = Counter(entry.name for entry in entries)
+    return {
+        entry.path.removesuffix(KERNEL): entry.name.removesuffix(".weight")
+        for entry in entries
+        if entry.path.endswith(KERNEL) and parts[entry.name] == 1
+    }
+
+
+def tensor_name(module: str, factor: str) -> str:
+    """The name of a factor in the file of adapters."""
+    return f"base_model.model.{module}.{factor}.weight"
+
+
+def check_modules(model: ModelConfig, adapted: Collection[str]) -> None:
+    """Raises `WeightsError` for the path of a module with an adapter that PEFT has none for."""
+    known = modules_of(model)
+    for path in sorted(adapted):
+        if path in known:
+            continue
+        names = [entry.name for entry in table_of(model).entries if entry.path.startswith(f"{path}/")]
+        what = "which no tensor of transformers is"
+        if names and names[0].endswith("c_attn.weight"):
+            what = f"which is only a part of {names[0]}: PEFT has one adapter for queries, keys and values together"
+        elif names:
+            what = f"the embedding {names[0]}, which PEFT adapts by other factors"
+        raise WeightsError(
+            f"Adapters are exported where PEFT has one as well. Got one at {path}, {what}. Export the weights with "
+            "the adapters merged into them."
+        )
+
+
+def target_modules(model: ModelConfig, adapted: Collection[str]) -> list[str]:
+    """The ends of names by which PEFT finds the adapted modules and no others; a whole name where no end does."""
+    every = modules_of(model)
+    linear = {name.removesuffix(".weight") for name in (entry.name for entry in table_of(model).entries)}
+    chosen = {every[path] for path in adapted}
+    found: set[str] = set()
+    for name in chosen:
+        words = name.split(".")
+        ends = (".".join(words[-count:]) for count in (1, 2))
+        fits = (end for end in ends if {n for n in linear if f".{n}".endswith(f".{end}")} <= chosen)
+        found.add(next(fits, name))
+    return sorted(found)
+
+
+def targets(model: ModelConfig, adapted: Collection[str]) -> tuple[str, ...]:
+    """Patterns for `LoraConfig.targets` that match the adapted modules and no others."""
+
+    def end(path: str) -> str:
+        return path.split("/", 2)[2]
+
+    every = modules_of(model)
+    whole = {end(path) for path in adapted if {p for p in every if end(p) == end(path)} <= set(adapted)}
+    return tuple(sorted({end(path) if end(path) in whole else path for path in adapted}))
