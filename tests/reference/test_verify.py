@@ -11,7 +11,7 @@ import small_model
 from flax import nnx
 
 import meshpipe.layers.stage_function
-import meshpipe.optimizer.optimizer
+import meshpipe.optimizer.updates
 import meshpipe.optimizer.tied
 import meshpipe.reference.plain
 import meshpipe.stage.compile_stages
@@ -113,25 +113,25 @@ def test_normalising_each_microbatch_is_found(monkeypatch):
 
 def test_dividing_twice_is_found(monkeypatch):
     """In the update alone: the reported loss and norm look right, and Adam hides the rest."""
-    original = meshpipe.optimizer.optimizer.Optimizer._summary
+    original = meshpipe.optimizer.updates.UpdatePrograms._summary
 
     def summary(self, *arguments):
         scale, *others = original(self, *arguments)
         return scale / 4, *others
 
-    monkeypatch.setattr(meshpipe.optimizer.optimizer.Optimizer, "_summary", summary)
+    monkeypatch.setattr(meshpipe.optimizer.updates.UpdatePrograms, "_summary", summary)
     found = report()
     assert not found.ok
     assert (found.first.quantity, found.first.update) == ("gradient", 1)
 
 
 def test_counting_a_tied_weight_twice_in_the_norm_is_found(monkeypatch):
-    original = meshpipe.optimizer.optimizer.Optimizer._sum_of_squares
+    original = meshpipe.optimizer.updates.UpdatePrograms._sum_of_squares
 
     def counts_all(self, stage):
         return original(self, dataclasses.replace(stage, borrowed=frozenset()))
 
-    monkeypatch.setattr(meshpipe.optimizer.optimizer.Optimizer, "_sum_of_squares", counts_all)
+    monkeypatch.setattr(meshpipe.optimizer.updates.UpdatePrograms, "_sum_of_squares", counts_all)
     found = report()
     assert not found.ok
     assert found.first.quantity == "gradient norm"
@@ -150,7 +150,7 @@ def test_adding_a_tied_gradient_twice_is_found(monkeypatch):
 
 def test_clipping_each_stage_is_found(monkeypatch):
     """Each stage scales by its own norm; the reported norm is the right one."""
-    original = meshpipe.optimizer.optimizer.Optimizer._update
+    original = meshpipe.optimizer.updates.UpdatePrograms._update
 
     def update(self, stage):
         inner, norm = original(self, stage), self._sum_of_squares(stage)
@@ -161,7 +161,7 @@ def test_clipping_each_stage_is_found(monkeypatch):
 
         return clipped
 
-    monkeypatch.setattr(meshpipe.optimizer.optimizer.Optimizer, "_update", update)
+    monkeypatch.setattr(meshpipe.optimizer.updates.UpdatePrograms, "_update", update)
     found = report(clip_norm=0.1)
     assert not found.ok
     assert found.first.quantity == "gradient"
