@@ -121,8 +121,8 @@ CALLS: dict[str, tuple[str | list[str], str]] = {
     # Commands and recipes.
     "no command": (
         "",
-        "The command must be one of recipes, init, train, verify, plan, advise, generate, eval, metrics, launch, checkpoint, "
-        "data, weights, doctor. Got none.",
+        "The command must be one of recipes, init, train, verify, plan, advise, generate, eval, metrics, launch, "
+        "checkpoint, data, weights, doctor. Got none.",
     ),
     "unknown command": ("trian TINY", "Did you mean train?"),
     "no recipe": ("train", "The first argument must be a recipe: meshpipe train RECIPE [flags]. Got none."),

@@ -11,8 +11,8 @@ import small_model
 from flax import nnx
 
 import meshpipe.layers.stage_function
-import meshpipe.optimizer.updates
 import meshpipe.optimizer.tied
+import meshpipe.optimizer.updates
 import meshpipe.reference.plain
 import meshpipe.stage.compile_stages
 from meshpipe import PipelineConfig, make_mesh, verify
