@@ -11,6 +11,7 @@ from meshpipe.errors import ArgumentError
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.hardware.target_name import TargetName
 from meshpipe.mesh import use_cpu_devices
+from meshpipe.processes.stop import keeping_handlers
 
 _EXTRAS = {"tpu": "tpu-target", "gpu": "gpu-target"}
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
@@ -85,7 +86,8 @@ def _described(target: TargetName, platform: str, settings: Mapping[str, Any]) -
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform=platform, **settings).devices
+        with keeping_handlers():
+            return topologies.get_topology_desc(platform=platform, **settings).devices
     except Exception as error:  # of the plugin, which has no class of its own for what it does not know
         first = str(error).strip().splitlines()[0]
         raise ArgumentError(

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -21,6 +21,21 @@ SECONDS_TO_END = 1.75
 """An early stop ends the process after this long at the latest, even if nobody reads its output."""
 RESTORE = b"\r\x1b[2K\x1b[?25h"
 """Erases a live line on a terminal, and shows the cursor, which the line hides."""
+
+
+@contextlib.contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Installs the handlers of STOPPING again that Python knows, after what may have replaced them: libtpu ignores
+    SIGHUP from its start on, and so would every process that is started later.
+    """
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:
+                    signal.signal(number, handler)
 
 
 def _say(message: str) -> None:

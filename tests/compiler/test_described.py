@@ -1,5 +1,7 @@
 """Programs for devices that are not here: kept between runs, and refused where they do not fit."""
 
+import signal
+import subprocess
 from pathlib import Path
 
 import jax
@@ -25,6 +27,13 @@ def ranks():
 def lowered(mesh, rows=8):
     x = jax.ShapeDtypeStruct((rows, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
     return jax.jit(lambda x: (jnp.tanh(x), x.sum()), donate_argnums=0).lower(x)
+
+
+def test_processes_that_are_started_later_still_hear_a_hangup(ranks) -> None:
+    """libtpu, which describes the devices, ignores SIGHUP when it starts."""
+    child = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True, check=True, timeout=60)
+    (ignored,) = (line.split()[1] for line in child.stdout.splitlines() if line.startswith("SigIgn"))
+    assert not int(ignored, 16) >> (signal.SIGHUP - 1) & 1
 
 
 def test_an_equal_program_is_compiled_once_and_known_on_every_submesh(ranks) -> None:
