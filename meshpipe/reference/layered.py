@@ -26,7 +26,7 @@ class LayeredModel:
         }
         self.trained = frozenset(self.names[path] for layer in layers for path in layer.params)
         self.kept: Leaves = {}
-        self.splits = any(layer.has_randomness or layer.own_state for layer in layers)
+        self.splits = any(layer.has_randomness or layer.own_state or layer.sows for layer in layers)
         with jax.default_device(jax.devices()[0]):
             made = {p: v for layer in layers for p, v in _initial(layer, jax.random.key(seed)).items()}
         self.initial: Leaves = {path: leaf for path, leaf in made.items() if self.names[path] == path}

@@ -39,7 +39,7 @@ class PlainModel(Protocol):
     kept: Leaves
     """The values of leaves that no layer has."""
     splits: bool
-    """Whether its results depend on the microbatch: it draws random numbers or has state."""
+    """Whether its results depend on the microbatch: it draws random numbers, has state or sows values that are read."""
     initial: Leaves
     """The values that it starts from, as far as it knows them by itself."""
 
@@ -93,8 +93,9 @@ class PlainTraining:
     """A model, a loss and an optimizer on one device: `jax.value_and_grad` of the batch's mean loss, then Optax.
 
     It keeps nothing between updates: each is computed from the values that it is given. The batch is taken whole,
-    unless the model draws random numbers, has state or adds terms to the loss: those depend on the microbatch by
-    definition, so the same microbatches are run one after the other and their sums added up before the one division.
+    unless the model draws random numbers, has state, adds terms to the loss or sows values that are read: those depend
+    on the microbatch by definition, so the same microbatches are run one after the other and their sums added up
+    before the one division.
     """
 
     def __init__(

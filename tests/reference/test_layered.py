@@ -22,7 +22,7 @@ def test_plain_training_follows_the_graph(name: str) -> None:
     wiring = wire(layers, model.loss, None, input="inputs", fields=batch)
     plain = LayeredModel(layers, wiring, seed=0, tied=())
     # In-batch negatives are those of a microbatch.
-    plain.splits = name == "two towers"
+    plain.splits |= name == "two towers"
     training = PlainTraining(plain, model.loss, optax.sgd(1.0), seed=0, num_microbatches=4, clip_norm=None)
     found = training.gradients(Values(plain.initial, {}, optax.sgd(1.0).init(plain.initial)), batch, 0)
     loss, gradients = plain_loss_and_gradients(model, jax.device_get(plain.initial), batch)
