@@ -56,6 +56,13 @@ CONFIGS: dict[str, LanguageModelConfig | GPT2Config] = {
     "qwen3": LanguageModelConfig(
         **_SIZES | {"norm": NormConfig(epsilon=1e-6, queries=True)}, head_dim=8, tie_embedding=True
     ),
+    "qwen3_yarn": LanguageModelConfig(
+        **_SIZES | {"norm": NormConfig(epsilon=1e-6, queries=True)},
+        head_dim=8,
+        tie_embedding=True,
+        rope_theta=100.0,
+        rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_positions=16, beta_slow=0.05),
+    ),
     "gemma2": LanguageModelConfig(
         **_GEMMA | {"norm": NormConfig(epsilon=1e-6, offset=True, branches=True)},
         attention_softcap=2.0,

@@ -30,6 +30,7 @@ from meshpipe.weights.errors import WeightsError
 from meshpipe.weights.fields import Fields
 from meshpipe.weights.folder import COMPANIONS, CONFIG
 from meshpipe.weights.model_of import saved_model_of
+from meshpipe.weights.multimodal import text_fields
 from meshpipe.weights.tensor_file import DTYPES
 from meshpipe.weights.writing import Outline, write_tensors
 
@@ -111,7 +112,7 @@ def export_weights(
 
 def _check_like(model: ModelConfig, folder: Path) -> None:
     """Raises `WeightsError` when the folder's config.json describes another model than the checkpoint's."""
-    fields = Fields.of_file(folder / CONFIG)
+    fields = text_fields(Fields.of_file(folder / CONFIG))
     if wrong := differences(model, read_config(fields)):
         raise WeightsError(
             f"The config.json that goes with weights must describe their model. Got {fields.place}: {'; '.join(wrong)}."
@@ -120,7 +121,7 @@ def _check_like(model: ModelConfig, folder: Path) -> None:
 
 def _config(model: ModelConfig, metadata: Mapping[str, Any], companions: Path | None) -> dict[str, Any]:
     """The config.json: that of the published weights if the model is still theirs, or else one made from the model."""
-    published = None if companions is None else Fields.of_file(companions / CONFIG)
+    published = None if companions is None else text_fields(Fields.of_file(companions / CONFIG))
     if published is not None and not differences(model, read_config(published)):
         return dict(published.values)
     made = write_config(model)
@@ -144,7 +145,7 @@ def _dtypes(table: Table, companions: Path | None, asked: DtypeName) -> dict[str
     kept = {} if companions is None else kept_dtypes(companions)
     default = _DTYPES["float32"]
     if companions is not None and not kept:
-        fields = Fields.of_file(companions / CONFIG)
+        fields = text_fields(Fields.of_file(companions / CONFIG))
         default = _DTYPES.get(str(fields.values.get("dtype") or fields.values.get("torch_dtype")), default)
     short = {name.removeprefix(table.prefix): value for name, value in kept.items()}
     return {name: DTYPES[short[name.removeprefix(table.prefix)]] if short else default for name in names}

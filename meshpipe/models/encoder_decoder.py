@@ -47,7 +47,7 @@ class EncoderDecoderConfig(TransformerConfig):
     num_decoder_blocks: int = 3
     """Number of blocks that read the encoder's output beside what was written so far; each is a layer."""
     num_heads: int = 4
-    """Number of attention heads per block; d_model must be a multiple of twice this."""
+    """Number of attention heads per block; d_model must be a multiple of it."""
     max_positions: int = 16
     """Largest number of positions of source and targets: each position has features of its own, which are learned."""
     vocab_size: int = 256
@@ -62,7 +62,7 @@ class EncoderDecoderConfig(TransformerConfig):
             max_positions=self.max_positions,
             vocab_size=self.vocab_size,
         )
-        check_heads(self.d_model, self.num_heads, self.num_heads)
+        check_heads(self.d_model, self.num_heads, self.num_heads, rotary=False)
 
     def layers(self) -> list[LayerLike]:
         encoder: list[LayerLike] = [partial(EncoderBlock, self) for _ in range(self.num_encoder_blocks)]

@@ -37,7 +37,7 @@ class GPT2Config(NextTokenConfig):
     num_blocks: int = 6
     """Number of transformer blocks; each is a layer."""
     num_heads: int = 4
-    """Number of attention heads per block; d_model must be a multiple of twice this."""
+    """Number of attention heads per block; d_model must be a multiple of it."""
     d_hidden: int | None = None
     """Number of hidden units of every block's perceptron; None is 4 * d_model."""
     vocab_size: int = 256
@@ -57,7 +57,7 @@ class GPT2Config(NextTokenConfig):
         )
         if self.d_hidden is not None:
             check_whole("d_hidden", self.d_hidden, section="model")
-        check_heads(self.d_model, self.num_heads, self.num_heads)
+        check_heads(self.d_model, self.num_heads, self.num_heads, rotary=False)
         check_epsilon("norm_epsilon", self.norm_epsilon, "model")
 
     def layers(self) -> list[LayerConstructor]:

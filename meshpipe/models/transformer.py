@@ -223,13 +223,18 @@ def attention_notes(asked: AttentionName, dtype: str, head_dim: int, mesh: Mesh,
     return [f"Attention by {NAMES[chosen]}{reason}."]
 
 
-def check_heads(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None) -> None:
-    """Raises `ValueError` when the sizes do not give whole heads of an even number of features, in equal groups."""
-    if head_dim is None and d_model % (2 * num_heads):
+def check_heads(
+    d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None, *, rotary: bool = True
+) -> None:
+    """Raises `ValueError` when the sizes do not give whole heads, in equal groups; rotary positions need an even number
+    of features of a head.
+    """
+    unit = (2 if rotary else 1) * num_heads
+    if head_dim is None and d_model % unit:
+        rule = "2 * `num_heads`: rotary positions turn pairs of features" if rotary else "`num_heads`"
         raise ArgumentError(
-            "`d_model` must be a multiple of 2 * `num_heads`: rotary positions turn pairs of features. "
-            f"Got {d_model} with {num_heads} heads. "
-            f"The next multiple is {-(-d_model // (2 * num_heads)) * 2 * num_heads}.",
+            f"`d_model` must be a multiple of {rule}. Got {d_model} with {num_heads} heads. "
+            f"The next multiple is {-(-d_model // unit) * unit}.",
             "model",
         )
     if head_dim is not None:

@@ -186,6 +186,8 @@ class Start:
         other = ""
         if self.published is not None and self.differences:
             other = f" The model differs from its config.json: {'; '.join(self.differences)}."
+        if self.published is not None and self.published.without_dropout:
+            other += f" {self.published.without_dropout}"
         return f"{self._sentence()}{base}{other}"
 
     @property

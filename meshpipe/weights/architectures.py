@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from meshpipe.errors import ArgumentError, errors_name_flags
+from meshpipe.errors import ArgumentError, errors_name_flags, is_number
 from meshpipe.models.gpt2 import GPT2Config
 from meshpipe.models.language_model import LanguageModelConfig
 from meshpipe.models.model import ModelConfig
@@ -27,6 +27,10 @@ READERS: Mapping[str, Callable[[Fields], ModelConfig]] = {
 """By `model_type` of config.json."""
 NOT_COMPUTED: Mapping[str, str] = {"dtype": "float32", "attention": "auto"}
 """Fields of a model that say how it is computed, and nothing of what."""
+
+
+DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+"""Fields of config.json."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,12 @@ def read_config(fields: Fields) -> ModelConfig:
             return READERS[kind](fields)
     except ArgumentError as error:
         raise WeightsError(f"{fields.place} must describe a model that can be: {error}") from None
+
+
+def dropouts(fields: Fields) -> dict[str, float]:
+    """The rates of dropout that a config.json has for training, which no model has here; those above 0."""
+    rates = {name: fields.values.get(name) for name in DROPOUTS}
+    return {name: float(rate) for name, rate in rates.items() if is_number(rate) and rate}
 
 
 def write_config(model: ModelConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from meshpipe.models.language_model import LanguageModelConfig, WindowConfig
 from meshpipe.models.norms import NormConfig
 from meshpipe.models.rope import RopeScaling
 from meshpipe.weights.fields import Fields
+from meshpipe.weights.rope_config import read_scaling, write_scaling
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
@@ -49,6 +50,8 @@ def read_gemma3(fields: Fields) -> LanguageModelConfig:
     window = _window(fields, 4096, fields.size("sliding_window_pattern", 6))
     local = _rope_of(fields, _LOCAL)
     theta = fields.number("rope_local_base_freq", 10_000.0) if local is None else local.number("rope_theta", 10_000.0)
+    if local is not None:
+        local.must_be("rope_type", "default")
     if window.size is not None:
         window = replace(window, rope_theta=theta)
     return replace(model, norm=replace(model.norm, queries=True), window=window)
@@ -105,39 +108,19 @@ def _rope_of(fields: Fields, kind: str) -> Fields | None:
 def _rope(fields: Fields, default: float) -> tuple[float, RopeScaling]:
     """Base and scaling, from the field of transformers 5 or from those of older versions."""
     parameters = _rope_of(fields, _GLOBAL) or fields.nested("rope_parameters")
-    theta = (parameters or fields).number("rope_theta", default)
+    theta = (parameters or fields).number("rope_theta", fields.number("rope_theta", default))
     scaling = parameters or fields.nested("rope_scaling")
-    if scaling is None:
-        return theta, RopeScaling()
-    kind = "rope_type" if "rope_type" in scaling.values else "type"
-    read = scaling.choice(kind, {"default": _default_scaling, "linear": _linear, "llama3": _llama3}, "default")
-    return theta, read(scaling)
-
-
-def _default_scaling(fields: Fields) -> RopeScaling:
-    return RopeScaling()
-
-
-def _linear(fields: Fields) -> RopeScaling:
-    return RopeScaling(kind="linear", factor=fields.number("factor"))
-
-
-def _llama3(fields: Fields) -> RopeScaling:
-    return RopeScaling(
-        kind="llama3",
-        factor=fields.number("factor"),
-        low_frequency_factor=fields.number("low_freq_factor"),
-        high_frequency_factor=fields.number("high_freq_factor"),
-        original_positions=fields.size("original_max_position_embeddings"),
-    )
+    return theta, RopeScaling() if scaling is None else read_scaling(scaling, fields)
 
 
 def _window_of_qwen(fields: Fields) -> WindowConfig:
     if not fields.flag("use_sliding_window", False):
         return WindowConfig()
-    if fields.names("layer_types") is None and fields.size("max_window_layers", 28) < fields.size("num_hidden_layers"):
-        raise fields.wrong("max_window_layers", "at least the number of blocks")
-    return _window(fields, 4096, None) if fields.names("layer_types") is not None else WindowConfig()
+    if fields.names("layer_types") is not None or fields.values.get("max_window_layers") == 0:
+        return _window(fields, 4096, None)
+    if fields.size("max_window_layers", 28) < fields.size("num_hidden_layers"):
+        raise fields.wrong("max_window_layers", "0 or at least the number of blocks")
+    return WindowConfig()
 
 
 def _window(fields: Fields, default: int, every: int | None) -> WindowConfig:
@@ -170,7 +153,7 @@ def write_decoder(model: LanguageModelConfig) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "rms_norm_eps": model.norm.epsilon,
         "rope_theta": model.rope_theta,
-        "rope_scaling": _scaling_values(model.rope_scaling),
+        "rope_scaling": write_scaling(model.rope_scaling),
         "tie_word_embeddings": model.tie_embedding,
     }
     return made | _WRITERS[kind](model)
@@ -194,19 +177,6 @@ _CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-
-
-def _scaling_values(scaling: RopeScaling) -> dict[str, Any] | None:
-    if scaling.kind == "none":
-        return None
-    made: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        made |= {
-            "low_freq_factor": scaling.low_frequency_factor,
-            "high_freq_factor": scaling.high_frequency_factor,
-            "original_max_position_embeddings": scaling.original_positions,
-        }
-    return made
 
 
 def _write_llama(model: LanguageModelConfig) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import jax
 
 from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.models.model import ModelConfig
-from meshpipe.weights.architectures import Table, read_config, table_of
+from meshpipe.weights.architectures import Table, dropouts, read_config, table_of
 from meshpipe.weights.entry import Entry
 from meshpipe.weights.errors import WeightsError, listed
 from meshpipe.weights.fields import Fields
+from meshpipe.weights.multimodal import is_other, text_fields, text_name
 from meshpipe.weights.reading import Source, check_dtype, read_leaves
 from meshpipe.weights.tensor_file import Tensor
 from meshpipe.weights.tensor_folder import find_tensors
@@ -55,14 +56,17 @@ class WeightsFolder:
         self.folder = Path(path).expanduser().absolute()
         if not self.folder.is_dir():
             raise WeightsError(f"Weights are read from a folder of files. Got {self.folder}, which is none.")
-        self.fields = Fields.of_file(self.folder / CONFIG)
+        self.fields = text_fields(Fields.of_file(self.folder / CONFIG))
         self.model: ModelConfig = read_config(self.fields)
         self.table: Table = table_of(self.model)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """By name as the table has them, with the prefix that some files leave out."""
-        found, prefix = find_tensors(self.folder), self.table.prefix
+        """By name as the table has them: with the prefix that some files leave out, and without that of a larger model,
+        which sees as well.
+        """
+        found = {text_name(name): tensor for name, tensor in find_tensors(self.folder).items()}
+        prefix = self.table.prefix
         names = {entry.name for entry in self.table.entries}
         return {
             prefix + name if name not in names and prefix + name in names else name: tensor
@@ -70,8 +74,16 @@ class WeightsFolder:
         }
 
     @property
+    def without_dropout(self) -> str:
+        """What training leaves out of what config.json says, as a sentence; empty where there is nothing."""
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in dropouts(self.fields).items())
+        return f"Training is without the dropout of its config.json ({rates})." if rates else ""
+
+    @property
     def unused(self) -> Sequence[str]:
-        """Tensors that are not read: buffers that are computed here, and a head that is tied to the embedding."""
+        """Tensors that are not read: buffers that are computed here, a head that is tied to the embedding, and what is
+        not of the model of text.
+        """
         return sorted(name for name in self.tensors if self._is_known_extra(name))
 
     @property
@@ -154,7 +166,7 @@ class WeightsFolder:
     def _is_known_extra(self, name: str) -> bool:
         # Some files have the head of a model that ties it to the embedding.
         of_head = name == "lm_head.weight" and bool(self.table.tied)
-        return of_head or name.endswith(self.table.unused)
+        return of_head or name.endswith(self.table.unused) or is_other(name)
 
 
 def _shape_problem(entry: Entry, tensor: Tensor, leaf_shape: Sequence[int]) -> str | None:

@@ -39,6 +39,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_slow": 0.05,
+}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -63,6 +70,7 @@ def configs() -> dict[str, "object"]:
         "mistral": hf.MistralConfig(**SIZES, sliding_window=6, head_dim=4),
         "qwen2": hf.Qwen2Config(**SIZES, tie_word_embeddings=True),
         "qwen3": hf.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
+        "qwen3_yarn": hf.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True, rope_parameters=YARN_ROPE),
         "gemma2": hf.Gemma2Config(**gemma, attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
         "gemma3": hf.Gemma3TextConfig(
             **{**gemma, "num_hidden_layers": 4, "layer_types": three_local}, rope_parameters=gemma3_rope

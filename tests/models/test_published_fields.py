@@ -101,9 +101,9 @@ def test_scaling_stretches_long_wavelengths_alone() -> None:
     )
     kept = (4 - 1) / (16 - 1)
     expected = frequencies * jnp.asarray([1.0, kept + (1 - kept) / 8, 1 / 8, 1 / 8])
-    np.testing.assert_allclose(scaling.scale(frequencies), expected, rtol=1e-6)
+    np.testing.assert_allclose(scaling.scale(frequencies, 8.0), expected, rtol=1e-6)
     linear = RopeScaling(kind="linear", factor=8.0)
-    np.testing.assert_allclose(linear.scale(frequencies), frequencies / 8)
+    np.testing.assert_allclose(linear.scale(frequencies, 8.0), frequencies / 8)
 
 
 @pytest.mark.parametrize(("softcap", "window"), [(None, 3), (3.0, None), (3.0, 1)])

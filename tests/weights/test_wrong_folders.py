@@ -48,7 +48,16 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "`attention_bias` of a model",
     ),
     "another activation": ("llama3", config(hidden_act="relu"), "must be silu. Got 'relu'"),
-    "another scaling": ("llama3", config(rope_scaling={"rope_type": "yarn"}), "must be default or linear or llama3"),
+    "another scaling": (
+        "llama3",
+        config(rope_scaling={"rope_type": "longrope"}),
+        "must be default or linear or llama3 or yarn",
+    ),
+    "dynamic scaling": (
+        "llama3",
+        config(rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "must be stretched alike for all texts",
+    ),
     "quantised": ("llama3", config(quantization_config={"bits": 4}), "must be left out"),
     "an uneven pattern of windows": (
         "gemma3",
