@@ -16,6 +16,7 @@ from meshpipe.exchange.exporting import export_weights
 from meshpipe.exchange.importing import import_weights
 from meshpipe.models import sizes
 from meshpipe.models.language_model import WindowConfig
+from meshpipe.runs.find_start import _published
 from meshpipe.weights import WeightsFolder
 from meshpipe.weights.architectures import differences
 from meshpipe.weights.writing import Outline, write_file
@@ -80,6 +81,14 @@ def test_the_model_and_its_leaves_are_found(name: str, config: Any, tensors: Any
     weights = folder_of(name, tmp_path / "odd", config, tensors)
     assert weights.model == golden.CONFIGS[name]
     weights.check({path: jax.ShapeDtypeStruct(leaf.shape, np.float32) for path, leaf in golden.leaves(name).items()})
+
+
+def test_dropout_is_said_to_be_left_out(tmp_path: Path) -> None:
+    gpt2 = folder_of("gpt2", tmp_path / "gpt2", {"embd_pdrop": 0.0})
+    told = "Training is without the dropout of its config.json (attn_pdrop 0.1, resid_pdrop 0.1)."
+    assert gpt2.without_dropout == told
+    assert str(_published(str(tmp_path / "gpt2"))).endswith(told)
+    assert not WeightsFolder(golden.FOLDER / "llama3").without_dropout
 
 
 def test_the_windows_of_mistral_and_qwen(tmp_path: Path) -> None:
