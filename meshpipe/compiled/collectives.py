@@ -13,7 +13,8 @@ from meshpipe.compiled.hlo import Computation, Instruction, Module
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _IOTA = re.compile(r"(?:replica_groups=)\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}")
+_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
@@ -88,11 +89,16 @@ def _groups(attributes: str, devices: int) -> list[list[int]] | None:
     elif (named := _MESH.search(attributes)) is not None:
         sizes = [int(size) for size in re.findall(r"=(\d+)", named[1])]
         axes = re.findall(r"'([^']+)'", named[1])
-        wanted = [axes.index(name) for name in re.findall(r"'([^']+)'", named[2]) if name in axes]
-        if len(wanted) != named[2].count("'") // 2 or ":" in named[2]:
+        wanted = [axes.index(name) for name in re.findall(r"'([^']+)'", named[3]) if name in axes]
+        if len(wanted) != named[3].count("'") // 2 or ":" in named[3]:
             return None
         others = [k for k in range(len(sizes)) if k not in wanted]
-        ids = np.arange(math.prod(sizes)).reshape(sizes).transpose([*others, *wanted])
+        ids = np.arange(math.prod(sizes))
+        if named[2] is not None:
+            if (order := _ORDER.fullmatch(named[2].strip())) is None:
+                return None
+            ids = ids.reshape(_numbers(order[1])).transpose(_numbers(order[2]) if order[2] else None)
+        ids = ids.reshape(sizes).transpose([*others, *wanted])
         groups = ids.reshape(-1, math.prod(sizes[k] for k in wanted)).tolist()
     elif "replica_groups={}" in attributes:
         groups = [list(range(devices))]

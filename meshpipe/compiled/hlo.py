@@ -19,6 +19,7 @@ _BYTES = {
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([^\]]*)\](\{[^{}]*\})?")
 _COMPUTATION = re.compile(r"^(?:(ENTRY)\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
+_END = re.compile(r"^\}(?:, execution_thread=.*)?\s*$")
 _OPCODE = re.compile(r"\s([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation|called_computations)="
@@ -92,12 +93,12 @@ class Module:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         current: Computation | None = None
-        for line in text.splitlines():
+        for line in _statements(text):
             head = _COMPUTATION.match(line)
             if head is not None:
                 current = self.computations[head[2]] = Computation(head[2])
                 self.entry = head[2] if head[1] else self.entry
-            elif line.startswith("}"):
+            elif _END.match(line):
                 current = None
             elif current is not None and (instruction := _read(line)) is not None:
                 current.instructions[instruction.name] = instruction
@@ -142,6 +143,20 @@ _APPLY_TO_ELEMENTS = (
     "reduce-scatter",
 )
 """What these call has the size of an element."""
+
+
+def _statements(text: str) -> Iterator[str]:
+    """The lines of a program, those of one instruction joined: the attributes of a Pallas kernel may have several,
+    which begin with braces and quotes.
+    """
+    parts: list[str] = []
+    for line in text.splitlines():
+        if parts and not (line.startswith(" ") or _COMPUTATION.match(line) or _END.match(line)):
+            parts.append(line)
+            continue
+        yield "".join(parts)
+        parts = [line]
+    yield "".join(parts)
 
 
 def bytes_of(dtype: str) -> float:

@@ -28,6 +28,8 @@ _NO_MEMORY = (
     *(f"{kind}-done" for kind in KINDS),
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+"""The products of every query with every key in each of JAX's attention kernels for TPUs, which make no estimate."""
 _ESTIMATE = re.compile(r'"cost_estimate":\s*(\{[^{}]*\})')
 
 
@@ -38,7 +40,8 @@ def products_of(module: Module) -> dict[str, float]:
         operations = _operations(computation, instruction)
         if operations:
             operands = computation.operands(instruction)
-            dtype = operands[0].dtype if operands else "f32"
+            # A kernel may take tables of integers before what it multiplies.
+            dtype = (*(array.dtype for array in _floating(operands)), *(array.dtype for array in operands), "f32")[0]
             found[_DTYPES.get(dtype, dtype)] += times * operations
     return dict(found)
 
@@ -110,9 +113,17 @@ def _of_custom_call(computation: Computation, instruction: Instruction) -> float
         kernel = operands[1] if len(operands) > 1 else None
         if labels and kernel:
             return 2.0 * instruction.results[0].size * kernel.size / kernel.shape[labels[2].index("o")]
+    for kernel, products in _SPLASH.items():
+        # [..., heads, positions, head size] each. Blocks that a mask leaves out count, as they do for cuDNN.
+        if instruction.name.startswith(kernel) and len(found := _floating(operands)) > 1:
+            return 2.0 * products * found[0].size * found[1].shape[-2]
     if (estimate := _ESTIMATE.search(instruction.attributes)) is not None:
         return float(json.loads(estimate[1]).get("flops", 0))
     return 0.0
+
+
+def _floating(operands: list[Array]) -> list[Array]:
+    return [array for array in operands if array.dtype.startswith(("f", "bf"))]
 
 
 def _scores(operands: list[Array]) -> float:

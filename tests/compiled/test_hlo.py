@@ -70,6 +70,7 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
         ("replica_groups=[2,4]<=[2,2,2]T(2,0,1)", ("expert", "data")),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1'}", ("data",)),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", ("expert", "data", "tensor")),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", ("expert",)),
         ("replica_groups={}", ("expert", "data", "tensor")),
         ("replica_groups={{0,1,2,3,4,5,6,7}}", ("expert", "data", "tensor")),
     ],
@@ -94,3 +95,34 @@ def test_collectives_of_a_partitioned_program_are_found_with_their_axes() -> Non
     text = jax.jit(product, out_shardings=on("data", None)).lower(x, w).compile().as_text()
     (found,) = collectives_of(Module(text), dict(mesh.shape))
     assert (found.kind, found.axes, found.bytes) == ("all-reduce", ("tensor",), 4 * 32 * 4)
+
+
+KERNEL = """HloModule m
+
+ENTRY %main (q: bf16[2,4,128,32], k: bf16[2,2,256,32]) -> bf16[2,4,128,32] {
+  %t = s8[1,1,1]{2,1,0} constant({ { {1} } })
+  %q = bf16[2,4,128,32]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[2,2,256,32]{3,2,1,0:T(8,128)(2,1)} parameter(1)
+  %splash_mha_fwd.1 = (f32[8]{0}, bf16[2,4,128,32]{3,2,1,0}) custom-call(%t, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="pallas_call"}
+  %got = bf16[2,4,128,32]{3,2,1,0} get-tuple-element(%splash_mha_fwd.1), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}
+  ROOT %all-reduce = bf16[2,4,128,32]{3,2,1,0} all-reduce(%got), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+}
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a, %b)
+}, execution_thread="main"
+"""
+
+
+def test_a_pallas_kernel_has_attributes_of_several_lines_and_what_follows_it_is_read() -> None:
+    module = Module(KERNEL)
+    assert [*module.computations] == ["main", "add"]
+    (found,) = collectives_of(module, {"tensor": 2})
+    assert (found.kind, found.bytes, found.axes) == ("all-reduce", 2 * 2 * 4 * 128 * 32, ("tensor",))
+    assert products_of(module) == {"bfloat16": 2 * 2 * 2 * 4 * 128 * 256 * 32}
