@@ -34,6 +34,7 @@ def index_leaves(
     """
     index: Index = {}
     items: Items = {}
+    layouts: dict[tuple[Any, ...], dict[str, Any]] = {}
     every = trees if shapes is None else shapes
     assert every is not None
     for stage, tree in enumerate(every):
@@ -48,7 +49,11 @@ def index_leaves(
                         _check_array(key, leaf)
                 first = index.get(key)
                 if first is None:
-                    index[key] = _entry(key, item, shape, longest_name)
+                    _check_name(key, longest_name)
+                    layout = (shape.shape, shape.dtype, getattr(shape, "sharding", None))
+                    if layout not in layouts:  # many leaves have the same, and the loop waits for this
+                        layouts[layout] = _entry(key, shape)
+                    index[key] = {"item": item, **layouts[layout]}
                     if leaf is not None and leaf.size:
                         items.setdefault(item, {})[key] = leaf
                 elif (first["shape"], first["dtype"]) != (list(shape.shape), str(shape.dtype)):
@@ -70,16 +75,20 @@ def tree_bytes(shapes: Sequence[Tree]) -> int:
     return index_bytes(index_leaves(None, shapes)[0])
 
 
-def _entry(key: str, item: str, shape: Any, longest_name: int) -> dict[str, Any]:
+def _check_name(key: str, longest_name: int) -> None:
     problem = name_problem(key, longest_name)
     if problem:
         raise CheckpointError(f"A leaf's path {problem}. Got {key!r}. Rename the attributes that it is made of.")
+
+
+def _entry(key: str, shape: Any) -> dict[str, Any]:
+    """What the index says of a leaf, without its item."""
     if jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
         raise CheckpointError(f"A leaf must be plain numbers. {key} is a typed key. Save jax.random.key_data of it.")
     sharding = getattr(shape, "sharding", None)
     shard = shape.shape if sharding is None else sharding.shard_shape(tuple(shape.shape))
     chunks = chunk_shape(shape.shape, shard, np.dtype(shape.dtype).itemsize, LARGEST_CHUNK)
-    return {"item": item, "shape": list(shape.shape), "dtype": str(shape.dtype), "chunks": chunks}
+    return {"shape": list(shape.shape), "dtype": str(shape.dtype), "chunks": chunks}
 
 
 def _check_array(key: str, leaf: Any) -> None:

@@ -59,18 +59,28 @@ def hold_shards(items: Mapping[str, Mapping[str, jax.Array]]) -> list[Shard]:
     On accelerators they are copies in the host's memory, which are complete when this returns. On CPU devices they are
     the arrays' own memory, which is not used again while something looks at it.
     """
-    own = [
-        (key, leaf, shard)
-        for leaves in items.values()
-        for key, leaf in leaves.items()
-        for shard in leaf.addressable_shards
-        if shard.replica_id == 0
-    ]
-    for _, _, shard in own:
-        if shard.device.platform != "cpu":
-            shard.data.copy_to_host_async()
+    places: dict[tuple[Any, ...], list[tuple[int, Region]]] = {}
+    own: list[tuple[str, Region, jax.Array]] = []
+    for leaves in items.values():
+        for key, leaf in leaves.items():
+            layout = (leaf.sharding, leaf.shape)
+            # Asked of one leaf of each layout: the loop waits for this, and the shards of a leaf are objects that JAX
+            # makes when they are first asked for.
+            if layout not in places:
+                places[layout] = _first_replicas(leaf)
+            own += [(key, region, leaf.addressable_data(number)) for number, region in places[layout]]
+    for _, _, data in own:
+        if any(device.platform != "cpu" for device in data.devices()):
+            data.copy_to_host_async()
+    return [HeldShard(key, region, np.ascontiguousarray(data)) for key, region, data in own]
+
+
+def _first_replicas(leaf: jax.Array) -> list[tuple[int, Region]]:
+    """The number among this process's shards, and the part of the leaf, of every shard that has replica 0 here."""
     return [
-        HeldShard(key, _bounded(shard.index, leaf.shape), np.ascontiguousarray(shard.data)) for key, leaf, shard in own
+        (number, tuple(slice(*part.indices(size)[:2]) for part, size in zip(shard.index, leaf.shape, strict=True)))
+        for number, shard in enumerate(leaf.addressable_shards)
+        if shard.replica_id == 0
     ]
 
 
@@ -137,7 +147,3 @@ def leaf_files(leaf: Mapping[str, Any]) -> Iterator[str]:
 def _with_elements(index: _Index) -> list[tuple[str, Mapping[str, Any]]]:
     """Arrays without elements have no files: Orbax saves none."""
     return [(key, leaf) for key, leaf in index.items() if 0 not in leaf["shape"]]
-
-
-def _bounded(index: tuple[slice, ...], shape: tuple[int, ...]) -> Region:
-    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))

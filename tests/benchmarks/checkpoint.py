@@ -22,6 +22,7 @@ Times are those of one disk and machine, and of what else it does: compare ratio
 """
 
 import argparse
+import gc
 import os
 import shutil
 import subprocess
@@ -155,7 +156,10 @@ def measure(
         barrier()
         seconds[name].append(time.perf_counter() - start)
         cpu[name].append(time.process_time() - start_cpu)
-        del result  # to free it is no part of the action
+        # To free the result is no part of any action. Memory that XLA let go of in its own threads is freed by the next
+        # garbage collection, which would fall into a save.
+        del result
+        gc.collect()
 
     with Checkpointer(folder / "run", keep=0) as checkpointer:
 
