@@ -11,19 +11,10 @@ import numpy as np
 from flax import nnx
 
 from meshpipe.errors import ArgumentError, kind_of
+from meshpipe.layers.reserved_names import RESERVED
 from meshpipe.loss_term import LossTerm
 from meshpipe.optimizer.sums import LOSS, WEIGHT, is_term, metric_sums, term_sums
 from meshpipe.sharding import scalar_dtype
-
-RESERVED = frozenset(
-    {
-        *("loss", "weight", "grad_norm", "learning_rate", "step", "event", "time", "eval_time_s", "step_time_s"),
-        *("examples_per_s", "tokens_per_s", "tokens_per_s_per_device", "tokens_seen", "model_flops_per_s_per_device"),
-        *("model_flops_utilisation", "peak_memory_bytes", "peak_host_memory_bytes", "data_wait_share"),
-        *("bubble_fraction", "left_out"),
-    }
-)
-"""Names that what is sown for the loss or the metrics must not have: results of steps and evaluations have them."""
 
 
 class Sown(NamedTuple):

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from meshpipe.errors import kind_of
 from meshpipe.layers.explain import call_of_layer, call_of_loss, spell
 from meshpipe.layers.layer import Layer, Randomness
+from meshpipe.layers.reserved_names import RESERVED
 from meshpipe.layers.sown import add_sums, objective_of, sums_of_sown
 from meshpipe.layers.stage_wiring import Place, Received, StageWiring
 from meshpipe.layers.wiring import Field, Output, outputs_of
@@ -22,10 +23,6 @@ Loss = Callable[..., tuple[jax.Array, jax.Array]]
 """Output of the last layer, the microbatch and, by keyword, named outputs -> sum of losses, weight."""
 Metrics = Callable[..., Mapping[str, tuple[jax.Array, jax.Array]]]
 """The same -> further sums and weights to report in evaluation."""
-
-_RESERVED = frozenset({"loss", "step", "event", "eval_time_s"})
-"""Names that metrics must not have: the results of an evaluation and its line of the metrics file use them. What layers
-sow is reported with every step too, and has more names to avoid (`sown.py`)."""
 
 
 def stage_function(
@@ -166,9 +163,10 @@ def _metrics(
             "Metrics must return a dict with a pair of scalars by name: a sum over the microbatch, and its weight. "
             f'Got {spell(result)}. Write e.g. `return {{"accuracy": (hits.sum(), hits.size)}}`.'
         )
-    if taken := _RESERVED.intersection(result):
+    if taken := RESERVED.intersection(result):
         raise ValueError(
-            f"A metric must not have one of the names {', '.join(sorted(_RESERVED))}. Got {', '.join(sorted(taken))}."
+            "A metric must not have a name that the results of a step or of an evaluation have. "
+            f"Got {', '.join(sorted(taken))}. Rename it."
         )
     return result
 

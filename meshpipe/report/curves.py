@@ -28,10 +28,10 @@ def draw_curves(runs: Sequence[PastRun], file: Path, smooth: float = 0.0) -> Non
         _draw(loss, run.values("loss"), colour, smooth, label=f"{run.name}, training")
         _draw(norm, run.values("grad_norm"), colour, smooth)
         _draw(speed, run.values(f"{run.unit}_per_s"), colour, smooth)
-        if run.held_out:
-            marker = "o" if len(run.held_out) <= MAX_MARKERS else None
+        if held_out := run.held_out():
+            marker = "o" if len(held_out) <= MAX_MARKERS else None
             label = f"{run.name}, held out"
-            loss.plot(*_points(run.held_out), color=colour, linestyle="--", marker=marker, markersize=4, label=label)
+            loss.plot(*_points(held_out), color=colour, linestyle="--", marker=marker, markersize=4, label=label)
     loss.set_ylabel("loss")
     norm.set_ylabel("gradient norm")
     speed.set_ylabel(f"{unit}/s" if unit else "tokens/s or examples/s")

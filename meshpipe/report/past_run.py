@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meshpipe.layers.reserved_names import RESERVED
+
 METRICS = "metrics.jsonl"
 """The metrics file in the folder of a run."""
 UNFINISHED = "unfinished"
@@ -34,11 +36,18 @@ class PastRun:
 
     def values(self, name: str) -> dict[int, float]:
         """One value of every step that has it; what was not finite is left out."""
-        return {step: float(v[name]) for step, v in self.steps.items() if _is_number(v.get(name))}
+        return _values(self.steps, name)
 
-    @property
-    def held_out(self) -> dict[int, float]:
-        return {step: float(v["loss"]) for step, v in self.evaluations.items() if _is_number(v.get("loss"))}
+    def held_out(self, name: str = "loss") -> dict[int, float]:
+        """One value of every evaluation that has it, by the step before it."""
+        return _values(self.evaluations, name)
+
+    def own_names(self, events: Mapping[int, Mapping[str, Any]]) -> set[str]:
+        """The names of values in steps or evaluations that layers and metrics chose: terms of the loss, metrics, and
+        what layers sow.
+        """
+        names = {name for values in events.values() for name in values if _is_number(values[name])}
+        return {name for name in names - RESERVED if name.isprintable()}
 
     @property
     def unit(self) -> str:
@@ -107,6 +116,10 @@ def read_run(run: Path, name: str | None = None) -> PastRun:
         first = f" {found.problems[0]}" if found.problems else ""
         raise PastRunError(f"A metrics file must have at least one step. Got {file}, which has none.{first}")
     return found
+
+
+def _values(events: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
+    return {step: float(values[name]) for step, values in events.items() if _is_number(values.get(name))}
 
 
 def _why(error: Exception) -> str:

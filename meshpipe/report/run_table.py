@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from meshpipe.report.columns import Columns
@@ -15,8 +16,8 @@ DISPENSABLE = ("time", "utilisation", "best held out", "best")
 
 
 def run_table(runs: Sequence[PastRun], width: int) -> Columns:
-    """Each run's status, steps, losses and throughput, in as many columns as fit into `width` characters. Columns that
-    no run has are left out.
+    """Each run's status, steps, losses and throughput, in as many columns as fit into `width` characters, and what its
+    layers and metrics report by names of their own. Columns that no run has are left out.
     """
     units = {run.unit for run in runs}
     columns: Mapping[str, Callable[[PastRun], str]] = {
@@ -25,8 +26,13 @@ def run_table(runs: Sequence[PastRun], width: int) -> Columns:
         "steps": _steps,
         "loss": lambda run: _loss(_last(run.values("loss"))),
         "best": lambda run: _loss(min(run.values("loss").values(), default=None)),
-        "held out": lambda run: _loss(_last(run.held_out)),
-        "best held out": lambda run: _loss(min(run.held_out.values(), default=None)),
+        "held out": lambda run: _loss(_last(run.held_out())),
+        "best held out": lambda run: _loss(min(run.held_out().values(), default=None)),
+        **{name: partial(_own, name) for name in sorted({name for run in runs for name in run.own_names(run.steps)})},
+        **{
+            f"held out {name}": partial(_own_held_out, name)
+            for name in sorted({name for run in runs for name in run.own_names(run.evaluations)})
+        },
         f"{'/s, '.join(sorted(units))}/s": lambda run: "" if run.throughput is None else f"{run.throughput:,.0f}",
         "utilisation": lambda run: _percent(_last(run.values("model_flops_utilisation"))),
         "time": lambda run: str(timedelta(seconds=round(run.seconds))),
@@ -57,12 +63,24 @@ def _steps(run: PastRun) -> str:
     return f"{done:,}" if run.planned_steps is None else f"{done:,}/{run.planned_steps:,}"
 
 
+def _own(name: str, run: PastRun) -> str:
+    return _number(_last(run.values(name)))
+
+
+def _own_held_out(name: str, run: PastRun) -> str:
+    return _number(_last(run.held_out(name)))
+
+
 def _last(values: Mapping[int, float]) -> float | None:
     return values[max(values)] if values else None
 
 
 def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _percent(value: float | None) -> str:

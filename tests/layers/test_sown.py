@@ -14,7 +14,8 @@ from one_layer import X, draws, layer_of, values
 
 import meshpipe
 from meshpipe import LossTerm, PipelineConfig, Trainer, make_mesh
-from meshpipe.layers.sown import RESERVED, read_by_name
+from meshpipe.layers.reserved_names import RESERVED
+from meshpipe.layers.sown import read_by_name
 
 
 def sown_by(layer):

@@ -24,5 +24,7 @@ def test_a_metric_cannot_take_the_place_of_another_value(name: str) -> None:
         train=False,
     )
     zero = jnp.uint32(0)
-    with pytest.raises(ValueError, match=f"A metric must not have one of the names .*. Got {name}."):
+    with pytest.raises(
+        ValueError, match=f"A metric must not have a name that the results of a step .* have. Got {name}."
+    ):
         run({}, {}, (), {"inputs": np.ones(3, np.float32)}, (zero, jnp.zeros(0), zero, zero))

@@ -44,6 +44,18 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
     assert found.planned_steps == 20
 
 
+def test_what_layers_and_metrics_report_has_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Last values of terms and sown values, and of metrics of evaluations."""
+    held_out = [{"event": "eval", "step": 2, "loss": 3.0, "accuracy": 0.25, "eval_time_s": 1.0}]
+    first = write(tmp_path / "a.jsonl", [start(), *steps(1, 2, balance=0.0125, peak_memory_bytes=7), *held_out])
+    second = write(tmp_path / "b.jsonl", [start(), *steps(1, 2, expert_load=12345.0)])
+    assert main(["metrics", str(first), str(second)]) == 0
+    printed = capsys.readouterr().out
+    words = set(printed.split())
+    assert {"balance", "accuracy", "expert_load", "0.0125", "0.25", "1.234e+04"} <= words
+    assert not {"peak_memory_bytes", "eval_time_s", "grad_norm"} & words
+
+
 def test_damaged_lines_are_told_with_file_and_line(tmp_path: Path) -> None:
     file = write(
         tmp_path / "m.jsonl",
