@@ -113,9 +113,9 @@ def _of_custom_call(computation: Computation, instruction: Instruction) -> float
         kernel = operands[1] if len(operands) > 1 else None
         if labels and kernel:
             return 2.0 * instruction.results[0].size * kernel.size / kernel.shape[labels[2].index("o")]
-    for kernel, products in _SPLASH.items():
+    for splash, products in _SPLASH.items():
         # [..., heads, positions, head size] each. Blocks that a mask leaves out count, as they do for cuDNN.
-        if instruction.name.startswith(kernel) and len(found := _floating(operands)) > 1:
+        if instruction.name.startswith(splash) and len(found := _floating(operands)) > 1:
             return 2.0 * products * found[0].size * found[1].shape[-2]
     if (estimate := _ESTIMATE.search(instruction.attributes)) is not None:
         return float(json.loads(estimate[1]).get("flops", 0))
