@@ -103,7 +103,7 @@ ENTRY %main (q: bf16[2,4,128,32], k: bf16[2,2,256,32]) -> bf16[2,4,128,32] {
   %t = s8[1,1,1]{2,1,0} constant({ { {1} } })
   %q = bf16[2,4,128,32]{3,2,1,0:T(8,128)(2,1)} parameter(0)
   %k = bf16[2,2,256,32]{3,2,1,0:T(8,128)(2,1)} parameter(1)
-  %splash_mha_fwd.1 = (f32[8]{0}, bf16[2,4,128,32]{3,2,1,0}) custom-call(%t, %q, %k, %k), frontend_attributes={kernel_metadata={
+  %splash_mha_fwd.1 = (f32[8], bf16[2,4,128,32]) custom-call(%t, %q, %k, %k), frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 128}"
 }}, metadata={op_name="pallas_call"}
   %got = bf16[2,4,128,32]{3,2,1,0} get-tuple-element(%splash_mha_fwd.1), index=1, frontend_attributes={kernel_metadata={
