@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import optax
 
@@ -16,13 +15,12 @@ from meshpipe.hardware.links import move_seconds
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Costs, Timeline, simulate
-from meshpipe.stage.operations import count_products
+from meshpipe.stage.products_of_step import products_of_step, total_products
 
 ONCE = ("prepare", "zeros", "reduce", "norm", "update", "summary")
 """The programs that run once per step; the others run for every microbatch."""
-BACKWARD = 2
-"""Products of backward for each of forward: one for the gradient of each operand."""
-SHARE_OF_FORWARD = 1 / (1 + BACKWARD)
+SHARE_OF_FORWARD = 1 / 3
+"""Of a program that does both: backward has two products for each of forward, one for the gradient of each operand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ def predict_step(
         ranks=tuple(predict_memory(model, transformation, traced, programs)),
         timeline=simulate(model.plan, costs, late=model.late),
         around=max(_around(model, rank, of_stage, by_name) for rank in range(model.plan.num_ranks)),
-        flops=_model_flops(model),
+        flops=total_products(products_of_step(model.traced, model.config.num_microbatches).values()),
         num_devices=model.mesh.devices.size,
         tokens=tokens,
         examples=examples,
@@ -145,14 +143,3 @@ def _around(
 ) -> float:
     stages = model.plan.stages_of(rank)
     return sum(seconds[stage, name] for stage in stages for name in programs.get(stage, {}) if name in ONCE)
-
-
-def _model_flops(model: StagedModel) -> dict[str, float]:
-    counts: dict[int, Mapping[str, Any]] = {}
-    total: dict[str, float] = {}
-    for stage in model.traced.values():
-        if id(stage.closed) not in counts:
-            counts[id(stage.closed)] = count_products(stage.forward(outputs=True, residuals=False))
-        for dtype, operations in counts[id(stage.closed)].items():
-            total[dtype] = total.get(dtype, 0.0) + (1 + BACKWARD) * model.config.num_microbatches * operations
-    return total

@@ -11,35 +11,24 @@ import jax
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.observe.peak_rates import Device, peak_rates
 from meshpipe.processes.group import Group
-from meshpipe.stage.operations import count_products
+from meshpipe.stage.products_of_step import products_of_step, total_products
 
 GATHER_SECONDS = 600.0
 """How long processes wait for each other's counts at the start of a run."""
-BACKWARD = 2
-"""Products of backward for each of forward: one for the gradient of each operand."""
 
 
 def model_flops(model: StagedModel, group: Group) -> dict[str, float]:
-    """The floating-point operations of a step by dtype: the products in the traced forward of every stage, times three.
+    """The floating-point operations of a step by dtype: the products of forward, and of the gradients that are made
+    (`products_of_step`).
 
     Recomputed work does not count, nor what custom calls do, other than cuDNN's attention. Every process of the group
     calls it once.
     """
-    of_trace: dict[int, Mapping[str, float]] = {}
-    own: dict[str, Mapping[str, float]] = {}
-    for index, stage in model.traced.items():
-        trace = id(stage.closed)
-        if trace not in of_trace:
-            of_trace[trace] = count_products(stage.forward(outputs=True, residuals=False))
-        own[str(index)] = of_trace[trace]
+    own = products_of_step(model.traced, model.config.num_microbatches)
     by_stage: dict[str, Mapping[str, float]] = {}
-    for text in group.gather("flops", json.dumps(own), GATHER_SECONDS):
+    for text in group.gather("flops", json.dumps({str(s): counts for s, counts in own.items()}), GATHER_SECONDS):
         by_stage |= json.loads(text)
-    total: dict[str, float] = {}
-    for counts in by_stage.values():
-        for dtype, operations in counts.items():
-            total[dtype] = total.get(dtype, 0.0) + (1 + BACKWARD) * model.config.num_microbatches * operations
-    return total
+    return total_products(by_stage.values())
 
 
 class Utilisation:

@@ -126,6 +126,19 @@ def hoistable_values(jaxpr: Jaxpr, sources: Sequence[Var]) -> list[Var]:
     return hoisted[::-1]
 
 
+def scan_sizes(equation: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are the same in every iteration, and how many are handed from one to the next."""
+    body = equation.params["jaxpr"].jaxpr
+    # Carries have the same rank inside and outside of the body; what is sliced or stacked has one dim more outside.
+    # The names of the parameters that say so differ between versions of JAX.
+    carries = _count_of_equal_rank(equation.outvars, body.outvars)
+    return _count_of_equal_rank(equation.invars, body.invars) - carries, carries
+
+
+def _count_of_equal_rank(outside: Sequence[Var | Literal], inside: Sequence[Var | Literal]) -> int:
+    return sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(outside, inside, strict=True))  # type: ignore[attr-defined]
+
+
 def nbytes(values: Iterable[Var]) -> int:
     """The total bytes of these values."""
     return sum(v.aval.size * v.aval.dtype.itemsize for v in values)  # type: ignore[attr-defined]

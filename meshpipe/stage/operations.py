@@ -46,7 +46,7 @@ def count_bytes(program: ClosedJaxpr | Jaxpr) -> float:
     return float(_bytes_of((*jaxpr.invars, *jaxpr.outvars))) + _bytes_of_products(jaxpr)
 
 
-def _repeats(equation: JaxprEqn) -> int:
+def repeats(equation: JaxprEqn) -> int:
     """How often the program inside an equation runs: for every iteration of a scan, on every device of a `shard_map`,
     and for every step of the grid of a Pallas kernel.
     """
@@ -67,7 +67,7 @@ def _bytes_of_products(jaxpr: Jaxpr) -> float:
         inner = [_bytes_of_products(part) for part in jaxprs_in_params(equation.params)]
         if inner:
             most = max(inner) if equation.primitive.name == "cond" else sum(inner)
-            total += _repeats(equation) * most
+            total += repeats(equation) * most
     return total
 
 
@@ -84,8 +84,8 @@ def _of_equation(equation: JaxprEqn) -> float:
     if name == "cond":
         return max(inner)
     if inner and not name.startswith("reduce"):
-        return _repeats(equation) * sum(inner)
-    product = _of_product(equation)
+        return repeats(equation) * sum(inner)
+    product = of_product(equation)
     if product:
         return product
     output: Any = equation.outvars[0].aval if equation.outvars else None
@@ -97,28 +97,7 @@ def _of_equation(equation: JaxprEqn) -> float:
     return size
 
 
-def count_products(program: ClosedJaxpr | Jaxpr) -> dict[str, float]:
-    """The operations of matrix products, convolutions and fused attention alone, by the dtype of their operands. Loops
-    and branches count as in `count_operations`.
-    """
-    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
-    counts: dict[str, float] = {}
-    for equation in jaxpr.eqns:
-        inner = [count_products(part) for part in jaxprs_in_params(equation.params)]
-        if equation.primitive.name == "cond":
-            inner = [max(inner, key=lambda count: sum(count.values()))]
-        repeats = _repeats(equation) if inner else 1
-        product = _of_product(equation)
-        if product:
-            left, right = (cast(Any, operand.aval).dtype for operand in equation.invars[:2])
-            inner.append({str(jnp.promote_types(left, right)): product})
-        for count in inner:
-            for dtype, operations in count.items():
-                counts[dtype] = counts.get(dtype, 0.0) + repeats * operations
-    return counts
-
-
-def _of_product(equation: JaxprEqn) -> float:
+def of_product(equation: JaxprEqn) -> float:
     """The operations of a matrix product, a convolution or cuDNN's attention; 0 for any other equation."""
     name, params = equation.primitive.name, equation.params
     if name == CUDNN_ATTENTION:

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.sharding import PartitionSpec
 
 from meshpipe.mesh import DATA
-from meshpipe.stage.jaxpr import apply_equation, inline, variables
+from meshpipe.stage.jaxpr import apply_equation, inline, scan_sizes, variables
 
 Atom: TypeAlias = Var | jax.extend.core.Literal
 Use: TypeAlias = int | str
@@ -215,11 +215,7 @@ class _Loop:
         params = equation.params
         body = inline(params["jaxpr"])
         jaxpr = body.jaxpr
-        # Carries have the same rank inside and outside of the body; what is sliced or stacked has one dim more outside.
-        # The names of the parameters that say so differ between versions of JAX.
-        num_carry = _count_of_equal_rank(equation.outvars, jaxpr.outvars)
-        self._num_carry = num_carry
-        self._num_consts = _count_of_equal_rank(equation.invars, jaxpr.invars) - num_carry
+        self._num_consts, self._num_carry = num_consts, num_carry = scan_sizes(equation)
         self._options = {name: params[name] for name in ("length", "reverse", "unroll")}
         # A value that the body accumulates can stay unreduced if what is added to it in each turn can, and so can what
         # it starts from. Only then may its body be given partial sums as a carry.
@@ -227,11 +223,11 @@ class _Loop:
         added = {
             i: added_value
             for i in range(num_carry)
-            if (added_value := _value_added(jaxpr, jaxpr.invars[self._num_consts + i], jaxpr.outvars[i])) is not None
+            if (added_value := _value_added(jaxpr, jaxpr.invars[num_consts + i], jaxpr.outvars[i])) is not None
             and plain._is_unreduced(added_value)
-            and around._is_unreduced(equation.invars[self._num_consts + i])
+            and around._is_unreduced(equation.invars[num_consts + i])
         }
-        self.operands = frozenset(self._num_consts + i for i in added)
+        self.operands = frozenset(num_consts + i for i in added)
         """The operands of the scan that must be given unreduced."""
         self._body = PartialSums(body, around._parts, around._examples, self.operands)
         self.unreduced: frozenset[int] = frozenset(added) | {i for i in self._body.available if i >= num_carry}
@@ -249,10 +245,6 @@ class _Loop:
             jnp.moveaxis(v, 1, 0) if i in self.unreduced else v for i, v in enumerate(stacked, self._num_carry)
         ]
         return [*carry, *parts_first]
-
-
-def _count_of_equal_rank(outside: Sequence[Atom], inside: Sequence[Atom]) -> int:
-    return sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(outside, inside, strict=True))  # type: ignore[attr-defined]
 
 
 def _value_added(jaxpr: Jaxpr, carry: Var, result: Atom) -> Atom | None:

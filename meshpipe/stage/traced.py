@@ -83,7 +83,7 @@ class TracedStage:
     def _forward_with_pullback(
         self, params: Arrays, state: Arrays, x: Arrays, inputs: Arrays, microbatch: jax.Array
     ) -> tuple[Any, Any]:
-        spec, differentiable = self.spec, self._differentiable_x
+        spec, differentiable = self.spec, self.differentiable_x
         seed, paths, step, *fields = inputs
         in_step = zip(spec.params, params, self.params_in_step, strict=True)
         params = tuple(_gather(p, whole) if path in spec.gathered else p for path, p, whole in in_step)
@@ -183,7 +183,7 @@ class TracedStage:
         return self.spec.target.repeatable
 
     @property
-    def _differentiable_x(self) -> tuple[int, ...]:
+    def differentiable_x(self) -> tuple[int, ...]:
         """Which leaves of `x` are differentiated: the floating-point ones of values that have a gradient."""
         found: list[int] = []
         first = 0

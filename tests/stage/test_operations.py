@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meshpipe.stage.operations import count_bytes, count_operations, count_products
+from meshpipe.stage.operations import count_bytes, count_operations
+from meshpipe.stage.products_of_step import count_products
 
 X, W = jnp.ones((4, 8)), jnp.ones((8, 8))
 PRODUCT = 2 * 4 * 8 * 8
@@ -60,6 +61,27 @@ def test_operations(function: Callable[..., Any], count: int) -> None:
 )
 def test_products_are_counted_by_dtype(function: Callable[..., Any], counts: dict[str, int]) -> None:
     assert count_products(jax.make_jaxpr(function)(X, W)) == counts
+
+
+@pytest.mark.parametrize(
+    ("function", "of", "count"),
+    [
+        (lambda x, w: x @ w, (), 1),
+        (lambda x, w: x @ w, (1,), 2),
+        (lambda x, w: x @ w, (0, 1), 3),
+        (lambda x, w: (x @ w) @ jax.lax.stop_gradient(w), (1,), 2 + 2),
+        (lambda x, w: (x @ w) @ w, (1,), 2 + 3),
+        (jax.jit(repeated), (0,), 2 * 5),
+        (jax.jit(repeated), (1,), 3 * 5),  # all iterations but the first continue values that depend on w
+        (jax.checkpoint(either), (0,), 2 * 2),
+        (convolved, (0, 1), 2 * 3),  # its kernel is a constant
+        (lambda x, w: jnp.sign(x).astype(jnp.int32).astype(jnp.float32) @ w, (0,), 1),  # none through integers
+    ],
+)
+def test_products_of_gradients_that_are_made(function: Callable[..., Any], of: tuple[int, ...], count: int) -> None:
+    jaxpr = jax.make_jaxpr(function)(X, W).jaxpr
+    found = count_products(jaxpr, [jaxpr.invars[i] for i in of])["float32"]
+    assert found == count * PRODUCT
 
 
 WHOLE = 4 * (4 * 8 + 8 * 8 + 4 * 8)
