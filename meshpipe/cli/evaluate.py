@@ -80,7 +80,7 @@ def evaluate(arguments: list[str]) -> int:
         is_first = process_index() == 0
         console = make_console(stderr=True, quiet=not is_first)
         saved = open_saved(flags.folder, asked.step)
-        take_devices_of_run(flags.mesh, console, flags.distributed)
+        take_devices_of_run(flags.mesh, console)
         with phase("Opening the data"):
             source = held_out_source(saved, asked.data, asked.sequence_length)
         found = evaluate_saved(

@@ -109,7 +109,7 @@ def generate(arguments: list[str]) -> int:
         console = make_console(stderr=True, quiet=not is_first)
         saved = open_saved(flags.folder.expanduser(), flags.groups.step, flags.prompts.tokenizer)
         tokenizer = checked_tokenizer(saved.tokenizer)
-        take_devices_of_run(flags.mesh, console, flags.distributed)
+        take_devices_of_run(flags.mesh, console)
         _check_known(flags.sampling.stop_tokens, saved.model)
         prompts = [encoded(tokenizer, text, chat=flags.prompts.chat) for text in texts]
         sampling = flags.sampling

@@ -51,19 +51,18 @@ def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", 
     return status
 
 
-def take_devices_of_run(mesh: "MeshConfig", console: "Console", distributed: "DistributedConfig") -> None:
+def take_devices_of_run(mesh: "MeshConfig", console: "Console") -> None:
     """Takes the devices of a mesh, as `take_devices` does, and opens what moves arrays between
     processes.
     """
     from meshpipe.host import keep_freed_memory
-    from meshpipe.pipeline.peers import open_peers
-    from meshpipe.processes.addresses import own_address
-    from meshpipe.processes.coordination import coordinator_address, process_count
+    from meshpipe.pipeline.ways import open_carrier
+    from meshpipe.processes.coordination import process_count
 
     take_devices(mesh, console)
     keep_freed_memory()
     if process_count() > 1:
-        open_peers(own_address(coordinator_address()), accelerators=distributed.transfers == "sockets")
+        open_carrier()
 
 
 def process_number(arguments: list[str]) -> str | None:

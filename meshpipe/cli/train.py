@@ -32,7 +32,7 @@ def train(arguments: list[str], *, stop: StopRequest) -> int:
     def run_recipe(guard: "Guard") -> int:
         stop.end_early = guard.end_early
         console = make_console(quiet=process_index() > 0)
-        take_devices_of_run(config.mesh, console, distributed)
+        take_devices_of_run(config.mesh, console)
         return run(config, recipe, console, guard, stop, distributed.step_timeout)
 
     return run_joined(distributed, run_recipe, config.checkpoint.checkpoint_dir)

@@ -2,9 +2,11 @@
 
 import json
 import re
+import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -101,7 +103,7 @@ def describe(lowered: jax.stages.Lowered, mesh: Mesh, options: Mapping[str, Any]
     Raises `TooLarge` when the compiler finds that it does not fit into their memory.
     """
     try:
-        compiled = lowered.compile(compiler_options=dict(options) if options else None)
+        compiled, text = _compile(lowered, mesh, dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
         found = _TOO_LARGE.search(str(error))
         if found is None:
@@ -118,8 +120,21 @@ def describe(lowered: jax.stages.Lowered, mesh: Mesh, options: Mapping[str, Any]
         mesh=mesh,
         memory=MemoryStats.of(compiled),
         costs={name: float(costs[name]) for name in _COSTS if name in costs},
-        text=compiled.as_text() or "",
+        text=text,
     )
+
+
+def _compile(lowered: jax.stages.Lowered, mesh: Mesh, options: dict[str, Any]) -> tuple[jax.stages.Compiled, str]:
+    """The compiled program, and its text after all optimisations."""
+    if mesh.devices.flat[0].platform != "tpu":
+        compiled = lowered.compile(compiler_options=options or None)
+        return compiled, compiled.as_text() or ""
+    # libtpu has instructions that the XLA in jaxlib cannot read, and its error is a trace of C++. So libtpu itself
+    # writes the text, to a file.
+    with tempfile.TemporaryDirectory(prefix="meshpipe-") as folder:
+        compiled = lowered.compile(compiler_options={**options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        found = sorted(Path(folder).glob("*.after_optimizations.txt"))
+        return compiled, found[-1].read_text() if found else compiled.as_text() or ""
 
 
 def read_described(data: bytes, lowered: jax.stages.Lowered, mesh: Mesh) -> DescribedProgram | None:

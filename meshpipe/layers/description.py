@@ -14,7 +14,7 @@ from meshpipe.layers.layer import Layer
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.wiring import Wiring
 from meshpipe.mesh import describe
-from meshpipe.pipeline.peers import by_sockets
+from meshpipe.pipeline.ways import way_between_processes
 from meshpipe.processes.agreement import HASH
 
 COMPARED_PACKAGES = ("meshpipe", "jax", "jaxlib", "flax", "optax")
@@ -40,7 +40,7 @@ def describe_model(model: StagedModel) -> dict[str, str]:
     found |= {
         "mesh": describe(model.mesh),
         "devices": HASH + digest([(device.process_index, device.id) for device in model.mesh.devices.flat]),
-        "way to move arrays": "sockets" if by_sockets() else "the backend's own",
+        "way to move arrays": way_between_processes(),
         "batch": ", ".join(f"{name} {_shape(shape)}" for name, shape in sorted(model.microbatches.shapes.items())),
         "input": model.task.input,
         "number of layers": str(len(model.layers)),

@@ -14,8 +14,6 @@ import numpy as np
 
 from meshpipe.pipeline.connections import Connection, Listener, Message, receive_message
 from meshpipe.pipeline.future_arrays import FutureArrays
-from meshpipe.processes.addresses import own_address
-from meshpipe.processes.coordination import coordinator_address
 from meshpipe.processes.printable import printable
 from meshpipe.processes.secret import current
 from meshpipe.sharding import Shapes
@@ -38,12 +36,11 @@ class _Expected:
 class Peers:
     """The sockets of one process for arrays. Each transfer involves only its two processes; there is no global order.
 
-    The others reach this process at `address`; the system chooses the port. With `accelerators`, arrays on accelerators
-    use the sockets too, through host memory.
+    The others reach this process at `address`; the system chooses the port. Arrays on accelerators go through host
+    memory.
     """
 
-    def __init__(self, address: str, accelerators: bool = False):
-        self.accelerators = accelerators
+    def __init__(self, address: str):
         self._futures = FutureArrays()
         self._secret = current().derive("transfers")
         self._lock = threading.Lock()
@@ -166,23 +163,3 @@ def _on_devices(data: np.ndarray, shapes: Shapes) -> list[jax.Array]:
 
 def _gone(process: int) -> str:
     return f"Connection to process {process} is gone"
-
-
-def open_peers(address: str, accelerators: bool = False) -> None:
-    """Opens the sockets of this process, once; see `Peers`."""
-    _peers.append(Peers(address, accelerators))
-
-
-def by_sockets() -> bool:
-    """Whether arrays move between processes over sockets, rather than by the backend's own transport."""
-    return jax.default_backend() == "cpu" or (bool(_peers) and _peers[0].accelerators)
-
-
-def peers() -> Peers:
-    """The sockets of this process; opens them on the interface towards the coordinator if they are not open yet."""
-    if not _peers:
-        open_peers(own_address(coordinator_address()))
-    return _peers[0]
-
-
-_peers: list[Peers] = []

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
-from meshpipe.pipeline.peers import by_sockets, peers
+from meshpipe.pipeline.ways import carrier, way_between_processes
 from meshpipe.sharding import Arrays, Shapes, is_local
 
 
@@ -40,16 +40,16 @@ def transfer_between(name: str, source: Mesh, shapes: Shapes) -> Callable[[Array
     places = {device.process_index for pair in pairs for device in pair}
     if places <= {here}:
         return transfer_to(tuple(map(_sharding_of, shapes)))
-    # Where every part stays in its process, no socket is opened; `jax.device_put` refuses arrays of several processes.
+    # Where every part stays in its process, nothing is opened; `jax.device_put` refuses arrays of several processes.
     processes = [(a.process_index, b.process_index) for a, b in pairs]
-    if by_sockets() or all(a == b for a, b in processes):
-        return _Sockets(name, pairs, shapes).move
-    check_native(processes, pairs[0][0].platform, jax.process_count())
+    if way_between_processes() != "native" or all(a == b for a, b in processes):
+        return _Carried(name, pairs, shapes).move
+    check_native(processes)
     return _native(source, shapes)
 
 
-def check_native(processes: Sequence[tuple[int, int]], platform: str, process_count: int) -> None:
-    """Raises `ValueError` for moves between these pairs of processes that `jax.device_put` refuses or does wrongly."""
+def check_native(processes: Sequence[tuple[int, int]]) -> None:
+    """Raises `ValueError` for moves between these pairs of processes that `jax.device_put` refuses."""
     sources, targets = map(set, zip(*processes, strict=True))
     if sources == targets:
         raise ValueError(
@@ -57,12 +57,6 @@ def check_native(processes: Sequence[tuple[int, int]], platform: str, process_co
             f"be of one process. Got submeshes on processes {sorted(sources)} in different orders. "
             "Order the devices of the mesh by process, or pass DistributedConfig(transfers='sockets') "
             "(--transfers sockets)."
-        )
-    if process_count > 2 and platform == "tpu":
-        raise ValueError(
-            "On TPU, at most two processes may move arrays by the backend's own transport: JAX gives each transfer the "
-            f"number of transfers before it in that process, and both sides must give the same. Got {process_count} "
-            "processes. Pass DistributedConfig(transfers='sockets') (--transfers sockets)."
         )
 
 
@@ -88,8 +82,10 @@ def _native(source: Mesh, shapes: Shapes) -> Callable[[Arrays | None], Arrays | 
     return move
 
 
-class _Sockets:
-    """Uses sockets between the two processes of each pair of devices at the same position in both submeshes."""
+class _Carried:
+    """Uses sockets, or JAX's transfer server, between the two processes of each pair of devices at the same position in
+    both submeshes.
+    """
 
     def __init__(self, name: str, pairs: Sequence[tuple[jax.Device, jax.Device]], shapes: Shapes):
         if any(shape.size == 0 for shape in shapes):
@@ -113,8 +109,10 @@ class _Sockets:
         self._is_target = any(b.process_index == here for _, b in pairs)
         # Between exactly one process and one other, arrays move whole.
         self._whole = len({a.process_index for a, _ in pairs}) == len({b.process_index for _, b in pairs}) == 1
+        if sends or receives:
+            self._carrier = carrier()
         for process in sends:
-            peers().connect(process)
+            self._carrier.connect(process)
 
     def move(self, arrays: Arrays | None) -> Arrays | None:
         self._count += 1
@@ -122,7 +120,9 @@ class _Sockets:
             return self._move_whole(arrays)
         parts = [] if arrays is None else [{s.device: s.data for s in array.addressable_shards} for array in arrays]
         for process, devices in self._sends.items():
-            peers().send(process, self._number_for(process), [part[device] for part in parts for device in devices])
+            self._carrier.send(
+                process, self._number_for(process), [part[device] for part in parts for device in devices]
+            )
         if not self._is_target:
             return None
         arrived: list[dict[jax.Device, jax.Array]] = [{} for _ in self._shapes]
@@ -134,7 +134,7 @@ class _Sockets:
                 into.update((target, next(moved)) for _, target in self._stays)
         for process, devices in self._receives.items():
             wanted = tuple(self._part_on(shape, device) for shape in self._shapes for device in devices)
-            received = iter(peers().receive(process, self._number_for(jax.process_index()), wanted))
+            received = iter(self._carrier.receive(process, self._number_for(jax.process_index()), wanted))
             for into in arrived:
                 into.update((device, next(received)) for device in devices)
         return tuple(
@@ -147,14 +147,14 @@ class _Sockets:
     def _move_whole(self, arrays: Arrays | None) -> Arrays | None:
         for process in self._sends:
             assert arrays is not None
-            peers().send(process, self._number_for(process), arrays)
+            self._carrier.send(process, self._number_for(process), arrays)
         for process in self._receives:
-            return tuple(peers().receive(process, self._number_for(jax.process_index()), self._shapes))
+            return tuple(self._carrier.receive(process, self._number_for(jax.process_index()), self._shapes))
         return None
 
     def _number_for(self, receiver: int) -> int:
         """A number unique at the sender: derived from name, receiver and the number of calls."""
-        return peers().number_of(self._name, receiver, self._count)
+        return self._carrier.number_of(self._name, receiver, self._count)
 
     @staticmethod
     def _part_on(shape: jax.ShapeDtypeStruct, device: jax.Device) -> jax.ShapeDtypeStruct:

@@ -47,7 +47,8 @@ BLAME_SECONDS = 60.0
 CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
 """Parts of the errors that JAX raises for transfers and collectives whose peer is gone."""
 TRANSFERS = tuple(
-    Path(__file__).parents[1] / "pipeline" / name for name in ("peers.py", "transfer.py", "future_arrays.py")
+    Path(__file__).parents[1] / "pipeline" / name
+    for name in ("peers.py", "pulls.py", "transfer.py", "future_arrays.py")
 )
 """The files that call JAX's transfers directly."""
 
@@ -244,14 +245,27 @@ def _jax_folders() -> tuple[Path, ...]:
 def leave(status: int, undo: Sequence[Callable[[], object]] = ()) -> NoReturn:
     """Exits immediately and skips JAX's shutdown, which aborts a process whose peers are gone.
 
-    Just before that it calls all of `undo`, the last first.
+    Just before that it calls all of `undo`, the last first. Where all processes end the same way, it first calls what
+    was given to `before_leaving`.
     Process 0 exits a little later than the others, which may still have to read messages from it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    if status not in (FAILED, INVALID):
+        for call in _last:
+            with contextlib.suppress(Exception):  # the others may be gone
+                call()
     if process_count() > 1 and process_index() == 0:
         time.sleep(3 * POLL_SECONDS)
     for remove in reversed(undo):
         with contextlib.suppress(Exception):  # the process ends anyway
             remove()
     exit_now(status)
+
+
+def before_leaving(call: Callable[[], object]) -> None:
+    """Has `leave` call this where all processes have completed, or stopped together."""
+    _last.append(call)
+
+
+_last: list[Callable[[], object]] = []

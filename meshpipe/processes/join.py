@@ -24,6 +24,8 @@ REMINDER_SECONDS = 30.0
 """Interval of the messages of a process that waits for the others."""
 SHUTDOWN_SECONDS = 30
 
+Transfers = Literal["auto", "sockets", "server"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
@@ -38,9 +40,10 @@ class DistributedConfig:
     """Number of this process, from 0."""
     process_count: int | None = None
     """Processes of the run; each is started with the same command and its own number."""
-    transfers: Literal["auto", "sockets"] = "auto"
-    """How arrays move between processes: `auto` uses the backend's own transport (NCCL on GPUs); `sockets` goes through
-    host memory, as on CPU, which is slower but also works when processes share a GPU."""
+    transfers: Transfers = "auto"
+    """How arrays move between processes. `auto` uses the backend's own transport (NCCL on GPUs), on CPU `sockets`, and
+    on TPUs of three or more hosts `server`. `sockets` goes through host memory, which is slower but also works when
+    processes share a GPU; `server` is JAX's transfer server, which does so too, in JAX's runtime."""
     step_timeout: float = 0.0
     """Seconds without a finished step before the run fails and names what each rank waits for; 0 waits for ever."""
 
@@ -82,6 +85,7 @@ def join(config: DistributedConfig) -> None:
     exits with a message just before. Raises `ConnectionError` when joining fails earlier, and `ValueError` for an
     unusable secret file.
     """
+    _asked.append(config.transfers)
     from_environment = environment_secret()  # removed from the environment in any case
     secret = from_environment if config.secret_file is None else read_secret_file(config.secret_file)
     if config.coordinator is None and not _in_cluster(os.environ):
@@ -116,6 +120,14 @@ def join(config: DistributedConfig) -> None:
         share_secret(secret, secrets.token_hex(16), JOIN_SECONDS)
     finally:
         joined.set()
+
+
+def transfers_asked() -> Transfers:
+    """What the config says with which this process has joined its run."""
+    return _asked[-1] if _asked else "auto"
+
+
+_asked: list[Transfers] = []
 
 
 def _warn_without(secret: Secret) -> None:

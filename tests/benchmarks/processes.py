@@ -139,13 +139,13 @@ def answer(model: str, schedule: str, microbatches: int, number: int, port: int)
     import optax
 
     import meshpipe
-    from meshpipe.pipeline.peers import open_peers
+    from meshpipe.pipeline.ways import open_carrier
     from meshpipe.processes.join import DistributedConfig, join
 
     jax.config.update("jax_num_cpu_devices", 1 if port else 2)
     if port:
         join(DistributedConfig(coordinator=f"127.0.0.1:{port}", process_id=number, process_count=2))
-        open_peers("127.0.0.1")
+        open_carrier()
     layers, loss, batch = tiny(microbatches) if model == "tiny" else transformer()
     meshpipe.host.keep_freed_memory()  # as the command does
     trainer = meshpipe.Trainer(

@@ -13,6 +13,7 @@ from member import join_run, place_parser
 import meshpipe
 from meshpipe.pipeline import transfer
 from meshpipe.pipeline.peers import Peers
+from meshpipe.pipeline.pulls import Pulls
 from meshpipe.plan.lower import Transfer
 from meshpipe.processes.coordination import barrier
 from meshpipe.processes.guard import leave
@@ -56,7 +57,7 @@ def counted_native() -> list[int]:
     """
     from jax._src import dispatch
 
-    transfer.by_sockets = lambda: False
+    transfer.way_between_processes = lambda: "native"
     copies: list[int] = []
     copy = dispatch.xc.batched_copy_array_to_devices_with_sharding
 
@@ -68,16 +69,16 @@ def counted_native() -> list[int]:
     return copies
 
 
-def counted_sockets() -> list[int]:
-    """The numbers of arrays of every message that this process sends, from now on."""
+def counted_sends(carrier: type[Any]) -> list[int]:
+    """The numbers of arrays of every message that this process sends, or offers, from now on."""
     messages: list[int] = []
-    send = Peers.send
+    send = carrier.send
 
-    def counting(self: Peers, process: int, number: int, arrays: Any) -> None:
+    def counting(self: Any, process: int, number: int, arrays: Any) -> None:
         messages.append(len(arrays))
         send(self, process, number, arrays)
 
-    Peers.send = counting  # type: ignore[method-assign]
+    carrier.send = counting
     return messages
 
 
@@ -89,7 +90,7 @@ def main() -> None:
         jax.config.update("jax_cross_host_transfer_socket_address", f"127.0.0.1:{free_port()}")
         jax.config.update("jax_cross_host_transport_addresses", "127.0.0.1:0")
     join_run(flags, 2 // (flags.process_count or 1))
-    counts = counted_native() if flags.native else counted_sockets()
+    counts = counted_native() if flags.native else counted_sends(Pulls if flags.transfers == "server" else Peers)
     batch = {"inputs": np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)}
     trainer = meshpipe.Trainer(
         layers(),

@@ -12,6 +12,7 @@ def place_parser() -> argparse.ArgumentParser:
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--process-count", type=int)
+    parser.add_argument("--transfers", default="auto")
     return parser
 
 
@@ -21,9 +22,8 @@ def join_run(flags: argparse.Namespace, devices: int | None) -> argparse.Namespa
     """
     if devices is not None:
         meshpipe.use_cpu_devices(devices)
-    join(
-        DistributedConfig(coordinator=flags.coordinator, process_id=flags.process_id, process_count=flags.process_count)
-    )
+    names = ("coordinator", "process_id", "process_count", "transfers")
+    join(DistributedConfig(**{name: getattr(flags, name) for name in names}))
     return flags
 
 

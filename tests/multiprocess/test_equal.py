@@ -44,6 +44,15 @@ CASES = [
     ),
     pytest.param(4, "--mesh 2 1 2", id="tensor across processes", marks=pytest.mark.slow),
     *(
+        pytest.param(count, f"{flags} --transfers server", id=f"server: {what}", marks=pytest.mark.slow)
+        for what, count, flags in [
+            ("three hosts, tied", 3, "--mesh 3 2 1 --tied"),
+            ("four hosts", 4, "--mesh 4 1 1 --schedule zb-h1"),
+            ("data across hosts", 4, "--mesh 2 2 1 --sown"),
+            ("a memory that several read", 4, "--mesh 4 2 1 --encoder-decoder"),
+        ]
+    ),
+    *(
         pytest.param(count, f"--graph {graph!r} --mesh {mesh} --schedule {schedule}", marks=pytest.mark.slow)
         for count, mesh, graph, schedule in [
             (2, "4 1 1", "skip", "1f1b"),

@@ -16,9 +16,9 @@ named value's gradients of its two stages."""
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("way", ["sockets", "native"])
+@pytest.mark.parametrize("way", ["sockets", "server", "native"])
 def test_a_step_has_one_call_for_each_move_of_its_program(way: str, tmp_path: Path) -> None:
-    command = [SCRIPT, "--native"] if way == "native" else [SCRIPT]
+    command = [SCRIPT, "--native"] if way == "native" else [SCRIPT, "--transfers", way]
     ended = run_processes(2, command, tmp_path), run_processes(1, [SCRIPT], tmp_path)
     together, (alone,) = (
         [json.loads(line[7:]) for log in of.logs for line in log.splitlines() if line.startswith("RESULT ")]
@@ -28,7 +28,7 @@ def test_a_step_has_one_call_for_each_move_of_its_program(way: str, tmp_path: Pa
     for rank, found in enumerate(together):
         assert found["losses"] == alone["losses"], ended[0]
         assert found["sent"] == SENT, ended[0]
-        # Over sockets only the sender calls; for a transport of the backend both sides do.
+        # Over sockets and by the transfer server only the sender is counted; for a transport of the backend, both are.
         moves = sum(SENT) if way == "native" else SENT[rank]
         of_update = 2 if way == "native" else 1  # the sums of squares to the last stage, and what it decides back
         assert len(found["counts"]) == moves + of_update, ended[0]

@@ -26,10 +26,11 @@ def main() -> None:
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--process-count", type=int)
+    parser.add_argument("--transfers", default="auto")
     flags = parser.parse_args()
     pipeline, data, tensor = flags.mesh
     meshpipe.use_cpu_devices(pipeline * data * tensor // (flags.process_count or 1))
-    place = {name: getattr(flags, name) for name in ("coordinator", "process_id", "process_count")}
+    place = {name: getattr(flags, name) for name in ("coordinator", "process_id", "process_count", "transfers")}
     join(DistributedConfig(**place))
     kind = "encoder-decoder" if flags.encoder_decoder else "sown" if flags.sown else "chain"
     layout = meshpipe.make_mesh(*flags.mesh), flags.schedule, flags.tied, flags.sharding
