@@ -44,6 +44,20 @@ def plugins() -> dict[str, str]:
     return {name: found[name] for name in sorted(found) if _PLUGIN.fullmatch(name)}
 
 
+def unfit_libtpu() -> str | None:
+    """What is wrong with the release of libtpu that is installed, and the way out; None if `jax` was made for it."""
+    pinned = (re.match(r"libtpu==([\d.]+)\.\*", line) for line in importlib.metadata.requires("jax") or ())
+    wanted = next((match[1] for match in pinned if match), None)
+    got = plugins().get("libtpu")
+    if got is None or wanted is None or got == wanted or got.startswith(f"{wanted}."):
+        return None
+    jax_version = _version("jax")
+    return (
+        f"jax {jax_version} needs libtpu {wanted}.*. Got libtpu {got}. Install jax[tpu]=={jax_version}, which brings "
+        "the right one, or uninstall libtpu."
+    )
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

@@ -66,6 +66,8 @@ def _parser_exits() -> Iterator[None]:
 def configure(command: str, arguments: list[str], description: str, extra: Any = None) -> tuple[str, "Config", Any]:
     """The recipe's name, its configuration with the flags applied, and the command's own flags in place of `extra`.
 
+    Calls `extra.check(config)` if there is such a method.
+
     Raises `ValueError` for an unknown recipe or flag, and `ParserExit` after `--help` or a wrong value.
     """
     if arguments and arguments[0] in (*HELP, HELP_ALL):
@@ -100,6 +102,9 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
         chosen, unknown = tyro.cli(kind, args=arguments[1:], prog=program, return_unknown_args=True)
     if unknown:
         _refuse(unknown, [flag.name for flag in flags], command)
+    check = getattr(getattr(chosen, "extra", None), "check", None)
+    if check is not None:
+        check(chosen.config)
     if command != "train":
         is_published = isinstance(config.model, PublishedModel)
         _tell_unused(command, flags_of(config), flags_of(chosen.config), used=("init-from",) if is_published else ())

@@ -59,7 +59,7 @@ def examine(
     console: "Console", *, timeout: float, root: Path = Path("/"), environment: Mapping[str, str] = os.environ
 ) -> int:
     """Examines the machine whose file system begins at `root`, with these environment variables."""
-    from meshpipe.environment import optional, plugins, unfit_settings, versions
+    from meshpipe.environment import optional, plugins, unfit_libtpu, unfit_settings, versions
 
     installed = versions() | plugins()
     accelerators = find_accelerators(root, environment)
@@ -75,6 +75,7 @@ def examine(
         probe = probe_devices(timeout, environment)
     _print(console, "JAX sees", _devices(probe))
     found = problems(probe, accelerators, installed, unfit_settings(), environment)
+    found += filter(None, [unfit_libtpu()])
     for text in found:
         console.print(f"\nProblem: {text}", markup=False)
     if found:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from meshpipe.config import Config
+from meshpipe.environment import unfit_libtpu
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
 from meshpipe.processes.coordination import process_index
@@ -13,7 +14,9 @@ from meshpipe.runs.warning import Warnings
 
 
 def check_profile(config: Config) -> None:
-    """Raises `ArgumentError` when the run ends before the window does, or the folder cannot be written."""
+    """Raises `ArgumentError` when the run ends before the window does, the folder cannot be written, or the installed
+    libtpu is another than that of `jax`.
+    """
     window, folder = config.observe.profile_window, config.observe.profile_dir
     if window is None or folder is None:
         return
@@ -23,6 +26,9 @@ def check_profile(config: Config) -> None:
             f"{window.stop - 1}, and a run of {config.steps} steps."
         )
     check_folder("profile_dir", folder)
+    unfit = unfit_libtpu()
+    if unfit is not None:  # JAX's profiler starts that of libtpu too, and ends the process by a signal
+        raise ArgumentError(f"`profile_steps` cannot be recorded: {unfit}")
 
 
 class ProfileWindow:

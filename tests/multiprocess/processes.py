@@ -11,7 +11,7 @@ from pathlib import Path
 from meshpipe.processes.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 120
+TIMEOUT = 240
 """Time-out of a run in seconds; CI machines can be slow."""
 
 
