@@ -10,9 +10,9 @@ import jax
 
 from meshpipe.advise.advice import Advice, Confirmed
 from meshpipe.advise.candidates import REMATS, Space
-from meshpipe.advise.confirm import confirm, worth_compiling
+from meshpipe.advise.confirm import compile_best, worth_compiling
 from meshpipe.advise.estimate import Estimate, Estimator
-from meshpipe.advise.here import measure
+from meshpipe.advise.here import measure_best
 from meshpipe.advise.layout import Layout
 from meshpipe.advise.search import Family, Found, search
 from meshpipe.advise.survey import survey
@@ -85,10 +85,11 @@ def _confirmed(
     """
     chosen = worth_compiling(found, count)
     if target.text == HERE:
-        known = measure(chosen, config)
+        known = measure_best(chosen, config)
     else:
-        known = confirm(chosen, config, devices, target.hardware, limit) if chosen else []
-    changes = [after.estimate.seconds / before.seconds for before, after in zip(chosen, known, strict=True)]
+        known = compile_best(chosen, config, devices, target.hardware, limit) if chosen else []
+    before = {estimate.layout: estimate.seconds for estimate in chosen}
+    changes = [after.estimate.seconds / before[after.estimate.layout] for after in known if not after.reason]
     factor = statistics.median(changes) if changes else 1.0
     done = {layout.estimate.layout for layout in known}
     for family in found.families.values():

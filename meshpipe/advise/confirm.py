@@ -1,6 +1,7 @@
 """Compiles the programs of the best layouts for the devices, and predicts their steps from what XLA made."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -15,11 +16,13 @@ from meshpipe.compiler.compiler import Compiler
 from meshpipe.config import Config
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.machine import format_bytes
-from meshpipe.phases import each
+from meshpipe.phases import phase
 from meshpipe.runs.build import make_chooser
 
 WORTH_COMPILING = 2.0
 """The best of a family is compiled unless it takes this many times as long as the fastest estimate."""
+CAUTION = 0.9
+"""Estimates may be this much further off than those that are known, before a layout is not tried."""
 
 
 def worth_compiling(found: Found, count: int) -> list[Estimate]:
@@ -35,17 +38,48 @@ def worth_compiling(found: Found, count: int) -> list[Estimate]:
     return sorted(chosen.values(), key=lambda estimate: estimate.seconds)
 
 
-def confirm(
+def confirm_best(what: str, estimates: Sequence[Estimate], confirm: Callable[[Estimate], Confirmed]) -> list[Confirmed]:
+    """What `confirm` says of the estimates, in turn, of those that can still win.
+
+    An estimate cannot win that is longer than the best known step even if it is as far too long as the worst so far,
+    and `CAUTION` further. `what` says what is done, for people.
+    """
+    known: list[Confirmed] = []
+    began, best, lowest, tried = time.monotonic(), float("inf"), float("inf"), 0
+    with phase(what, "layout", len(estimates)) as now:
+        for number, estimate in enumerate(estimates):
+            if best < CAUTION * lowest * estimate.seconds:
+                now.next()
+                continue
+            if tried:
+                left = (time.monotonic() - began) / tried * (len(estimates) - number)
+                now.describe(f"{what} at most {_duration(left)} left,")
+            found = confirm(estimate)
+            known.append(found)
+            tried += 1
+            if not found.reason:
+                best = min(best, found.estimate.seconds)
+                lowest = min(lowest, found.estimate.seconds / estimate.seconds)
+            now.next()
+        now.describe(what)
+    return known
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+
+
+def compile_best(
     estimates: Sequence[Estimate],
     config: Config,
     devices: Sequence[jax.Device],
     hardware: Hardware,
     limit: float,
 ) -> list[Confirmed]:
-    """What compiled programs say of each layout: its time and memory, or why it cannot be.
+    """What compiled programs say of the layouts that can win: time and memory, or why they cannot be.
 
     Arguments:
-        estimates: The layouts.
+        estimates: The layouts, the most promising first.
         config: The run.
         devices: All devices of the target; they may be only described.
         hardware: What the devices are.
@@ -54,10 +88,11 @@ def confirm(
     Equal programs are compiled once, and kept in the folder `compile_cache` of the config.
     """
     compiler = Compiler(open_cache(config.compile_cache), repr(hardware))
-    return [
-        _confirmed(estimate, config, devices, hardware, limit, compiler)
-        for estimate in each("Compiling the best,", "layout", list(estimates))
-    ]
+
+    def confirm(estimate: Estimate) -> Confirmed:
+        return _confirmed(estimate, config, devices, hardware, limit, compiler)
+
+    return confirm_best("Compiling the best,", estimates, confirm)
 
 
 def _confirmed(
@@ -76,7 +111,7 @@ def _confirmed(
     reason = "" if memory <= limit else f"compiled, it needs {format_bytes(memory)} of {format_bytes(limit)}"
     compiled = replace(
         estimate,
-        seconds=predicted.step_seconds + estimate.parts["host"],
+        seconds=predicted.step_seconds,
         bubble=predicted.timeline.bubble_fraction,
         memory=memory,
     )

@@ -8,17 +8,16 @@ from meshpipe.advise.layout import Layout
 from meshpipe.advise.stage_needs import StageNeeds, held_by_rank, needs_of
 from meshpipe.advise.times import LayerTimes, Seconds
 from meshpipe.advise.work import ModelWork
+from meshpipe.choose.step_time import least_step, step_time
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.hardware.links import ROUNDS, Group, collective_seconds, move_seconds
 from meshpipe.plan.partition import partition, partition_by_cost
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.schedules import make_plan
-from meshpipe.plan.simulate import Costs, Timeline
+from meshpipe.plan.simulate import Costs
 
 USABLE = 0.92
 """The share of a device's memory that arrays and programs can have; the rest is the runtime's, and lost in gaps."""
-SECONDS_PER_ACTION = 6e-5
-"""Host time that the executor takes to start an action, with its transfers; docs/performance.md has measurements."""
 SPLIT = ("zb-h1", "zb-h2", "zb-v", "dualpipe-v")
 """The schedules whose backwards are in two parts."""
 
@@ -96,17 +95,19 @@ class Estimator:
         backward = [times[Op.BACKWARD].total for times in staged.times]
         whole = [f + b for f, b in zip(forward, self._backwards(staged, splits=splits), strict=True)]
         transfer = self._slowest_transfer(layout, staged)
-        ranks = max(1, self.hardware.devices_per_host // (layout.data * layout.tensor))
-        actions = 2 * layout.num_microbatches * layout.stages_per_rank * min(ranks, layout.pipeline)
-        least = SECONDS_PER_ACTION * actions
-        for rank in range(layout.pipeline):
+        owns = [0.0] * layout.pipeline
+        for rank, seconds in zip(staged.ranks, whole, strict=True):
+            owns[rank] += layout.num_microbatches * seconds
+        least = 0.0
+        for rank, own in enumerate(owns):
             first = staged.ranks.index(rank)
             waits = sum(forward[:first]) + transfer * first
             if not splits:
                 waits += sum(backward[:first]) + transfer * first
-            own = sum(seconds for stage, seconds in enumerate(whole) if staged.ranks[stage] == rank)
-            least = max(least, waits + layout.num_microbatches * own)
-        return least + max(self._once(layout, staged, rank).total for rank in range(layout.pipeline))
+            least = max(least, waits + own)
+        around = [self._once(layout, staged, rank).total for rank in range(layout.pipeline)]
+        actions = [2 * layout.num_microbatches * layout.stages_per_rank] * layout.pipeline
+        return least_step(least, owns, actions, around, self.hardware, layout.data * layout.tensor)
 
     def least_memory(self, layout: Layout) -> float:
         """What the fullest device needs at least: its stages, and one microbatch."""
@@ -141,22 +142,27 @@ class Estimator:
             {(s, op): seconds.total for s, times in enumerate(staged.times) for op, seconds in times.items()},
             self._slowest_transfer(layout, staged),
         )
-        timeline = Timeline.of(plan, costs)
+        onces = [self._once(layout, staged, rank) for rank in range(layout.pipeline)]
+        each = layout.data * layout.tensor
+        time = step_time(plan, costs, [once.total for once in onces], self.hardware, each)
+        timeline = time.timeline
         rank = max(range(layout.pipeline), key=lambda rank: timeline.busy[rank])
         spent = Seconds()
         for action in plan.orders[rank]:
             spent += staged.times[action.stage][action.op]
-        once = max((self._once(layout, staged, rank) for rank in range(layout.pipeline)), key=lambda once: once.total)
-        starting = self._host_seconds(layout, plan)
+        # Of devices that share cores, the same work takes less time while others idle.
+        spent *= timeline.busy[rank] / spent.total if spent.total else 1.0
+        once = max(onces, key=lambda once: once.total)
+        share = time.around / once.total if once.total else 1.0
         parts = {
             "compute": spent.compute,
             "recompute": spent.recompute,
             "tensor": spent.tensor,
             "bubble": timeline.makespan - timeline.busy[rank],
-            "host": max(0.0, starting - timeline.makespan),
-            "reduce": once.reduce,
-            "gather": once.gather,
-            "update": once.update,
+            "host": time.host,
+            "reduce": share * once.reduce,
+            "gather": share * once.gather,
+            "update": share * once.update,
         }
         memory, memory_parts = self.memory(layout)
         return Estimate(
@@ -246,12 +252,6 @@ class Estimator:
             update=moved / self.hardware.efficiency["memory"],
             sent=(layout.data - 1) / layout.data * (ROUNDS[kind] * gradients + (whole if layout.is_sharded else 0.0)),
         )
-
-    def _host_seconds(self, layout: Layout, plan: Plan) -> float:
-        """How long a host takes to start the actions of the ranks that it has devices of."""
-        ranks = max(1, self.hardware.devices_per_host // (layout.data * layout.tensor))
-        orders = sorted(map(len, plan.orders), reverse=True)[:ranks]
-        return SECONDS_PER_ACTION * sum(orders)
 
     def _moved(self, layout: Layout, staged: _Staged, plan: Plan, rank: int) -> float:
         examples, tensor = self.examples(layout), layout.tensor

@@ -9,6 +9,7 @@ from dataclasses import replace
 import jax
 
 from meshpipe.advise.advice import Confirmed
+from meshpipe.advise.confirm import confirm_best
 from meshpipe.advise.estimate import Estimate
 from meshpipe.choose.counted import CORE
 from meshpipe.config import Config
@@ -17,11 +18,12 @@ from meshpipe.hardware.catalogue import hardware_of
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.hardware.target_name import HERE, TargetName
 from meshpipe.machine import free_memory, usable_cores
-from meshpipe.phases import each
 from meshpipe.runs.build import make_trainer
 
 STEPS = 5
 """Steps of a layout that are timed, after a first one."""
+MOST_PER_CORE = 4
+"""Virtual devices that are measured for each core of this machine."""
 CPU_BANDWIDTH = 1e10
 """Bytes per second that virtual devices share, roughly: layouts are measured, so this only chooses which."""
 
@@ -32,6 +34,22 @@ def count_here(text: str) -> int | None:
     if match is None:
         raise ArgumentError(f"`target` here takes a number of devices, such as here:4. Got {text!r}.")
     return int(match[1]) if match[1] else None
+
+
+def most_cpu_devices() -> int:
+    """How many virtual devices are measured at most: more would show how cores are shared out, and take very long."""
+    return max(1, int(MOST_PER_CORE * usable_cores()))
+
+
+def check_cpu_devices(count: int) -> None:
+    """Raises `ArgumentError` for more virtual devices than `most_cpu_devices`."""
+    most, cores = most_cpu_devices(), usable_cores()
+    if count > most:
+        raise ArgumentError(
+            f"`target` here runs layouts, with at most {MOST_PER_CORE} virtual devices for each core. Got {count:,} "
+            f"devices on {cores:g} {'core' if cores == 1 else 'cores'}. Write here:{most}, or have layouts estimated: "
+            f"describe a machine in a file, and pass machine.json:{count}."
+        )
 
 
 def target_here(devices: Sequence[jax.Device]) -> TargetName:
@@ -65,9 +83,9 @@ def _cores(count: int) -> Hardware:
     )
 
 
-def measure(estimates: Sequence[Estimate], config: Config) -> list[Confirmed]:
-    """The median time of a few steps of each layout, which is compiled and run on JAX's devices."""
-    return [_measured(estimate, config) for estimate in each("Measuring the best,", "layout", list(estimates))]
+def measure_best(estimates: Sequence[Estimate], config: Config) -> list[Confirmed]:
+    """The median time of a few steps of each layout that can win, which is compiled and run on JAX's devices."""
+    return confirm_best("Measuring the best,", estimates, lambda estimate: _measured(estimate, config))
 
 
 def _measured(estimate: Estimate, config: Config) -> Confirmed:

@@ -56,7 +56,11 @@ class Roofline:
         programs = layer.programs["none" if recomputes else layout.remat]
         if op not in programs:
             return Seconds()
-        own = Seconds(self._of(programs[op], examples, tensor), 0.0, self._reduces(layer, op, examples, tensor))
+        compute = self._of(programs[op], examples, tensor)
+        of_weights = Op.BACKWARD_WEIGHT if Op.BACKWARD_WEIGHT in programs else Op.BACKWARD_INPUT
+        if op in (Op.BACKWARD, of_weights):
+            compute += self._accumulate(layer, tensor)
+        own = Seconds(compute, 0.0, self._reduces(layer, op, examples, tensor))
         if not recomputes or op not in (Op.BACKWARD, Op.BACKWARD_INPUT):
             return own
         again = self._of(programs[Op.FORWARD], examples, tensor) + self._reduces(layer, Op.FORWARD, examples, tensor)
@@ -68,6 +72,12 @@ class Roofline:
         products /= hardware.efficiency["products"]
         moved = program.memory.of(examples) / (hardware.memory_bandwidth * hardware.efficiency["memory"])
         return max(products, moved) / tensor
+
+    def _accumulate(self, layer: LayerWork, tensor: int) -> float:
+        """The time to add the gradients of a microbatch to their accumulators, which are read and written."""
+        sizes = (parameter.on_device(1, tensor) for parameter in layer.parameters if parameter.is_trained)
+        nbytes = 2 * layer.gradient_bytes * sum(sizes)
+        return nbytes / (self._hardware.memory_bandwidth * self._hardware.efficiency["memory"])
 
     def _reduces(self, layer: LayerWork, op: Op, examples: float, tensor: int) -> float:
         if tensor == 1 or op is Op.BACKWARD_WEIGHT:

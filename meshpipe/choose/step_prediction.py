@@ -8,13 +8,15 @@ import optax
 
 from meshpipe.choose.compiled_memory import ProgramsOfStage, programs_of_stages
 from meshpipe.choose.memory import RankMemory, predict_memory
+from meshpipe.choose.step_time import StepTime, step_time
 from meshpipe.compiled.program import CompiledProgram
 from meshpipe.compiled.seconds import plan_seconds
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.hardware.links import move_seconds
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.plan.plan import Op
-from meshpipe.plan.simulate import Costs, Timeline, simulate
+from meshpipe.plan.simulate import Costs, Timeline
+from meshpipe.plan.validate import validate
 from meshpipe.stage.products_of_step import products_of_step, total_products
 
 ONCE = ("prepare", "zeros", "reduce", "norm", "update", "summary")
@@ -32,10 +34,7 @@ class StepPrediction:
     seconds: tuple[float, ...]
     """Of one call of each program."""
     ranks: tuple[RankMemory, ...]
-    timeline: Timeline
-    """When the actions run, in seconds."""
-    around: float
-    """Seconds of what comes before the first action and after the last one, such as the update."""
+    time: StepTime
     flops: Mapping[str, float]
     """Operations of the model's products in a step by dtype; recomputed ones do not count."""
     num_devices: int
@@ -44,8 +43,13 @@ class StepPrediction:
     examples: int
 
     @property
+    def timeline(self) -> Timeline:
+        """When the actions run, in seconds."""
+        return self.time.timeline
+
+    @property
     def step_seconds(self) -> float:
-        return self.timeline.makespan + self.around
+        return self.time.seconds
 
     @property
     def utilisation(self) -> float:
@@ -85,6 +89,7 @@ def predict_step(
     `tokens` is the number of tokens of a batch.
     """
     assert model.traced, "compile_for traces the model"
+    validate(model.plan)
     traced = [model.traced[stage] for stage in range(model.plan.num_stages)]
     seconds = tuple(
         plan_seconds(program, hardware, dict(model.stages[program.stage].submesh.shape)) for program in programs
@@ -101,8 +106,14 @@ def predict_step(
         programs=tuple(programs),
         seconds=seconds,
         ranks=tuple(predict_memory(model, transformation, traced, programs)),
-        timeline=simulate(model.plan, costs, late=model.late),
-        around=max(_around(model, rank, of_stage, by_name) for rank in range(model.plan.num_ranks)),
+        time=step_time(
+            model.plan,
+            costs,
+            [_around(model, rank, of_stage, by_name) for rank in range(model.plan.num_ranks)],
+            hardware,
+            model.mesh.devices.size // model.plan.num_ranks,
+            late=model.late,
+        ),
         flops=total_products(products_of_step(model.traced, model.config.num_microbatches).values()),
         num_devices=model.mesh.devices.size,
         tokens=tokens,

@@ -131,15 +131,17 @@ def _here(config: "Config", extra: _AdviseFlags) -> tuple["TargetName", Sequence
     """The same for the devices of this machine, where layouts are measured."""
     import jax
 
-    from meshpipe.advise.here import count_here, target_here
+    from meshpipe.advise.here import check_cpu_devices, count_here, most_cpu_devices, target_here
     from meshpipe.host import keep_freed_memory
     from meshpipe.mesh import use_cpu_devices
 
     asked = count_here(extra.target)
     number = asked or config.mesh.num_devices
-    use_cpu_devices(number)
+    use_cpu_devices(min(number, most_cpu_devices()))
     devices = jax.devices()
-    if devices[0].platform != "cpu":
+    if devices[0].platform == "cpu":
+        check_cpu_devices(number)
+    else:
         number = asked or len(devices)
     if number > len(devices):
         raise ArgumentError(f"`target` here must have its devices. Got {number}, with {len(devices)} on this machine.")

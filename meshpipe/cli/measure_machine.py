@@ -54,10 +54,12 @@ def measure(arguments: list[str]) -> int:
     with phase("Importing JAX"):
         import jax
 
+        from meshpipe.host import keep_freed_memory
         from meshpipe.mesh import use_cpu_devices
         from meshpipe.observe.machine_rates import measure_machine
         from meshpipe.report.tables import make_console
     use_cpu_devices(flags.devices or max(1, round(usable_cores())))
+    keep_freed_memory()  # as a run does
     devices = jax.devices()
     if flags.devices is not None and devices[0].platform == "cpu":
         devices = devices[: flags.devices]

@@ -68,6 +68,9 @@ class Hardware:
     """How many devices the fast links join: those of a host, of several hosts with one NVLink, of a TPU pod."""
     efficiency: Mapping[str, float]
     """The share of each peak that real programs reach: of `products`, `memory`, `links` and `network`."""
+    alone: float = 1.0
+    """How many times as fast a device computes while the others of its host idle. 1 for devices of their own; more for
+    virtual devices, which share the cores of a host: rates are those with all of them busy."""
     slices: Slices | None = None
     """Which slices exist, of a TPU."""
     compiler: Mapping[str, Any] = field(default_factory=dict)
@@ -89,7 +92,7 @@ class Hardware:
             raise ArgumentError(f"A described machine must have {', '.join(_NEEDED)}. This one {lacks}.")
         given = {"joined_devices": values["devices_per_host"], **values}
         _check(given)
-        for name in (*_RATES, *_LATENCIES):
+        for name in (*_RATES, *_LATENCIES, *(["alone"] if "alone" in given else [])):
             given[name] = float(given[name])
         for name in ("flops", "efficiency"):
             given[name] = {key: float(value) for key, value in given[name].items()}
@@ -129,6 +132,9 @@ def _check(values: Mapping[str, Any]) -> None:
     for name in _LATENCIES:
         if not is_number(values[name]):
             raise ArgumentError(f"{name} must be a number of seconds, at least 0. Got {values[name]!r}.")
+    alone = values.get("alone", 1.0)
+    if not is_number(alone) or alone < 1:
+        raise ArgumentError(f"alone must be a number, at least 1. Got {alone!r}.")
     flops, efficiency = values["flops"], values["efficiency"]
     if not isinstance(flops, Mapping) or not flops:
         raise ArgumentError(f'flops must give FLOP/s by dtype, such as {{"bfloat16": 1e14}}. Got {flops!r}.')

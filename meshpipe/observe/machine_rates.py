@@ -1,9 +1,10 @@
 """Measures the devices of this process: products, memory and links, as a description of the machine has them."""
 
-import statistics
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from meshpipe.phases import phase
 DTYPES = ("bfloat16", "float32")
 _SECONDS, _MOST = 0.5, 30
 """How long, and how often at most, each thing is measured."""
+_REDUCES = 16
+"""All-reduces of the program that shows what one takes."""
 _ALONE = "Only one device was there: its links are those of the known machine, or were assumed to be as fast as memory."
 
 
@@ -32,11 +35,13 @@ def measure_machine(name: str, devices: Sequence[jax.Device]) -> dict[str, Any]:
     mesh = Mesh(np.asarray(devices, dtype=object), ("device",))
     with phase("Measuring products"):
         products = {dtype: _products(mesh, dtype) for dtype in DTYPES}
+        alone = _alone(mesh, products)
     with phase("Measuring memory"):
         bandwidth = _bandwidth(mesh)
     with phase("Measuring links"):
         link, latency = _link(devices) if len(devices) > 1 else (None, None)
         reduced = _all_reduce(mesh) if len(devices) > 1 else None
+        hop = _hop(mesh) if len(devices) > 1 else 0.0
     # Against the data sheet where there is one, so that the shares are those of its peaks.
     peaks = {dtype: max(rate, (known.flops if known else {}).get(dtype, 0.0)) for dtype, rate in products.items()}
     peak_bandwidth = max(bandwidth, known.memory_bandwidth if known else 0.0)
@@ -52,7 +57,7 @@ def measure_machine(name: str, devices: Sequence[jax.Device]) -> dict[str, Any]:
         "host_link": host_link,
         "links": known.links if known else 1,
         "network_link": known.network_link if known else host_link,
-        "host_latency": latency if latency is not None else known.host_latency if known else 1e-5,
+        "host_latency": max(latency, hop) if latency is not None else known.host_latency if known else 1e-5,
         "network_latency": known.network_latency if known else latency or 1e-5,
         "devices_per_host": len(devices),
         "joined_devices": known.joined_devices if known else len(devices),
@@ -62,6 +67,7 @@ def measure_machine(name: str, devices: Sequence[jax.Device]) -> dict[str, Any]:
             "links": min(1.0, (busy / host_link)) if busy else known.efficiency["links"] if known else 1.0,
             "network": known.efficiency["network"] if known else 1.0,
         },
+        **({"alone": alone} if alone > 1 else {}),
         **_from_catalogue(known),
         "sources": _sources(devices, known, alone=link is None),
     }
@@ -92,6 +98,14 @@ def _products(mesh: Mesh, dtype: str) -> float:
     return 2.0 * size**3 / _seconds(lambda: run(a))
 
 
+def _alone(mesh: Mesh, products: Mapping[str, float]) -> float:
+    """How many times as fast one device is while the others idle, of those that share the cores of this machine."""
+    if mesh.devices.flat[0].platform != "cpu" or mesh.size == 1:
+        return 1.0
+    first = Mesh(mesh.devices[:1], mesh.axis_names)
+    return min(float(mesh.size), max(1.0, _products(first, "float32") / products["float32"]))
+
+
 def _bandwidth(mesh: Mesh) -> float:
     """Bytes per second that one device reads and writes."""
     count = 2**24 if mesh.devices.flat[0].platform == "cpu" else 2**27
@@ -115,6 +129,21 @@ def _all_reduce(mesh: Mesh) -> float:
     return 2.0 * (devices - 1) / devices * 4 * count / _seconds(lambda: run(x))
 
 
+def _hop(mesh: Mesh) -> float:
+    """Seconds of a hop of a small all-reduce between products, with the time until the last device has come to it."""
+    a = _filled(mesh, (256, 256), "float32")
+
+    @partial(jax.jit, static_argnums=1)
+    def run(a: jax.Array, reduces: bool) -> jax.Array:
+        for _ in range(_REDUCES):
+            a = jnp.einsum("dik,dkj->dij", a, a)
+            a = 0.5 * a + (a[:, :1, :1].sum(0) if reduces else a[:, :1, :1])
+        return a
+
+    longer = _seconds(lambda: run(a, True)) - _seconds(lambda: run(a, False))
+    return max(0.0, longer) / _REDUCES / (2 * math.ceil(math.log2(mesh.size)))
+
+
 def _filled(mesh: Mesh, shape: tuple[int, ...], dtype: str) -> jax.Array:
     """An array of this shape on each device."""
     sharding = NamedSharding(mesh, PartitionSpec("device"))
@@ -123,14 +152,14 @@ def _filled(mesh: Mesh, shape: tuple[int, ...], dtype: str) -> jax.Array:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """The median time of a call, after one that does not count."""
+    """The time of the fastest call, after one that does not count: what else runs on the machine only adds to it."""
     jax.block_until_ready(call())
     times: list[float] = []
     while len(times) < 3 or (sum(times) < _SECONDS and len(times) < _MOST):
         began = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return min(times)
 
 
 def _memory(devices: Sequence[jax.Device]) -> int:

@@ -8,6 +8,7 @@ from functools import cached_property
 from meshpipe.plan.graph import Graph
 from meshpipe.plan.memory_curve import MemoryCurve
 from meshpipe.plan.plan import Action, Op, Plan
+from meshpipe.plan.shared_cores import Sharing, shared_times
 from meshpipe.plan.stage_memory import StageMemory as StageMemory
 from meshpipe.plan.validate import validate
 
@@ -28,6 +29,8 @@ class Costs:
     """The time of each (stage, op), or of an op at all other stages; `DEFAULT_TIMES` has what is left out."""
     transfer: float = 0.0
     """The time from the end of an action until another rank has its result. Transfers overlap with all other work."""
+    sharing: Sharing | None = None
+    """How ranks share cores; times are then those with all ranks busy. None is ranks of their own."""
 
     def __post_init__(self) -> None:
         for what, time in (*self.times.items(), ("transfer", self.transfer)):
@@ -74,8 +77,11 @@ class Timeline:
     ) -> "Timeline":
         """The timeline of a plan that is known to be valid."""
         assert len(memory) in (0, plan.num_stages), "the memory of every stage, or of none"
-        starts = plan.start_times(costs.time_of, costs.transfer)
-        ends = {action: start + costs.time_of(action) for action, start in starts.items()}
+        if costs.sharing is not None:
+            starts, ends = shared_times(plan, costs.time_of, costs.transfer, costs.sharing)
+        else:
+            starts = plan.start_times(costs.time_of, costs.transfer)
+            ends = {action: start + costs.time_of(action) for action, start in starts.items()}
         return cls(plan, starts, ends, memory, costs.transfer, late)
 
     @cached_property

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from meshpipe.choose.step_time import SECONDS_PER_ACTION
 from meshpipe.choose.step_prediction import ONCE, StepPrediction
 from meshpipe.compiled.collectives import Collective
 from meshpipe.compiled.program import CompiledProgram
@@ -33,6 +34,7 @@ def prediction_values(prediction: StepPrediction) -> dict[str, Any]:
         "tokens_per_s" if prediction.tokens else "examples_per_s": prediction.throughput,
         "model_flops_utilisation": prediction.utilisation,
         "bubble_fraction": timeline.bubble_fraction,
+        "host_s": prediction.time.host,
         "transfer_s": timeline.transfer,
         "memory_bytes": prediction.hardware.memory_bytes,
         "missing_bytes": prediction.missing,
@@ -113,8 +115,13 @@ def time_lines(prediction: StepPrediction) -> list[str]:
     lines = [
         f"Predicted step time {format_seconds(prediction.step_seconds)}: {prediction.throughput:,.0f} {what}/s "
         f"({per_device:,.0f} per device), MFU {prediction.utilisation:.1%}, bubble {timeline.bubble_fraction:.1%}; "
-        f"{format_seconds(prediction.around)} of it before and after the microbatches.",
+        f"{format_seconds(prediction.time.around)} of it before and after the microbatches.",
     ]
+    if prediction.time.host:
+        lines.append(
+            f"{format_seconds(prediction.time.host)} of it the devices wait for their host, which takes about "
+            f"{format_seconds(SECONDS_PER_ACTION)} to start an action: larger microbatches need fewer."
+        )
     for heading, once in (("per microbatch", False), ("per step", True)):
         totals = _collectives(prediction.programs, once=once)
         if totals:
