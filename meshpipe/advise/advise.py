@@ -20,6 +20,7 @@ from meshpipe.advise.times import Roofline
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
 from meshpipe.hardware.target_name import HERE, TargetName
+from meshpipe.phases import phase
 from meshpipe.plan.schedules import SCHEDULES
 from meshpipe.stage.target import Target
 
@@ -54,7 +55,8 @@ def advise_on(
     space = space_of(config, target.num_devices, fixed or {})
     if next(space.layouts(), None) is None:
         raise ArgumentError(_nothing(config, target, fixed or {}))
-    work = survey(config, devices, programs_for)
+    with phase("Tracing the layers"):
+        work = survey(config, devices, programs_for)
     estimator = Estimator(work, Roofline(work, target.hardware), target.hardware, config.batch_size)
     if memory is not None:
         estimator.limit = float(memory)

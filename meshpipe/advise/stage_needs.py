@@ -9,10 +9,6 @@ from meshpipe.advise.times import RECOMPUTING
 from meshpipe.advise.work import LayerWork, ModelWork
 from meshpipe.plan.plan import Op, Plan
 
-TEMPORARIES = 2.0
-"""XLA's temporary memory inside a program, in values as large as the largest that a layer computes: roughly, until the
-programs are compiled."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageNeeds:
@@ -28,7 +24,9 @@ class StageNeeds:
     crossing: float
     """Of each microbatch, from the input part of its backward to the weight part."""
     inside: float
-    """While a program runs: what it recomputes, and XLA's temporary memory."""
+    """While a backward runs: what it recomputes, and XLA's temporary memory."""
+    inside_forward: float
+    """XLA's temporary memory while a forward runs."""
     boundary: float
     """What it hands to the next stage, for a microbatch."""
 
@@ -51,7 +49,8 @@ def needs_of(work: ModelWork, cut: range, layout: Layout, examples: float) -> St
     reads_batch = cut.start == 0 or cut.stop == len(work.layers)
     before = work.layers[cut.start - 1].output if cut.start else 0.0
     activation, crossing, recomputed = _kept(layers, before, layout, examples)
-    largest = max(layer.largest / (tensor if layer.is_split else 1) for layer in layers) * examples
+    policy = "none" if layout.remat in RECOMPUTING else layout.remat
+    forward, backward = (_temporaries(layers, policy, op, examples, tensor) for op in (Op.FORWARD, Op.BACKWARD))
     return StageNeeds(
         parameters=parameters,
         gradients=gradients,
@@ -59,8 +58,19 @@ def needs_of(work: ModelWork, cut: range, layout: Layout, examples: float) -> St
         batch=work.batch_bytes * examples * layout.num_microbatches if reads_batch else 0.0,
         activation=activation,
         crossing=crossing,
-        inside=recomputed + TEMPORARIES * largest,
+        inside=recomputed + max(forward if recomputed else 0.0, backward),
+        inside_forward=forward,
         boundary=layers[-1].output * examples if cut.stop < len(work.layers) else 0.0,
+    )
+
+
+def _temporaries(layers: Sequence[LayerWork], policy: str, op: Op, examples: float, tensor: int) -> float:
+    """XLA's temporary memory: layers run one after the other, so it is that of the layer with the most."""
+    return max(
+        layer.programs[policy][op].temporaries.of(examples) / (tensor if layer.is_split else 1)
+        if op in layer.programs[policy]
+        else 0.0
+        for layer in layers
     )
 
 
@@ -110,7 +120,7 @@ def held_by_rank(plan: Plan, rank: int, needs: Sequence[StageNeeds]) -> Held:
         stage = needs[action.stage]
         if action.op is Op.FORWARD:
             live += stage.activation
-            most = max(most, live + stage.boundary + stage.inside / 2)
+            most = max(most, live + stage.boundary + stage.inside_forward)
         elif action.op is Op.BACKWARD:
             most = max(most, live + stage.boundary + stage.inside)
             live -= stage.activation

@@ -26,6 +26,7 @@ from meshpipe.stage.operations import count_bytes
 from meshpipe.stage.products_of_step import count_products
 from meshpipe.stage.programs import trace_split
 from meshpipe.stage.target import Target
+from meshpipe.stage.temporaries import temporary_bytes
 from meshpipe.stage.traced import TracedStage
 
 POLICIES = tuple(name for name in REMATS if name not in ("layer", "full"))
@@ -96,12 +97,12 @@ class _Traced:
         return self._works[id(stage.closed)]
 
 
-_Counts = tuple[Mapping[str, float], float]
-"""Operations of products by dtype, and bytes."""
+_Counts = tuple[Mapping[str, float], float, float]
+"""Operations of products by dtype, bytes that move, and bytes of temporaries."""
 
 
 def _count(program: ClosedJaxpr) -> _Counts:
-    return count_products(program), count_bytes(program)
+    return count_products(program), count_bytes(program), temporary_bytes(program)
 
 
 def _programs(stage: TracedStage) -> dict[Op, ClosedJaxpr]:
@@ -119,7 +120,6 @@ def _layer(place: int, one: _Traced, two: _Traced, parts: _Traced | None) -> Lay
     total = sum(parameter.nbytes for parameter in parameters)
     trained = sum(parameter.nbytes for parameter in parameters if parameter.is_trained)
     traffic = TensorTraffic() if parts is None else tensor_traffic(parts.stages["none"][place])
-    largest = max((v.aval for e in stage.closed.jaxpr.eqns for v in e.outvars), key=_nbytes, default=None)
     return LayerWork(
         kind=layer.class_name,
         programs={policy: _work(one.counts(policy, place), two.counts(policy, place)) for policy in POLICIES},
@@ -134,7 +134,6 @@ def _layer(place: int, one: _Traced, two: _Traced, parts: _Traced | None) -> Lay
         reduces_forward=traffic.forward,
         reduces_backward=traffic.backward,
         num_reduces=traffic.count,
-        largest=_nbytes(largest),
     )
 
 
@@ -143,8 +142,9 @@ def _work(one: Mapping[Op, _Counts], two: Mapping[Op, _Counts]) -> dict[Op, Prog
         op: ProgramWork(
             {dtype: Amount.through(count, two[op][0].get(dtype, count)) for dtype, count in operations.items()},
             Amount.through(moved, two[op][1]),
+            Amount.through(temporaries, two[op][2]),
         )
-        for op, (operations, moved) in one.items()
+        for op, (operations, moved, temporaries) in one.items()
     }
 
 
@@ -177,7 +177,3 @@ def _dim(axes: Sequence[str | None] | None, rules: Mapping[str, Rule], mesh_axis
 
 def _rows(value: Any, count: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((count, *value.shape[1:]), value.dtype)
-
-
-def _nbytes(aval: Any) -> float:
-    return float(prod(aval.shape) * aval.dtype.itemsize) if hasattr(aval, "dtype") else 0.0

@@ -31,6 +31,8 @@ class ProgramWork:
     """Floating-point operations of products, by the dtype of the operands."""
     memory: Amount = Amount()
     """Bytes read from memory and written to it."""
+    temporaries: Amount = Amount()
+    """Bytes that exist only while it runs."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,6 @@ class LayerWork:
     reduces_backward: float = 0.0
     num_reduces: int = 0
     """All-reduces of the tensor axis in forward; backward has about as many."""
-    largest: float = 0.0
-    """Bytes of the largest value that it computes, for each example, on a single device."""
 
     @property
     def is_split(self) -> bool:

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from meshpipe.choose.step_time import SECONDS_PER_ACTION
 from meshpipe.choose.step_prediction import ONCE, StepPrediction
+from meshpipe.choose.step_time import SECONDS_PER_ACTION
 from meshpipe.compiled.collectives import Collective
 from meshpipe.compiled.program import CompiledProgram
 from meshpipe.report.columns import Columns

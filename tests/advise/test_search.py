@@ -1,6 +1,7 @@
 """The search for layouts, on the work of a small language model and described machines."""
 
 from dataclasses import replace
+from math import prod
 
 import jax
 import pytest
@@ -57,8 +58,19 @@ def test_a_block_is_counted_as_its_formulas_say(work: ModelWork):
     assert block.optimizer_bytes == pytest.approx(2, rel=0.01)
 
 
-def test_no_layout_is_faster_than_its_bound(work: ModelWork):
-    by_arithmetic = estimator(work)
+def test_every_microbatch_reads_and_writes_the_accumulators(work: ModelWork):
+    accumulators = sum(2 * 4 * prod(p.shape) for p in work.parameters)
+    by_arithmetic = estimator(work, flops={"bfloat16": 1e30, "float32": 1e30}, memory_bandwidth=1.0, host_latency=0.0)
+    seconds = [
+        by_arithmetic.estimate(Layout(num_microbatches=count, remat="none")).parts["compute"] for count in (1, 2)
+    ]
+    weights = sum(layer.programs["none"][op].memory.fixed for layer in work.layers for op in (Op.FORWARD, Op.BACKWARD))
+    assert seconds[1] - seconds[0] == pytest.approx((accumulators + weights) / H100.efficiency["memory"], rel=0.01)
+
+
+@pytest.mark.parametrize("alone", [1.0, 4.0])
+def test_no_layout_is_faster_than_its_bound(work: ModelWork, alone: float):
+    by_arithmetic = estimator(work, alone=alone, devices_per_host=4)
     layouts = list(space(work, 4, remat="layer").layouts())
     assert len(layouts) > 100
     for layout in layouts:

@@ -7,9 +7,10 @@ this machine. The layouts are `--each` of every mesh and sharding, drawn by chan
 considers; the machine is described by what `meshpipe plan --measure-machine` measures, now, or into `--machine`. All
 layouts are compiled first, then take turns, so that noise of the machine meets all of them.
 
-Kendall's tau is 1 where both orders agree. How well the measurement knows its own order is shown by the tau between the
-fastest steps of its even and of its odd rounds: no estimate can agree much better with it. Pairs that these halves order
-alike are those that it can tell apart. Processor time is disturbed less by what else runs, and knows nothing of waiting.
+Kendall's tau is 1 where both orders agree. How well the measurement knows its own order is shown by the tau between
+the fastest steps of its even and of its odd rounds: no estimate can agree much better with it. Pairs that these halves
+order alike are those that it can tell apart. Processor time is disturbed less by what else runs, and knows nothing of
+waiting.
 """
 
 import argparse
