@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from meshpipe.accelerators import find_accelerators
 from meshpipe.cli.arguments import configure
 from meshpipe.cli.flags import changed_arguments
 from meshpipe.errors import ArgumentError, check_whole
@@ -137,6 +138,8 @@ def _here(config: "Config", extra: _AdviseFlags) -> tuple["TargetName", Sequence
 
     asked = count_here(extra.target)
     number = asked or config.mesh.num_devices
+    if not find_accelerators():
+        check_cpu_devices(number)  # before JAX starts with so many
     use_cpu_devices(min(number, most_cpu_devices()))
     devices = jax.devices()
     if devices[0].platform == "cpu":

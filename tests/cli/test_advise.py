@@ -134,7 +134,7 @@ def test_nothing_that_fits_exits_1(folder: Path, capsys: pytest.CaptureFixture[s
     [
         ([], "--target must say which devices to find a layout for. Got none."),
         (["--target", "here:many"], "--target here takes a number of devices, such as here:4."),
-        (["--target", "here:64000"], "with at most 4 virtual devices for each core. Got"),
+        (["--target", "here:9000"], "with at most 4 virtual devices for each core. Got"),
         (["--target", "gpu:h100"], "--target must say what machine, and how many devices"),
         (["--target", "gpu:h200:8", "--partition", "cost"], "advise settles --partition itself."),
         (["--target", "gpu:h100:8", "--schedule", "auto"], "--schedule must be one of gpipe, "),
