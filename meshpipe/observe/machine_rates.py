@@ -46,7 +46,8 @@ def measure_machine(name: str, devices: Sequence[jax.Device]) -> dict[str, Any]:
     peaks = {dtype: max(rate, (known.flops if known else {}).get(dtype, 0.0)) for dtype, rate in products.items()}
     peak_bandwidth = max(bandwidth, known.memory_bandwidth if known else 0.0)
     host_link = max(link or 0.0, known.host_link if known else 0.0) or bandwidth
-    busy = max(filter(None, (reduced, link)), default=None)
+    # Collectives take most of what links do: the share is theirs, where a single transfer may be faster.
+    share = None if reduced is None else min(1.0, reduced / host_link)
     return {
         "name": name,
         "platform": {"cuda": "gpu", "rocm": "gpu"}.get(first.platform, first.platform),
@@ -64,7 +65,7 @@ def measure_machine(name: str, devices: Sequence[jax.Device]) -> dict[str, Any]:
         "efficiency": {
             "products": min(products[dtype] / peaks[dtype] for dtype in DTYPES),
             "memory": bandwidth / peak_bandwidth,
-            "links": min(1.0, (busy / host_link)) if busy else known.efficiency["links"] if known else 1.0,
+            "links": share if share is not None else known.efficiency["links"] if known else 1.0,
             "network": known.efficiency["network"] if known else 1.0,
         },
         **({"alone": alone} if alone > 1 else {}),
