@@ -101,14 +101,23 @@ def test_schedules_and_placements_give_the_same_bits(name: str) -> None:
     assert bits(two) == expected
 
 
-DIFFERS = pytest.mark.xfail(reason="the loss differs in its last bit, for a reason that is not known yet", strict=False)
+FUSED = ("block residuals", "only the loss")
+"""Models whose last stage computes a layer and the loss in one loop of XLA where forward stores nothing, and may round
+otherwise."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=DIFFERS if name in ("block residuals", "only the loss") else ()) for name in MODELS],
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_recomputation_gives_the_same_bits(name: str) -> None:
-    expected = bits(trainer_of(name, make_mesh(4), **pipeline("1f1b")))
-    assert bits(trainer_of(name, make_mesh(4), **pipeline("1f1b", "full"))) == expected
+    """Of gradients and parameters always, of the loss where XLA does not fuse it with a layer."""
+    kept, kept_params = bits(trainer_of(name, make_mesh(4), **pipeline("1f1b")))
+    recomputed, params = bits(trainer_of(name, make_mesh(4), **pipeline("1f1b", "full")))
+    assert params == kept_params
+    (losses, norms), (expected, expected_norms) = (
+        np.frombuffer(b"".join(scalars), np.float32).reshape(-1, 2).T for scalars in (recomputed, kept)
+    )
+    assert norms.tobytes() == expected_norms.tobytes()
+    if name in FUSED:
+        np.testing.assert_array_max_ulp(losses, expected, maxulp=MICROBATCHES)
+    else:
+        assert losses.tobytes() == expected.tobytes()

@@ -10,7 +10,8 @@ Both sides reach the disk: a raw write ends with an fsync of its file, a save wi
 Both sides are dropped from the page cache before they are read. Raw files are written and read by one thread, in pieces
 of 1 MiB, as by `dd`. `raw write, early` has the disk begin with each piece at once, as a save does, and not only with
 the fsync. `raw read` reads everything into one buffer, which stays in the processor's cache; `raw read, kept` into as
-much new memory as a restore fills. A restore ends when all arrays are on their devices.
+much new memory as a restore fills, which is the fair comparison: restored arrays need memory of their own, which the
+system has to find and clear. A restore ends when all arrays are on their devices.
 
 Before each action as much memory as it can need is written to and freed: a virtual machine may have to get free memory
 back from its host, which takes longer than the action and would fall on whichever comes first. What a round has written
@@ -45,7 +46,7 @@ RATIOS = {
     "save": ("raw write", "save"),
     "held up": ("held up", "save"),
     "restore": ("raw read", "restore"),
-    "restore half": ("raw read, kept", "restore"),
+    "restore half": ("raw read, kept", "restore"),  # both of all bytes; the half has no ratio of its own
 }
 """By the row in which each stands, what is divided by what."""
 Times = dict[str, list[float]]
