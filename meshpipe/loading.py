@@ -78,7 +78,6 @@ def load(
     """
     reader = reader_of(directory)
     step = list_checkpoints(reader.directory)[-1] if step is None else step
-    saved = reader.leaves(step)
     device = host_device() if device is None else device
     if layers is None:
         if tied or train or merged or base is not None:
@@ -86,11 +85,26 @@ def load(
                 "`tied`, `train`, `merged` and `base` are for `layers`. Got them alone. Pass `layers`, or leave them "
                 "out."
             )
-        return _read(reader, step, _weights(step, saved), device)
-    metadata = reader.metadata(step)
+        return _read(reader, step, _weights(step, reader.leaves(step)), device)
     if isinstance(layers, str):
+        metadata = reader.metadata(step)
         model = saved_model(metadata, reader.directory, layers)
         layers, tied = with_lora(model.layers(), saved_lora(metadata, reader.directory)), (*model.tied(), *tied)
+    modules = _modules(reader, step, layers, tied, base, device, train)
+    return merge_lora(modules) if merged else modules
+
+
+def _modules(
+    reader: CheckpointReader,
+    step: int,
+    layers: Sequence[LayerLike],
+    tied: Sequence[Sequence[str]],
+    base: str | Path | None,
+    device: jax.Device,
+    train: bool,
+) -> list[Any]:
+    """New modules for these layers with the values of a step; arguments as those of `load`."""
+    saved, metadata = reader.leaves(step), reader.metadata(step)
     check_layers(layers)
     found = abstract_layers(layers, None)
     wanted = {f"params/{path}": leaf for layer in found for path, leaf in layer.params.items()}
@@ -108,7 +122,7 @@ def load(
     elif base is not None:
         raise ArgumentError(f"`base` is for checkpoints that hold only what was trained. Step {step} holds all.")
     seed = metadata.get("seed")
-    modules = modules_with(
+    return modules_with(
         found,
         values,
         (*groups, *shared_groups_of(found)),
@@ -116,7 +130,6 @@ def load(
         device=device,
         train=train,
     )
-    return merge_lora(modules) if merged else modules
 
 
 def _is_left_out(key: str, saved: Mapping[str, Any]) -> bool:

@@ -17,8 +17,9 @@ from meshpipe.choose.remat import settle_remat
 from meshpipe.choose.waiting import settle_waiting
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.arguments import check_layout, check_task
+from meshpipe.layers.choice import Choice
 from meshpipe.layers.stage_wiring import cut_wiring
-from meshpipe.layers.staged_model import Choice, StagedModel
+from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.mesh import MeshConfig, make_mesh, submeshes
 from meshpipe.phases import each

@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.generation.decoding_layers import SAMPLING_FIELDS, decoding_layers
+from meshpipe.layers.choice import Choice
 from meshpipe.layers.forwards import Forwards
 from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.microbatches import Microbatches
-from meshpipe.layers.staged_model import Choice, StagedModel
+from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.mesh import submeshes
 from meshpipe.pipeline.config import PipelineConfig

@@ -15,10 +15,11 @@ from meshpipe.generation.decoding_layers import with_last_call
 from meshpipe.generation.lengths import LEAST_BEGINNING, check_tokens, power_of_two
 from meshpipe.generation.scoring import COUNT, PLACES, TARGETS, Score, score_continuations
 from meshpipe.generation.staged_weights import StagedWeights
+from meshpipe.layers.choice import Choice
 from meshpipe.layers.forwards import Forwards
 from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.microbatches import Microbatches
-from meshpipe.layers.staged_model import Choice, StagedModel
+from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.mesh import DATA, submeshes
 from meshpipe.models.model import ModelConfig

@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meshpipe.errors import ArgumentError
+from meshpipe.layers.choice import Choice
 from meshpipe.layers.examine import abstract_layers
-from meshpipe.layers.staged_model import Choice, StagedModel
+from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.partition import partition_by_cost

@@ -21,7 +21,7 @@ from meshpipe.layers.fields import (
     parameters_of,
 )
 from meshpipe.layers.layer import Layer, LayerLike, Origin, leaves_of, stream_of_call, value_of
-from meshpipe.layers.modes import fixed, mode_keywords
+from meshpipe.layers.modes import mode_keywords, pinned
 from meshpipe.layers.paths import check_distinct, join
 from meshpipe.layers.shared import Groups, Variables, shared_groups, variables_of
 from meshpipe.layers.sown import without_values
@@ -88,7 +88,7 @@ def _at(path: str, layer: Layer) -> Layer:
         state={moved(leaf): shape for leaf, shape in layer.state.items()},
         axes={moved(leaf): names for leaf, names in layer.axes.items()},
         streams=tuple(map(moved, layer.streams)),
-        fixed=tuple(map(moved, layer.fixed)),
+        pinned=tuple(map(moved, layer.pinned)),
         once=tuple(map(moved, layer.once)),
     )
 
@@ -141,7 +141,7 @@ def _abstract(path: str, given: Any) -> tuple[Layer, nnx.Module]:
         fields={},
         optional=(),
         modes=(),
-        fixed=tuple(f"{join(path, key)}.{name}" for key, name in fixed(module)),
+        pinned=tuple(f"{join(path, key)}.{name}" for key, name in pinned(module)),
         streams=tuple(streams),
         draws=False,
         once=tuple(join(path, key) for key, _ in run_once_per_step(module)),

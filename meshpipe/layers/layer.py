@@ -78,7 +78,7 @@ class Layer:
     """Those of these keywords that have a default and were not asked for with `with_fields`."""
     modes: tuple[str, ...]
     """Keywords that tell the call whether it is training."""
-    fixed: tuple[str, ...]
+    pinned: tuple[str, ...]
     """Attributes that fix parts of the layer in evaluation mode, e.g. `layers/3/norm.use_running_average`."""
     streams: tuple[str, ...]
     """Paths of its random streams."""

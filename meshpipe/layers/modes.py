@@ -1,4 +1,4 @@
-"""Switches modules between training and evaluation by attributes and keywords, and keeps what a module has fixed."""
+"""Switches modules between training and evaluation by attributes and keywords, and keeps what a module has pinned."""
 
 from collections.abc import Iterable, Iterator
 from inspect import Parameter
@@ -23,7 +23,7 @@ _NONE = object()
 
 
 def set_mode(module: nnx.Module, train: bool) -> None:
-    """As `module.train()` or `module.eval()`, but what is True stays: a module fixed that in its constructor.
+    """As `module.train()` or `module.eval()`, but what is True stays: a module pinned that in its constructor.
 
     A module with a method of its own under that name has that called.
     """
@@ -40,8 +40,8 @@ def set_mode(module: nnx.Module, train: bool) -> None:
         setattr(node, name, True)
 
 
-def fixed(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """The parts of a module that are fixed in evaluation mode: path of the part, and the attribute that is True
+def pinned(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """The parts of a module that are pinned to evaluation mode: path of the part, and the attribute that is True
     there.
     """
     return ((path, name) for path, _, name in _fixed(module))
@@ -66,7 +66,7 @@ def mode_keywords(module: nnx.Module, parameters: Iterable[Parameter]) -> tuple[
 
 
 def told(module: nnx.Module, keywords: Iterable[str], train: bool) -> dict[str, bool]:
-    """Values for these keywords; what the module itself has fixed goes before the mode."""
+    """Values for these keywords; what the module itself has pinned goes before the mode."""
     values = mode_values(train)
     return {name: values[name] or _attribute(module, name) is True for name in keywords}
 

@@ -31,7 +31,7 @@ def _fields(layers: Sequence[Layer]) -> Iterator[str]:
 
 
 def _fixed(layers: Sequence[Layer]) -> Iterator[str]:
-    parts = [path.rpartition(".") for layer in layers for path in layer.fixed]
+    parts = [path.rpartition(".") for layer in layers for path in layer.pinned]
     for name, found in _grouped([(name, path) for path, _, name in parts]):
         yield f"Kept in training as the modules have it: {name}=True of {_some(found)}."
 

@@ -46,15 +46,12 @@ def stage_function(
     of it is named there, by class of the layer and name. Errors of layers, loss and metrics get a note with the layer's
     path and the shapes.
     """
-    streams, last = streams_of(layers), len(layers) - 1
-    stored = _stored_outputs(wiring, policies)
+    streams, last, stored = streams_of(layers), len(layers) - 1, _stored_outputs(wiring, policies)
 
     def run(params: Any, state: Any, values: tuple[Any, ...], batch: Any, randomness: Any) -> StageOutput:
         seed, paths, step, microbatch = randomness
         draws = Randomness(seed, step, microbatch, {path: paths[i] for i, path in enumerate(streams)})
-        made: dict[Output, Any] = {}
-        """The outputs of the layers so far."""
-
+        made: dict[Output, Any] = {}  # of the layers so far
         get = partial(_value_at, batch=batch, values=values, made=made)
 
         def call(index: int, params: Any, state: Any, value: Any) -> tuple[dict[Output, Any], Any, dict[str, Any]]:
@@ -69,7 +66,7 @@ def stage_function(
                 return own, after, of_sown
             # Inside of a checkpoint around the last layer, `made` does not have its outputs yet.
             named = [
-                {keyword: own[place] if place in own else get(place) for keyword, place in given}
+                {k: own[place] if place in own else get(place) for k, place in given}
                 for given in (wiring.loss, wiring.metrics)
             ]
             return {}, after, add_sums(of_sown, _sums(loss, metrics, value, batch, *named))
@@ -79,8 +76,8 @@ def stage_function(
             run_layer: Callable[..., tuple[dict[Output, Any], Any, dict[str, Any]]] = partial(call, index)
             if policies and policies[index] is not None:
                 run_layer = jax.checkpoint(run_layer, policy=policies[index])
-            owned = _part(params, layer.params), _part(state, layer.state)
-            own, after, of_layer = run_layer(*owned, get(wiring.inputs[index]))
+            value = get(wiring.inputs[index])
+            own, after, of_layer = run_layer(_part(params, layer.params), _part(state, layer.state), value)
             found = add_sums(found, of_layer)
             made |= {output: jax.tree.map(_stored, v) if output in stored else v for output, v in own.items()}
             state = {**state, **after}

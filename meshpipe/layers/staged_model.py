@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
+from meshpipe.layers.choice import Choice
 from meshpipe.layers.examine import abstract_layers, shared_parameters
 from meshpipe.layers.forwards import Forwards, check_rows
 from meshpipe.layers.layer import Layer, path_hash
@@ -33,9 +34,8 @@ from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.pipeline.remat import checkpoint_policy, remat_of_layers, remat_of_stages
 from meshpipe.plan.graph import Value
-from meshpipe.plan.layer_costs import ModelCosts
 from meshpipe.plan.lower import Program, lower
-from meshpipe.plan.plan import Op, Plan
+from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Costs
 from meshpipe.sharding import is_local, place, replicated
 from meshpipe.stage.compile_stages import compile_stages, ops_of_stages
@@ -43,17 +43,6 @@ from meshpipe.stage.programs import StagePrograms
 from meshpipe.stage.spec import Boundary, StageSpec, outputs_of
 from meshpipe.stage.target import Target
 from meshpipe.stage.traced import TracedStage
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A plan and a cut that were chosen for a model, where its config names a way to choose."""
-
-    plan: Plan
-    cuts: tuple[range, ...]
-    """The layers of every stage."""
-    costs: ModelCosts | None
-    """What the layers were found to cost; None where nothing was measured or given."""
 
 
 class StagedModel:
@@ -112,21 +101,26 @@ class StagedModel:
             stage_parameters(layers, submesh, self.rules, others)
             for layers, submesh in zip(self._layers_of, self._meshes, strict=True)
         ]
-        self._gathered = [
-            gathered_leaves(layers, self.rules) if self._splits_data else frozenset[str]() for layers in self._layers_of
-        ]
-        if self.rules.gathered and self._splits_data and not any(self._gathered):
-            raise ValueError(
-                "Fully sharded parameters must name an axis for the data axis to split. Got a model that names none of "
-                f"{', '.join(self.rules.gathered)}. Name it with nnx.with_partitioning, or keep parameters replicated, "
-                "as they are by default."
-            )
+        self._gathered = self._gathered_leaves()
         self.stages = tuple(
             StageInfo.of(s, self.plan.stage_ranks[s], self.cuts[s], owned) for s, owned in enumerate(self.parameters)
         )
         self.plan = self.plan.on(self._wired().graph)
         self.programs: dict[int, StagePrograms] = {}
         """Those of the local stages, once they are compiled."""
+
+    def _gathered_leaves(self) -> list[frozenset[str]]:
+        """For every stage, the paths of the leaves that `data` splits between steps."""
+        if not self._splits_data:
+            return [frozenset()] * len(self.cuts)
+        gathered = [gathered_leaves(layers, self.rules) for layers in self._layers_of]
+        if self.rules.gathered and not any(gathered):
+            raise ValueError(
+                "Fully sharded parameters must name an axis for the data axis to split. Got a model that names none of "
+                f"{', '.join(self.rules.gathered)}. Name it with nnx.with_partitioning, or keep parameters replicated, "
+                "as they are by default."
+            )
+        return gathered
 
     @property
     def _splits_data(self) -> bool:

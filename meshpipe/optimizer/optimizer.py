@@ -111,11 +111,11 @@ class Optimizer:
     def init(self, params: Mapping[int, Arrays]) -> dict[int, Any]:
         """Optax's state of every local stage, made on its submesh."""
         compiler = Compiler()
-        states = {}
+        opt_states = {}
         for index, leaves in params.items():
             program = self._programs.inits.get(index) or self._programs.compile_init(index, compiler)
-            states[index] = jax.tree.unflatten(jax.tree.structure(self.state_shapes[index]), program(leaves))
-        return states
+            opt_states[index] = jax.tree.unflatten(jax.tree.structure(self.state_shapes[index]), program(leaves))
+        return opt_states
 
     def reset(self) -> None:
         """Lets updates happen again after a step that was not finite."""
@@ -129,7 +129,7 @@ class Optimizer:
     def update(
         self,
         params: Mapping[int, Arrays],
-        states: Mapping[int, Any],
+        opt_states: Mapping[int, Any],
         gradients: Mapping[int, Arrays],
         before: Mapping[int, Arrays],
         after: Mapping[int, Arrays],
@@ -139,7 +139,7 @@ class Optimizer:
 
         Arguments:
             params: Parameters by local stage; donated.
-            states: Optimizer state by local stage; donated.
+            opt_states: Optimizer state by local stage; donated.
             gradients: Gradients of the summed loss, by local stage.
             before: Other state at the start of the step. What forward does not change is handed on as it is.
             after: Other state at the end of the step.
@@ -167,7 +167,7 @@ class Optimizer:
         results = {}
         for i, leaves in params.items():
             scale, applied, *_ = scalars[i]  # type: ignore[misc]
-            opt_state = jax.tree.leaves(states[i])
+            opt_state = jax.tree.leaves(opt_states[i])
             old, new = (tuple([state[i][k] for k in self._changing[i]]) for state in (before, after))
             read = tuple([before[i][k] for k in self._read_after_step[i]])
             results[i] = self._programs.updates[i](leaves, opt_state, gradients[i], old, new, scale, applied, read)
@@ -181,9 +181,9 @@ class Optimizer:
         )
         new_params, leaves_of = ({i: r[k] for i, r in results.items()} for k in range(2))
         new_state = {i: replaced(before[i], self._changing[i], r[2]) for i, r in results.items()}
-        new_states = {i: jax.tree.unflatten(jax.tree.structure(states[i]), new) for i, new in leaves_of.items()}
+        new_opt_states = {i: jax.tree.unflatten(jax.tree.structure(opt_states[i]), new) for i, new in leaves_of.items()}
         self.finite = {i: r[3] for i, r in results.items()}
-        return new_params, new_states, new_state, Scalars(loss, norm, self.good, applied, terms, metrics)
+        return new_params, new_opt_states, new_state, Scalars(loss, norm, self.good, applied, terms, metrics)
 
 
 def parent(stage: int, num_stages: int) -> int:

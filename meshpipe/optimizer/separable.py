@@ -28,8 +28,8 @@ def kinds_and_frozen(
     """What `kinds_of_updates` returns, and the paths of parameters whose gradient reaches no update, now or later, as
     those that `optax.set_to_zero` gets.
     """
-    start, state, update, shapes = _trace(transformation, stages)
-    return _kinds(start, state, update, shapes, stages), _frozen(update, state, stages)
+    start, opt_state, update, shapes = _trace(transformation, stages)
+    return _kinds(start, opt_state, update, shapes, stages), _frozen(update, opt_state, stages)
 
 
 def kinds_of_updates(transformation: optax.GradientTransformation, stages: Sequence[ShapesByPath]) -> list[Hashable]:
@@ -49,20 +49,20 @@ def _trace(
     """Optax on the whole model: its start, the state's shapes, its update, and what that returns."""
     params = _shapes(stages)
     with start_of_optimizer(params):
-        start, state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
+        start, opt_state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
     with call_of_optimizer():
-        update, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, state, params)
-    return start, state, update, shapes
+        update, shapes = jax.make_jaxpr(transformation.update, return_shape=True)(params, opt_state, params)
+    return start, opt_state, update, shapes
 
 
 def _shapes(stages: Sequence[ShapesByPath]) -> dict[str, jax.ShapeDtypeStruct]:
     return {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
 
 
-def _frozen(update: ClosedJaxpr, state: Any, stages: Sequence[ShapesByPath]) -> frozenset[str]:
+def _frozen(update: ClosedJaxpr, opt_state: Any, stages: Sequence[ShapesByPath]) -> frozenset[str]:
     paths = sorted(_shapes(stages))  # the order of a dict's leaves
     own: list[frozenset[str]] = [frozenset((path,)) for path in paths]
-    kept: list[frozenset[str]] = [frozenset()] * len(jax.tree.leaves(state))
+    kept: list[frozenset[str]] = [frozenset()] * len(jax.tree.leaves(opt_state))
     while True:
         reached = _dependencies(update.jaxpr, [*own, *kept, *([frozenset()] * len(paths))])
         updates, after = reached[: len(paths)], reached[len(paths) :]
@@ -73,15 +73,15 @@ def _frozen(update: ClosedJaxpr, state: Any, stages: Sequence[ShapesByPath]) -> 
 
 
 def _kinds(
-    start: ClosedJaxpr, state: Any, update: ClosedJaxpr, shapes: Any, stages: Sequence[ShapesByPath]
+    start: ClosedJaxpr, opt_state: Any, update: ClosedJaxpr, shapes: Any, stages: Sequence[ShapesByPath]
 ) -> list[Hashable]:
     if len(stages) < 2:
         return [None] * len(stages)
     params = _shapes(stages)
-    _check_separable(update, shapes, stages, params, state)
+    _check_separable(update, shapes, stages, params, opt_state)
     places = [{path: number for number, path in enumerate(stage)} for stage in stages]
-    starts = _parts_of_stages(inline(start), (params,), state, places)
-    updates = _parts_of_stages(inline(update), (params, state, params), shapes, places)
+    starts = _parts_of_stages(inline(start), (params,), opt_state, places)
+    updates = _parts_of_stages(inline(update), (params, opt_state, params), shapes, places)
     return [None if None in parts else parts for parts in zip(starts, updates, strict=True)]
 
 
@@ -95,8 +95,8 @@ def describe_updates(
     text = repr(kinds)
     if None in kinds:
         params = {path: jax.ShapeDtypeStruct(s.shape, s.dtype) for stage in stages for path, s in stage.items()}
-        start, state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
-        update = jax.make_jaxpr(transformation.update)(params, state, params)
+        start, opt_state = jax.make_jaxpr(transformation.init, return_shape=True)(params)
+        update = jax.make_jaxpr(transformation.update)(params, opt_state, params)
         text = f"{start} {update} {digest([*start.consts, *update.consts])}"
     numbers = {float(number) for number in _NUMBER.findall(text)}
     return {
@@ -193,7 +193,7 @@ def _equations_of_stages(jaxpr: Jaxpr, wanted: Sequence[Sequence[Any]]) -> list[
 
 
 def _check_separable(
-    update: ClosedJaxpr, shapes: Any, stages: Sequence[ShapesByPath], params: ShapesByPath, state: Any
+    update: ClosedJaxpr, shapes: Any, stages: Sequence[ShapesByPath], params: ShapesByPath, opt_state: Any
 ) -> None:
     stage_of = {path: index for index, stage in enumerate(stages) for path in stage}
     if _draws_random_numbers(update.jaxpr):
@@ -203,7 +203,7 @@ def _check_separable(
         )
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     sources = [frozenset((stage_of[path[0].key],)) for path in paths]
-    reached = _dependencies(update.jaxpr, [*sources, *([frozenset()] * len(jax.tree.leaves(state))), *sources])
+    reached = _dependencies(update.jaxpr, [*sources, *([frozenset()] * len(jax.tree.leaves(opt_state))), *sources])
     for (path, _), found in zip(jax.tree_util.tree_flatten_with_path(shapes)[0], reached, strict=True):
         if len(found) > 1:
             raise ValueError(

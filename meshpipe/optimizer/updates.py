@@ -75,8 +75,8 @@ class UpdatePrograms:
             update_tree = self._update(stage)
 
             def update(params, leaves, *arguments):  # type: ignore[no-untyped-def]
-                changed, new_state, *others = update_tree(params, jax.tree.unflatten(treedef, leaves), *arguments)
-                return changed, jax.tree.leaves(new_state), *others
+                changed, new_opt_state, *others = update_tree(params, jax.tree.unflatten(treedef, leaves), *arguments)
+                return changed, jax.tree.leaves(new_opt_state), *others
 
             gradients = _accumulators(stage)
             everywhere = replicated(stage.mesh)
@@ -188,7 +188,7 @@ class UpdatePrograms:
                 if path in owned
             }
             with call_of_optimizer():
-                updates, new_state = self.transformation.update(scaled, opt_state, owned)
+                updates, new_opt_state = self.transformation.update(scaled, opt_state, owned)
             new = {**named, **optax.apply_updates(owned, updates)}
             if stage.after_step is not None:
                 state = dict(zip((*stage.changing, *stage.read_after_step), (*after, *read), strict=True))
@@ -199,7 +199,7 @@ class UpdatePrograms:
 
             changed = keep(tuple(new[p] for p in stage.params), params)
             finite = jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in changed])) if changed else jnp.bool_(True)
-            return changed, keep(new_state, opt_state), keep(after, before), finite
+            return changed, keep(new_opt_state, opt_state), keep(after, before), finite
 
         return update
 

@@ -162,10 +162,10 @@ class _Search:
         if stage == len(self.ranks):
             self.edges, self.best = edges, (max(loads), slowest)
             return
-        state = (stage, start, *loads, slowest)
-        if state in self.seen:
+        case = (stage, start, *loads, slowest)
+        if case in self.seen:
             return
-        self.seen.add(state)
+        self.seen.add(case)
         rank, left = self.ranks[stage], len(self.ranks) - stage - 1
         for stop in range(start + 1, num_layers - left + 1) if left else (num_layers,):
             self.tried += 1

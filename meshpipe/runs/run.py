@@ -107,11 +107,7 @@ def conduct(
             train_batches, held_out = _open_data(config, start, group)
         files.enter_context(closing(train_batches))
         trackers = files.enter_context(started_trackers(config, recipe, start))
-        checkpointer = None
-        if config.checkpoint.checkpoint_dir is not None:
-            directory, keep = config.checkpoint.checkpoint_dir, config.checkpoint.checkpoint_keep
-            checkpointer = files.enter_context(Checkpointer(directory, keep=keep))
-            guard.undo.append(checkpointer.abandon)
+        checkpointer = _checkpointer(config, files, guard)
         trainer = _make_trainer(config, recipe, start, checkpointer, train_batches, console)
         if start is not None:
             _tell_start(start, config, checkpointer, console)
@@ -135,6 +131,16 @@ def conduct(
                 guard.fail(loop.error)
             barrier("meshpipe/end", END_SECONDS)  # process 0 serves the key-value store until all are here
         return Ended(status, loop.good_step, loop.error, loop.values, loop.saved_step, trainer)
+
+
+def _checkpointer(config: Config, files: ExitStack, guard: Guard) -> Checkpointer | None:
+    """What saves the run, where it is to be saved; closed with `files`."""
+    directory, keep = config.checkpoint.checkpoint_dir, config.checkpoint.checkpoint_keep
+    if directory is None:
+        return None
+    checkpointer = files.enter_context(Checkpointer(directory, keep=keep))
+    guard.undo.append(checkpointer.abandon)
+    return checkpointer
 
 
 def _left_out_base(config: Config, trainer: Trainer, start: Start | None) -> Base | None:

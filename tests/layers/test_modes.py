@@ -49,7 +49,7 @@ def test_what_is_true_stays(train: bool, average: bool | None, deterministic: bo
     assert dropped == (train and deterministic is not True)
     assert moved == (train and average is not True)
     names = {"layers/0/inner/drop.deterministic"} if deterministic else set()
-    assert set(layer.fixed) == names | ({"layers/0/blocks/0.use_running_average"} if average else set())
+    assert set(layer.pinned) == names | ({"layers/0/blocks/0.use_running_average"} if average else set())
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_is_true_stays(train: bool, average: bool | None, deterministic: bo
 def test_a_module_that_its_owner_switched_stays_so(fix: Any) -> None:
     layer = layer_of(fix(Net(nnx.Rngs(0))))
     _, after = call(layer_of(lambda rngs: fix(Net(rngs))), train=True)
-    assert "layers/0/blocks/0.use_running_average" in layer.fixed
+    assert "layers/0/blocks/0.use_running_average" in layer.pinned
     assert not np.asarray(after["layers/0/blocks/0/mean"]).any()
 
 

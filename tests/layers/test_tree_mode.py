@@ -84,7 +84,7 @@ def test_switches_of_shared_modules_are_seen_in_tree_mode() -> None:
 
     with nnx.set_graph_mode(False):
         (layer,) = abstract_layers([Fixed], ())
-    assert layer.fixed == ("layers/0/norm.use_running_average",)
+    assert layer.pinned == ("layers/0/norm.use_running_average",)
     assert len(layer.params) == 2
 
 
