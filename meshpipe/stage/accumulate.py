@@ -33,6 +33,7 @@ class AccumulatedOutputs:
     def can_stay_unreduced(self, target: int) -> bool:
         """Whether what is added to this accumulator, if anything, can be computed as partial sums."""
         available = self._partial.available if self._partial is not None else ()
+        # Only as a whole: the buffer has either one partial sum per part of the axis, or one sum.
         return all(output in available for output, other in self._targets.items() if other == target)
 
     def function(self, unreduced: Set[int]) -> Callable[..., list[Any]]:
@@ -94,6 +95,7 @@ class Accumulators:
 
     def reduce(self, accumulators: Arrays) -> Arrays:
         """Sums over the data axis; XLA's partitioner turns that into the all-reduce."""
+        # The first dim is split over the axis, one partial sum on each part of it.
         return tuple(a.sum(0) if i in self.unreduced else a for i, a in enumerate(accumulators))
 
 

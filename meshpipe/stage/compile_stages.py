@@ -56,6 +56,7 @@ def compile_stages(
     unit = "stage" if len(originals) == len(traced) else "kind of stage"
     with phase(what, unit, len(originals)) as compiling, ThreadPoolExecutor(THREADS) as pool:
         building = {stage.spec.index: pool.submit(build, stage) for stage in originals}
+        # After the stages: these take longest, and a thread that is free takes the next in order.
         others = [pool.submit(task) for task in also]
         built = {index: future.result() for index, future in building.items()}
         copies = list(pool.map(copied, traced.values()))

@@ -53,6 +53,8 @@ def _differentiated(stage: TracedStage) -> set[Var]:
     """The values of a stage's trace that have a gradient, also those that are computed once per step."""
     if not stage.spec.has_backward:
         return set()
+    # In the whole trace, since forward takes what is computed once per step (a cast to bfloat16) as an input, from
+    # which it could not be told that it depends on parameters.
     found = {*stage.param_vars, *(stage.x_vars[i] for i in stage.differentiable_x)}
     _count(stage.closed.jaxpr, found)
     return found
@@ -71,6 +73,7 @@ def _count(jaxpr: Jaxpr, found: set[Var]) -> tuple[Counts, list[bool]]:
             inside = {str(jnp.promote_types(left, right)): product * _times(equation, of_operands)}
         for dtype, operations in inside.items():
             counts[dtype] = counts.get(dtype, 0.0) + operations
+        # Integers have no gradient, whatever they depend on.
         made = zip(equation.outvars, of_outputs, strict=True)
         found.update(v for v, has in made if has and jnp.issubdtype(cast(Any, v.aval).dtype, jnp.inexact))
     return counts, [isinstance(v, Var) and v in found for v in jaxpr.outvars]

@@ -129,6 +129,7 @@ def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> Sta
         for program in vars(part).values() if part is not None else ():
             if isinstance(program, Compiled):
                 copies[id(program)] = compiler.copy(program, target)
+    # A stage that must compile one by itself needs a trace of its own, and compiles all from that.
     if None in copies.values():
         return None
 
@@ -285,6 +286,7 @@ def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compi
     def backward(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Values]:
         flat = run(*jax.tree.leaves(arguments))
         gradients, into_x = flat[: len(accumulators)], flat[len(accumulators) :]
+        # Added inside of the program, where XLA fuses the sum with what computes a gradient, and writes in place.
         return sums.add(accumulators, dict(enumerate(gradients))), _like_values(stage.x_gradients, into_x)
 
     results = (sums.shardings, tuple(map(_shardings, stage.x_gradients)))

@@ -11,6 +11,7 @@ from meshpipe.stage.residuals import values_not_written
 def has_checkpoint(program: ClosedJaxpr | Jaxpr) -> bool:
     """Whether a program has a checkpoint, perhaps in a nested `jit`; those of loops do not count."""
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    # A loop stays whole (`inline`), and so do the checkpoints inside it.
     calls = [e for e in jaxpr.eqns if e.primitive.name in CALL_PRIMITIVES]
     return any(e.primitive.name in CHECKPOINT_PRIMITIVES or has_checkpoint(e.params["jaxpr"]) for e in calls)
 
@@ -53,6 +54,7 @@ def _peak(jaxpr: Jaxpr, size: Callable[[Var], int]) -> int:
         for value in equation.outvars:
             if value in last and value not in unwritten and value not in outputs:
                 held += size(value)
+                # Freed after the equation that reads it last, whose own results need room beside it.
                 ends[last[value]] = ends.get(last[value], 0) + size(value)
         most = max(most, held + max((_peak(inner, size) for inner in jaxprs_in_params(equation.params)), default=0))
         held -= ends.pop(index, 0)

@@ -18,6 +18,7 @@ def reuse(program: ClosedJaxpr, other: ClosedJaxpr, inputs: Sequence[Var], resul
     numbers: dict[Var, int] = {}
     known: dict[Hashable, list[int]] = {}
     for number, pair in enumerate(zip(inputs, other.jaxpr.invars, strict=True)):
+        # The two programs were traced apart, so the same input is another variable in each.
         numbers.update(dict.fromkeys(pair, number))
     for equation in other.jaxpr.eqns:
         key = _key(equation, numbers)
@@ -32,6 +33,7 @@ def reuse(program: ClosedJaxpr, other: ClosedJaxpr, inputs: Sequence[Var], resul
     for equation in program.jaxpr.eqns:
         found = known.get(_key(equation, numbers), [])
         numbers.update(zip(equation.outvars, found, strict=False))
+        # Not every value of the other program is among its outputs. What it computed on the way must be computed again.
         if found and all(number in given for number in found):
             instead.update((v, given[number]) for v, number in zip(equation.outvars, found, strict=True))
         else:
@@ -51,6 +53,7 @@ def _key(equation: JaxprEqn, numbers: dict[Var, int]) -> Hashable:
             operands.append(numbers[atom])
         else:
             return None
+    # Programs held by an equation print equal if they are; as objects they never are.
     return None if equation.effects else (equation.primitive.name, str(equation.params), tuple(operands))
 
 

@@ -96,6 +96,7 @@ class Boundary:
 
     def __init__(self, value: Any):
         self.leaves, self.treedef = jax.tree.flatten(value)
+        # Gradients of integers have a dtype of their own in JAX (float0), and nothing to move.
         self.differentiable = tuple(i for i, leaf in enumerate(self.leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact))
 
     @property

@@ -26,6 +26,7 @@ class SplitBackward:
     """
 
     def __init__(self, closed: ClosedJaxpr, num_parameters: int, num_step_inputs: int):
+        # A call is one equation, and would fall into one of the parts as a whole.
         self.closed = closed = inline(closed)
         jaxpr = closed.jaxpr
         self._weight_gradients: list[Var | Literal] = list(jaxpr.outvars[:num_parameters])
@@ -43,6 +44,8 @@ class SplitBackward:
         self.crossing = [v for v in kept if v not in microbatch_inputs]
         """Values that the input part computes for the weight part. They live from one to the other."""
         late = [self._weight_gradients[i] for i in self.late]
+        # What the weight part does not reach, of the residuals above all, is freed after the input part: that keeps the
+        # memory of a split backward close to that of a whole one.
         reached = set(_first_reached(closed, late, {*self.crossing, *jaxpr.invars}))
         self.carried = tuple(i for i, v in enumerate(microbatch_inputs) if v in reached)
         """Which of the microbatch's inputs the weight part reads again, and so keeps alive."""
@@ -103,6 +106,7 @@ def _first_reached(closed: ClosedJaxpr, outputs: Sequence[Var | Literal], stops:
     needed = set(variables(outputs))
     for equation in reversed(closed.jaxpr.eqns):
         wanted = [v for v in equation.outvars if v in needed and v not in stops]
+        # Nothing behind a stored value is needed for it, so the walk does not go on from there.
         if wanted:
             needed.update(variables(equation.invars))
     order = [*closed.jaxpr.invars, *(v for e in closed.jaxpr.eqns for v in e.outvars)]
