@@ -28,3 +28,6 @@ class Reference:
     The longest path counts. Not needed for layers that are submodules of the model, nor where shapes and the ends of
     paths tell.
     """
+    adapter_scale: float | None = None
+    """What the product of the two factors of each adapter of the layers is multiplied with before it is added to the
+    kernel: `alpha / rank` of `meshpipe.lora`. The model itself has no adapters. None where the layers have none."""

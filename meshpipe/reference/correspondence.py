@@ -87,8 +87,8 @@ def _paths_of(index: int, layer: nnx.Module, paths: Sequence[str]) -> dict[str, 
     """The variables of a ready-made layer by their leaf paths, else in the order of leaves: parameters first."""
     variables = _variables(layer)
     named = {f"layers/{index}/{text(key)}": variable for key, variable in variables.items()}
-    if set(named) == set(paths) and len(named) == len(variables):
-        return named
+    if set(paths) <= set(named) and len(named) == len(variables):  # adapters are not looked for
+        return {path: named[path] for path in paths}
     ordered = sorted(variables.values(), key=lambda variable: not trains(variable))
     return dict(zip(paths, ordered, strict=True))
 

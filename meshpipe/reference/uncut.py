@@ -20,8 +20,9 @@ class UncutModel:
     `params` and `state` are the leaves of the layers, in the order of the layers; those that are `frozen` have no
     gradient. A leaf of the model that no layer has
     keeps its own value, and the path that it has in the model, in parentheses, as its name. `named` are the outputs
-    that the loss reads by name. Raises `ValueError` when a leaf of the layers corresponds to none of the model, or a
-    path names nothing.
+    that the loss reads by name. Adapters of the layers are added to the kernels of the model, so that nothing of how
+    the layers compute them is used. Raises `ValueError` when a leaf of the layers corresponds to none of the model, or
+    a path names nothing.
     """
 
     def __init__(
@@ -50,15 +51,27 @@ class UncutModel:
             self._graphdef, structure = nnx.split(model)
         self._variables = dict(nnx.to_flat_state(structure))
         own = {k: v for k, v in self._variables.items() if not isinstance(v, nnx.RngState)}
-        places = correspond(model, own, layers, {**params, **state}, reference.paths, tied)
+        leaves = {**params, **state}
+        adapters = {} if reference.adapter_scale is None else adapters_of(leaves)
+        factors = {path for pair in adapters.values() for path in pair}
+        base = {path: leaf for path, leaf in leaves.items() if path not in factors}
+        places = correspond(model, own, layers, base, reference.paths, tied)
         owners: dict[Key, str] = {}
         for path, (key, _) in places.items():
             owners.setdefault(key, path)
         self._names = {key: owners.get(key, f"({text(key)})") for key in own}
         copies = {self._names[k]: jnp.copy(jax.device_put(_array(v), jax.devices()[0])) for k, v in own.items()}
-        self.names: Mapping[str, str] = {path: self._names[key] for path, (key, _) in places.items()}
+        owned_by = {path: group[0] for group in tied for path in group[1:]}
+        self.names: Mapping[str, str] = {
+            **{path: self._names[key] for path, (key, _) in places.items()},
+            **{path: owned_by.get(path, path) for path in factors},
+        }
         params_of = frozenset(self._names[key] for key, variable in own.items() if trains(variable))
-        self.trained = params_of.difference(self.names[path] for path in frozen)
+        trained = params_of.union(self.names[path] for path in factors)
+        self.trained = trained.difference(self.names[path] for path in frozen)
+        self._scale = reference.adapter_scale
+        self._adapters = {self.names[kernel]: tuple(self.names[p] for p in pair) for kernel, pair in adapters.items()}
+        """By name of a kernel, those of the two factors of what is added to it."""
         self.initial: Leaves = {
             self.names[path]: copies[self.names[path]] for path, (_, same) in places.items() if same
         }
@@ -76,7 +89,7 @@ class UncutModel:
                     f"not have. Got a model that draws from {text(key[:-1])}. Set the rate of dropout to 0 in the "
                     "layers and the reference; without `reference`, verify compares dropout too."
                 )
-        written = {name: _array(after[key]) for key, name in self._names.items() if key in after}
+        written = {n: _array(after[k]) for k, n in self._names.items() if k in after and n not in self._adapters}
         return self._loss_inputs(output, _terms(sown)), written
 
     def _loss_inputs(self, output: Any, terms: Mapping[str, Any]) -> LossInputs:
@@ -100,17 +113,47 @@ class UncutModel:
             if hasattr(part, "after_step"):
                 part.after_step()
         after = dict(nnx.to_flat_state(nnx.state(model)))
-        return {name: _array(after[key]) for key, name in self._names.items() if name in state}
+        return {
+            name: _array(after[key])
+            for key, name in self._names.items()
+            if name in state.keys() - self._adapters.keys()
+        }
 
     def _made(self, values: Leaves) -> nnx.Module:
         variables = []
+        for name, (a, b) in self._adapters.items():
+            kernel = values[name]
+            change = jnp.reshape(jnp.tensordot(values[a], values[b], 1) * self._scale, kernel.shape)
+            values = {**values, name: kernel + change.astype(kernel.dtype)}
         for key, variable in self._variables.items():
             value = values[self._names[key]] if key in self._names else _array(variable)
             variables.append((key, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
         return nnx.merge(self._graphdef, nnx.from_flat_state(variables))
 
     def describe(self) -> str:
-        return f"the uncut {self._class_name}"
+        return f"the uncut {self._class_name}" + (", adapters in its kernels" if self._adapters else "")
+
+
+def adapters_of(leaves: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """By the path of a kernel among the leaves, the paths of the two factors of its adapter."""
+    found = {}
+    for path in leaves:
+        module, _, factor = path.rpartition("/lora/")
+        kernel = next((k for name in ("kernel", "embedding") if (k := f"{module}/{name}") in leaves), None)
+        if factor == "lora_a" and kernel is not None:
+            found[kernel] = path, f"{module}/lora/lora_b"
+    return found
+
+
+def adapters_add_to_kernels(leaves: Mapping[str, Any]) -> bool:
+    """Whether the product of the factors of every adapter is a change of its kernel: not where some of its dims are
+    neither inputs nor outputs, or outputs come first.
+    """
+    return all(
+        (*leaves[a].shape[:-1], *leaves[b].shape[1:]) == leaves[kernel].shape
+        and leaves[a].shape[-1] == leaves[b].shape[0]
+        for kernel, (a, b) in adapters_of(leaves).items()
+    )
 
 
 def _terms(sown: nnx.State) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, SupportsFloat
 
 import jax
@@ -29,7 +30,7 @@ from meshpipe.reference.comparison import Comparison, VerifyReport
 from meshpipe.reference.layered import LayeredModel
 from meshpipe.reference.plain import PlainModel, PlainTraining, Values
 from meshpipe.reference.snapshot import Snapshot, overwrite, record_gradients, snapshot
-from meshpipe.reference.uncut import UncutModel
+from meshpipe.reference.uncut import UncutModel, adapters_add_to_kernels
 from meshpipe.sharding import PRESETS, ShardingRules
 from meshpipe.trainer import Trainer
 
@@ -120,7 +121,8 @@ def verify(
 def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
     """`verify` for a recipe's config, on the first batches that it would train on, with the reference of its model.
 
-    That has no adapters: a model with some is compared with its own layers.
+    Adapters are added to the kernels of the reference. Where they drop inputs, or a kernel has dims that are neither
+    inputs nor outputs, a model with adapters is compared with its own layers.
     """
     if config.optimizer.groups:
         task = config.task()
@@ -140,9 +142,17 @@ def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
         trainable=config.trainable,
         rules=PRESETS[config.sharding],
         compile_cache=config.compile_cache,
-        reference=None if config.lora.rank else config.model.reference(),
+        reference=_reference(config),
         check_memory=not config.force,
     )
+
+
+def _reference(config: Config) -> Reference | None:
+    reference, lora = config.model.reference(), config.lora
+    if reference is None or not lora.rank:
+        return reference
+    scale = lora.alpha / (lora.rank**0.5 if lora.rank_stabilised else lora.rank)
+    return None if lora.dropout else replace(reference, adapter_scale=scale)
 
 
 class _Verification:
@@ -265,7 +275,8 @@ def _plain_model(
     seed: int,
 ) -> PlainModel:
     tied = trainer.model.tied
-    if reference is None:
+    scaled = isinstance(reference, Reference) and reference.adapter_scale is not None
+    if reference is None or (scaled and not adapters_add_to_kernels({**trainer.params, **trainer.state})):
         made = abstract_layers(layers, trainer.model.microbatches.shapes)
         whole = [layer.freezing(own.frozen) for layer, own in zip(made, trainer.model.layers, strict=True)]
         return LayeredModel(whole, trainer.model.wiring, seed=seed, tied=tied)

@@ -158,14 +158,21 @@ def uncut() -> Config:
 """
 
 
-@pytest.mark.parametrize(("scale", "code"), [("1.0", 0), ("1.1", 1)])
+@pytest.mark.parametrize(
+    ("scale", "code", "flags", "model"),
+    [
+        ("1.0", 0, "", "the uncut Stack"),
+        ("1.1", 1, "", "the uncut Stack"),
+        ("1.0", 0, "--lora.rank 2 --lora.rank-stabilised", "the uncut Stack, adapters in its kernels"),
+    ],
+)
 def test_verify_compares_with_the_reference_of_a_recipe(
-    in_process: Path, capsys: pytest.CaptureFixture[str], scale: str, code: int
+    in_process: Path, capsys: pytest.CaptureFixture[str], scale: str, code: int, flags: str, model: str
 ) -> None:
     (in_process / "recipes" / "uncut.py").write_text(RECIPES.read_text() + UNCUT.replace("SCALE", scale))
-    assert main(["verify", "uncut:uncut", "--updates", "1"]) == code
+    assert main(["verify", "uncut:uncut", "--updates", "1", *flags.split()]) == code
     captured = capsys.readouterr()
-    assert "Compared over 1 update with plain training of the uncut Stack on one device." in captured.out
+    assert f"Compared over 1 update with plain training of {model} on one device." in captured.out
     assert ("differs in update 1" in captured.err) == bool(code)
 
 

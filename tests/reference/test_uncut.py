@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from meshpipe import PipelineConfig, Reference, make_mesh, verify
+from meshpipe import PipelineConfig, Reference, lora, make_mesh, verify
 
 WIDTH, VOCABULARY = 4, 8
 RNG = np.random.default_rng(0)
@@ -307,6 +307,21 @@ def test_a_wrong_initial_value_is_found():
         patch.setattr(TiedLeaves, "share_values", spoil)
         found = report(layers, model, loss=squares, batches=VECTORS[:1])
     assert (0, "initial parameter", "layers/0/kernel") in wrong(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "is_equal"), [(4.0, True), (2.0, False)])
+def test_adapters_are_added_to_the_kernels_of_the_model(scale, is_equal):
+    """Of ready-made layers, which share their variables with the model; trained with another scale, they differ."""
+    part, last = dense(nnx.Rngs(0)), dense(nnx.Rngs(1))
+    layers = lora([part, last], rank=2, alpha=8.0, targets=["layers/1"])
+    found = report(
+        layers, Reference(Uncut(part, last), adapter_scale=scale), loss=squares, batches=VECTORS, optimizer=optax.sgd(1)
+    )
+    assert found.reference == "the uncut Uncut, adapters in its kernels"
+    assert (found.first is None) == is_equal
+    if not is_equal:
+        assert (1, "gradient", "layers/1/lora/lora_b") in wrong(found)
 
 
 def test_dropout_is_refused_and_said_why():
