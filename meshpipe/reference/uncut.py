@@ -69,7 +69,7 @@ class UncutModel:
         params_of = frozenset(self._names[key] for key, variable in own.items() if trains(variable))
         trained = params_of.union(self.names[path] for path in factors)
         self.trained = trained.difference(self.names[path] for path in frozen)
-        self._scale = reference.adapter_scale
+        self._scale = reference.adapter_scale or 0.0
         self._adapters = {self.names[kernel]: tuple(self.names[p] for p in pair) for kernel, pair in adapters.items()}
         """By name of a kernel, those of the two factors of what is added to it."""
         self.initial: Leaves = {
