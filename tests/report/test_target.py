@@ -56,7 +56,7 @@ def test_times_follow_from_operations_and_the_machine(prediction: StepPrediction
     assert prediction.step_seconds > prediction.timeline.makespan > 0
     assert prediction.throughput == pytest.approx(64 / prediction.step_seconds)
     count = prediction.timeline.plan.num_microbatches
-    assert sum(prediction.flops.values()) == pytest.approx(3 * count * 4 * 2 * 4 * WIDTH * WIDTH)
+    assert sum(prediction.flops.values()) == pytest.approx((3 * 4 - 1) * count * 2 * 4 * WIDTH * WIDTH)
     least = sum(prediction.flops.values()) / 1e6 / 2
     assert prediction.utilisation == pytest.approx(least / prediction.step_seconds)
     assert 0.2 < prediction.utilisation < 1
