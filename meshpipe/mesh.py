@@ -112,7 +112,12 @@ def on_cpu(mesh: Mesh) -> bool:
 
 def is_described(mesh: Mesh) -> bool:
     """Whether the devices are only described: programs can be compiled for them, and nothing can run there."""
-    return getattr(mesh.devices.flat[0].client, "runtime_type", None) == "compile_only_runtime"
+    return is_described_device(mesh.devices.flat[0])
+
+
+def is_described_device(device: jax.Device) -> bool:
+    """The same of one device."""
+    return getattr(device.client, "runtime_type", None) == "compile_only_runtime"
 
 
 def use_cpu_devices(count: int) -> None:

@@ -67,6 +67,11 @@ class StepPrediction:
         return max(self.ranks, key=lambda rank: rank.total)
 
     @property
+    def refused(self) -> tuple[CompiledProgram, ...]:
+        """The programs that the compiler refuses for their size; nothing is known of their times."""
+        return tuple(program for program in self.programs if program.is_refused)
+
+    @property
     def missing(self) -> int:
         """Bytes by which the fullest device is too small; 0 if everything fits."""
         return max(0, self.fullest.total - self.hardware.memory_bytes)

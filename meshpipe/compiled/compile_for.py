@@ -31,8 +31,8 @@ def compile_for(
         clip_norm: As in the trainer; it does not change what is compiled but for a scalar.
         compiler: What compiles, perhaps with a cache of earlier programs.
 
-    Raises `meshpipe.compiler.described.TooLarge`, a `ValueError`, when the compiler for a TPU refuses a program that
-    needs more memory than a device has.
+    A program that the compiler for a TPU refuses, as it needs more memory than a device has, is among them, without
+    its operations. Raises `meshpipe.compiler.refusal.CompilerError`, a `ValueError`, when the compiler fails otherwise.
     """
     compiler = compiler or Compiler()
     updates: list[UpdatePrograms] = []

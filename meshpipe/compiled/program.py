@@ -37,6 +37,8 @@ class CompiledProgram:
     optimal_seconds: float | None
     """The compiler's own estimate, of a TPU; it counts a loop's body once."""
     collectives: tuple[Collective, ...]
+    is_refused: bool = False
+    """Whether the compiler stops, as it needs more memory than a device has; see `DescribedProgram`."""
 
     @property
     def needs(self) -> int:
@@ -60,7 +62,7 @@ class Analysis:
             text, memory, costs = compiled.text, compiled.memory, compiled.costs
         else:
             text, memory, costs = compiled.as_text() or "", MemoryStats.of(compiled), compiled.cost_analysis() or {}
-        key = hash(text), tuple(mesh.shape.items())
+        key = hash(text), memory, tuple(mesh.shape.items())
         if key in self._known:
             return replace(self._known[key], stage=stage, name=name)
         module = Module(text)
@@ -76,6 +78,7 @@ class Analysis:
             bytes_accessed=bytes_accessed(module),
             optimal_seconds=costs.get("optimal_seconds"),
             collectives=collectives_of(module, dict(mesh.shape)),
+            is_refused=isinstance(compiled, DescribedProgram) and compiled.is_refused,
         )
         self._known[key] = found
         return found

@@ -122,6 +122,13 @@ def open_cache(folder: str | None) -> CompileCache | None:
     return None
 
 
+def open_cache_alone(folder: str | None) -> CompileCache | None:
+    """The same, and turns off JAX's own: it cannot keep programs for devices that are only described, and says so."""
+    cache = open_cache(folder)
+    jax.config.update("jax_enable_compilation_cache", False)
+    return cache
+
+
 def _open_to_others(status: os.stat_result) -> str | None:
     """How another user could have written a file or folder; None if none could."""
     if status.st_uid != os.geteuid():

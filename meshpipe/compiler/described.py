@@ -1,7 +1,6 @@
 """What XLA says of a program that was compiled for devices that are not here, and so cannot run."""
 
 import json
-import re
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -12,26 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshpipe.errors import ArgumentError
+from meshpipe.compiler.refusal import CompilerError, argument_bytes, needed_bytes, spec_of
 
 _COSTS = ("flops", "bytes accessed", "optimal_seconds")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = r"([\d.]+)([KMGT]?)i?B?"
-_TOO_LARGE = re.compile(
-    rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds (?:the )?available HBM \({_SIZE}\)", re.IGNORECASE
-)
-"""What the compiler for TPUs says of a program that does not fit."""
-
-
-class TooLarge(ArgumentError):
-    """A program that the compiler refuses, because it needs more memory than a device has."""
-
-    def __init__(self, needed: int, there: int) -> None:
-        super().__init__(
-            f"A program must fit into the memory of a device. The compiler got one that needs {needed:,} bytes, with "
-            f"{there:,} there. Use smaller microbatches, more rematerialisation, or more devices."
-        )
-        self.needed, self.there = needed, there
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,10 @@ class DescribedProgram:
     costs: Mapping[str, float]
     """The compiler's own counts, where it makes some: `flops`, `bytes accessed`, `optimal_seconds`."""
     text: str = field(repr=False)
-    """The optimised program of one device."""
+    """The optimised program of one device; empty where it is refused."""
+    is_refused: bool = False
+    """Whether it is larger than the memory of a device, so that the compiler stops. All that it needs beside its
+    arguments then counts as temporaries."""
 
     def __call__(self, *arguments: Any) -> Any:
         raise RuntimeError("This program was compiled for devices that are only described: it cannot run.")
@@ -93,6 +78,7 @@ class DescribedProgram:
             "memory": vars(self.memory),
             "costs": self.costs,
             "text": self.text,
+            "is_refused": self.is_refused,
         }
         return zlib.compress(json.dumps(parts).encode(), 3)
 
@@ -100,17 +86,15 @@ class DescribedProgram:
 def describe(lowered: jax.stages.Lowered, mesh: Mesh, options: Mapping[str, Any] | None) -> DescribedProgram:
     """Compiles a lowered program for devices that are not here.
 
-    Raises `TooLarge` when the compiler finds that it does not fit into their memory.
+    Raises `CompilerError` when the compiler fails, but for a program that does not fit into their memory.
     """
     try:
         compiled, text = _compile(lowered, mesh, dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
-        found = _TOO_LARGE.search(str(error))
-        if found is None:
-            raise
-        parts = [part for part in found.groups() if part is not None]
-        needed, there = (round(float(n) * _UNITS[unit.upper()]) for n, unit in (parts[:2], parts[2:]))
-        raise TooLarge(needed, there) from None
+        needed = needed_bytes(str(error))
+        if needed is None:
+            raise CompilerError(lowered, mesh, str(error)) from error
+        return _refused(lowered, mesh, needed)
     costs = compiled.cost_analysis() or {}
     return DescribedProgram(
         out_info=lowered.out_info,
@@ -121,6 +105,20 @@ def describe(lowered: jax.stages.Lowered, mesh: Mesh, options: Mapping[str, Any]
         memory=MemoryStats.of(compiled),
         costs={name: float(costs[name]) for name in _COSTS if name in costs},
         text=text,
+    )
+
+
+def _refused(lowered: jax.stages.Lowered, mesh: Mesh, needed: int) -> DescribedProgram:
+    arguments = argument_bytes(lowered, mesh)
+    beside = max(0, needed - arguments)
+    return DescribedProgram(
+        out_info=lowered.out_info,
+        specs=tuple(spec_of(result, mesh) for result in jax.tree.leaves(lowered.out_info)),
+        mesh=mesh,
+        memory=MemoryStats(arguments=arguments, outputs=0, temporaries=beside, aliased=0, code=0),
+        costs={},
+        text="",
+        is_refused=True,
     )
 
 
@@ -150,6 +148,7 @@ def read_described(data: bytes, lowered: jax.stages.Lowered, mesh: Mesh) -> Desc
             memory=MemoryStats(**{own.name: parts["memory"][own.name] for own in fields(MemoryStats)}),
             costs=parts["costs"],
             text=parts["text"],
+            is_refused=parts.get("is_refused", False),
         )
     except (zlib.error, ValueError, KeyError, TypeError):
         return None

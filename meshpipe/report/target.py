@@ -27,14 +27,19 @@ def print_prediction(console: Console, target: str, prediction: StepPrediction) 
 
 
 def prediction_values(prediction: StepPrediction) -> dict[str, Any]:
-    """The same in numbers, for JSON: times in seconds, memory and traffic in bytes of a device."""
+    """The same in numbers, for JSON: times in seconds, memory and traffic in bytes of a device. Times are null where a
+    program is refused.
+    """
     timeline = prediction.timeline
-    return {
+    times = {
         "step_s": prediction.step_seconds,
         "tokens_per_s" if prediction.tokens else "examples_per_s": prediction.throughput,
         "model_flops_utilisation": prediction.utilisation,
         "bubble_fraction": timeline.bubble_fraction,
         "host_s": prediction.time.host,
+    }
+    return {
+        **(dict.fromkeys(times) if prediction.refused else times),
         "transfer_s": timeline.transfer,
         "memory_bytes": prediction.hardware.memory_bytes,
         "missing_bytes": prediction.missing,
@@ -56,11 +61,13 @@ def program_table(prediction: StepPrediction) -> Columns:
     for stages, program, seconds in _equal_ones(prediction):
         table.add_row(
             _numbers(stages),
-            program.name,
+            f"{program.name} (refused)" if program.is_refused else program.name,
             "once" if program.name in ONCE else str(count),
-            format_seconds(seconds),
-            _count(program.flops),
-            format_bytes(program.bytes_accessed),
+            *(
+                ("?", "?", "?")
+                if program.is_refused
+                else (format_seconds(seconds), _count(program.flops), format_bytes(program.bytes_accessed))
+            ),
             *map(format_bytes, (program.arguments, program.outputs, program.aliased, program.temporaries)),
             ", ".join(map(describe_collective, program.collectives)),
         )
@@ -110,6 +117,9 @@ def fits_line(prediction: StepPrediction) -> str:
 
 def time_lines(prediction: StepPrediction) -> list[str]:
     """Step time, throughput, MFU, bubble, and what moves over the links."""
+    if prediction.refused:
+        names = ", ".join(f"{program.name} of stage {program.stage}" for program in prediction.refused)
+        return [f"XLA refuses to compile what is larger than a device, so times are not predicted: {names}."]
     timeline, what = prediction.timeline, "tokens" if prediction.tokens else "examples"
     per_device = prediction.throughput / prediction.num_devices
     lines = [
