@@ -14,6 +14,12 @@ HERE = "here"
 CPU = "cpu"
 """Virtual CPU devices of this machine, which stand in for any."""
 FORMS = "tpu:v5p:4x4x4 (a slice), gpu:h100:8 (a host), gpu:h100:4x8 (hosts x GPUs), machine.json:8 (a file), or cpu"
+_OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
+"""Names that Google Cloud and others have for TPUs, and those of the catalogue."""
+_CLOUD_NAME = re.compile(r"(?:tpu:)?(v2|v3|v4|v5p|v5litepod|v5e|v6e)-(\d+)")
+"""What Google Cloud calls a slice."""
+_COUNTED_IN_CORES = ("v2", "v3", "v4", "v5p")
+"""TPUs whose cloud names count cores, two of a chip; those of others count chips."""
 _MOST_HOSTS = 65536
 _LONGEST_SIDE = 32
 
@@ -48,11 +54,15 @@ class TargetName:
 
 
 def parse_target(text: str) -> TargetName:
-    """The devices that a text such as `tpu:v5p:4x4x4`, `gpu:h100:4x8` or `machine.json:8` names.
+    """The devices that a text such as `tpu:v5p:4x4x4`, `gpu:h100:4x8` or `machine.json:8` names. But for a file, upper
+    and lower case are the same.
 
     Raises `ArgumentError` for machines that are not known, and arrangements that do not exist.
     """
-    *machine, size = text.strip().split(":")
+    *machine, size = (part.strip() for part in text.split(":"))
+    if not any(part.endswith(FILE_SUFFIX) for part in (*machine, size)):
+        machine, size = [_OTHER_NAMES.get(part.lower(), part.lower()) for part in machine], size.lower()
+        _check_not_cloud_name(text)
     if machine in ([], ["tpu"], ["gpu"]) or size.endswith(FILE_SUFFIX):
         raise ArgumentError(f"`target` must say what machine, and how many devices: {FORMS}. Got {text!r}.")
     if len(machine) == 2 and not machine[0].endswith(FILE_SUFFIX) and machine[0] in ("tpu", "gpu"):
@@ -71,6 +81,21 @@ def parse_target(text: str) -> TargetName:
     if hardware.slices is not None:
         return _slice(text, hardware, hardware.slices, dims)
     return _hosts(text, hardware, dims)
+
+
+def _check_not_cloud_name(text: str) -> None:
+    """Raises `ArgumentError` that translates what Google Cloud calls a slice, such as `v5litepod-8`."""
+    found = _CLOUD_NAME.fullmatch(text.strip().lower())
+    if found is None:
+        return
+    name, number = _OTHER_NAMES.get(found[1], found[1]), int(found[2])
+    in_cores = name in _COUNTED_IN_CORES
+    chips = -(-number // 2) if in_cores else number
+    unit = "cores, two of a chip" if in_cores else "chips"
+    slices = find_hardware(name).slices
+    assert slices is not None
+    way = _nearest(f"tpu:{name}:", slices, (chips,))
+    raise ArgumentError(f"`target` must give the shape of a slice in chips. Got {text!r}, which counts {unit}. {way}")
 
 
 def _not_a_machine(text: str, machine: list[str]) -> ArgumentError:

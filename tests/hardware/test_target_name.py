@@ -49,12 +49,34 @@ def test_a_target_names_devices_and_hosts(text: str, devices: int, hosts: int) -
         ("tpu:v5p:four", "must end in a size"),
         ("", "how many devices"),
         ("abacus:8", "must be one of"),
+        ("tpu:v5e:3x3", "Write for example tpu:v5e:4x4"),
+        ("tpu:v5e:8", "Write for example tpu:v5e:2x4"),
+        ("tpu:v5e:16x32", "The largest has 256 chips: tpu:v5e:16x16"),
+        ("v5litepod-8", "counts chips. Write for example tpu:v5e:2x4"),
+        ("tpu:V5P-128", "counts cores, two of a chip. Write for example tpu:v5p:4x4x4"),
+        ("v4-8", "Write for example tpu:v4:2x2x1"),
+        ("v6e-100000", "The largest has 256 chips: tpu:v6e:16x16"),
     ],
 )
 def test_a_target_that_does_not_exist_is_refused_with_the_way_out(text: str, says: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         parse_target(text)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "devices"),
+    [
+        ("TPU:V6E:2X2", "TPU v6 lite", 4),
+        ("GPU:H100:4x8", "NVIDIA H100", 32),
+        ("tpu:v5litepod:2x4", "TPU v5 lite", 8),
+        ("tpu:trillium:16x16", "TPU v6 lite", 256),
+        ("tpu:ironwood:2x2x1", "TPU7x", 8),
+    ],
+)
+def test_other_spellings_name_the_same_devices(text: str, kind: str, devices: int) -> None:
+    target = parse_target(text)
+    assert (target.hardware.device_kind, target.num_devices) == (kind, devices)
 
 
 def test_a_mesh_must_fit_its_target() -> None:
