@@ -32,6 +32,11 @@ def expand(name: str, path: str, *, section: str = "") -> str:
     return expanded
 
 
+def expanded(name: str, path: str | Path, *, section: str = "") -> Path:
+    """The path with `~` expanded. Raises as `expand` does."""
+    return Path(expand(name, str(path), section=section))
+
+
 def expand_fields(config: Any, *names: str, section: str = "") -> None:
     """Expands these fields of a frozen dataclass, in its `__post_init__`; None stays None."""
     for name in names:

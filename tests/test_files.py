@@ -89,6 +89,29 @@ def test_an_invalid_name_is_refused(path: str) -> None:
         expand("trace", path)
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "x" * 300, "a\0b"])
+def test_no_command_fails_deep_inside_for_an_invalid_name(
+    path: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = ("--tokenizer", "t", "--to", "to", "--sequence-length", "8")
+    for call in (
+        ("generate", path, "--prompt", "a"),
+        ("eval", path),
+        ("eval", "x", "--data", path),
+        ("metrics", path),
+        ("data", "show", path),
+        ("data", "prepare", path, *tokenizer),
+        ("weights", "import", path, "--to", "to"),
+        ("weights", "export", "x", "--to", path),
+        ("checkpoint", "list", path),
+        ("plan", f"{path}.py:f"),
+        ("plan", TINY, "--target", f"{path}.json:8"),
+    ):
+        assert main(call) == 2, call
+        assert capsys.readouterr().err, call
+    assert not list(Path.cwd().iterdir())
+
+
 def test_checks_change_nothing_on_disk(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("kept")
     os.mkfifo(tmp_path / "pipe")

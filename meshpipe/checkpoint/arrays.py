@@ -15,11 +15,11 @@ import numpy as np
 
 from meshpipe.checkpoint.checksums import Checksums, file_problem
 from meshpipe.checkpoint.chunks import Region, chunk_count, chunks_in, inside, overlap
-from meshpipe.checkpoint.documents import parse_json
-from meshpipe.checkpoint.files import DamagedFileError, for_each
+from meshpipe.checkpoint.files import for_each
 from meshpipe.checkpoint.memory import aligned_bytes
 from meshpipe.checkpoint.names import ZARRAY, directory_name
 from meshpipe.checkpoint.schema import SchemaError, check_zarray
+from meshpipe.documents import DamagedFileError, parse_json
 
 READERS = 8
 """Files that are read at once: nothing else is done meanwhile, and the disk must not wait for those that take CRCs."""

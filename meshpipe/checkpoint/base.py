@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from meshpipe.checkpoint.documents import is_count
 from meshpipe.checkpoint.errors import CheckpointError
+from meshpipe.documents import is_count
 
 BASE = "frozen_base"
 """The entry of a step's metadata."""

@@ -18,7 +18,6 @@ import numpy as np
 
 from meshpipe.checkpoint.chunks import Region, whole
 from meshpipe.checkpoint.contents import Content
-from meshpipe.checkpoint.documents import dump_json, is_count
 from meshpipe.checkpoint.errors import CheckpointError
 from meshpipe.checkpoint.files import flush_folder, remove
 from meshpipe.checkpoint.index import Index, Tree, index_leaves
@@ -29,6 +28,7 @@ from meshpipe.checkpoint.restore import restore_step
 from meshpipe.checkpoint.schema import FORMAT
 from meshpipe.checkpoint.shards import ReadShard, Shard, all_files, document_files, hold_shards, own_files
 from meshpipe.checkpoint.together import SaveTogether, check_together
+from meshpipe.documents import dump_json, is_count
 from meshpipe.files import remove_empty
 from meshpipe.processes.coordination import process_index
 

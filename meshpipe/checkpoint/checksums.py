@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from meshpipe.checkpoint.contents import Content, write_files
-from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, is_count, load_json
-from meshpipe.checkpoint.files import DamagedFileError, for_each, read_checked
+from meshpipe.checkpoint.files import for_each, read_checked
 from meshpipe.checkpoint.names import CHECKSUMS
+from meshpipe.documents import LARGEST_DOCUMENT, DamagedFileError, is_count, load_json
 
 Checksums = Mapping[str, tuple[int, int]]
 """Size and CRC-32 of every file, by its name in the folder."""

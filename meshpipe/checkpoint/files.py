@@ -20,6 +20,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from meshpipe.documents import DamagedFileError, open_regular
+
 THREADS = 4
 """Files that are written or read at once: disks serve several requests faster than one, and system calls and CRCs
 release the interpreter's lock. More threads only wait for that lock.
@@ -35,24 +37,6 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class DamagedFileError(OSError):
-    """A file is not as it was written; the message says how, without its name."""
-
-
-def read_file(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises `DamagedFileError` where it is anything else, and
-    `FileNotFoundError`.
-    """
-    descriptor, status = _open_regular(path)
-    with open(descriptor, "rb") as file:
-        if status.st_size > limit:
-            raise DamagedFileError(f"has {status.st_size} bytes, more than the {limit} that such a file may have")
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise DamagedFileError(f"grew beyond {limit} bytes while it was read")
-    return content
-
-
 def read_checked(path: Path, expected: tuple[int, int], into: memoryview | None = None) -> None:
     """Reads a file into a buffer of its size, or into none, and compares size and CRC-32 with the expected ones on the
     way. Raises `DamagedFileError` where they differ, and `FileNotFoundError`.
@@ -60,7 +44,7 @@ def read_checked(path: Path, expected: tuple[int, int], into: memoryview | None 
     Into a buffer that begins with a page, the disk writes directly, past the page cache.
     """
     size, crc = expected
-    descriptor, status = _open_regular(path)
+    descriptor, status = open_regular(path)
     with open(descriptor, "rb", buffering=0) as file:
         if status.st_size != size:
             raise DamagedFileError(f"has {status.st_size} bytes instead of {size}")
@@ -164,24 +148,3 @@ def below(folder: Path) -> dict[str, os.stat_result]:
                     else:
                         found[at + entry.name] = entry.stat(follow_symlinks=False)
     return found
-
-
-def _open_regular(path: Path) -> tuple[int, os.stat_result]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        what = "is not a regular file" if _is_special(path) else f"cannot be read: {error.strerror}"
-        raise DamagedFileError(what) from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise DamagedFileError("is not a regular file")
-    return descriptor, status
-
-
-def _is_special(path: Path) -> bool:
-    with suppress(OSError):
-        return not stat.S_ISREG(path.lstat().st_mode)
-    return False

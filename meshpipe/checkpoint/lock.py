@@ -20,9 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from meshpipe.checkpoint.documents import is_count, parse_json
 from meshpipe.checkpoint.errors import CheckpointError
-from meshpipe.checkpoint.files import DamagedFileError
+from meshpipe.documents import DamagedFileError, is_count, parse_json
 
 LOCK = "writer.lock"
 BEAT_SECONDS = 2.0

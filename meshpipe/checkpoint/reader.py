@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from meshpipe.checkpoint.checksums import Checksums, differences, file_problem, load_list, size_differences
-from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, parse_json
 from meshpipe.checkpoint.errors import CheckpointError, CheckpointGoneError
-from meshpipe.checkpoint.files import DamagedFileError, below
+from meshpipe.checkpoint.files import below
 from meshpipe.checkpoint.names import CHECKSUMS, DOCUMENT, META, leaf_of
 from meshpipe.checkpoint.schema import SchemaError, check_document
+from meshpipe.documents import LARGEST_DOCUMENT, DamagedFileError, parse_json
+from meshpipe.files import expanded
 
 
 class ProblemsError(Exception):
@@ -48,7 +49,7 @@ class CheckpointReader:
             )
         if "\0" in str(directory):
             raise CheckpointError(f"The name of a folder must have no NUL character. Got {str(directory)!r}.")
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory = expanded("directory", directory).absolute()
 
     def steps(self) -> list[int]:
         """Steps that were saved as a whole, oldest first; none where there is no folder."""
@@ -56,6 +57,8 @@ class CheckpointReader:
             names = os.listdir(self.directory)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise CheckpointError(f"Checkpoints are in a folder. Got {self.directory}: {error.strerror}.") from None
         # Both files are there as soon as a step has its name. One alone shows that the other was lost since, which
         # `verify_checkpoint` tells and which must not pass for a step that never was.
         folders = (self.directory / name for name in names if re.fullmatch("0|[1-9][0-9]{0,15}", name))

@@ -13,8 +13,8 @@ import numpy as np
 
 from meshpipe.checkpoint.checksums import Checksums
 from meshpipe.checkpoint.chunks import chunk_count, chunks_in, whole
-from meshpipe.checkpoint.documents import is_count
 from meshpipe.checkpoint.names import ZARRAY, directory_name, name_problem
+from meshpipe.documents import is_count
 
 FORMAT = 1
 _LARGEST = 1 << 63

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from meshpipe.checkpoint.checksums import Checksums, is_list, size_differences, write_list
 from meshpipe.checkpoint.contents import Content, write_files
-from meshpipe.checkpoint.documents import LARGEST_DOCUMENT, load_json
-from meshpipe.checkpoint.files import DamagedFileError, below, remove
+from meshpipe.checkpoint.files import below, remove
+from meshpipe.documents import LARGEST_DOCUMENT, DamagedFileError, load_json
 from meshpipe.processes.coordination import all_gather, delete_key, process_count, process_index, set_key, wait_for_key
 from meshpipe.processes.printable import printable
 

@@ -11,7 +11,7 @@ import tyro
 from meshpipe.cli.arguments import parse
 from meshpipe.cli.joined import process_number, run_joined, take_devices_of_run
 from meshpipe.errors import check_whole
-from meshpipe.files import expand_fields
+from meshpipe.files import expand_fields, expanded
 from meshpipe.phases import phase, silence
 from meshpipe.processes.exit_codes import COMPLETED
 from meshpipe.processes.launcher_pipe import end_with_launcher
@@ -79,7 +79,7 @@ def evaluate(arguments: list[str]) -> int:
     def run(guard: "Guard") -> int:
         is_first = process_index() == 0
         console = make_console(stderr=True, quiet=not is_first)
-        saved = open_saved(flags.folder, asked.step)
+        saved = open_saved(expanded("FOLDER", flags.folder), asked.step)
         take_devices_of_run(flags.mesh, console)
         with phase("Opening the data"):
             source = held_out_source(saved, asked.data, asked.sequence_length)

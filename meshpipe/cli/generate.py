@@ -13,7 +13,7 @@ import tyro
 from meshpipe.cli.arguments import parse
 from meshpipe.cli.joined import process_number, run_joined, take_devices_of_run
 from meshpipe.errors import ArgumentError, check_whole
-from meshpipe.files import expand_fields
+from meshpipe.files import expand_fields, expanded
 from meshpipe.phases import phase, silence
 from meshpipe.processes.exit_codes import COMPLETED
 from meshpipe.processes.launcher_pipe import end_with_launcher
@@ -107,7 +107,7 @@ def generate(arguments: list[str]) -> int:
     def run(guard: "Guard") -> int:
         is_first = process_index() == 0
         console = make_console(stderr=True, quiet=not is_first)
-        saved = open_saved(flags.folder.expanduser(), flags.groups.step, flags.prompts.tokenizer)
+        saved = open_saved(expanded("FOLDER", flags.folder), flags.groups.step, flags.prompts.tokenizer)
         tokenizer = checked_tokenizer(saved.tokenizer)
         take_devices_of_run(flags.mesh, console)
         _check_known(flags.sampling.stop_tokens, saved.model)
@@ -225,7 +225,7 @@ def encoded(tokenizer: "TextTokenizer", text: str, *, chat: bool) -> list[int]:
 def read_prompts(file: Path) -> list[str]:
     """The prompts of a file, a line each. Raises `ArgumentError` for a file or line that cannot be read."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # JSON may have other ends of lines in its texts
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"`prompts` must name a text file in UTF-8. Got {str(file)!r}: {error}.") from None
     found: list[str] = []
@@ -237,7 +237,7 @@ def read_prompts(file: Path) -> list[str]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArgumentError(f"Every line of `prompts` must be JSON. Got {file}, line {number}: {error}.") from None
         text = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(text, str):

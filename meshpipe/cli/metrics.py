@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from meshpipe.cli.arguments import parse
-from meshpipe.files import expand_fields
+from meshpipe.files import expand_fields, expanded
 from meshpipe.processes.exit_codes import COMPLETED
 
 MAX_PROBLEMS = 5
@@ -49,7 +49,7 @@ def metrics(arguments: list[str]) -> int:
 
     if flags.plot is not None:
         check_picture(flags.plot)
-    paths = [path.expanduser() for path in flags.runs]
+    paths = [expanded("RUN", path) for path in flags.runs]
     runs = [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
     console = make_console()
     console.print(run_table(runs, console.width))

@@ -18,7 +18,7 @@ import jax
 
 from meshpipe.compiler.reload import Serialised
 from meshpipe.errors import ArgumentError
-from meshpipe.files import missing_folders, remove_empty
+from meshpipe.files import expanded, missing_folders, remove_empty
 
 _SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "PJRT_NPROC")
 """Environment variables that affect compilation."""
@@ -37,7 +37,7 @@ class CompileCache:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder).expanduser()
+        self._folder = expanded("compile_cache", folder)
         self._has_warned = False
         self._made = missing_folders(self._folder)
         try:

@@ -132,13 +132,15 @@ def write_record(window: Window, dtype: np.dtype) -> bytes:
 def read_record(record: bytes, dtype: np.dtype, length: int) -> Example:
     """The example of a record, padded to a length. Fields, each [seq]: `inputs` and `targets` int32; `segment_ids`
     int32, different for each segment and for the padding; `positions` int32, from 0 in each of them; `weights` float32,
-    0 where a target does not count, else 1.
+    0 where a target does not count, else 1. Raises `ValueError` for bytes that are no such record.
     """
     (count,) = np.frombuffer(record, "<u4", 1)
     sizes = np.frombuffer(record, "<u4", count, offset=4).astype(np.int64)
     start, total = 4 * (1 + int(count)), int(sizes.sum())
     tokens = np.frombuffer(record, dtype, total, offset=start).astype(np.int32)
     pairs = total - int(count)
+    if not 0 < pairs <= length or sizes.min() < 2:
+        raise ValueError(f"it has {total} tokens in {count} segments, for a window of {length} positions")
     ends = np.cumsum(sizes)
     is_input, is_target = np.ones(total, bool), np.ones(total, bool)
     is_input[ends - 1] = False

@@ -13,7 +13,7 @@ from meshpipe.data.batch import Batch, DataConfig
 from meshpipe.data.manifest import RecordFile, Split, read_manifest
 from meshpipe.data.packing import read_record
 from meshpipe.errors import ArgumentError, check_positive
-from meshpipe.files import expand_fields
+from meshpipe.files import expand_fields, expanded
 
 ORDER_SEED = 0
 """Of the order of held-out windows, so that the first of them are a fair sample."""
@@ -43,7 +43,7 @@ class PreparedWindows:
     """
 
     def __init__(self, folder: str | Path, split: Split = "train") -> None:
-        self.folder, self.split = Path(folder).expanduser(), split
+        self.folder, self.split = expanded("path", folder, section="data"), split
         self.manifest = read_manifest(self.folder, "path", "data")
         files = self.manifest.files[split]
         self._records = sum(file.records for file in files)
@@ -62,12 +62,12 @@ class PreparedWindows:
         place = index if self._order is None else int(self._order[index])
         try:
             record = self._source[place]
-        except RuntimeError as error:
+            return read_record(record, self.manifest.token_dtype, self.manifest.sequence_length)
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"Window {place} of {self.folder} ({self.split}) cannot be read: {error}. `meshpipe data verify "
                 f"{self.folder}` finds damaged files."
             ) from error
-        return read_record(record, self.manifest.token_dtype, self.manifest.sequence_length)
 
     def check_limits(self, limits: Mapping[str, int]) -> None:
         """Raises `ArgumentError` when tokens of the data, or of its tokenizer, are beyond the vocabulary of a model."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from meshpipe.data.chat import ChatTemplate, Span, begins_inside
 from meshpipe.errors import ArgumentError
+from meshpipe.files import expanded
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -34,7 +35,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.file = _find(Path(path).expanduser())
+        self.file = _find(expanded("tokenizer", path))
         self._text = _read(self.file)
         self._library = _load(self.file, self._text)
         # Files may say to cut or fill texts, for models that classify them.

@@ -18,6 +18,7 @@ from meshpipe.checkpoint.reader import CheckpointReader
 from meshpipe.checkpoint.restore import restore_step
 from meshpipe.errors import ArgumentError
 from meshpipe.exchange.new_folder import new_folder
+from meshpipe.files import expanded
 from meshpipe.layers.layer import Leaves
 from meshpipe.layers.modules import host_device
 from meshpipe.layers.shared import FACTORS, variables_of
@@ -77,9 +78,9 @@ def export_weights(
     metadata = reader.metadata(step)
     model = saved_model_of(metadata, reader.directory)
     table = table_of(model)
-    companions = companions_of(reader.directory) if like is None else Path(like).expanduser()
+    companions = companions_of(reader.directory) if like is None else expanded("like", like)
     if like is not None:
-        _check_like(model, Path(like).expanduser())
+        _check_like(model, expanded("like", like))
     config, dtypes = _config(model, metadata, companions), _dtypes(table, companions, dtype)
     shapes = {key.removeprefix("params/"): tuple(leaf["shape"]) for key, leaf in reader.leaves(step).items()}
     if base_of(metadata) is None and not any(path.endswith(FACTORS) for path in shapes):

@@ -11,7 +11,7 @@ from meshpipe.checkpoint import Checkpointer, CheckpointWriteError
 from meshpipe.checkpoint.chunks import Region
 from meshpipe.environment import versions
 from meshpipe.errors import ArgumentError
-from meshpipe.files import check_folder
+from meshpipe.files import check_folder, expanded
 from meshpipe.layers.examine import abstract_layers
 from meshpipe.models.model import ModelConfig
 from meshpipe.runs.record import config_values
@@ -29,6 +29,7 @@ def import_weights(folder: str | Path, to: str | Path) -> ModelConfig:
     Returns the config of the model. Raises `WeightsError`, `CheckpointError` or `ArgumentError`, all `ValueError`s,
     when the folder is not one of a model that meshpipe computes, or `to` holds checkpoints; then nothing is written.
     """
+    to = expanded("to", to)
     check_folder("to", to)
     weights = WeightsFolder(folder)
     found = [layer.params for layer in abstract_layers(weights.model.layers(), None)]

@@ -11,6 +11,7 @@ from meshpipe.checkpoint.chunks import Region, whole
 from meshpipe.errors import ArgumentError
 from meshpipe.exchange.importing import imported_metadata, save_imported
 from meshpipe.exchange.peft import CONFIG, FACTORS, TENSORS, modules_of, targets, tensor_name
+from meshpipe.files import expanded
 from meshpipe.layers.examine import abstract_layers
 from meshpipe.models.model import ModelConfig
 from meshpipe.runs.record import config_values
@@ -34,7 +35,7 @@ def import_adapters(folder: str | Path, to: str | Path, *, base: str | Path | No
     Returns the adapters' config, for a run that goes on with them. Raises `WeightsError`, `CheckpointError` or
     `ArgumentError`, all `ValueError`s, when the folder has adapters not computed here; then nothing is written.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded("folder", folder)
     fields = Fields.of_file(folder / CONFIG)
     weights = WeightsFolder(_base(fields, base))
     tensors = read_header(folder / TENSORS)
@@ -70,7 +71,7 @@ def import_adapters(folder: str | Path, to: str | Path, *, base: str | Path | No
 def _base(fields: Fields, asked: str | Path | None) -> Path:
     name = fields.values.get("base_model_name_or_path") if asked is None else str(asked)
     if isinstance(name, str) and name and is_published(name):
-        return Path(name).expanduser()
+        return expanded("base", name)
     raise ArgumentError(
         "Adapters are imported with the weights that they were trained upon, in a folder with config.json and files of "
         f"safetensors. Got {name!r:.100}, which is none. Pass that folder as `base`."

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from meshpipe.checkpoint.files import flush_folder
 from meshpipe.errors import ArgumentError
-from meshpipe.files import check_folder
+from meshpipe.files import check_folder, expanded
 
 
 @contextmanager
 def new_folder(to: str | Path) -> Iterator[Path]:
     """A folder that gets its name when all is in it, and is removed where that fails."""
-    check_folder("to", to)
-    target = Path(to).expanduser().absolute()
+    target = expanded("to", to).absolute()
+    check_folder("to", target)
     if target.is_dir() and any(target.iterdir()):
         raise ArgumentError(f"`to` must be a folder that is not there or empty. Got {str(to)!r}. Name another.")
     partial = target.with_name(f"{target.name}.partial")

@@ -1,5 +1,6 @@
 """A model in a folder, trained here or published: what it is, and how its weights come onto the submeshes of a mesh."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from meshpipe.checkpoint import CheckpointConfig, CheckpointError, list_checkpoi
 from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.config import Config
 from meshpipe.data import TextFilesConfig
+from meshpipe.files import expanded
 from meshpipe.generation.generator import Generator
 from meshpipe.generation.staged_weights import ReadWeights
 from meshpipe.generation.tokenizer import TextTokenizer, end_tokens, find_tokenizer
@@ -65,7 +67,7 @@ def open_saved(folder: str | Path, step: int | None = None, tokenizer: str | Pat
     only with checkpoints that you trust. Raises `ValueError` when the folder holds neither, or its model cannot be made
     as it was.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded("folder", folder)
     if not reader_of(folder).steps():
         if (folder / "config.json").is_file():
             return _published(folder, step, tokenizer)
@@ -137,7 +139,8 @@ def _prepared(data: Any) -> list[Path]:
         return []
     mixture = data.get("mixture")
     first = mixture[0][0] if isinstance(mixture, list) and mixture and isinstance(mixture[0], list) else None
-    return [Path(folder).expanduser() / "tokenizer" for folder in (data.get("path"), first) if isinstance(folder, str)]
+    names = [name for name in (data.get("path"), first) if isinstance(name, str)]
+    return [Path(os.path.expanduser(name)) / "tokenizer" for name in names]
 
 
 def _read(start: Start, model: StagedModel, seed: int) -> list[StateTree]:

@@ -1,14 +1,16 @@
 """What turns text into tokens and back, and where to find it."""
 
-import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from meshpipe.documents import is_count, load_json
 from meshpipe.errors import ArgumentError
 from meshpipe.models.model import ModelConfig
 
 TOKENIZER = "tokenizer.json"
+TOKEN_LIMIT = 2**31
 
 
 @runtime_checkable
@@ -81,7 +83,7 @@ def find_tokenizer(model: ModelConfig, given: str | Path | None, folders: Sequen
     256 tokens. None where nothing tells. Raises `ArgumentError` for a tokenizer with more tokens than the model.
     """
     vocab = model.limits().get(model.input)
-    place = given if given is not None else next((f for f in folders if (f / TOKENIZER).is_file()), None)
+    place = given if given is not None else next((f for f in folders if os.path.isfile(f / TOKENIZER)), None)
     if place is None:
         return ByteTokenizer() if vocab == ByteTokenizer.vocab_size else None
     from meshpipe.data.tokenizer import Tokenizer
@@ -99,11 +101,11 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     """The tokens that end a text, as generation_config.json or config.json of a folder name them."""
     for name in ("generation_config.json", "config.json"):
         try:
-            values = json.loads((folder / name).read_text())
-        except (OSError, ValueError):
+            values = load_json((folder / name).resolve())
+        except OSError:
             continue
         found = values.get("eos_token_id") if isinstance(values, dict) else None
         tokens = found if isinstance(found, list) else [found]
-        if ends := tuple(token for token in tokens if isinstance(token, int) and not isinstance(token, bool)):
+        if ends := tuple(int(token) for token in tokens if is_count(token, TOKEN_LIMIT)):
             return ends
     return ()

@@ -2,21 +2,24 @@
 
 import difflib
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from meshpipe.documents import DamagedFileError, load_json, parse_json
 from meshpipe.errors import ArgumentError
+from meshpipe.files import expanded
 from meshpipe.hardware.hardware import Hardware
 
 FILE_SUFFIX = ".json"
+_LARGEST = 1 << 24
+"""Bytes of a file that describes a machine."""
 
 
 @functools.cache
 def known_hardware() -> Mapping[str, Hardware]:
     """The described machines by name."""
-    entries = json.loads(Path(__file__).with_name("catalogue.json").read_text())
+    entries = parse_json(Path(__file__).with_name("catalogue.json").read_bytes())
     return {entry["name"]: Hardware.of(entry) for entry in entries}
 
 
@@ -26,7 +29,7 @@ def find_hardware(name: str) -> Hardware:
     Raises `ArgumentError` when there is none, or the file is not what it must be.
     """
     if name.endswith(FILE_SUFFIX):
-        return read_hardware(Path(name).expanduser())
+        return read_hardware(expanded("target", name))
     known = known_hardware()
     if name not in known:
         raise ArgumentError(
@@ -46,14 +49,14 @@ def _closest(name: str, known: list[str]) -> str:
 def read_hardware(file: Path) -> Hardware:
     """The machine that a JSON file describes: one object, of the form that those in `catalogue.json` have."""
     try:
-        values: Any = json.loads(file.read_text())
+        values: Any = load_json(file.resolve(), _LARGEST)
+    except DamagedFileError as error:
+        raise ArgumentError(f"`target` must name a JSON file. Got {str(file)!r}, which {error}.") from None
     except OSError as error:
         raise ArgumentError(
             f"`target` must name a file that can be read. Got {str(file)!r}: {error.strerror}. "
             "`meshpipe plan --measure-machine FILE.json` writes one."
         ) from None
-    except ValueError as error:
-        raise ArgumentError(f"{file} must be a JSON file. It is not valid: {error}.") from None
     if isinstance(values, list) and len(values) == 1:
         values = values[0]
     if not isinstance(values, dict):

@@ -1,6 +1,7 @@
 """A run as its metrics file tells it."""
 
 import json
+import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ def read_run(run: Path, name: str | None = None) -> PastRun:
 
     Lines that cannot be read are left out, and listed in `problems`. Raises `PastRunError` when nothing can be read.
     """
-    file = run / METRICS if run.is_dir() else run
+    file = run / METRICS if os.path.isdir(run) else run
     found = PastRun(name or str(run))
     try:
         with open(file, "rb") as lines:

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from meshpipe.config import Config
 from meshpipe.errors import errors_name_flags
+from meshpipe.files import expanded
 
 FOLDER = Path("recipes")
 """Folder, relative to the current one, where short names are looked up."""
@@ -89,7 +90,7 @@ def find(name: str) -> Recipe:
     file_name, colon, function = name.rpartition(":")
     if not colon or not file_name or not function:
         raise RecipeError(f"A recipe is FILE.py:FUNCTION, or FILE:FUNCTION. Got {name!r}.{_suggest(name)}")
-    file = Path(file_name).expanduser() if file_name.endswith(".py") else _short_name(file_name)
+    file = expanded("RECIPE", file_name) if file_name.endswith(".py") else _short_name(file_name)
     try:
         exists = file.is_file()
     except OSError:  # a name that is too long

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from meshpipe.checkpoint.documents import is_count
 from meshpipe.config import Config
 from meshpipe.data.batch import ADDRESS
+from meshpipe.documents import is_count
 from meshpipe.environment import versions
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.staged_model import StagedModel

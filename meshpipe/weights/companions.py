@@ -5,8 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from meshpipe.checkpoint.documents import load_json
-from meshpipe.checkpoint.files import DamagedFileError
+from meshpipe.documents import DamagedFileError, load_json
 from meshpipe.weights.errors import WeightsError
 from meshpipe.weights.folder import COMPANIONS, CONFIG, WeightsFolder
 from meshpipe.weights.tensor_file import DTYPES

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from meshpipe.checkpoint.documents import load_json
-from meshpipe.checkpoint.files import DamagedFileError
+from meshpipe.documents import DamagedFileError, load_json
 from meshpipe.errors import is_number
 from meshpipe.weights.errors import WeightsError
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from meshpipe.checkpoint.inspection import reader_of
+from meshpipe.files import expanded
 from meshpipe.models.model import ModelConfig
 from meshpipe.weights.architectures import Table, dropouts, read_config, table_of
 from meshpipe.weights.entry import Entry
@@ -41,7 +42,7 @@ COMPANIONS = (
 
 def is_published(path: str | Path) -> bool:
     """Whether a folder is one of published weights, or is meant to be: no checkpoints, but files that such have."""
-    folder = Path(path).expanduser()
+    folder = expanded("folder", path)
     return not reader_of(folder).steps() and ((folder / CONFIG).is_file() or any(folder.glob("*.safetensors")))
 
 
@@ -53,7 +54,7 @@ class WeightsFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.folder = Path(path).expanduser().absolute()
+        self.folder = expanded("folder", path).absolute()
         if not self.folder.is_dir():
             raise WeightsError(f"Weights are read from a folder of files. Got {self.folder}, which is none.")
         self.fields = text_fields(Fields.of_file(self.folder / CONFIG))

@@ -15,8 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from meshpipe.checkpoint.chunks import Region, inside
-from meshpipe.checkpoint.documents import is_count, parse_json
-from meshpipe.checkpoint.files import DamagedFileError
+from meshpipe.documents import DamagedFileError, is_count, parse_json
 from meshpipe.weights.errors import WeightsError
 
 DTYPES: dict[str, Any] = {

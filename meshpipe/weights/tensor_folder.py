@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from meshpipe.checkpoint.documents import load_json
-from meshpipe.checkpoint.files import DamagedFileError
+from meshpipe.documents import DamagedFileError, load_json
 from meshpipe.weights.errors import WeightsError, listed
 from meshpipe.weights.tensor_file import Tensor, read_header
 

@@ -12,8 +12,9 @@ from saved_trees import trees
 
 from meshpipe.checkpoint import Checkpointer, contents, files
 from meshpipe.checkpoint.contents import Content, write_files
-from meshpipe.checkpoint.files import DamagedFileError, read_checked
+from meshpipe.checkpoint.files import read_checked
 from meshpipe.checkpoint.memory import aligned_bytes
+from meshpipe.documents import DamagedFileError
 
 SIZES = [0, 1, 4095, 1 << 20, (1 << 20) + 4096, (5 << 20) + 123]
 

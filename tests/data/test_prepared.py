@@ -1,7 +1,9 @@
 """Prepared folders as data for training: resumed at any window, mixed by weight, and refused where they do not fit."""
 
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from tiny_tokenizer import TEXT, make_tokenizer
 
 from meshpipe.data import MixedWindows, PreparedConfig, PreparedWindows, batches, check_limits
 from meshpipe.data.preparation import PrepareConfig, prepare
+from meshpipe.errors import ArgumentError
 
 WORDS = " ".join(TEXT).split()
 LENGTH = 16
@@ -205,3 +208,49 @@ def test_a_folder_that_is_not_whole_is_refused(folders: dict[str, Path], tmp_pat
     (copy / "prepared.json").write_text(json.dumps({**found, "counts": 3}))
     with pytest.raises(ValueError, match=r"prepared.json cannot be read"):
         open_copy()
+
+
+DAMAGE = {
+    "another folder": ({"files": {"name": "../large/train-00000.array_record"}}, "file is RecordFile"),
+    "more records than bytes": ({"files": {"records": 10**9}}, "file is RecordFile"),
+    "fewer records": ({"files": {"records": 1}}, "number of records of train is 1"),
+    "length": ({"sequence_length": 10**12}, "sequence_length is 1000000000000"),
+    "dtype": ({"dtype": "O"}, "dtype is 'O'"),
+    "NaN": ({"vocab_size": float("nan")}, "NaN is not a number"),
+    "settings": ({"settings": None}, "settings is None"),
+    "deep": ("[" * 10**5, "nested more than 64"),
+    "list": ("[1]", "is not as it was written"),
+    "twice": ('{"format": 1, "format": 1}', "has 'format' twice"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_hostile_manifest_is_refused(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    change, problem = DAMAGE[name]
+    folder = shutil.copytree(folders["small"], tmp_path / "small")
+    manifest = folder / "prepared.json"
+    if isinstance(change, dict):
+        found = json.loads(manifest.read_text())
+        found["files"]["train"][0].update(change.pop("files", {}))
+        change = json.dumps(found | change)
+    manifest.write_text(change)
+    with pytest.raises(ValueError, match=rf"written\. Got .*small.*{problem}.*[Pp]repare it again"):
+        PreparedWindows(folder)
+
+
+def test_a_manifest_that_is_a_pipe_or_describes_other_windows_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["small"], tmp_path / "small")
+    manifest = folder / "prepared.json"
+    text = manifest.read_text()
+    for change in ('"sequence_length": 8', '"dtype": "<u4"'):
+        name = change.partition(":")[0]
+        lines = (f" {change}," if line.startswith(f" {name}:") else line for line in text.split("\n"))
+        manifest.write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=r"Window 0 of .* cannot be read: .*data verify"):
+            PreparedWindows(folder)[0]
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(ArgumentError, match="is not a regular file"):
+        PreparedWindows(folder)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from meshpipe.data.manifest import LENGTH_LIMIT
 from meshpipe.data.tokenizer import AUTO
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields
@@ -66,7 +67,7 @@ class PrepareConfig:
         expand_fields(self, "tokenizer", "to", "chat_template")
         if not self.sources:
             raise ArgumentError("There must be at least one source: a file or a folder. Got none.")
-        check_whole("sequence_length", self.sequence_length, below=2**31)
+        check_whole("sequence_length", self.sequence_length, below=LENGTH_LIMIT)
         check_whole("skip_bad_lines", self.skip_bad_lines, 0)
         check_whole("part_size", self.part_size)
         if not (math.isfinite(self.held_out) and 0 <= self.held_out < 1):

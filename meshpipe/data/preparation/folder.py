@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import re
 import shutil
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meshpipe.data.manifest import (
+    FILE_NAME,
     NAME,
     PARTS,
     SPLITS,
@@ -32,7 +32,6 @@ from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder, remove_empty
 from meshpipe.phases import phase
 
-OWN_FILES = re.compile(r"(train|eval)-\d{5}\.array_record")
 LOCK = "lock"
 
 
@@ -132,7 +131,7 @@ def _remove_others(folder: Path, known: Sequence[PartResult | None]) -> None:
             file.unlink()
     files = {file.name for one in known if one is not None for file in one.files.values()}
     for file in folder.iterdir():
-        if OWN_FILES.fullmatch(file.name) and file.name not in files:
+        if FILE_NAME.fullmatch(file.name) and file.name not in files:
             file.unlink()
 
 

@@ -147,6 +147,8 @@ def _json_record(line: bytes, number: int) -> Record:
         return Record(None, number, problem=f"it is not JSON: {error.msg} at character {error.pos + 1}")
     except RecursionError:
         return Record(None, number, problem="it is not JSON that can be read: too deeply nested")
+    except ValueError:  # an integer of thousands of digits
+        return Record(None, number, problem="it is not JSON that can be read: a number has too many digits")
     if not isinstance(value, dict):
         return Record(None, number, problem=f"it must be a JSON object. Got {line[:40].decode(errors='replace')}")
     return Record(value, number)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from meshpipe.data.preparation.config import Format
 from meshpipe.data.text_files import folder_files
 from meshpipe.errors import ArgumentError
+from meshpipe.files import expanded
 
 Kind = Literal["text", "jsonl", "parquet"]
 SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -83,7 +84,7 @@ def find_files(sources: Sequence[str], kind: Format, argument: str) -> Found:
     found: list[SourceFile] = []
     others: list[Path] = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = expanded("sources", source)
         if path.is_dir():
             inside = sorted(set(_inside(path)))
             data = [one for one in inside if _kind(one) in (("jsonl", "parquet") if kind == "auto" else (kind,))]

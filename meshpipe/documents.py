@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
-
-from meshpipe.checkpoint.files import DamagedFileError, read_file
 
 LARGEST_DOCUMENT = 64 << 20
 """Bytes of a document: room for half a million files."""
@@ -13,9 +14,27 @@ DEEPEST = 64
 """How many objects and arrays may be inside each other."""
 
 
+class DamagedFileError(OSError):
+    """A file is not as it was written; the message says how, without its name."""
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises `DamagedFileError` where it is anything else, and
+    `FileNotFoundError`.
+    """
+    descriptor, status = open_regular(path)
+    with open(descriptor, "rb") as file:
+        if status.st_size > limit:
+            raise DamagedFileError(f"has {status.st_size} bytes, more than the {limit} that such a file may have")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise DamagedFileError(f"grew beyond {limit} bytes while it was read")
+    return content
+
+
 def load_json(path: Path, limit: int = LARGEST_DOCUMENT) -> Any:
     """Reads a document. Raises `DamagedFileError`, which says why without the name of the file, for what is no JSON,
-    for numbers that are not finite, and beyond the bounds; and `FileNotFoundError`.
+    for numbers that are not finite, for names that an object has twice, and beyond the bounds; and `FileNotFoundError`.
     """
     return parse_json(read_file(path, limit))
 
@@ -23,7 +42,9 @@ def load_json(path: Path, limit: int = LARGEST_DOCUMENT) -> Any:
 def parse_json(text: bytes) -> Any:
     """What `load_json` does, for text that is there."""
     try:
-        value = json.loads(text.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            text.decode(), parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object
+        )
     except RecursionError:
         raise DamagedFileError(f"is nested more than {DEEPEST} levels deep") from None
     except ValueError as error:  # also of text that is not UTF-8, and of integers with thousands of digits
@@ -61,6 +82,14 @@ def _check_depth(value: Any) -> None:
     raise DamagedFileError(f"is nested more than {DEEPEST} levels deep")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)!r:.60} twice")
+    return found
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
@@ -74,3 +103,24 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _short(error: Exception) -> str:
     return str(error)[:120]
+
+
+def open_regular(path: Path) -> tuple[int, os.stat_result]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        what = "is not a regular file" if _is_special(path) else f"cannot be read: {error.strerror}"
+        raise DamagedFileError(what) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise DamagedFileError("is not a regular file")
+    return descriptor, status
+
+
+def _is_special(path: Path) -> bool:
+    with suppress(OSError):
+        return not stat.S_ISREG(path.lstat().st_mode)
+    return False
