@@ -68,7 +68,11 @@ def devices_of(target: TargetName) -> Sequence[jax.Device]:
 
 def _slice(target: TargetName) -> Mapping[str, Any]:
     hardware = target.hardware
-    assert hardware.slices is not None
+    if hardware.slices is None:
+        raise ArgumentError(
+            f"A described TPU must have the field slices, which says how its chips are joined. Got {hardware.name} "
+            "without. Take it from a similar TPU in meshpipe/hardware/catalogue.json."
+        )
     generation = hardware.compiler.get("topology_name", hardware.name)
     settings: dict[str, Any] = {"topology_name": f"{generation}:{'x'.join(map(str, target.shape))}"}
     chips = target.num_devices // hardware.slices.devices_per_chip
@@ -89,7 +93,7 @@ def _described(target: TargetName, platform: str, settings: Mapping[str, Any]) -
         with keeping_handlers():
             return topologies.get_topology_desc(platform=platform, **settings).devices
     except Exception as error:  # of the plugin, which has no class of its own for what it does not know
-        first = str(error).strip().splitlines()[0]
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArgumentError(
             f"The installed compiler must know the devices of {target.text}. It does not: {first}. "
             f"Update it: pip install --upgrade 'meshpipe[{_EXTRAS[target.hardware.platform]}]'"

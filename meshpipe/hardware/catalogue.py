@@ -51,7 +51,7 @@ def read_hardware(file: Path) -> Hardware:
     try:
         values: Any = load_json(file.resolve(), _LARGEST)
     except DamagedFileError as error:
-        raise ArgumentError(f"`target` must name a JSON file. Got {str(file)!r}, which {error}.") from None
+        raise ArgumentError(f"{file} must be a JSON file. It {error}.") from None
     except OSError as error:
         raise ArgumentError(
             f"`target` must name a file that can be read. Got {str(file)!r}: {error.strerror}. "

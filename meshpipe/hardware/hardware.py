@@ -1,6 +1,7 @@
 """One kind of device, described by its rates, its memory and the links between its devices."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ _TEXTS = ("name", "platform", "device_kind")
 _RATES = ("memory_bandwidth", "host_link", "network_link")
 _COUNTS = ("memory_bytes", "devices_per_host", "joined_devices", "links")
 _LATENCIES = ("host_latency", "network_latency")
+_MOST_CHIPS = 1 << 24
 _NEEDED = (*_TEXTS, "flops", *_COUNTS[:2], *_RATES, *_LATENCIES, "efficiency")
 
 
@@ -33,6 +35,25 @@ class Slices:
     devices_per_chip: int = 1
     one_host: str | None = None
     """The largest slice that one host can have, where that is more than hosts of larger slices have."""
+
+    @classmethod
+    def of(cls, values: Any) -> "Slices":
+        """Raises `ArgumentError` for values that are missing, unknown, or not what they must be."""
+        known, needed = {f.name for f in fields(cls)}, {"dims", "shapes", "most"}
+        if not isinstance(values, Mapping) or not needed <= values.keys() <= known:
+            raise ArgumentError(f"slices must have dims, shapes and most, and may have others. Got {values!r:.100}.")
+        for name in ("dims", "most", "multiple", "devices_per_chip"):
+            if values.get(name) is not None:
+                check_whole(name, values[name], below=_MOST_CHIPS)
+        shapes, one_host = values["shapes"], values.get("one_host")
+        pattern = rf"[1-9]\d{{0,4}}(x[1-9]\d{{0,4}}){{{values['dims'] - 1}}}"
+        listed = list(shapes) if isinstance(shapes, list | tuple) and shapes else [shapes]
+        for text in listed if one_host is None else [*listed, one_host]:
+            if not isinstance(text, str) or not re.fullmatch(pattern, text):
+                raise ArgumentError(
+                    f"shapes must be a list of texts, each of {values['dims']} dims. Got {text!r:.100}."
+                )
+        return cls(**{**values, "shapes": tuple(shapes)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +120,7 @@ class Hardware:
         for name in ("other_kinds", "sources"):
             given[name] = tuple(given.get(name, ()))
         if given.get("slices") is not None:
-            given["slices"] = Slices(**{**given["slices"], "shapes": tuple(given["slices"]["shapes"])})
+            given["slices"] = Slices.of(given["slices"])
         return cls(**given)
 
     @property
@@ -135,6 +156,13 @@ def _check(values: Mapping[str, Any]) -> None:
     alone = values.get("alone", 1.0)
     if not is_number(alone) or alone < 1:
         raise ArgumentError(f"alone must be a number, at least 1. Got {alone!r}.")
+    for name in ("other_kinds", "sources"):
+        found = values.get(name, [])
+        if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
+            raise ArgumentError(f"{name} must be a list of texts. Got {found!r:.100}.")
+    if values.get("slices") is not None and values["platform"] != "tpu":
+        raise ArgumentError(f"slices are those of a TPU. Got them for the platform {values['platform']!r}.")
+    _check_compiler(values.get("compiler", {}))
     flops, efficiency = values["flops"], values["efficiency"]
     if not isinstance(flops, Mapping) or not flops:
         raise ArgumentError(f'flops must give FLOP/s by dtype, such as {{"bfloat16": 1e14}}. Got {flops!r}.')
@@ -145,3 +173,15 @@ def _check(values: Mapping[str, Any]) -> None:
         share = efficiency.get(name) if isinstance(efficiency, Mapping) else None
         if not is_number(share) or not 0 < share <= 1:  # type: ignore[operator]
             raise ArgumentError(f"efficiency of {name} must be above 0 and at most 1. Got {share!r}.")
+
+
+def _check_compiler(found: object) -> None:
+    """What XLA asks for is written into a text of its own form, so only words and numbers may be in it."""
+    if not isinstance(found, Mapping):
+        raise ArgumentError(f"compiler must be an object. Got {found!r:.100}.")
+    for name, value in found.items():
+        if not re.fullmatch(r"\w+", name) or not re.fullmatch(r"[\w.+-]+", str(value)):
+            raise ArgumentError(f"compiler must have words and numbers. Got {value!r:.100} for {name!r:.60}.")
+    capability = found.get("compute_capability", "1.0")
+    if not isinstance(capability, str) or not re.fullmatch(r"\d{1,3}\.\d{1,3}", capability):
+        raise ArgumentError(f'compute_capability must be a text such as "9.0". Got {capability!r}.')

@@ -80,6 +80,12 @@ def test_a_file_of_the_same_form_describes_a_further_machine(tmp_path: Path) -> 
         ({"platform": "abacus"}, "platform must be one of tpu, gpu, cpu. Got 'abacus'"),
         ({"colour": "green"}, "has unknown colour"),
         ({"host_latency": -1}, "host_latency must be a number of seconds"),
+        ({"sources": "me"}, "sources must be a list of texts"),
+        ({"compiler": {"core_count": "8 } x {"}}, "compiler must have words and numbers"),
+        ({"compiler": {"compute_capability": 9}}, "compute_capability must be a text such as"),
+        ({"slices": {"dims": 2, "shapes": ["2x2"], "most": 4}}, "slices are those of a TPU"),
+        ({"platform": "tpu", "slices": {"dims": 2, "shapes": ["2x2x2"], "most": 4}}, "each of 2 dims. Got '2x2x2'"),
+        ({"platform": "tpu", "slices": {"dims": "2"}}, "slices must have dims, shapes and most"),
     ],
 )
 def test_a_file_with_a_wrong_value_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -98,6 +104,10 @@ def test_a_file_that_lacks_values_or_is_no_json_is_refused(tmp_path: Path) -> No
     file.write_text("name: mine")
     with pytest.raises(ArgumentError, match="must be a JSON file"):
         read_hardware(file)
+    for text in ('{"name": "a", "name": "b"}', "[" * 10**5):
+        file.write_text(text)
+        with pytest.raises(ArgumentError, match="must be a JSON file"):
+            read_hardware(file)
     file.write_text("3")
     with pytest.raises(ArgumentError, match=r"one machine\. Got int"):
         read_hardware(file)
