@@ -1,10 +1,10 @@
-"""Paths given by a caller: expands `~`, and checks before any work is done that files can be written there."""
+"""Paths given by a caller: expands `~`, checks before any work that files can be written there, and writes them."""
 
 import errno
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,31 @@ def check_folder(name: str, path: str | Path) -> None:
         raise ArgumentError(
             f"`{name}` must name a writable folder. Got {_shorten(path)}: {problem.strerror}. Name another folder."
         )
+
+
+@contextmanager
+def writing_whole(name: str, path: Path) -> Iterator[Path]:
+    """The path to write a file to, which gets its own name when it is whole.
+
+    Pipes, devices, and files in folders where no other can be made are written directly. Raises `ArgumentError`, naming
+    the argument `name`, when the file cannot be written, such as on a full disk.
+    """
+    target = Path(os.path.realpath(path))
+    is_direct = (target.exists() and not target.is_file()) or not os.access(target.parent, os.W_OK)
+    partial = target if is_direct else target.with_name(f".partial-{os.getpid()}{target.suffix}")
+    try:
+        yield partial
+        if not is_direct:
+            os.replace(partial, target)
+    except OSError as error:
+        raise ArgumentError(
+            f"`{name}` must name a file that can be written. Got {_shorten(path)}: {error.strerror}. Make room, or "
+            "name another file."
+        ) from error
+    finally:
+        if not is_direct:
+            with suppress(OSError):
+                partial.unlink()
 
 
 def missing_folders(path: Path) -> list[Path]:

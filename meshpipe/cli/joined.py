@@ -42,6 +42,10 @@ def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", 
         with Guard(folder) as guard:
             status = run(guard)
     except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # JAX has no class of its own for it
+            print(f"meshpipe: The devices have too little memory: {str(error).splitlines()[0]}", file=sys.stderr)
+            print("meshpipe: Pass shorter or fewer texts at a time, or larger mesh axes.", file=sys.stderr)
+            guard_status = FAILED
         if not several or not is_for_the_user(error):
             raise
         print(f"meshpipe: {explanation(error)}", file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from meshpipe.cli.arguments import parse
 from meshpipe.errors import check_whole
-from meshpipe.files import check_file, expand_fields
+from meshpipe.files import check_file, expand_fields, writing_whole
 from meshpipe.hardware.catalogue import FILE_SUFFIX
 from meshpipe.machine import format_bytes, usable_cores
 from meshpipe.phases import phase
@@ -64,7 +64,8 @@ def measure(arguments: list[str]) -> int:
     if flags.devices is not None and devices[0].platform == "cpu":
         devices = devices[: flags.devices]
     found = measure_machine(flags.measure_machine.stem, devices)
-    flags.measure_machine.write_text(json.dumps(found, indent=2) + "\n")
+    with writing_whole("measure_machine", flags.measure_machine) as partial:
+        partial.write_text(json.dumps(found, indent=2) + "\n")
     shares = found["efficiency"]
     rates = ", ".join(f"{dtype} {rate * shares['products'] / 1e12:.3g}" for dtype, rate in found["flops"].items())
     console = make_console()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from meshpipe.cli import measure_machine
 from meshpipe.cli.arguments import configure
 from meshpipe.cli.plan_target import plan_for
-from meshpipe.files import check_file, expand_fields
+from meshpipe.files import check_file, expand_fields, writing_whole
 from meshpipe.hardware.target_name import CPU, parse_target
 from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
@@ -119,7 +119,8 @@ def _show(recipe: str, config: "Config", extra: _PlanFlags, chooser: "Chooser") 
         costs = chooser.measure()
         print_profile(console, costs, *chooser.before_and_after(costs))
         if extra.save_costs is not None:
-            costs.save(extra.save_costs)
+            with writing_whole("save_costs", extra.save_costs) as partial:
+                costs.save(partial)
             console.print(f"Saved to {extra.save_costs}; use them with --costs {extra.save_costs}.\n")
     if extra.compare:
         print_comparison(console, recipe, config.pipeline, compare_schedules(chooser, costs))
@@ -128,5 +129,6 @@ def _show(recipe: str, config: "Config", extra: _PlanFlags, chooser: "Chooser") 
     check_groups_of(config, model)
     print_plan(console, recipe, model, chooser.transformation, extra.plot, wide=extra.wide)
     if extra.save_schedule is not None:
-        extra.save_schedule.write_text(model.plan.to_text())
+        with writing_whole("save_schedule", extra.save_schedule) as partial:
+            partial.write_text(model.plan.to_text())
         console.print(f"\nSaved to {extra.save_schedule}; run it with --schedule {extra.save_schedule}.")

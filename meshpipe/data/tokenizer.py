@@ -93,8 +93,14 @@ class Tokenizer:
         return None if source is None else ChatTemplate(source, self.special_names, today)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The tokens of a text; with `special`, with those that the tokenizer adds, such as one at its begin."""
-        return self._library.encode(text, add_special_tokens=special).ids
+        """The tokens of a text; with `special`, with those that the tokenizer adds, such as one at its begin.
+
+        Raises `ArgumentError` for a text that UTF-8 cannot hold, as an argument of a command may be.
+        """
+        try:
+            return self._library.encode(text, add_special_tokens=special).ids
+        except (TypeError, UnicodeEncodeError):
+            raise ArgumentError(f"A text must be one that UTF-8 can hold. Got {text!r:.100}.") from None
 
     def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[np.ndarray]:
         """The tokens of many texts, int32 [tokens] each, on all cores."""

@@ -67,7 +67,7 @@ def save_imported(
         except CheckpointWriteError as error:
             if isinstance(cause := error.__cause__, WeightsError):
                 raise cause from None
-            raise
+            raise ArgumentError(f"`to` must be a folder with room for the weights. {error} Make room.") from error
         keep_companions(weights, checkpointer.directory)
 
 

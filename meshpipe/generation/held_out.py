@@ -91,6 +91,7 @@ def evaluate_saved(
         raise ArgumentError(
             f"`batch_size` must be a multiple of `num_microbatches` * `mesh.data`. Got {batch_size} with {parts}."
         )
+    batch_size = min(batch_size, -(-len(source) // parts) * parts)
     task = Task(
         with_lora(saved.model.layers(), saved.lora),
         saved.model.loss,

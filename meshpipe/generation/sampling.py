@@ -32,7 +32,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_whole("max_tokens", self.max_tokens, below=LENGTH_LIMIT)
-        check_whole("top_k", self.top_k, 0)
+        check_whole("top_k", self.top_k, 0, LENGTH_LIMIT)
         check_seed(self.seed)
         if not 0 <= self.temperature < math.inf:
             raise ArgumentError(f"`temperature` must be 0 or a number above it. Got {self.temperature}.")

@@ -78,7 +78,8 @@ def given(weights: Mapping[str, Any]) -> ReadWeights:
                         "The weights must have every leaf of the model, in its shape. "
                         f"Got {got} for {path} {list(shape.shape)}."
                     )
-                leaves[path] = jax.device_put(jnp.asarray(weights[path], shape.dtype), shape.sharding)
+                # A copy, since the caller may go on to train (donating the array) or to overwrite it.
+                leaves[path] = jnp.copy(jax.device_put(jnp.asarray(weights[path], shape.dtype), shape.sharding))
             trees.append({"params": leaves})
         return trees
 

@@ -106,6 +106,6 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
             continue
         found = values.get("eos_token_id") if isinstance(values, dict) else None
         tokens = found if isinstance(found, list) else [found]
-        if ends := tuple(int(token) for token in tokens if is_count(token, TOKEN_LIMIT)):
-            return ends
+        if ends := [token for token in tokens if is_count(token, TOKEN_LIMIT)]:
+            return tuple(ends)
     return ()

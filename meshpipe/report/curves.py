@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshpipe.files import writing_whole
 from meshpipe.report.past_run import PastRun
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def draw_curves(runs: Sequence[PastRun], file: Path, smooth: float = 0.0) -> Non
         axes.tick_params(labelsize=8)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.align_ylabels()
-    figure.savefig(file, dpi=150)
+    with writing_whole("plot", file) as partial:
+        figure.savefig(partial, dpi=150)
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:

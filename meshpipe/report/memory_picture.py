@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meshpipe.choose.memory import RankMemory
+from meshpipe.files import writing_whole
 from meshpipe.machine import format_bytes
 from meshpipe.report.picture import unit_of_bytes
 
@@ -50,4 +51,5 @@ def draw_memory(ranks: Sequence[RankMemory], limit: int, title: str, file: Path)
     axes.set_title(title, fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(file, dpi=150)
+    with writing_whole("plot", file) as partial:
+        figure.savefig(partial, dpi=150)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshpipe.files import check_file
+from meshpipe.files import check_file, writing_whole
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.simulate import Timeline
 
@@ -86,7 +86,8 @@ def draw_timelines(panels: Sequence[Panel], file: Path) -> None:
         if most > 1
     ]
     figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=8)
-    figure.savefig(file, dpi=150)
+    with writing_whole("plot", file) as partial:
+        figure.savefig(partial, dpi=150)
 
 
 MAX_NAMED = 8
