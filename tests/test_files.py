@@ -1,5 +1,6 @@
 """Paths given by a caller."""
 
+import errno
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from meshpipe.compiler.cache import CompileCache
 from meshpipe.config import Config
 from meshpipe.data import TextFilesConfig
 from meshpipe.errors import ArgumentError
-from meshpipe.files import check_file, check_folder, expand
+from meshpipe.files import check_file, check_folder, expand, writing_whole
 from meshpipe.observe.config import ObserveConfig
 from tests import tiny_recipes
 
@@ -144,3 +145,22 @@ def test_an_unwritable_path_is_refused(check: Any, name: str, message: str, tmp_
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(ArgumentError, match=message):
         check("metrics", tmp_path / name)
+
+
+def test_a_file_is_whole_or_not_there_where_there_is_no_room(tmp_path: Path) -> None:
+    def write(name: str, path: Path, text: str, error: int = 0) -> None:
+        with writing_whole(name, path) as partial:
+            partial.write_text(text)
+            if error:
+                raise OSError(error, os.strerror(error))
+
+    file, link = tmp_path / "m.json", tmp_path / "link.json"
+    link.symlink_to(file)
+    write("measure_machine", link, "first")
+    with pytest.raises(ArgumentError, match=r"`measure_machine` must name a file .*No space left on device"):
+        write("measure_machine", link, "half", errno.ENOSPC)
+    assert link.is_symlink()
+    assert file.read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "m.json"]
+    with pytest.raises(ArgumentError, match="`plot` must name a file"):
+        write("plot", Path("/dev/full"), "a picture")

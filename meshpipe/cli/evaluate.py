@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from meshpipe.cli.arguments import parse
-from meshpipe.cli.joined import process_number, run_joined, take_devices_of_run
+from meshpipe.cli.joined import advising_on_memory, process_number, run_joined, take_devices_of_run
 from meshpipe.errors import check_whole
 from meshpipe.files import expand_fields, expanded
 from meshpipe.phases import phase, silence
@@ -103,4 +103,4 @@ def evaluate(arguments: list[str]) -> int:
             print(text)
         return COMPLETED
 
-    return run_joined(flags.distributed, run)
+    return run_joined(flags.distributed, advising_on_memory()(run))

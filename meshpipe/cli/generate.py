@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from meshpipe.cli.arguments import parse
-from meshpipe.cli.joined import process_number, run_joined, take_devices_of_run
+from meshpipe.cli.joined import advising_on_memory, process_number, run_joined, take_devices_of_run
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields, expanded
 from meshpipe.phases import phase, silence
@@ -133,7 +133,7 @@ def generate(arguments: list[str]) -> int:
         _tell_speed(console, written, time.perf_counter() - began)
         return COMPLETED
 
-    return run_joined(flags.distributed, run)
+    return run_joined(flags.distributed, advising_on_memory()(run))
 
 
 def _check_drawn(sampling: Any) -> None:

@@ -1,13 +1,14 @@
 """Runs a command in one process, or in all processes of a run together."""
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from meshpipe.cli.arguments import explanation
 from meshpipe.cli.devices import take_devices
-from meshpipe.errors import is_for_the_user
+from meshpipe.errors import advise, is_for_the_user
 from meshpipe.phases import phase, silence
 from meshpipe.processes.exit_codes import FAILED, INVALID
 
@@ -42,10 +43,6 @@ def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", 
         with Guard(folder) as guard:
             status = run(guard)
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):  # JAX has no class of its own for it
-            print(f"meshpipe: The devices have too little memory: {str(error).splitlines()[0]}", file=sys.stderr)
-            print("meshpipe: Pass shorter or fewer texts at a time, or larger mesh axes.", file=sys.stderr)
-            guard_status = FAILED
         if not several or not is_for_the_user(error):
             raise
         print(f"meshpipe: {explanation(error)}", file=sys.stderr)
@@ -67,6 +64,17 @@ def take_devices_of_run(mesh: "MeshConfig", console: "Console") -> None:
     keep_freed_memory()
     if process_count() > 1:
         open_carrier()
+
+
+@contextlib.contextmanager
+def advising_on_memory() -> Iterator[None]:
+    """While entered, an error of a device that has too little memory gets the way out."""
+    try:
+        yield
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # JAX has no class of its own for it
+            advise(error, "Shorten the texts, lower --batch-size, or make a mesh axis (--mesh.tensor) larger.")
+        raise
 
 
 def process_number(arguments: list[str]) -> str | None:

@@ -39,11 +39,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_published_weights_continue_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('"Hello"\n\n{"prompt": "and so"}\n')
+    prompts.write_text('"Hello"\n\n{"prompt": "and\u2028 so"}\r\n', encoding="utf-8-sig")
     flags = ["--prompt", "A", "--prompts", str(prompts), "--max-tokens", "4", "--ignore-end", "--json"]
     assert main(["generate", str(QWEN), *flags]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["prompt"] for line in lines] == ["A", "Hello", "and so"]
+    assert [line["prompt"] for line in lines] == ["A", "Hello", "and\u2028 so"]
     assert [len(line["tokens"]) for line in lines] == [4, 4, 4]
     assert main(["generate", str(QWEN), "--prompt", "A", "--max-tokens", "4", "--ignore-end"]) == 0
     out, error = capsys.readouterr()
@@ -118,6 +118,12 @@ WRONG = {
     "a share of nothing drawn": ("generate QWEN --prompt a --top-p 0.5", "--top-p has no effect at temperature 0"),
     "a number of nothing drawn": ("generate QWEN --prompt a --top-k 5", "--top-k has no effect at temperature 0"),
     "no such token": ("generate QWEN --prompt a --stop-tokens 9999", "--stop-tokens must be tokens of the model, 0 to"),
+    "more than a number of a device": (
+        "generate QWEN --prompt a --temperature 1 --top-k 3000000000",
+        "--top-k must be",
+    ),
+    "no text": ("generate QWEN --prompt \udcff", "must be one that UTF-8 can hold"),
+    "a number without end": ("generate QWEN --prompts EMPTY/digits.jsonl", "digits.jsonl, line 1"),
     "no share": ("generate QWEN --prompt a --top-p 0", "--top-p must be above 0 and at most 1"),
     "no group": ("generate QWEN --prompt a --batch-size 0", "--batch-size must be at least 1"),
     "more ranks than layers": ("generate QWEN --prompt a --mesh.pipeline 7", "Every stage needs a layer"),
@@ -138,6 +144,7 @@ def test_wrong_calls(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     empty.mkdir()
     (empty / "empty.jsonl").write_text('""\n')
     (empty / "wrong.jsonl").write_text('"a"\n{"prompt": \n')
+    (empty / "digits.jsonl").write_text("9" * 5000)
     (empty / "other.jsonl").write_text('{"text": "a"}\n')
     shutil.copytree(QWEN, small)
     config = json.loads((small / "config.json").read_text())

@@ -206,7 +206,7 @@ def test_a_folder_that_is_not_whole_is_refused(folders: dict[str, Path], tmp_pat
     with pytest.raises(ValueError, match="of format 2; this version of meshpipe reads format 1"):
         open_copy()
     (copy / "prepared.json").write_text(json.dumps({**found, "counts": 3}))
-    with pytest.raises(ValueError, match=r"prepared.json cannot be read"):
+    with pytest.raises(ValueError, match=r"prepared.json is not as it was written"):
         open_copy()
 
 
@@ -217,7 +217,7 @@ DAMAGE = {
     "length": ({"sequence_length": 10**12}, "sequence_length is 1000000000000"),
     "dtype": ({"dtype": "O"}, "dtype is 'O'"),
     "NaN": ({"vocab_size": float("nan")}, "NaN is not a number"),
-    "settings": ({"settings": None}, "settings is None"),
+    "bad lines": ({"bad_lines": ["one"]}, "bad_lines is"),
     "deep": ("[" * 10**5, "nested more than 64"),
     "list": ("[1]", "is not as it was written"),
     "twice": ('{"format": 1, "format": 1}', "has 'format' twice"),

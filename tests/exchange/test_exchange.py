@@ -1,7 +1,11 @@
 """Weights go in and out with every bit, and what goes with them."""
 
 import json
+import resource
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import golden
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 
 from meshpipe import Checkpointer, load
+from meshpipe.errors import ArgumentError
 from meshpipe.exchange.exporting import export_weights
 from meshpipe.exchange.importing import import_weights
 from meshpipe.weights import WeightsFolder, model_of
@@ -102,6 +107,29 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, monkeypatch: py
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(ValueError, match="is damaged"):
         export_weights(tmp_path / "imported", tmp_path / "exported")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["imported"]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may have more than 600 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    import_weights(golden.FOLDER / "gpt2", tmp_path / "imported")
+    for to in ("one", "deep/er"):
+        with full_disk(), pytest.raises(ArgumentError, match=r"`to` must be a folder with room .*File too large"):
+            export_weights(tmp_path / "imported", tmp_path / to)
+        with full_disk(), pytest.raises(ArgumentError, match=r"`to` must be a folder with room .*File too large"):
+            import_weights(golden.FOLDER / "gpt2", tmp_path / to)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imported"]
 
 
