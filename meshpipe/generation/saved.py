@@ -23,7 +23,7 @@ from meshpipe.layers.staged_model import StagedModel
 from meshpipe.models.model import ModelConfig
 from meshpipe.processes.coordination import process_count
 from meshpipe.processes.group import Group
-from meshpipe.runs.find_start import find_start
+from meshpipe.runs.find_start import check_same_weights, find_start
 from meshpipe.runs.saved_base import check_digest
 from meshpipe.runs.saved_model import saved_lora, saved_model
 from meshpipe.runs.start import Start
@@ -82,6 +82,7 @@ def _published(folder: Path, step: int | None, tokenizer: str | Path | None) -> 
     if step is not None:
         raise CheckpointError(f"Published weights have no steps. Got step {step} for {folder}. Leave it out.")
     weights = WeightsFolder(folder)
+    check_same_weights(weights, "weights")
 
     def read(model: StagedModel) -> list[StateTree]:
         weights.check({path: leaf for stage in model.parameters for path, leaf in stage.all_params.items()})

@@ -1,6 +1,6 @@
 """Finds where a run starts: from scratch, from its own newest checkpoint, or from weights that are there."""
 
-import json
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,11 +39,12 @@ def find_start(config: Config) -> Start | None:
         return None
     options, folder = config.checkpoint, config.checkpoint.init_from
     if is_published(folder):
+        _check_shared("init_from", "published weights")
         return _published_start(config, folder)
     steps = Checkpointer(folder).steps()
     if not steps and (inside := Checkpointer(Path(folder) / CHECKPOINTS).steps()):  # it is a `run_dir`
         folder, steps = str(Path(folder) / CHECKPOINTS), inside
-    _check_shared("init_from", folder, steps)
+    _check_shared("init_from", f"steps {steps}")
     if not steps:
         raise ArgumentError(
             f"`init_from` must name a folder with a complete checkpoint. Got {folder!r}, which has none, and no "
@@ -88,14 +89,24 @@ def _published_start(config: Config, folder: str) -> Start:
 def _published(folder: str) -> Start:
     """Raises `ArgumentError` when processes see different weights, and `WeightsError` for damaged ones."""
     found = WeightsFolder(folder)
-    if process_count() > 1:
-        seen = all_gather(f"meshpipe/weights/{folder}", found.outline(), WAIT_SECONDS)
-        if len(set(seen)) > 1:
-            raise ArgumentError(
-                f"All processes must see the same `init_from`. Got other files in {folder!r} in some of them. "
-                "Name a folder on a file system that they share, or copy all files to each machine."
-            )
+    check_same_weights(found, "`init_from`")
     return Start(folder, 0, {}, is_own=False, argument="init_from", weights_only=True, published=found)
+
+
+_comparisons = itertools.count()
+
+
+def check_same_weights(found: WeightsFolder, argument: str) -> None:
+    """Raises `ArgumentError` when processes see different weights. Every process calls it, in the same order."""
+    if process_count() > 1:
+        seen = all_gather(f"meshpipe/weights/{next(_comparisons)}", found.outline(), WAIT_SECONDS)
+        others = [str(process) for process, text in enumerate(seen) if text != seen[0]]
+        if others:
+            raise ArgumentError(
+                f"All processes must see the same {argument}. Got {str(found.folder)!r}, whose files differ between "
+                f"process 0 and {', '.join(others)}. Name a folder on a file system that they share, or copy all files "
+                "to each machine."
+            )
 
 
 def _with_base(start: Start, config: Config) -> Start:
@@ -145,7 +156,7 @@ def _own_start(config: Config) -> Start | None:
     check_folder("checkpoint_dir", folder)
     check_free(Path(folder).expanduser())
     steps = Checkpointer(folder).steps()
-    _check_shared("checkpoint_dir", folder, steps)
+    _check_shared("checkpoint_dir", f"steps {steps}")
     if steps and not options.may_continue:
         raise ArgumentError(
             "A new run needs a `checkpoint_dir` without checkpoints, so that two runs do not mix. "
@@ -194,13 +205,13 @@ def _read(folder: str, step: int, steps: Sequence[int], argument: str) -> dict[s
     return reader.metadata(step)
 
 
-def _check_shared(argument: str, folder: str, steps: Sequence[int]) -> None:
-    """Raises `ArgumentError` when processes see different checkpoints."""
+def _check_shared(argument: str, seen_here: str) -> None:
+    """Raises `ArgumentError` when processes see something else in a folder."""
     if process_count() == 1:
         return
-    seen = all_gather(f"meshpipe/{argument}/steps", json.dumps(steps), WAIT_SECONDS)
+    seen = all_gather(f"meshpipe/{argument}/steps", seen_here, WAIT_SECONDS)
     if len(set(seen)) > 1:
-        found = "; ".join(f"steps {text} in process {process}" for process, text in enumerate(seen))
+        found = "; ".join(f"{text} in process {process}" for process, text in enumerate(seen))
         raise ArgumentError(
             f"All processes must see the same `{argument}`. Got {found}. "
             "Name a folder on a file system that they share."

@@ -18,7 +18,7 @@ from meshpipe.weights.errors import WeightsError, listed
 from meshpipe.weights.fields import Fields
 from meshpipe.weights.multimodal import is_other, text_fields, text_name
 from meshpipe.weights.reading import Source, check_dtype, read_leaves
-from meshpipe.weights.tensor_file import Tensor
+from meshpipe.weights.tensor_file import Tensor, middle_bytes
 from meshpipe.weights.tensor_folder import find_tensors
 
 CONFIG = "config.json"
@@ -103,8 +103,13 @@ class WeightsFolder:
         return [*(entry.path for entry in self.table.entries), *self.table.tied]
 
     def outline(self) -> str:
-        """A digest of all that is known without reading the tensors, for processes to compare."""
-        known = {name: [str(tensor), tensor.file.name, tensor.offset] for name, tensor in self.tensors.items()}
+        """A digest of config.json, of what tensors there are, and of a few bytes of each, for processes to compare: the
+        bytes tell versions of one model apart, without reading it.
+        """
+        known = {
+            name: [str(tensor), tensor.file.name, tensor.offset, middle_bytes(tensor).hex()]
+            for name, tensor in self.tensors.items()
+        }
         text = json.dumps([self.fields.values, known], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -158,6 +158,15 @@ def read_part(tensor: Tensor, sizes: tuple[int, ...], region: Region) -> np.ndar
     return values[inside(region, wide)]
 
 
+def middle_bytes(tensor: Tensor, count: int = 64) -> bytes:
+    """A few bytes from the middle of a tensor."""
+    descriptor = _open(tensor.file)
+    try:
+        return os.pread(descriptor, min(count, tensor.nbytes), tensor.offset + max(0, tensor.nbytes - count) // 2)
+    finally:
+        os.close(descriptor)
+
+
 def part_bytes(tensor: Tensor, sizes: tuple[int, ...], region: Region) -> int:
     """Bytes of memory that `read_part` takes."""
     wide = _widened(sizes, region, tensor.dtype.itemsize)
