@@ -11,7 +11,7 @@ from meshpipe.weights.errors import WeightsError
 
 _Value = TypeVar("_Value")
 _MISSING = object()
-_MOST_BLOCKS = 10_000
+_MOST_BLOCKS = 1_000
 
 
 @dataclass(frozen=True)

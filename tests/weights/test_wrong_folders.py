@@ -84,7 +84,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "bytes after the last tensor": ("llama3", bytes_of(lambda data: data + b"abc"), "ends at byte"),
     "a list for a name": ("llama3", config(hidden_act=["silu"]), "must be silu. Got ['silu']"),
     "a negative number": ("llama3", config(rope_theta=-5.0), "must be a number of at least 0. Got -5.0"),
-    "more blocks than anybody has": ("llama3", config(num_hidden_layers=10**9), "must be at most 10000. Got 10000000"),
+    "more blocks than anybody has": ("llama3", config(num_hidden_layers=10**9), "must be at most 1000. Got 10000000"),
     "a width that no machine holds": ("llama3", config(hidden_size=10**30), "`hidden_size` of a model"),
     "heads that do not divide": (
         "llama3",
