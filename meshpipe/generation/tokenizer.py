@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from meshpipe.documents import is_count, load_json
 from meshpipe.errors import ArgumentError
@@ -105,7 +105,7 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
         except OSError:
             continue
         found = values.get("eos_token_id") if isinstance(values, dict) else None
-        tokens = found if isinstance(found, list) else [found]
+        tokens: list[Any] = found if isinstance(found, list) else [found]
         if ends := [token for token in tokens if is_count(token, TOKEN_LIMIT)]:
             return tuple(ends)
     return ()
