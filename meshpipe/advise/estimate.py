@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from meshpipe.advise.layout import Layout
 from meshpipe.advise.stage_needs import StageNeeds, held_by_rank, needs_of
-from meshpipe.advise.times import LayerTimes, Seconds
+from meshpipe.advise.times import SPLIT, LayerTimes, Seconds
 from meshpipe.advise.work import ModelWork
 from meshpipe.choose.step_time import least_step, step_time
 from meshpipe.hardware.hardware import Hardware
@@ -18,8 +18,6 @@ from meshpipe.plan.simulate import Costs
 
 USABLE = 0.92
 """The share of a device's memory that arrays and programs can have; the rest is the runtime's, and lost in gaps."""
-SPLIT = ("zb-h1", "zb-h2", "zb-v", "dualpipe-v")
-"""The schedules whose backwards are in two parts."""
 
 
 @dataclass(frozen=True, kw_only=True)

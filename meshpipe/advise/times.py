@@ -11,6 +11,8 @@ from meshpipe.plan.plan import Op
 
 RECOMPUTING = ("layer", "full")
 """The rematerialisations whose backward runs all of forward again."""
+SPLIT = ("zb-h1", "zb-h2", "zb-v", "dualpipe-v")
+"""The schedules whose backwards are in two parts."""
 
 
 @dataclass(frozen=True)
