@@ -80,6 +80,7 @@ def _cores(count: int) -> Hardware:
         devices_per_host=count,
         joined_devices=count,
         efficiency={"products": 1.0, "memory": 1.0, "links": 1.0, "network": 1.0},
+        alone=float(count),  # XLA runs one device's products on all cores
     )
 
 
