@@ -30,4 +30,5 @@ class Reference:
     """
     adapter_scale: float | None = None
     """What the product of the two factors of each adapter of the layers is multiplied with before it is added to the
-    kernel: `alpha / rank` of `meshpipe.lora`. The model itself has no adapters. None where the layers have none."""
+    kernel: `alpha / rank` of `meshpipe.lora`. The model itself has no adapters. None where the layers have none. Where
+    a kernel has dims that are neither inputs nor outputs, the layers themselves are compared with instead."""

@@ -132,7 +132,7 @@ def _most_alike(path: str, leaf: Any, free: Sequence[Key]) -> Key:
             f"Every leaf of the layers must be one of the reference. {path} {list(leaf.shape)} {leaf.dtype} is not: "
             f"no leaf of that shape and name is left, only {_some(text(k) for k in free)}. Say where it is by "
             f"meshpipe.Reference(model, paths={{{path!r}: ...}}); if it is the same parameter as another leaf, tie "
-            "them by tied=[(path, path)]."
+            "them by tied=[(path, path)]; if it is of an adapter of meshpipe.lora, give the Reference an adapter_scale."
         )
     return best
 
