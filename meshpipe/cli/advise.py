@@ -40,18 +40,18 @@ UNUSED_FLAGS = ("partition", "costs", "memory-limit")
 @dataclass(frozen=True)
 class _AdviseFlags:
     target: str = ""
-    """The devices to find a layout for: `tpu:v5p:4x4x4` (a slice), `gpu:h100:8` (a host of 8), `gpu:h100:4x8` (4 hosts
-    of 8), a machine that a file describes, `FILE.json:8`, or the devices of this machine, `here` or `here:4`, on which
-    the best layouts are measured."""
+    """Devices to find a layout for: `tpu:v5p:4x4x4` (a slice), `gpu:h100:8` (a host of 8), `gpu:h100:4x8` (4 hosts of
+    8), `FILE.json:8` (8 devices of a machine that a file describes), or `here` or `here:4`, the devices of this
+    machine, where the best layouts are measured."""
     top: int = 5
     """How many of the best layouts to show."""
     compile: int | None = None
-    """How many of the best layouts to compile for the devices: XLA's own memory and work take the place of estimates.
-    0 compiles none. None compiles 12 where the compiler for the devices is installed. `--target here` runs them."""
+    """How many of the best layouts to compile: XLA's own memory and work then replace the estimates. 0 compiles none.
+    None compiles 12 where the compiler for the devices is installed. With `--target here`, how many to run."""
     usable_memory: str | None = None
-    """The most bytes that a step may need of each device, e.g. `70GiB`. None is 92 % of its memory."""
+    """Most bytes that a step may use of each device, e.g. `70GiB`. None is 92 % of its memory."""
     json: bool = False
-    """Print everything as JSON instead of tables."""
+    """Print all numbers as JSON instead of tables."""
 
     def __post_init__(self) -> None:
         check_whole("top", self.top, below=1001)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import tyro
 
 from meshpipe.cli.flags import Flag, flags_of, suggestion
-from meshpipe.cli.help import HELP, HELP_ALL, common_page, whole_page
+from meshpipe.cli.help import HELP, HELP_ALL, common_page, page_of, whole_page
 from meshpipe.errors import advice_on
 from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
@@ -38,6 +38,15 @@ def choose(name: str, commands: dict[str, Command], program: str) -> Command:
     raise ValueError(f"The command must be one of {', '.join(commands)}. {got}{suggestion}")
 
 
+def run_one_of(commands: dict[str, Command], arguments: list[str], program: str, usage: str) -> int:
+    """Runs the command that the first argument names, or prints the usage of all."""
+    if arguments and arguments[0] in HELP:
+        print(usage)
+        return COMPLETED
+    name, *rest = arguments or [""]
+    return choose(name, commands, program)(rest)
+
+
 class ParserExit(Exception):
     """The parser has printed help or an error; the command exits with `code`."""
 
@@ -51,8 +60,9 @@ def parse(flags: Any, arguments: list[str], program: str, description: str | Non
 
     The parser's own `SystemExit` could be mistaken for one of the user's code.
     """
+    page = page_of(flags) if any(name in arguments for name in HELP) else flags
     with _parser_exits():
-        return tyro.cli(flags, args=arguments, prog=program, description=description)
+        return tyro.cli(page, args=arguments, prog=program, description=description)
 
 
 @contextmanager
@@ -71,9 +81,7 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
     Raises `ValueError` for an unknown recipe or flag, and `ParserExit` after `--help` or a wrong value.
     """
     if arguments and arguments[0] in (*HELP, HELP_ALL):
-        print(f"usage: meshpipe {command} RECIPE [flags]\n\n{description}")
-        print("`meshpipe recipes` lists the recipes; add --help after a recipe to see its flags.")
-        raise ParserExit(COMPLETED)
+        _print_own_help(command, description, None if command == "train" else extra)
     if not arguments or arguments[0].startswith("-"):
         got = f"Got {arguments[0]!r} in its place." if arguments else "Got none."
         raise ValueError(
@@ -122,6 +130,20 @@ def _tell_unused(command: str, before: Sequence[Flag], after: Sequence[Flag], us
     ]
     if unused:
         print(f"meshpipe: {command} makes no run, so it does not use {', '.join(unused)}.", file=sys.stderr)
+
+
+def _print_own_help(command: str, description: str, extra: Any) -> NoReturn:
+    """Prints the help of a command without a recipe, and raises `ParserExit`."""
+    more = "`meshpipe recipes` lists the recipes; add --help after a recipe to see its flags."
+    if extra is None:
+        print(f"usage: meshpipe {command} RECIPE [flags]\n\n{description}\n{more}")
+        raise ParserExit(COMPLETED)
+    try:
+        parse(type(extra), ["--help"], f"meshpipe {command} RECIPE", description)
+    except ParserExit:
+        print(more)
+        raise
+    raise AssertionError("the parser exits after --help")
 
 
 def _print_help(flags: Sequence[Flag], command: str, whole: bool, program: str, description: str) -> NoReturn:

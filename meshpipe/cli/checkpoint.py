@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from meshpipe.cli.arguments import Command, choose, parse
+from meshpipe.cli.arguments import Command, parse, run_one_of
 from meshpipe.files import expand_fields
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
@@ -121,8 +121,4 @@ COMMANDS: dict[str, Command] = {
 
 
 def checkpoint(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return COMPLETED
-    name, *rest = arguments or [""]
-    return choose(name, COMMANDS, "meshpipe checkpoint")(rest)
+    return run_one_of(COMMANDS, arguments, "meshpipe checkpoint", USAGE)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from meshpipe.cli.arguments import Command, choose, parse
+from meshpipe.cli.arguments import Command, parse, run_one_of
 from meshpipe.errors import check_whole
 from meshpipe.files import expand_fields
 from meshpipe.phases import each, phase
@@ -17,15 +17,15 @@ USAGE = """usage: meshpipe data prepare SOURCES... --tokenizer FILE --to DIR --s
        meshpipe data show DIR [--examples N] [--split train|eval]
        meshpipe data verify DIR
 
-prepare tokenizes text, JSON lines or Parquet, and packs it into windows for training; stopped, it continues when
-started again. show says what a prepared folder has, and prints windows of it with what is learned; verify checks every
+prepare tokenizes text, JSON lines or Parquet and packs it into windows for training; started again after a stop, it
+continues. show summarises a prepared folder and prints windows of it, with what counts in the loss. verify checks every
 byte against its checksum. meshpipe data prepare --help shows all flags."""
 
 
 @dataclass(frozen=True)
 class _Folder:
     directory: tyro.conf.Positional[Path]
-    """A folder that `meshpipe data prepare` has written."""
+    """Folder written by `meshpipe data prepare`."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "directory")
@@ -34,11 +34,12 @@ class _Folder:
 @dataclass(frozen=True)
 class _FolderAndExamples:
     directory: tyro.conf.Positional[Path]
-    """A folder that `meshpipe data prepare` has written."""
+    """Folder written by `meshpipe data prepare`."""
     examples: int = 0
-    """Windows to print as text; where only answers are learned, they are between « and »."""
+    """Windows to print as text. Where only answers count in the loss, they stand between « and
+    »."""
     split: Literal["train", "eval"] = "train"
-    """Print windows to learn from, or held-out ones."""
+    """Print training windows or held-out ones."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "directory")
@@ -61,7 +62,7 @@ def data_prepare(arguments: list[str]) -> int:
 
 
 def data_show(arguments: list[str]) -> int:
-    flags = parse(_FolderAndExamples, arguments, "meshpipe data show", "Shows what a prepared folder has.")
+    flags = parse(_FolderAndExamples, arguments, "meshpipe data show", "Shows what a prepared folder contains.")
     from meshpipe.data.manifest import read_manifest
     from meshpipe.report.prepared import print_prepared
     from meshpipe.report.tables import make_console
@@ -97,8 +98,4 @@ COMMANDS: dict[str, Command] = {"prepare": data_prepare, "show": data_show, "ver
 
 
 def data(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return COMPLETED
-    name, *rest = arguments or [""]
-    return choose(name, COMMANDS, "meshpipe data")(rest)
+    return run_one_of(COMMANDS, arguments, "meshpipe data", USAGE)

@@ -9,38 +9,37 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from meshpipe.cli.arguments import parse
-from meshpipe.cli.joined import advising_on_memory, process_number, run_joined, take_devices_of_run
+from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined, take_devices_of_run
 from meshpipe.errors import check_whole
 from meshpipe.files import expand_fields, expanded
-from meshpipe.phases import phase, silence
+from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
-from meshpipe.processes.launcher_pipe import end_with_launcher
 
 if TYPE_CHECKING:
     from meshpipe.processes.guard import Guard
 
-DESCRIPTION = "Loss, perplexity and metrics of a trained model, or of published weights, on held-out data."
+DESCRIPTION = "Prints loss, perplexity and metrics of a trained model, or of published weights, on held-out data."
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFlags:
-    """On what the model is evaluated."""
+    """What to evaluate on."""
 
     data: Path | None = None
-    """Folder that `meshpipe data prepare` has made, or a text file or folder, read byte by byte; by default the
+    """Folder written by `meshpipe data prepare`, or a text file or folder, which is read as bytes. None takes the
     held-out data of the run."""
     sequence_length: int = 128
     """Bytes per window of a text file or folder."""
     batch_size: int = 32
-    """Examples that are put on the devices at a time."""
+    """Examples per batch."""
     num_microbatches: int = 1
-    """Parts of a batch, which follow each other through the ranks of a pipeline."""
+    """Microbatches per batch, which follow each other through a pipeline."""
     batches: int = 0
-    """Evaluate so many batches; 0 all held-out data."""
+    """Batches to evaluate; 0 evaluates all held-out data."""
     step: int | None = None
-    """The step of the checkpoint; by default the newest."""
+    """Step of the checkpoint; None takes the newest."""
     json: bool = False
-    """Write one JSON object in place of text."""
+    """Print one JSON object instead of text."""
     compile_cache: str | None = None
     """Folder that keeps compiled programs for later commands; None keeps none."""
 
@@ -54,9 +53,7 @@ class EvaluationFlags:
 
 
 def evaluate(arguments: list[str]) -> int:
-    end_with_launcher()
-    if process_number(arguments) not in (None, "0"):
-        silence()
+    begin_joined(arguments)
     with phase("Importing JAX"):
         from meshpipe.generation.held_out import evaluate_saved, held_out_source
         from meshpipe.generation.saved import open_saved

@@ -73,7 +73,7 @@ class Flag:
 def flags_of(config: Any, part: str = "") -> list[Flag]:
     """The flags of a config and its parts, or of the dataclass of one command, in order."""
     found: list[Flag] = []
-    for field, hint, text in _fields(config):
+    for field, hint, text in fields_of(type(config)):
         value = getattr(config, field)
         if _is_dataclass(value):
             found += _of_part(value, field, f"{field}." if field in PREFIXED else "")
@@ -83,7 +83,7 @@ def flags_of(config: Any, part: str = "") -> list[Flag]:
 
 
 def _of_part(config: Any, part: str, prefix: str) -> Iterator[Flag]:
-    for field, hint, text in _fields(config):
+    for field, hint, text in fields_of(type(config)):
         value, name = getattr(config, field), prefix + field.replace("_", "-")
         if _is_dataclass(value):
             yield from _of_part(value, part, f"{name}.")
@@ -121,10 +121,10 @@ def _is_dataclass(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _fields(config: Any) -> Iterator[tuple[str, Any, str]]:
-    """Name, type and text of the fields that have a flag."""
-    hints, texts = get_type_hints(type(config), include_extras=True), _texts(type(config))
-    for field in dataclasses.fields(config):
+def fields_of(kind: type) -> Iterator[tuple[str, Any, str]]:
+    """Name, type and text of the fields of a dataclass that have a flag."""
+    hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
+    for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if field.init and tyro.conf.Suppress not in getattr(hint, "__metadata__", ()):
             yield field.name, hint, texts.get(field.name, "")

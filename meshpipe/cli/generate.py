@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from meshpipe.cli.arguments import parse
-from meshpipe.cli.joined import advising_on_memory, process_number, run_joined, take_devices_of_run
+from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined, take_devices_of_run
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields, expanded
-from meshpipe.phases import phase, silence
+from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
-from meshpipe.processes.launcher_pipe import end_with_launcher
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,20 +29,20 @@ DESCRIPTION = "Continues texts with a trained model, from a run, its checkpoints
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFlags:
-    """What to continue, and where the answers go."""
+    """What to continue, and how to print it."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A text to continue; may be given several times."""
+    """Text to continue; may be repeated."""
     prompts: Path | None = None
-    """File with a prompt a line; in a file that ends in .jsonl, a line is a JSON text, or an object with a `prompt`."""
+    """File with one prompt per line. In a .jsonl file, each line is a JSON string or an object with a `prompt`."""
     chat: bool = False
-    """Put every prompt as the message of a user into the chat template of the tokenizer."""
+    """Treat each prompt as a user's message, written by the tokenizer's chat template."""
     json: bool = False
-    """Write a JSON object a line, with `prompt`, `text` and `tokens`, in place of text."""
+    """Print one JSON object per line, with `prompt`, `text` and `tokens`, instead of text."""
     tokenizer: Path | None = None
-    """File tokenizer.json, or a folder with one; by default that of the model."""
+    """A tokenizer.json, or a folder with one. None takes that of the model."""
     ignore_end: bool = False
-    """Go on after the token that ends a text."""
+    """Continue after the model's end token."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "prompts", "tokenizer")
@@ -61,11 +60,11 @@ class GroupFlags:
     """How many texts run together."""
 
     batch_size: int = 8
-    """The most texts that run as one group."""
+    """Texts per group, at most."""
     in_flight: int | None = None
-    """Groups that run at a time, so that every rank has work; by default, as many as there are ranks."""
+    """Groups that run at the same time, so that every rank has work. None runs as many as there are ranks."""
     step: int | None = None
-    """The step of the checkpoint; by default the newest."""
+    """Step of the checkpoint; None takes the newest."""
     compile_cache: str | None = None
     """Folder that keeps compiled programs for later commands; None keeps none."""
 
@@ -79,9 +78,7 @@ class GroupFlags:
 
 
 def generate(arguments: list[str]) -> int:
-    end_with_launcher()
-    if process_number(arguments) not in (None, "0"):
-        silence()
+    begin_joined(arguments)
     with phase("Importing JAX"):
         from meshpipe.generation.sampling import SamplingConfig
         from meshpipe.generation.saved import open_saved

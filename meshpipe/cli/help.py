@@ -1,12 +1,12 @@
 """The help of a command with a recipe: the common flags, or all of them in groups."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field, make_dataclass
-from typing import Annotated, Any
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
-from meshpipe.cli.flags import Flag
+from meshpipe.cli.flags import Flag, fields_of
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 COMMON = (
@@ -60,6 +60,27 @@ def whole_page(flags: Sequence[Flag]) -> type:
         default = PART_GROUPS.get(flag.part, flag.part)
         groups.setdefault(default if flag.part else GROUPS.get(flag.name, default), []).append(flag)
     return _page({name: members for name, members in groups.items() if members})
+
+
+def page_of(kind: type) -> type:
+    """A dataclass with the flags of another, whose help tyro prints. tyro keeps the line breaks of docstrings that are
+    indented; here each paragraph is one line.
+    """
+    defaults = {each.name: each for each in fields(kind)}
+    own: list[tuple[str, Any, Any]] = []
+    for name, hint, text in fields_of(kind):
+        default = defaults[name]
+        shown = tyro.conf.arg(help=text, help_behavior_hint="" if default.default == () else None)
+        value: Any = field(default=default.default) if default.default is not MISSING else field()
+        part, *others = get_args(hint) if get_origin(hint) is Annotated else [hint]
+        if is_dataclass(part) and isinstance(part, type):
+            page = page_of(part)
+            own.append((name, Annotated[page, *others] if others else page, field(default_factory=page)))
+        else:
+            own.append((name, Annotated[hint, shown], value))
+    page = make_dataclass(kind.__name__, own, kw_only=True)
+    page.__doc__ = kind.__doc__
+    return page
 
 
 def _page(groups: Mapping[str, Iterable[Flag]]) -> type:

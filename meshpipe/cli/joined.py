@@ -11,6 +11,7 @@ from meshpipe.cli.devices import take_devices
 from meshpipe.errors import advise, is_for_the_user
 from meshpipe.phases import phase, silence
 from meshpipe.processes.exit_codes import FAILED, INVALID
+from meshpipe.processes.launcher_pipe import end_with_launcher
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
     from meshpipe.mesh import MeshConfig
     from meshpipe.processes.guard import Guard
     from meshpipe.processes.join import DistributedConfig
+
+
+def begin_joined(arguments: list[str]) -> None:
+    """What comes first in a command that may have several processes: it ends with its launcher, and only process 0
+    says what it does.
+    """
+    end_with_launcher()
+    if process_number(arguments) not in (None, "0"):
+        silence()
 
 
 def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", folder: str | None = None) -> int:
@@ -78,7 +88,7 @@ def advising_on_memory() -> Iterator[None]:
 
 
 def process_number(arguments: list[str]) -> str | None:
-    """The number of this process, as far as the flags have it: only process 0 says what it does."""
+    """The number of this process, as far as the flags have it."""
     flag = "--process-id"
     given = [value for name, value in itertools.pairwise(arguments) if name == flag]
     given += [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]

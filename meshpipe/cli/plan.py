@@ -21,23 +21,24 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _PlanFlags:
     target: str = CPU
-    """Machine to compile the programs for, such as tpu:v5p:2x2x2, gpu:h100:8 or gpu:h100:4x8 (hosts x GPUs); it need
-    not be here. Shows XLA's memory and collectives, and predicted times. `cpu` compiles nothing."""
+    """Machine to compile for, such as tpu:v5p:2x2x2, gpu:h100:8 or gpu:h100:4x8 (hosts x GPUs); it need not be here.
+    Shows XLA's memory and collectives, and predicts times. `cpu` compiles nothing."""
     json: bool = False
-    """With --target, print everything in numbers, for scripts: times in seconds, memory in bytes of a device."""
+    """With --target, print all numbers as JSON: times in seconds, memory in bytes per device."""
     plot: Path | None = None
-    """Draw the plan's timeline and memory to this file; the suffix selects the format. With --target, what each
-    rank holds in memory, against what its devices have."""
+    """Draw the plan's timeline and memory to this file; the suffix selects the format. With --target, draw the memory
+    of each rank against that of its devices."""
     save_schedule: Path | None = None
-    """File (.txt) to write the plan to; edit it if you like, and pass it as --schedule."""
+    """File (.txt) to write the plan to. Edit it, and pass it as --schedule."""
     wide: bool = False
-    """Draw all of a grid that is wider than the terminal, in pages below each other; by default, the first."""
+    """Draw a grid that is wider than the terminal in full, as pages below each other. By default, only the first page
+    is drawn."""
     compare: bool = False
-    """Show the cost of every schedule instead of one plan; with --profile or --costs, from measured costs."""
+    """Compare the cost of all schedules, instead of showing one plan. --profile or --costs compares measured costs."""
     profile: bool = False
-    """Measure each layer on this machine, and show the partition that makes the slowest stage fastest."""
+    """Measure each layer on this machine, and suggest the partition whose slowest stage is fastest."""
     save_costs: Path | None = None
-    """JSON file for the costs that `--profile` measures, for use with `--costs`."""
+    """JSON file to write the costs of --profile to, for --costs."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "plot", "save_schedule", "save_costs")

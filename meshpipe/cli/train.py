@@ -3,9 +3,8 @@
 from typing import TYPE_CHECKING
 
 from meshpipe.cli.arguments import configure
-from meshpipe.cli.joined import process_number, run_joined, take_devices_of_run
-from meshpipe.phases import phase, silence
-from meshpipe.processes.launcher_pipe import end_with_launcher
+from meshpipe.cli.joined import begin_joined, run_joined, take_devices_of_run
+from meshpipe.phases import phase
 from meshpipe.processes.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -14,9 +13,7 @@ if TYPE_CHECKING:
 
 def train(arguments: list[str], *, stop: StopRequest) -> int:
     """Trains; `stop` is entered, and ends the process until the run takes it over."""
-    end_with_launcher()
-    if process_number(arguments) not in (None, "0"):
-        silence()
+    begin_joined(arguments)
     with phase("Importing JAX"):
         from meshpipe.processes.join import DistributedConfig
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from meshpipe.cli.arguments import Command, choose, parse
+from meshpipe.cli.arguments import Command, parse, run_one_of
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields
 from meshpipe.processes.exit_codes import COMPLETED
@@ -14,18 +14,18 @@ from meshpipe.processes.exit_codes import COMPLETED
 USAGE = """usage: meshpipe weights import FOLDER --to CHECKPOINTS
        meshpipe weights export CHECKPOINTS --to FOLDER [--step N] [--dtype NAME] [--adapters] [flags]
 
-import writes published weights (config.json and files of safetensors) as step 0 of a folder of checkpoints; export
-writes a checkpoint as such a folder, which transformers loads. `train --init-from FOLDER` needs no import."""
+import reads published weights (config.json and safetensors files) and writes them as step 0 of a checkpoint folder.
+export writes a checkpoint as published weights, which transformers loads. train --init-from FOLDER needs no import."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Import:
     folder: tyro.conf.Positional[Path]
-    """Folder with config.json and files of safetensors, or adapters of PEFT (adapter_config.json)."""
+    """Folder with config.json and safetensors files, or with PEFT adapters (adapter_config.json)."""
     to: Path
-    """Folder for the checkpoint, made when missing; it must hold none."""
+    """Folder for the checkpoint, made when missing. It must not contain checkpoints."""
     base: Path | None = None
-    """Folder of the weights below adapters; None takes the one that adapter_config.json names."""
+    """Folder of the weights below the adapters. None takes the one that adapter_config.json names."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "folder", "to", "base")
@@ -34,21 +34,21 @@ class _Import:
 @dataclass(frozen=True, kw_only=True)
 class _Export:
     checkpoints: tyro.conf.Positional[Path]
-    """The `--run-dir` or `--checkpoint-dir` of a run, or what `import` wrote."""
+    """The `--run-dir` or `--checkpoint-dir` of a run, or a folder that `weights import` wrote."""
     to: Path
-    """Folder for the weights, made when missing; it must be empty."""
+    """Output folder, made when missing; it must be empty."""
     step: int | None = None
-    """The step to export; None takes the newest."""
+    """Step to export; None takes the newest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the tensors; `auto` is that of the weights that the run began with, or float32."""
+    """Dtype of the tensors. `auto` keeps that of the weights that the run began with, or float32."""
     like: Path | None = None
-    """Folder whose config.json and tokenizer go with the weights; None takes those that the run began with."""
+    """Folder to take config.json and the tokenizer from. None takes those of the weights that the run began with."""
     base: Path | None = None
-    """Folder with the base of adapters, which are merged into it; None takes it from where the run had it."""
+    """Folder of the adapters' base, into which they are merged. None takes the one that the run used."""
     adapters: bool = False
-    """Whether to write the adapters alone, as PEFT reads them; `--base` is then the name of their base."""
+    """Export the adapters alone, in PEFT's format. `--base` is then the name of their base in adapter_config.json."""
     largest_file: int = 5_000_000_000
-    """Bytes from which on the tensors are cut into several files."""
+    """Most bytes of a file; larger exports are split into several files."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "checkpoints", "to", "like", "base")
@@ -129,8 +129,4 @@ COMMANDS: dict[str, Command] = {"import": weights_import, "export": weights_expo
 
 
 def weights(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return COMPLETED
-    name, *rest = arguments or [""]
-    return choose(name, COMMANDS, "meshpipe weights")(rest)
+    return run_one_of(COMMANDS, arguments, "meshpipe weights", USAGE)

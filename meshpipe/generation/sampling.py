@@ -15,20 +15,20 @@ LENGTH_LIMIT = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How text is continued. By default every token is the most likely one."""
+    """How to choose each next token; by default the most likely one."""
 
     max_tokens: int = 64
-    """The most tokens to add to a prompt."""
+    """Tokens to add to a prompt, at most."""
     temperature: float = 0.0
-    """Logits are divided by this before a token is drawn; 0 takes the most likely token."""
+    """Logits are divided by it before a token is drawn. 0 takes the most likely token."""
     top_k: int = 0
-    """Draw among this many of the most likely tokens; 0 among all."""
+    """Draw from this many of the most likely tokens; 0 draws from all."""
     top_p: float = 1.0
-    """Draw among the most likely tokens whose probabilities add up to at least this; 1 among all."""
+    """Draw from the most likely tokens whose probabilities add up to at least this; 1 draws from all."""
     seed: int = 0
-    """What is drawn follows from this, the number of the prompt and the position, whatever the layout."""
+    """Seed of the draws. They depend on it, on the number of the prompt and on the position, not on the layout."""
     stop_tokens: tuple[int, ...] = ()
-    """Tokens that end a text; they are not part of it."""
+    """Token ids that end a text; they are not part of it."""
 
     def __post_init__(self) -> None:
         check_whole("max_tokens", self.max_tokens, below=LENGTH_LIMIT)

@@ -27,13 +27,13 @@ def constructor_of(path: str, layer: Any) -> tuple[Make, nnx.Module | None]:
     _check_kind(path, layer)
     parameters = _parameters(layer)
     if parameters is None:
-        return _function(path, layer)
+        return _function(layer)
     named = {p.name for p in parameters}
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     others = [p.name for p in required if p.name != "rngs"]
     if "rngs" not in named and not isinstance(_innermost(layer), type):
         if others and not _is_constructor(layer, required):
-            return _function(path, layer)
+            return _function(layer)
     elif others and ("rngs" in named or len(others) > 1):
         name = _name(layer)
         given = ", ".join(f"{other}=..." for other in others)
@@ -151,7 +151,7 @@ def _is_constructor(layer: Any, required: list[inspect.Parameter]) -> bool:
     return isinstance(made[0], nnx.Module)
 
 
-def _function(path: str, function: Any) -> tuple[Make, nnx.Module]:
+def _function(function: Any) -> tuple[Make, nnx.Module]:
     """A module without variables, whose call is the function."""
 
     def call(self: nnx.Module, *arguments: Any, **keywords: Any) -> Any:

@@ -52,7 +52,7 @@ def check_orders(orders: Sequence[Sequence[Instruction]], holders: Mapping[int, 
                 held[party].difference_update(instruction.buffers)
             cursors[party] += 1
     if waiting:
-        raise PlanError(_circle(orders, cursors, holders, {party: transfer for transfer, party in waiting.items()}))
+        raise PlanError(_circle(holders, {party: transfer for transfer, party in waiting.items()}))
 
 
 def _check_reads(instruction: Instruction, party: int, held: set[Buffer], holders: Mapping[int, int]) -> None:
@@ -72,12 +72,7 @@ def _check_reads(instruction: Instruction, party: int, held: set[Buffer], holder
         )
 
 
-def _circle(
-    orders: Sequence[Sequence[Instruction]],
-    cursors: Sequence[int],
-    holders: Mapping[int, int],
-    waits: Mapping[int, Transfer],
-) -> str:
+def _circle(holders: Mapping[int, int], waits: Mapping[int, Transfer]) -> str:
     """The chain of parties that wait for each other, until it closes, or reaches a party that has ended."""
 
     def other_end(party: int) -> int:

@@ -85,6 +85,11 @@ def test_paragraphs_fill_their_lines(monkeypatch: pytest.MonkeyPatch, capsys: py
     """A word that would have fitted on the line before means that a paragraph was cut."""
     monkeypatch.setenv("COLUMNS", "80")
     text = shown(["train", TINY, "--help-all"], capsys)
+    assert_paragraphs_are_filled(text)
+
+
+def assert_paragraphs_are_filled(text: str) -> None:
+    """No line of a help text ends where the first word of the next would still fit."""
     lines = [line[2:-2] for line in text.splitlines() if line.startswith("  ")]
     for before, after in itertools.pairwise(lines):
         if re.match(" {4,}\\S", before) and re.match(" {4,}\\S", after):
@@ -96,6 +101,28 @@ def test_a_commands_own_flags_come_first(capsys: pytest.CaptureFixture[str]) -> 
     assert text.index("plan options") < text.index("common options")
     assert "--compare" in text
     assert "--coordinator" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("plan", ["target", "compare", "save-costs"]),
+        ("advise", ["target", "compile", "usable-memory"]),
+        ("verify", ["updates"]),
+        ("data prepare", ["tokenizer", "packing", "part-size"]),
+        ("weights export", ["dtype", "adapters", "largest-file"]),
+        ("eval", ["mesh.tensor", "batches", "process-id"]),
+        ("generate", ["mesh.tensor", "prompt", "top-k", "in-flight", "process-id"]),
+    ],
+)
+def test_help_without_a_recipe_has_the_flags_of_the_command_and_whole_paragraphs(
+    command: str, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = shown([*command.split(), "--help"], capsys)
+    assert {*flags} <= {*LISTED.findall(text)}
+    assert "(default: )" not in text
+    assert_paragraphs_are_filled(text)
 
 
 @pytest.mark.parametrize(

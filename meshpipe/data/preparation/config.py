@@ -22,46 +22,46 @@ class PrepareConfig:
     """Sources of text, the tokenizer, and how documents become windows. Raises `ArgumentError` for wrong settings."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCES...")] = ()
-    """Files of text, of JSON lines (.jsonl, .ndjson) or of Parquet (.parquet), or folders of such files. Text and JSON
-    lines may be compressed (.gz, .bz2, .xz)."""
+    """Text files, JSON lines (.jsonl, .ndjson) or Parquet (.parquet), or folders of these. Text and JSON lines may be
+    compressed (.gz, .bz2, .xz)."""
     tokenizer: str
     """A tokenizer.json in Hugging Face's format, or the folder of a model that has one."""
     to: str
-    """Folder to write to: new, empty, or where the same preparation was stopped."""
+    """Output folder: new, empty, or that of the same preparation, which then continues."""
     sequence_length: int
-    """Tokens that the model reads per window."""
+    """Length of a window: the tokens that the model reads at once."""
     format: Format = "auto"
-    """What the sources are; auto goes by their names, and takes unknown ones for text."""
+    """Format of the sources. `auto` decides by file name, and treats unknown names as text."""
     text_field: str | None = None
-    """Field of JSON lines, or column of Parquet, with the text. By default `text`, unless there is none."""
+    """JSON field or Parquet column that holds the text. None takes `text`, if there is one."""
     prompt_field: str | None = None
-    """Field with a text in front of that of --text-field, from which nothing is learned."""
+    """Field with the prompt in front of the text of --text-field. Prompts do not count in the loss."""
     chat_field: str | None = None
-    """Field with a conversation: a list of messages with `role` and `content`. Only the assistant's messages are
-    learned. By default `messages` or `conversations`, where there is no text."""
+    """Field with a conversation: a list of messages with `role` and `content`. Only the assistant's messages count in
+    the loss. None takes `messages` or `conversations`, where there is no text."""
     chat_template: str | None = None
-    """File with the chat template, in Jinja; by default the one beside the tokenizer."""
+    """File with a chat template in Jinja. None takes the one beside the tokenizer."""
     date: str | None = None
-    """Date that chat templates may write, as 2026-01-31. None leaves them without one."""
+    """Date for chat templates that write one, such as 2026-01-31. None gives them no date."""
     separator: str | None = None
-    """Text between the documents of a text file, such as '<|endoftext|>'; \\n stands for a new line. By default a file
-    is one document, and a file of over 1 MiB is cut at ends of lines."""
+    """Text between the documents of a text file, such as '<|endoftext|>'; \\n stands for a newline. None takes each
+    file as one document, and cuts files of over 1 MiB at line ends."""
     end_token: str = AUTO
-    """Token after each document; auto is the tokenizer's own, none is none."""
+    """Token after each document. `auto` takes the tokenizer's own; `none` adds none."""
     packing: Packing = "auto"
-    """`cut`: documents follow each other, and are cut where a window ends, so that no place is wasted. `whole`: a
-    document is cut only if it is longer than a window. Auto keeps whole where there are conversations or prompts."""
+    """`cut` fills every window and cuts documents where it ends. `whole` cuts only documents that are longer than a
+    window. `auto` is `whole` for conversations and prompts, and `cut` for other text."""
     held_out: float = 0.01
-    """Share of the documents that is held out for evaluation, chosen by their text: equal documents are on one side. Of
-    fewer than 100 text files without a separator, pieces are held out instead. 0 holds out none."""
+    """Share of the documents to hold out for evaluation. A hash of the text decides, so equal documents fall on one
+    side. With fewer than 100 text files and no separator, pieces of files are held out. 0 holds out nothing."""
     eval_sources: tuple[str, ...] = ()
-    """Files or folders that are held out instead of a share."""
+    """Files or folders to hold out, instead of a share."""
     skip_bad_lines: int = 0
-    """Lines or rows that cannot be read and may be left out; one more ends the preparation."""
+    """Unreadable lines or rows to leave out; one more ends the preparation."""
     part_size: int = 256
-    """MiB of the sources per part. A preparation that was stopped continues with the part that it was at."""
+    """Size of a part of the sources, in MiB. An interrupted preparation continues at the part where it stopped."""
     overwrite: bool = False
-    """Replace data that was prepared otherwise, or from other sources."""
+    """Replace data that was prepared with other settings or from other sources."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "tokenizer", "to", "chat_template")
