@@ -169,14 +169,17 @@ class Trainer:
 
     @property
     def mesh(self) -> Mesh:
+        """The whole mesh; the stages of a rank are on the part of it at the rank's place along `pipeline`."""
         return self.model.mesh
 
     @property
     def plan(self) -> Plan:
+        """The order of work in a step, and the graph of values that move between stages."""
         return self.model.plan
 
     @property
     def stages(self) -> tuple[StageInfo, ...]:
+        """The layers and the submesh of every stage, in order, also of those in other processes."""
         return self.model.stages
 
     @property

@@ -61,8 +61,12 @@ def parse(flags: Any, arguments: list[str], program: str, description: str | Non
     The parser's own `SystemExit` could be mistaken for one of the user's code.
     """
     page = page_of(flags) if any(name in arguments for name in HELP) else flags
+    return _parsed(page, arguments, program, description)
+
+
+def _parsed(flags: Any, arguments: list[str], program: str, description: str | None) -> Any:
     with _parser_exits():
-        return tyro.cli(page, args=arguments, prog=program, description=description)
+        return tyro.cli(flags, args=arguments, prog=program, description=description)
 
 
 @contextmanager
@@ -150,7 +154,7 @@ def _print_help(flags: Sequence[Flag], command: str, whole: bool, program: str, 
     """Prints the help of a command with a recipe, and raises `ParserExit`."""
     page = whole_page(flags) if whole else common_page(flags, command)
     try:
-        parse(page, ["--help"], program, description)
+        _parsed(page, ["--help"], program, description)
     except ParserExit:
         if not whole:
             print(f"{HELP_ALL} shows all {len(flags)} flags, among them those of the model and the data.")

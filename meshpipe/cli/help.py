@@ -1,7 +1,7 @@
 """The help of a command with a recipe: the common flags, or all of them in groups."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any, get_args, get_origin
 
 import tyro
@@ -71,7 +71,7 @@ def page_of(kind: type) -> type:
     for name, hint, text in fields_of(kind):
         default = defaults[name]
         shown = tyro.conf.arg(help=text, help_behavior_hint="" if default.default == () else None)
-        value: Any = field(default=default.default) if default.default is not MISSING else field()
+        value: Any = field(default=default.default, default_factory=default.default_factory)
         part, *others = get_args(hint) if get_origin(hint) is Annotated else [hint]
         if is_dataclass(part) and isinstance(part, type):
             page = page_of(part)

@@ -81,7 +81,7 @@ class PrepareConfig:
             )
         if self.prompt_field is not None and self.text_field is None:
             raise ArgumentError(
-                "`prompt_field` goes with the field of the text that follows it. Pass `text_field` as well."
+                "`prompt_field` needs `text_field`, the text that follows the prompt. Pass `text_field` as well."
             )
         self.today  # noqa: B018, raises
 

@@ -136,7 +136,7 @@ def _checked(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can escape such halves
-        raise BadRecordError("its text has half of a surrogate pair, which is no character") from None
+        raise BadRecordError("its text has half of a surrogate pair, which is not a character") from None
     return text
 
 
