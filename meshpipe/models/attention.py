@@ -99,20 +99,10 @@ def attend(
         ),
     )
     if chosen == "pallas":
-        return splash_attention(
-            query,
-            key,
-            value,
-            causal=causal,
-            segment_ids=segment_ids,
-            window=window,
-            softcap=softcap,
-            scale=scale,
-            interpret=traced_device().platform == "cpu",
-        )
-    if segment_ids is not None:
-        together = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        mask = together if mask is None else mask & together
+        interpret = traced_device().platform == "cpu"
+        rules: Any = {"causal": causal, "segment_ids": segment_ids, "window": window, "softcap": softcap}
+        return splash_attention(query, key, value, **rules, scale=scale, interpret=interpret)
+    mask = _of_documents(segment_ids, mask)
     if softcap is not None:
         return _capped(query, key, value, _mask(query, key, causal, mask, window), softcap, scale)
     return jax.nn.dot_product_attention(
@@ -125,6 +115,14 @@ def attend(
         local_window_size=None if window is None else (window - 1, 0 if causal else key.shape[1]),
         implementation=chosen,
     )
+
+
+def _of_documents(segment_ids: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
+    """The mask, within documents alone."""
+    if segment_ids is None:
+        return mask
+    together = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return together if mask is None else mask & together
 
 
 def _mask(

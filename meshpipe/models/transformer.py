@@ -71,6 +71,21 @@ def zeros_init(*axes: str | None) -> Initializer:
     return nnx.with_partitioning(nnx.initializers.zeros_init(), axes)
 
 
+def _into_heads(
+    d_model: int, heads: int, head_dim: int, use_bias: bool, dtype: str, rngs: nnx.Rngs
+) -> nnx.LinearGeneral:
+    """A projection of every position's features to those of its heads."""
+    return nnx.LinearGeneral(
+        d_model,
+        (heads, head_dim),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=kernel_init(EMBED, HEADS, None),
+        bias_init=zeros_init(HEADS, None),
+        rngs=rngs,
+    )
+
+
 class Attention(nnx.Module):
     """Attention to the same or another sequence; heads share key and value heads in equal groups (arXiv 2305.13245).
 
@@ -111,15 +126,7 @@ class Attention(nnx.Module):
         head_dim = d_model // num_heads if head_dim is None else head_dim
 
         def project(heads: int) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
-                d_model,
-                (heads, head_dim),
-                use_bias=qkv_bias,
-                dtype=dtype,
-                kernel_init=kernel_init(EMBED, HEADS, None),
-                bias_init=zeros_init(HEADS, None),
-                rngs=rngs,
-            )
+            return _into_heads(d_model, heads, head_dim, qkv_bias, dtype, rngs)
 
         self.query = project(num_heads)
         self.key = project(num_kv_heads)
