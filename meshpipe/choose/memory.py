@@ -249,7 +249,7 @@ def microbatch_memories(traced: Sequence[TracedStage], remat: Sequence[str], pla
 
 
 def _microbatch_memory(stage: TracedStage, remat: str, *, splits: bool) -> StageMemory:
-    recomputes = remat == "full"
+    recomputes = stage.recomputes(remat)
     kept_x = [device_bytes([stage.x[i]]) for i in stage.kept_x]
     kept_state = [device_bytes([stage.state[i]]) for i in stage.kept_state]
     residuals = [_split_bytes(stage, v) for v in stage.residual_vars]

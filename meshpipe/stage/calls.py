@@ -202,10 +202,11 @@ class StageCalls:
         def backward_input(slots: Slots) -> None:
             kept, fresh = read(slots)
             gradients = read_gradients(slots)
-            slots[accumulators], into_x, crossing = run(
-                slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch, kept, fresh, gradients
-            )
-            write(slots, into_x)
+            crossing: Arrays = ()
+            if run is not None:  # else all is left to the weight part
+                given = slots[accumulators], slots[params], slots[hoisted], slots[inputs], microbatch
+                slots[accumulators], into_x, crossing = run(*given, kept, fresh, gradients)
+                write(slots, into_x)
             # In the order of `SplitPrograms.carried`. The residuals are freed next: what W reads is kept here.
             of_microbatch = (*kept[0], *kept[1], *fresh, *gradients)
             slots[for_weights] = (tuple([of_microbatch[i] for i in carried]), crossing)

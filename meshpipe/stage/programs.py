@@ -59,13 +59,13 @@ class StagePrograms:
 class SplitPrograms:
     """A stage's backward in two parts."""
 
-    input: Callable[..., tuple[Arrays, Values, Arrays]]
+    input: Callable[..., tuple[Arrays, Values, Arrays]] | None
     """Accumulators (donated), parameters, hoisted, inputs, microbatch, kept, residuals, output gradients
-    -> accumulators, x gradients, values that cross to the weight part."""
+    -> accumulators, x gradients, values that cross to the weight part. None where the weight part does it all: in a
+    stage that is handed nothing with a gradient."""
     weight: Callable[..., Arrays] | None
-    """Accumulators (donated), parameters, hoisted, inputs, microbatch, carried, crossed -> accumulators.
-
-    None where the input part does it all."""
+    """Accumulators (donated), parameters, hoisted, inputs, microbatch, carried, crossed -> accumulators. None where the
+    input part does it all."""
     carried: tuple[int, ...]
     """Which of the arrays `(*kept, *residuals, *output gradients)` the weight part reads again."""
 
@@ -88,7 +88,7 @@ def compile_stage(
     compiler = compiler or Compiler()
     mesh, forward_only = stage.spec.mesh, ops == {Op.FORWARD} or not stage.spec.has_backward
     # Where everything is recomputed, forward returns nothing for backward: its inputs are kept instead.
-    hand_over = fused or (remat != "full" and not forward_only)
+    hand_over = fused or not (forward_only or stage.recomputes(remat))
     programs: dict[str, Any]
     with jax.set_mesh(mesh):
         prepare, hoisted = _compile_prepare(stage, compiler)
@@ -333,18 +333,8 @@ def _compile_forward_backward(
 
 def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> SplitPrograms:
     assert parts.split is not None
-    cut, sums, num_x = parts.split, parts.gradients, sum(map(len, stage.x_gradients))
-    run_input = parts.input.function(sums.unreduced)
-
-    def backward_input(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Values, Arrays]:
-        flat = run_input(*jax.tree.leaves(arguments))
-        into_x, crossing, early = split(flat, (num_x, len(cut.crossing), len(cut.early)))
-        added = sums.add(accumulators, dict(zip(cut.early, early, strict=True)))
-        return added, _like_values(stage.x_gradients, into_x), tuple(crossing)
-
-    results = (sums.shardings, tuple(map(_shardings, stage.x_gradients)), None)
-    lowered = jax.jit(backward_input, donate_argnums=0, out_shardings=results).lower(sums.shapes, *parts.arguments)
-    input_part = _compile_backward_part(stage, lowered, compiler)
+    cut, sums = parts.split, parts.gradients
+    input_part = None if cut.has_no_input_part else _compile_input_part(stage, parts, compiler)
     if cut.is_whole:
         return SplitPrograms(input_part, None, ())
     run_weight = parts.weight.function(sums.unreduced)
@@ -356,13 +346,29 @@ def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler
     # The first four arguments are the same for all microbatches; the rest dies with one, except for what W reads.
     of_microbatch = jax.tree.leaves(parts.arguments[4:])
     carried = tuple(of_microbatch[i] for i in cut.carried)
-    crossed = _like(input_part.out_info[2], input_part.output_shardings[2])
+    crossed = () if input_part is None else _like(input_part.out_info[2], input_part.output_shardings[2])
     jitted = jax.jit(backward_weight, donate_argnums=0, out_shardings=sums.shardings)
     lowered = jitted.lower(sums.shapes, *parts.arguments[:4], carried, crossed)
     return SplitPrograms(input_part, _compile_backward_part(stage, lowered, compiler), cut.carried)
 
 
-def _compile_backward_part(stage: TracedStage, lowered: jax.stages.Lowered, compiler: Compiler) -> Any:
+def _compile_input_part(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> Any:
+    assert parts.split is not None
+    cut, sums, num_x = parts.split, parts.gradients, sum(map(len, stage.x_gradients))
+    run_input = parts.input.function(sums.unreduced)
+
+    def backward_input(accumulators: Arrays, *arguments: Any) -> tuple[Arrays, Values, Arrays]:
+        flat = run_input(*jax.tree.leaves(arguments))
+        into_x, crossing, early = split(flat, (num_x, len(cut.crossing), len(cut.early)))
+        added = sums.add(accumulators, dict(zip(cut.early, early, strict=True)))
+        return added, _like_values(stage.x_gradients, into_x), tuple(crossing)
+
+    results = (sums.shardings, tuple(map(_shardings, stage.x_gradients)), None)
+    lowered = jax.jit(backward_input, donate_argnums=0, out_shardings=results).lower(sums.shapes, *parts.arguments)
+    return _compile_backward_part(stage, lowered, compiler)
+
+
+def _compile_backward_part(stage: TracedStage, lowered: Any, compiler: Compiler) -> Any:
     return compiler.compile(lowered, stage.spec.mesh, stage.spec.target.backward_options)
 
 

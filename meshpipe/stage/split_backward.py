@@ -11,6 +11,8 @@ from jax.extend.core import ClosedJaxpr, Literal, Var
 from meshpipe.stage.jaxpr import LAYOUT_PRIMITIVES, extract, inline, invariant_values, variables
 from meshpipe.stage.residuals import ELEMENTWISE_PRIMITIVES, least_to_keep
 
+_SUMMED = ELEMENTWISE_PRIMITIVES | LAYOUT_PRIMITIVES | {"reduce_sum"}
+
 
 class SplitBackward:
     """The two parts of one backward. Together they run every equation once, apart from rearrangements.
@@ -35,12 +37,15 @@ class SplitBackward:
         microbatch_inputs = list(jaxpr.invars[num_step_inputs:])
 
         in_input_part = _defined_on_the_way(closed, self._input_gradients)
-        self.early = tuple(i for i, v in enumerate(self._weight_gradients) if isinstance(v, Var) and v in in_input_part)
-        """Parameters whose gradients the input part computes anyway. A loop, for example, computes both kinds of
-        gradients at once, and cannot be run for half of its results without doing the work twice.
+        made = {i for i, v in enumerate(self._weight_gradients) if isinstance(v, Var) and v in in_input_part}
+        later = [i for i in range(num_parameters) if i not in made]
+        summed, kept = self._summed_with_input(in_input_part, later)
+        self.early = tuple(sorted(made | summed))
+        """Parameters whose gradients the input part computes. Some it computes anyway: a loop computes both kinds of
+        gradients at once, and cannot be run for half of its results without doing the work twice. Others are sums of
+        what it has, such as the gradient of the scale of a norm, whose terms need more memory than they take time.
         """
         self.late = tuple(i for i in range(num_parameters) if i not in self.early)
-        kept = self._kept_between(in_input_part)
         self.crossing = [v for v in kept if v not in microbatch_inputs]
         """Values that the input part computes for the weight part. They live from one to the other."""
         late = [self._weight_gradients[i] for i in self.late]
@@ -51,10 +56,33 @@ class SplitBackward:
         """Which of the microbatch's inputs the weight part reads again, and so keeps alive."""
         self._carried_vars = [microbatch_inputs[i] for i in self.carried]
 
-    def _kept_between(self, in_input_part: set[Var]) -> list[Var]:
-        """The values, of few bytes, that let the weight part go on without repeating work of the input part."""
+    def _summed_with_input(self, in_input_part: set[Var], late: Sequence[int]) -> tuple[set[int], list[Var]]:
+        """Which of these gradients the input part sums up, because that leaves it less to keep; and what it keeps."""
+        kept = self._kept_between(in_input_part, late)
+        sums = {i: read for i in late if (read := self._read_by_sum(in_input_part, i))}
+        if not sums:
+            return set(), kept
+        fewest = self._kept_between(in_input_part, [i for i in late if i not in sums])
+        saved = set(kept) - set(fewest)
+        chosen = {i for i, read in sums.items() if read & saved}
+        return chosen, self._kept_between(in_input_part, [i for i in late if i not in chosen])
+
+    def _read_by_sum(self, in_input_part: set[Var], gradient: int) -> set[Var]:
+        """The values on the way to a gradient, if it is a sum of cheap terms of what the input part computes; else
+        none.
+        """
+        part = extract(self.closed, self.closed.jaxpr.invars, [self._weight_gradients[gradient]])
+        own = [e for e in part.jaxpr.eqns if not in_input_part.intersection(e.outvars)]
+        read = {v for e in own for v in (*variables(e.invars), *e.outvars)}
+        is_cheap = all(e.primitive.name in _SUMMED for e in own) and any(e.primitive.name == "reduce_sum" for e in own)
+        return read if is_cheap and read & in_input_part else set()
+
+    def _kept_between(self, in_input_part: set[Var], gradients: Sequence[int]) -> list[Var]:
+        """The values, of few bytes, that let the weight part compute these gradients without repeating work of the
+        input part.
+        """
         jaxpr = self.closed.jaxpr
-        late = [self._weight_gradients[i] for i in self.late]
+        late = [self._weight_gradients[i] for i in gradients]
         part = extract(self.closed, jaxpr.invars, late)
         own = [e for e in part.jaxpr.eqns if not in_input_part.intersection(e.outvars)]
         # An elementwise operation that only the weight part needs may run in either part. It runs where that stores
@@ -78,6 +106,11 @@ class SplitBackward:
             lambda e: e.primitive.name in LAYOUT_PRIMITIVES or movable.issuperset(e.outvars),
             only_later=only_later,
         )
+
+    @property
+    def has_no_input_part(self) -> bool:
+        """Whether the input part computes nothing, as no input has a gradient: the weight part does it all."""
+        return not (self._input_gradients or self.crossing or self.early)
 
     @property
     def is_whole(self) -> bool:

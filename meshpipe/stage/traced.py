@@ -246,6 +246,12 @@ class TracedStage:
         """Shapes of what forward stores for backward. XLA chooses the shardings."""
         return tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.residual_vars)  # type: ignore[attr-defined]
 
+    def recomputes(self, remat: str) -> bool:
+        """Whether forward returns nothing for backward, which computes it again. A stage without residuals, such as an
+        embedding, has nothing to compute again.
+        """
+        return remat == "full" and bool(self.residual_vars)
+
     def retraced(self) -> "TracedStage":
         """The same stage with a trace of its own, where it shared that of another."""
         return TracedStage(self.spec, self.boundaries_in, self.fields)
