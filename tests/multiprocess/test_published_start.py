@@ -1,6 +1,7 @@
 """Two processes that begin with published weights have the losses of one, and each reads the tensors of its stage."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -53,3 +54,19 @@ def test_two_processes_begin_as_one_and_read_their_own_tensors(name: str, tmp_pa
     assert whole == sizes
     assert first == {tensor: sizes[tensor] for tensor in of_first}
     assert second == {tensor: sizes[tensor] for tensor in sizes.keys() - of_first}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_other_weights_in_one_process_are_refused(command: str, tmp_path: Path) -> None:
+    """A folder of the same model on each machine, by any name, one of them tuned further."""
+    one, other = (shutil.copytree(golden.FOLDER / "qwen2", tmp_path / name) for name in ("one", "other"))
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[len(content) // 2 :] = content[len(content) // 2 :][::-1]
+    (other / "model.safetensors").write_bytes(content)
+    call = ["-m", "meshpipe", command, *((RECIPE, "--init-from") if command == "train" else ())]
+    rest = [] if command == "train" else ["--prompt", "a", "--mesh.pipeline", "2"]
+    ended = run_processes(2, call, tmp_path, own=[[str(folder), *rest] for folder in (one, other)])
+    assert ended.codes == [2, 2], ended
+    for log in ended.logs:
+        assert "whose files differ between process 0 and 1. Name a folder on a file system that they share" in log, log
