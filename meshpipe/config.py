@@ -105,7 +105,10 @@ class Config:
                 got = type(getattr(self, name)).__name__
                 raise ArgumentError(f"{name} of a Config must be a {kind.__name__}. Got a {got}.")
         if isinstance(self.model, PublishedModel):
-            object.__setattr__(self, "model", self.model.found(self.checkpoint.init_from, self._own_checkpoints))
+            frozen = self.lora.rank > 0 and self.trainable is None
+            options = self.checkpoint
+            found = self.model.found(options.init_from, self._own_checkpoints, base=options.init_base, frozen=frozen)
+            object.__setattr__(self, "model", found)
         check_seed(self.seed)
         expand_fields(self, "run_dir", "compile_cache", "metrics", "trace")
         if self.run_dir is None:

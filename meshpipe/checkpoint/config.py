@@ -29,8 +29,12 @@ class CheckpointConfig:
     """Continue from the newest checkpoint of the folder if there is one, else start from the beginning."""
 
     init_from: str | None = None
-    """Folder with a checkpoint of another run, or with published weights (config.json and files of safetensors), to
-    begin this one from; it is only read. Where a resumed run finds a checkpoint of its own, that is taken."""
+    """Folder with a checkpoint of another run, with published weights (config.json and files of safetensors), or with
+    adapters of PEFT, to begin this one from; it is only read. Where a resumed run finds a checkpoint of its own, that
+    is taken."""
+    init_base: str | None = None
+    """Folder of the weights below adapters of PEFT in --init-from; None takes the one that adapter_config.json
+    names."""
     init_step: int | None = None
     """The step to take from --init-from; None takes the newest."""
     init_what: Literal["weights", "all"] = "weights"
@@ -45,12 +49,14 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "checkpoint_keep"):
             check_whole(name, getattr(self, name), 0)
-        expand_fields(self, "checkpoint_dir", "init_from")
+        expand_fields(self, "checkpoint_dir", "init_from", "init_base")
         if self.init_step is not None:
             check_whole("init_step", self.init_step, 0)
         if self.init_from is None and (self.init_step is not None or self.init_what != "weights"):
             name = "init_what" if self.init_step is None else "init_step"
             raise ArgumentError(f"`{name}` is for `init_from`. Got it alone. Add `init_from` DIR, or leave it out.")
+        if self.init_from is None and self.init_base is not None:
+            raise ArgumentError("`init_base` is for `init_from`. Got it alone. Add `init_from` DIR, or leave it out.")
         if self.resume_from is not None:
             check_whole("resume_from", self.resume_from, 0)
         if self.resume_from is not None and (self.resume or self.auto_resume):

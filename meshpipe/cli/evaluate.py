@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from meshpipe.cli.arguments import parse
-from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined, take_devices_of_run
+from meshpipe.cli.joined import ModelFlags, advising_on_memory, begin_joined, run_joined, take_devices_of_run
 from meshpipe.errors import check_whole
 from meshpipe.files import expand_fields, expanded
 from meshpipe.phases import phase
@@ -55,7 +55,7 @@ class EvaluationFlags:
 def evaluate(arguments: list[str]) -> int:
     begin_joined(arguments)
     with phase("Importing JAX"):
-        from meshpipe.generation.held_out import evaluate_saved, held_out_source
+        from meshpipe.generation.held_out import evaluate_saved, held_out_source, tokens_of_others
         from meshpipe.generation.saved import open_saved
         from meshpipe.mesh import MeshConfig
         from meshpipe.processes.coordination import process_index
@@ -65,9 +65,10 @@ def evaluate(arguments: list[str]) -> int:
     @dataclass(frozen=True)
     class Flags:
         folder: tyro.conf.Positional[Path]
-        """The --run-dir or --checkpoint-dir of a run, or a folder of published weights."""
+        """The --run-dir or --checkpoint-dir of a run, or a folder of published weights, or of adapters of PEFT."""
         mesh: MeshConfig = field(default_factory=MeshConfig)
         evaluation: Annotated[EvaluationFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=EvaluationFlags)
+        computed: Annotated[ModelFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelFlags)
         distributed: Annotated[DistributedConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=DistributedConfig)
 
     flags = parse(Flags, arguments, "meshpipe eval", DESCRIPTION)
@@ -76,10 +77,14 @@ def evaluate(arguments: list[str]) -> int:
     def run(guard: "Guard") -> int:
         is_first = process_index() == 0
         console = make_console(stderr=True, quiet=not is_first)
-        saved = open_saved(expanded("FOLDER", flags.folder), asked.step)
+        saved = open_saved(expanded("FOLDER", flags.folder), asked.step, **vars(flags.computed))
+        if saved.note:
+            console.print(saved.note, markup=False)
         take_devices_of_run(flags.mesh, console)
         with phase("Opening the data"):
             source = held_out_source(saved, asked.data, asked.sequence_length)
+        if said := tokens_of_others(saved, asked.data):
+            console.print(said, markup=False)
         found = evaluate_saved(
             saved,
             source,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from meshpipe.cli.arguments import parse
-from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined, take_devices_of_run
+from meshpipe.cli.joined import ModelFlags, advising_on_memory, begin_joined, run_joined, take_devices_of_run
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields, expanded
 from meshpipe.phases import phase
@@ -90,10 +90,11 @@ def generate(arguments: list[str]) -> int:
     @dataclass(frozen=True)
     class Flags:
         folder: tyro.conf.Positional[Path]
-        """The --run-dir or --checkpoint-dir of a run, or a folder of published weights."""
+        """The --run-dir or --checkpoint-dir of a run, or a folder of published weights, or of adapters of PEFT."""
         mesh: MeshConfig = field(default_factory=MeshConfig)
         prompts: Annotated[PromptFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=PromptFlags)
         sampling: Annotated[SamplingConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplingConfig)
+        computed: Annotated[ModelFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelFlags)
         groups: Annotated[GroupFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=GroupFlags)
         distributed: Annotated[DistributedConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=DistributedConfig)
 
@@ -104,7 +105,9 @@ def generate(arguments: list[str]) -> int:
     def run(guard: "Guard") -> int:
         is_first = process_index() == 0
         console = make_console(stderr=True, quiet=not is_first)
-        saved = open_saved(expanded("FOLDER", flags.folder), flags.groups.step, flags.prompts.tokenizer)
+        saved = open_saved(
+            expanded("FOLDER", flags.folder), flags.groups.step, flags.prompts.tokenizer, **vars(flags.computed)
+        )
         tokenizer = checked_tokenizer(saved.tokenizer)
         take_devices_of_run(flags.mesh, console)
         _check_known(flags.sampling.stop_tokens, saved.model)
@@ -120,7 +123,7 @@ def generate(arguments: list[str]) -> int:
                 in_flight=flags.groups.in_flight,
                 compile_cache=flags.groups.compile_cache,
             )
-        console.print(f"Generating with {saved.name}.", markup=False)
+        console.print(f"Generating with {saved.name}. {saved.note}".rstrip(), markup=False)
         written = _Written(texts, tokenizer, as_json=flags.prompts.json)
         began = time.perf_counter()
         for line in written.lines(_drawn(generator, prompts, sampling)):

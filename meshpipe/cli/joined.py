@@ -4,11 +4,14 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from meshpipe.cli.arguments import explanation
 from meshpipe.cli.devices import take_devices
 from meshpipe.errors import advise, is_for_the_user
+from meshpipe.files import expand_fields
 from meshpipe.phases import phase, silence
 from meshpipe.processes.exit_codes import FAILED, INVALID
 from meshpipe.processes.launcher_pipe import end_with_launcher
@@ -19,6 +22,23 @@ if TYPE_CHECKING:
     from meshpipe.mesh import MeshConfig
     from meshpipe.processes.guard import Guard
     from meshpipe.processes.join import DistributedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """How a model in a folder is computed."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of computation; by default that of the run, and float32 for published weights. bfloat16 is for
+    accelerators."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype in which published weights are kept; by default float32, or bfloat16 where all have it and `--dtype` is
+    so."""
+    base: Path | None = None
+    """Folder of the weights below adapters; by default the one that their folder names."""
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "base")
 
 
 def begin_joined(arguments: list[str]) -> None:

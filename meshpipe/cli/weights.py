@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -10,6 +10,9 @@ from meshpipe.cli.arguments import Command, parse, run_one_of
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields
 from meshpipe.processes.exit_codes import COMPLETED
+
+if TYPE_CHECKING:
+    from meshpipe.adapters.config import LoraConfig
 
 USAGE = """usage: meshpipe weights import FOLDER --to CHECKPOINTS
        meshpipe weights export CHECKPOINTS --to FOLDER [--step N] [--dtype NAME] [--adapters] [flags]
@@ -26,6 +29,8 @@ class _Import:
     """Folder for the checkpoint, made when missing. It must not contain checkpoints."""
     base: Path | None = None
     """Folder of the weights below the adapters. None takes the one that adapter_config.json names."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the parameters. float32 keeps every value, bfloat16 those of a folder in bfloat16."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "folder", "to", "base")
@@ -40,7 +45,7 @@ class _Export:
     step: int | None = None
     """Step to export; None takes the newest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the tensors. `auto` keeps that of the weights that the run began with, or float32."""
+    """Dtype of the tensors. `auto` keeps that of the weights that the run began with, or float32, as of adapters."""
     like: Path | None = None
     """Folder to take config.json and the tokenizer from. None takes those of the weights that the run began with."""
     base: Path | None = None
@@ -56,39 +61,33 @@ class _Export:
 
 
 def weights_import(arguments: list[str]) -> int:
-    about = "Writes published weights as a checkpoint."
+    about = "Writes published weights, or adapters and the weights below them, as a checkpoint."
     flags = parse(_Import, arguments, "meshpipe weights import", about)
     from meshpipe.exchange.importing import import_weights
     from meshpipe.phases import phase
     from meshpipe.report.tables import format_bytes
     from meshpipe.weights import WeightsFolder
+    from meshpipe.weights.errors import listed
 
-    if (flags.folder / "adapter_config.json").is_file() and not (flags.folder / "config.json").is_file():
-        return _import_adapters(flags)
-    if flags.base is not None:
-        raise ArgumentError(f"`base` is for adapters of PEFT. Got it with {flags.folder}. Leave it out.")
-    weights = WeightsFolder(flags.folder)
-    size = format_bytes(weights.nbytes)
+    weights = WeightsFolder(flags.folder, flags.base)
+    size, kind = format_bytes(weights.nbytes), weights.fields.values["model_type"]
     with phase(f"Importing {size}"):
-        import_weights(flags.folder, flags.to)
-    unused = f" Not read, since nothing needs it: {', '.join(weights.unused)}." if weights.unused else ""
-    print(f"{size} of {weights.fields.values['model_type']} are step 0 of {flags.to}, as float32.{unused}")
+        import_weights(flags.folder, flags.to, dtype=flags.dtype, base=flags.base)
+    what = f"{size} of {kind}"
+    if weights.adapters is not None:
+        what = f"Adapters of rank {weights.adapters.lora.rank} and their base, {what},"
+    unused = f" Not read, since nothing needs it: {listed(weights.unused)}." if weights.unused else ""
+    print(f"{what} are step 0 of {flags.to}, as {flags.dtype}.{unused}")
+    if rounded := weights.rounded_to(flags.dtype):
+        print(rounded)
+    if weights.adapters is not None:
+        print(f"Train on: --init-from {flags.to} {_lora_flags(weights.adapters.lora)}")
     return COMPLETED
 
 
-def _import_adapters(flags: _Import) -> int:
-    from meshpipe.exchange.importing_adapters import import_adapters
-    from meshpipe.phases import phase
-
-    with phase("Importing adapters and their base"):
-        lora = import_adapters(flags.folder, flags.to, base=flags.base)
-    print(f"Adapters of rank {lora.rank} and their base are step 0 of {flags.to}, as float32.")
+def _lora_flags(lora: "LoraConfig") -> str:
     extra = f" --lora.dropout {lora.dropout}" * bool(lora.dropout) + " --lora.rank-stabilised" * lora.rank_stabilised
-    print(
-        f"Train on: --init-from {flags.to} --lora.rank {lora.rank} --lora.alpha {lora.alpha} "
-        f"--lora.targets {' '.join(lora.targets)}{extra}"
-    )
-    return COMPLETED
+    return f"--lora.rank {lora.rank} --lora.alpha {lora.alpha} --lora.targets {' '.join(lora.targets)}{extra}"
 
 
 def weights_export(arguments: list[str]) -> int:
@@ -117,11 +116,11 @@ def _export_adapters(flags: _Export) -> int:
     from meshpipe.exchange.exporting_adapters import export_adapters
     from meshpipe.phases import phase
 
-    if flags.dtype not in ("auto", "float32") or flags.like is not None:
-        raise ArgumentError("Adapters are exported in float32 and without a tokenizer. Leave out `dtype` and `like`.")
+    if flags.like is not None:
+        raise ArgumentError("Adapters are exported without a tokenizer. Leave out `like`.")
     with phase("Exporting adapters"):
-        count = export_adapters(flags.checkpoints, flags.to, step=flags.step, base=flags.base)
-    print(f"Adapters of {count} modules, in float32, are in {flags.to}.")
+        count = export_adapters(flags.checkpoints, flags.to, step=flags.step, base=flags.base, dtype=flags.dtype)
+    print(f"Adapters of {count} modules, in {'float32' if flags.dtype == 'auto' else flags.dtype}, are in {flags.to}.")
     return COMPLETED
 
 

@@ -4,25 +4,28 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from meshpipe.adapters.merge import merge_lora
 from meshpipe.checkpoint import list_checkpoints
 from meshpipe.checkpoint.base import base_of
 from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.checkpoint.reader import CheckpointReader
 from meshpipe.checkpoint.restore import restore_step
 from meshpipe.errors import ArgumentError
+from meshpipe.exchange.dtypes import DTYPES_BY_NAME, DtypeName
 from meshpipe.exchange.new_folder import new_folder
 from meshpipe.files import expanded
 from meshpipe.layers.layer import Leaves
 from meshpipe.layers.modules import host_device
 from meshpipe.layers.shared import FACTORS, variables_of
 from meshpipe.loading import load
+from meshpipe.models.gpt2 import GPT2Config
 from meshpipe.models.model import ModelConfig
 from meshpipe.weights.architectures import Table, differences, read_config, table_of, write_config
 from meshpipe.weights.companions import companions_of, kept_dtypes
@@ -35,12 +38,6 @@ from meshpipe.weights.multimodal import text_fields
 from meshpipe.weights.tensor_file import DTYPES
 from meshpipe.weights.writing import Outline, write_tensors
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-_DTYPES: Mapping[str, Any] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 LARGEST_FILE = 5_000_000_000
 """Bytes of a file of weights."""
 
@@ -129,6 +126,8 @@ def _config(model: ModelConfig, metadata: Mapping[str, Any], companions: Path | 
     if published is not None:
         kept = {name: published.values[name] for name in _KEPT if name in published.values}
         return {**made, **kept}
+    if isinstance(model, GPT2Config):
+        return made  # its positions are learned; for transformers, both fields are one
     config = metadata.get("config")
     data = config.get("data") if isinstance(config, dict) else None
     length = data.get("sequence_length") if isinstance(data, dict) else None
@@ -142,12 +141,12 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embedding
 def _dtypes(table: Table, companions: Path | None, asked: DtypeName) -> dict[str, Any]:
     names = [entry.name for entry in table.entries]
     if asked != "auto":
-        return dict.fromkeys(names, _DTYPES[asked])
+        return dict.fromkeys(names, DTYPES_BY_NAME[asked])
     kept = {} if companions is None else kept_dtypes(companions)
-    default = _DTYPES["float32"]
+    default = DTYPES_BY_NAME["float32"]
     if companions is not None and not kept:
         fields = text_fields(Fields.of_file(companions / CONFIG))
-        default = _DTYPES.get(str(fields.values.get("dtype") or fields.values.get("torch_dtype")), default)
+        default = DTYPES_BY_NAME.get(str(fields.values.get("dtype") or fields.values.get("torch_dtype")), default)
     short = {name.removeprefix(table.prefix): value for name, value in kept.items()}
     return {name: DTYPES[short[name.removeprefix(table.prefix)]] if short else default for name in names}
 
@@ -165,11 +164,16 @@ def _reader(reader: CheckpointReader, step: int) -> Callable[[str], np.ndarray]:
 
 
 def _merged(directory: Path, step: int, base: str | Path | None) -> Leaves:
-    """All leaves of a model with its adapters added to their kernels."""
-    modules = load(directory, layers="recipe", step=step, merged=True, base=base)
+    """All leaves of a model with its adapters added to their kernels, in float32: they are rounded once, when they are
+    written.
+    """
+    modules = load(directory, layers="recipe", step=step, base=base)
+    for module in modules:
+        if isinstance(module, nnx.Module):
+            nnx.update(module, jax.tree.map(lambda leaf: leaf.astype(np.float32), nnx.state(module, nnx.Param)))
     return {
         path: variable[...]
-        for index, module in enumerate(modules)
+        for index, module in enumerate(merge_lora(modules))
         for path, variable in variables_of(f"layers/{index}", module).items()
     }
 

@@ -14,29 +14,37 @@ from meshpipe.checkpoint import list_checkpoints
 from meshpipe.checkpoint.base import base_of
 from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.checkpoint.restore import restore_step
+from meshpipe.exchange.dtypes import DTYPES_BY_NAME, DtypeName
 from meshpipe.exchange.new_folder import new_folder
-from meshpipe.exchange.peft import CONFIG, FACTORS, TENSORS, check_modules, modules_of, target_modules, tensor_name
+from meshpipe.exchange.peft_factors import pattern, peft_factors
 from meshpipe.layers.modules import host_device
 from meshpipe.models.gpt2 import GPT2Config
 from meshpipe.models.model import ModelConfig
 from meshpipe.runs.saved_model import saved_lora
 from meshpipe.weights.errors import WeightsError
 from meshpipe.weights.model_of import saved_model_of
+from meshpipe.weights.peft import CONFIG, FACTORS, TENSORS, check_modules, target_modules
 from meshpipe.weights.writing import Outline, write_file
 
 
 def export_adapters(
-    directory: str | Path, to: str | Path, *, step: int | None = None, base: str | Path | None = None
+    directory: str | Path,
+    to: str | Path,
+    *,
+    step: int | None = None,
+    base: str | Path | None = None,
+    dtype: DtypeName = "auto",
 ) -> int:
-    """Writes the adapters of a checkpoint as PEFT does: adapter_config.json and adapter_model.safetensors, in float32.
-    Their base is neither read nor written.
+    """Writes the adapters of a checkpoint as PEFT does: adapter_config.json and adapter_model.safetensors. Their base
+    is neither read nor written.
 
     Arguments:
-        directory: The folder that a run with adapters saved to, or that `import_adapters` made.
+        directory: The folder that a run with adapters saved to, or that `import_weights` made.
         to: A folder that is not there, or is empty.
         step: The step to export; None takes the newest.
         base: The name or folder of the base that PEFT is told; None takes the published weights that the run began
             with, or tells none.
+        dtype: The dtype of the tensors; `auto` is that of the run, float32.
 
     Returns the number of modules with an adapter. Raises `ValueError` when there is no such checkpoint, it has no
     adapters, more than adapters was trained, or PEFT has no such adapter; then nothing is written.
@@ -57,12 +65,17 @@ def export_adapters(
     adapted = {path.removesuffix(end) for path in factors for end in ends if path.endswith(end)}
     check_modules(model, adapted)
     (tree,) = restore_step(reader, step, [{"params": {path: _on_host(leaf) for path, leaf in factors.items()}}])
-    values = _values(model, lora.rank, {path: np.asarray(leaf) for path, leaf in tree["params"].items()})
-    outlines = [Outline(name, value.shape, np.dtype(np.float32)) for name, value in sorted(values.items())]
+    found = peft_factors(model, lora, {path: np.asarray(leaf) for path, leaf in tree["params"].items()})
+    outlines = [
+        Outline(name, value.shape, DTYPES_BY_NAME.get(dtype, value.dtype))
+        for name, value in sorted(found.tensors.items())
+    ]
     config = _config(model, lora, target_modules(model, adapted), _base_name(metadata, base))
+    if found.rank_pattern:
+        config |= {"rank_pattern": pattern(found.rank_pattern), "alpha_pattern": pattern(found.alpha_pattern)}
     with new_folder(to) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        write_file(folder / TENSORS, outlines, lambda name: values[name])
+        write_file(folder / TENSORS, outlines, found.tensors.__getitem__)
     return len(adapted)
 
 
@@ -84,17 +97,6 @@ def _check_base(metadata: Mapping[str, Any], others: list[str], directory: Path)
 
 def _on_host(leaf: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=SingleDeviceSharding(host_device()))
-
-
-def _values(model: ModelConfig, rank: int, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors by name: A is [rank, inputs], B is [outputs, rank]."""
-    names, found = modules_of(model), {}
-    for path, leaf in leaves.items():
-        for factor, end in FACTORS.items():
-            if path.endswith(f"/{end}"):
-                flat = leaf.reshape(-1, rank) if factor == "lora_A" else leaf.reshape(rank, -1)
-                found[tensor_name(names[path.removesuffix(f"/{end}")], factor)] = flat.T
-    return found
 
 
 def _base_name(metadata: Mapping[str, Any], asked: str | Path | None) -> str | None:

@@ -1,12 +1,15 @@
 """`meshpipe.import_weights`: published weights become a checkpoint."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from meshpipe.adapters.config import LoraConfig
+from meshpipe.adapters.lora import with_lora
 from meshpipe.checkpoint import Checkpointer, CheckpointWriteError
 from meshpipe.checkpoint.chunks import Region
 from meshpipe.environment import versions
@@ -20,39 +23,64 @@ from meshpipe.weights.companions import keep_companions
 from meshpipe.weights.reading import read_region
 
 
-def import_weights(folder: str | Path, to: str | Path) -> ModelConfig:
-    """Writes the weights of a folder, with config.json and files of safetensors, as step 0 of a folder of checkpoints.
+def import_weights(
+    folder: str | Path,
+    to: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    base: str | Path | None = None,
+) -> ModelConfig:
+    """Writes the weights of a folder, with config.json and files of safetensors, as step 0 of a folder of checkpoints;
+    or adapters in a folder of PEFT, with the weights that they belong to.
 
-    Parameters are float32, as models have them, so every value is kept. They are read and written a few pieces at a
-    time, so a model may be far larger than the memory. Tokenizer and config.json are copied to `to`/pretrained.
+    Parameters are read and written a few pieces at a time, so a model may be far larger than the memory. Tokenizer and
+    config.json are copied to `to`/pretrained.
+
+    Arguments:
+        folder: The folder of weights or of adapters.
+        to: Folder for the checkpoint, made when missing; it must hold none.
+        dtype: The `param_dtype` of the model. float32 keeps every value; bfloat16 those of a folder in bfloat16, and
+            rounds others. Adapters are float32.
+        base: The folder of the weights below adapters; None takes `base_model_name_or_path`, where that is a folder.
 
     Returns the config of the model. Raises `WeightsError`, `CheckpointError` or `ArgumentError`, all `ValueError`s,
     when the folder is not one of a model that meshpipe computes, or `to` holds checkpoints; then nothing is written.
     """
     to = expanded("to", to)
     check_folder("to", to)
-    weights = WeightsFolder(folder)
-    found = [layer.params for layer in abstract_layers(weights.model.layers(), None)]
+    weights = WeightsFolder(folder, base)
+    weights.model = _kept_in(weights.model, dtype)
+    adapters = weights.adapters
+    lora = LoraConfig() if adapters is None else adapters.lora
+    found = [layer.params for layer in abstract_layers(with_lora(weights.model.layers(), lora), None)]
     shapes = {path: leaf for params in found for path, leaf in params.items()}
     weights.check(shapes)
-    sources = weights.sources(shapes)
+    factors = frozenset[str]() if adapters is None else adapters.leaves
+    sources = weights.sources({path: leaf for path, leaf in shapes.items() if path not in factors})
 
     def read(key: str, part: Region) -> np.ndarray:
         path = key.partition("/")[2]
+        if adapters is not None and path in factors:
+            return adapters.value(path, shapes[path].shape)[part]
         return read_region(sources[path], shapes[path], part)
 
-    save_imported(weights, to, shapes, read, imported_metadata(weights))
+    _save(weights, to, shapes, read)
     return weights.model
 
 
-def save_imported(
+def _kept_in(model: ModelConfig, dtype: str) -> ModelConfig:
+    changes: Any = {"param_dtype": dtype}
+    return replace(model, **changes)
+
+
+def _save(
     weights: WeightsFolder,
     to: str | Path,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     read: Callable[[str, Region], np.ndarray],
-    metadata: Mapping[str, Any],
 ) -> None:
     """Saves leaves as step 0, with what goes with the weights. Raises as `import_weights` does."""
+    metadata = _metadata(weights)
     with Checkpointer(to, keep=0) as checkpointer:
         if checkpointer.steps():
             raise ArgumentError(
@@ -71,7 +99,9 @@ def save_imported(
         keep_companions(weights, checkpointer.directory)
 
 
-def imported_metadata(weights: WeightsFolder) -> dict[str, Any]:
+def _metadata(weights: WeightsFolder) -> dict[str, Any]:
     """Of the step that is imported."""
-    model = {"type": type(weights.model).__name__, **config_values(weights.model)}
-    return {"step": 0, "config": {"model": model}, "imported_from": str(weights.folder), "versions": versions()}
+    config = {"model": {"type": type(weights.model).__name__, **config_values(weights.model)}}
+    if weights.adapters is not None:
+        config["lora"] = config_values(weights.adapters.lora)
+    return {"step": 0, "config": config, "imported_from": str(weights.folder), "versions": versions()}

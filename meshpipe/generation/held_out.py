@@ -53,6 +53,17 @@ def held_out_source(saved: Saved, data: Path | None, sequence_length: int) -> So
     return source
 
 
+def tokens_of_others(saved: Saved, data: Path | None) -> str:
+    """A sentence about a prepared folder whose tokens are not those of the model; empty where nothing tells."""
+    file = getattr(saved.tokenizer, "file", None)
+    if data is None or file is None or not (data / "prepared.json").is_file():
+        return ""
+    from meshpipe.data import PreparedConfig
+    from meshpipe.data.same_tokenizer import other_tokenizer
+
+    return other_tokenizer(PreparedConfig(path=str(data)), Path(file).parent)
+
+
 def _of_the_run(saved: Saved) -> Source:
     recipe = None if saved.metadata is None else saved.metadata.get("recipe")
     if saved.metadata is None or not isinstance(recipe, str) or ":" not in recipe:

@@ -2,18 +2,20 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
 from meshpipe.adapters.config import LoraConfig
 from meshpipe.checkpoint import CheckpointConfig, CheckpointError, list_checkpoints
+from meshpipe.checkpoint.base import base_of
 from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.config import Config
 from meshpipe.data import TextFilesConfig
+from meshpipe.errors import ArgumentError
 from meshpipe.files import expanded
 from meshpipe.generation.generator import Generator
 from meshpipe.generation.staged_weights import ReadWeights
@@ -29,9 +31,11 @@ from meshpipe.runs.saved_model import saved_lora, saved_model
 from meshpipe.runs.start import Start
 from meshpipe.training.base import digest_of_leaves
 from meshpipe.training.state import StateTree
-from meshpipe.weights import WeightsFolder
+from meshpipe.weights import WeightsFolder, is_published
 from meshpipe.weights.companions import PRETRAINED
 from meshpipe.weights.model_of import MODELS, saved_model_of
+
+DtypeName = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,8 @@ class Saved:
     """What its tokens are; None where nothing tells."""
     ends: tuple[int, ...]
     """The tokens that end a text."""
+    note: str = ""
+    """What is lost of the weights, as a sentence."""
     metadata: Mapping[str, Any] | None = None
     """What the checkpoint says of its run; None for published weights."""
 
@@ -59,9 +65,24 @@ class Saved:
         return Generator(self.model, self.read, mesh=mesh, tokenizer=tokenizer, lora=self.lora, **arguments)
 
 
-def open_saved(folder: str | Path, step: int | None = None, tokenizer: str | Path | None = None) -> Saved:
-    """The model of a checkpoint, of which `step` None takes the newest, or of a folder of published weights.
-    `tokenizer` is a file or folder of a tokenizer, in place of what the folder tells.
+def open_saved(
+    folder: str | Path,
+    step: int | None = None,
+    tokenizer: str | Path | None = None,
+    *,
+    dtype: DtypeName | None = None,
+    param_dtype: DtypeName | None = None,
+    base: str | Path | None = None,
+) -> Saved:
+    """The model of a checkpoint, of a folder of published weights, or of adapters of PEFT and the weights below them.
+
+    Arguments:
+        folder: The folder.
+        step: Of a checkpoint; None takes the newest.
+        tokenizer: File or folder of a tokenizer, in place of what the folder tells.
+        dtype: How the model is computed; None is as the run computed it, and float32 for published weights.
+        param_dtype: What published weights are kept in; None is float32, or bfloat16 where they and `dtype` are so.
+        base: The folder of the weights below adapters, in place of the one that the folder names.
 
     For a model that is none of meshpipe's own, it runs the recipe's Python file, which the checkpoint names: use that
     only with checkpoints that you trust. Raises `ValueError` when the folder holds neither, or its model cannot be made
@@ -69,20 +90,34 @@ def open_saved(folder: str | Path, step: int | None = None, tokenizer: str | Pat
     """
     folder = expanded("folder", folder)
     if not reader_of(folder).steps():
-        if (folder / "config.json").is_file():
-            return _published(folder, step, tokenizer)
+        if is_published(folder):
+            return _published(folder, step, tokenizer, dtype, param_dtype, base)
         raise CheckpointError(
-            "A model is in a folder of checkpoints, such as the --run-dir of a run, or of published weights, with "
-            f"config.json and files of safetensors. Got {str(folder)!r}, which has neither."
+            "A model is in a folder of checkpoints, such as the --run-dir of a run, of published weights, with "
+            "config.json and files of safetensors, or of adapters of PEFT. "
+            f"Got {str(folder)!r}, which has none of them."
         )
-    return _checkpoint(folder, step, tokenizer)
+    if param_dtype is not None:
+        raise ArgumentError(
+            f"`param_dtype` is for published weights. Got it with {folder}, whose checkpoints have the dtypes of "
+            "their run. Leave it out."
+        )
+    return _checkpoint(folder, step, tokenizer, dtype, base)
 
 
-def _published(folder: Path, step: int | None, tokenizer: str | Path | None) -> Saved:
+def _published(
+    folder: Path,
+    step: int | None,
+    tokenizer: str | Path | None,
+    dtype: DtypeName | None,
+    param_dtype: DtypeName | None,
+    base: str | Path | None,
+) -> Saved:
     if step is not None:
         raise CheckpointError(f"Published weights have no steps. Got step {step} for {folder}. Leave it out.")
-    weights = WeightsFolder(folder)
+    weights = WeightsFolder(folder, base)
     check_same_weights(weights, "weights")
+    kept = param_dtype or (weights.param_dtype if dtype == "bfloat16" else "float32")
 
     def read(model: StagedModel) -> list[StateTree]:
         weights.check({path: leaf for stage in model.parameters for path, leaf in stage.all_params.items()})
@@ -92,17 +127,35 @@ def _published(folder: Path, step: int | None, tokenizer: str | Path | None) -> 
         return [{"params": {path: values[path] for path in owned}} for owned in local]
 
     return Saved(
-        name=f"the weights of {folder}",
-        folder=folder,
-        model=weights.model,
-        lora=LoraConfig(),
+        name=f"the weights of {weights.place}",
+        folder=weights.folder,
+        model=_with(weights.model, dtype=dtype, param_dtype=kept),
+        lora=LoraConfig() if weights.adapters is None else weights.adapters.lora,
         read=read,
-        tokenizer=find_tokenizer(weights.model, tokenizer, [folder]),
-        ends=end_tokens(folder),
+        tokenizer=find_tokenizer(weights.model, tokenizer, list(dict.fromkeys([folder, weights.folder]))),
+        ends=end_tokens(weights.folder),
+        note=weights.rounded_to(kept),
     )
 
 
-def _checkpoint(folder: Path, step: int | None, tokenizer: str | Path | None) -> Saved:
+def _with(model: ModelConfig, **changes: Any) -> ModelConfig:
+    """The model with settings of how it is computed, but those that are None. Raises `ArgumentError` for a model that
+    has no such setting.
+    """
+    asked = {name: value for name, value in changes.items() if value is not None}
+    for name in asked:
+        if not hasattr(model, name):
+            raise ArgumentError(f"`{name}` is for models that have it. {type(model).__name__} has none. Leave it out.")
+    return replace(model, **asked)
+
+
+def _checkpoint(
+    folder: Path,
+    step: int | None,
+    tokenizer: str | Path | None,
+    dtype: DtypeName | None,
+    base: str | Path | None,
+) -> Saved:
     reader = reader_of(folder)
     step = list_checkpoints(reader.directory)[-1] if step is None else step
     metadata = reader.metadata(step)
@@ -111,6 +164,7 @@ def _checkpoint(folder: Path, step: int | None, tokenizer: str | Path | None) ->
     kind = parts["model"].get("type") if isinstance(parts.get("model"), dict) else None
     own = kind in MODELS
     model = saved_model_of(metadata, reader.directory) if own else saved_model(metadata, reader.directory, "recipe")
+    model = _with(model, dtype=dtype)
     lora, seed = saved_lora(metadata, reader.directory), metadata.get("seed")
     asked = Config(
         model=model,
@@ -119,7 +173,9 @@ def _checkpoint(folder: Path, step: int | None, tokenizer: str | Path | None) ->
         seed=seed if isinstance(seed, int) and 0 <= seed < 2**32 else 0,
         checkpoint=CheckpointConfig(init_from=str(reader.directory), init_step=step),
     )
-    start = find_start(asked)
+    if base is not None and base_of(metadata) is None:
+        raise ArgumentError(f"`base` is for adapters. Got it with {folder}, whose step {step} has none. Leave it out.")
+    start = find_start(asked, None if base is None else str(base))
     assert start is not None
     places = [reader.directory / PRETRAINED, *_prepared(parts.get("data"))]
     return Saved(

@@ -14,12 +14,26 @@ def notes_on(
     `tied` has the groups of parameters that were found to be one variable, and `unread` the class and name of what
     layers sow and nothing reads.
     """
-    return (*_tied(tied), *_fields(layers), *_fixed(layers), *_once(layers), *_unread(unread))
+    return (*_tied(tied), *_short(layers), *_fields(layers), *_fixed(layers), *_once(layers), *_unread(unread))
 
 
 def _tied(groups: Sequence[Sequence[str]]) -> Iterator[str]:
     if groups:
         yield f"One variable in several layers, trained as one parameter: {_some([' = '.join(g) for g in groups])}."
+
+
+def _short(layers: Sequence[Layer]) -> Iterator[str]:
+    """About parameters that are trained in a dtype too short for small updates."""
+    of_dtype = [(leaf.dtype, path) for layer in layers for path, leaf in layer.params.items()]
+    for dtype, paths in _grouped([(d, path) for d, path in of_dtype if str(d) in _PRECISION]):
+        yield (
+            f"Trained in {dtype}, where updates below 1/{_PRECISION[str(dtype)]} of a parameter are lost to rounding: "
+            f"{_some(paths)}."
+        )
+
+
+_PRECISION = {"bfloat16": 256, "float16": 2048}
+"""The inverse of the largest relative update that rounding takes away."""
 
 
 def _fields(layers: Sequence[Layer]) -> Iterator[str]:

@@ -62,7 +62,7 @@ class GPT2Config(NextTokenConfig):
 
     def layers(self) -> list[LayerConstructor]:
         blocks = [partial(GPT2Block, self) for _ in range(self.num_blocks)]
-        return [partial(GPT2Embedding, self), *blocks, partial(GPT2Head, self)]
+        return self.stored([partial(GPT2Embedding, self), *blocks, partial(GPT2Head, self)])
 
     def tied(self) -> tuple[tuple[str, ...], ...]:
         return (("layers/0/tokens/embedding", f"layers/{self.num_blocks + 1}/tokens/embedding"),)

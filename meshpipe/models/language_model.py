@@ -170,7 +170,7 @@ class LanguageModelConfig(NextTokenConfig):
         embed = ScaledEmbed if self.scale_embedding else nnx.Embed
         embedding = partial(embed, self.vocab_size, self.d_model, dtype=self.dtype, embedding_init=init)
         blocks = [partial(DecoderBlock, self, self.has_window(block)) for block in range(self.num_blocks)]
-        return [embedding, *blocks, partial(LanguageModelHead, self)]
+        return self.stored([embedding, *blocks, partial(LanguageModelHead, self)])
 
     def tied(self) -> tuple[tuple[str, ...], ...]:
         if not self.tie_embedding:

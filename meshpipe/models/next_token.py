@@ -1,8 +1,8 @@
 """Models that predict the next token: what they read, their loss and their metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from meshpipe.mesh import TENSOR
-from meshpipe.models.model import SumAndWeight
+from meshpipe.models.model import LayerConstructor, SumAndWeight
+from meshpipe.models.stored import Stored
 from meshpipe.models.transformer import TransformerConfig
 
 
@@ -23,6 +24,17 @@ class NextTokenConfig(TransformerConfig):
 
     vocab_size: int
     """Number of different tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of computation; bfloat16 is for accelerators."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the parameters. bfloat16 halves their memory, for models that are frozen, as below adapters, or only
+    used: where they are trained, small updates are lost to rounding."""
+
+    def stored(self, layers: Sequence[LayerConstructor]) -> list[LayerConstructor]:
+        """The layers with their parameters in `param_dtype`."""
+        if self.param_dtype == "float32":
+            return list(layers)
+        return [Stored(layer, self.param_dtype) for layer in layers]
 
     def notes(self, mesh: Mesh) -> list[str]:
         notes = super().notes(mesh)

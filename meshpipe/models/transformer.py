@@ -30,7 +30,7 @@ class TransformerConfig(ModelConfig):
     num_heads: int
     """Number of attention heads per block; d_model must be a multiple of twice this."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
+    """Dtype of computation; bfloat16 is for accelerators. Parameters are float32, whatever this is."""
     attention: AttentionName = "auto"
     """How attention is computed: `xla` writes the scores of all pairs of positions to memory; fused kernels do not:
     `cudnn` for bfloat16 on NVIDIA GPUs, `pallas` on TPUs. `auto` takes the kernel of the devices where dtype and sizes

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from meshpipe.adapters.config import LoraConfig
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.checkpoint.base import base_of
 from meshpipe.checkpoint.inspection import reader_of
@@ -13,6 +14,7 @@ from meshpipe.checkpoint.lock import check_free
 from meshpipe.checkpoint.names import CHECKPOINTS
 from meshpipe.checkpoint.reader import outline_problems
 from meshpipe.config import Config
+from meshpipe.data.same_tokenizer import other_tokenizer
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
 from meshpipe.processes.coordination import all_gather, process_count
@@ -23,10 +25,13 @@ from meshpipe.runs.saved_base import base_step
 from meshpipe.runs.start import WAIT_SECONDS, Start, damaged
 from meshpipe.weights import WeightsFolder, is_published
 from meshpipe.weights.architectures import differences
+from meshpipe.weights.companions import PRETRAINED
+from meshpipe.weights.peft_adapters import PeftAdapters
 
 
-def find_start(config: Config) -> Start | None:
-    """The checkpoint that the config asks to start from, which has all its files; None to start from scratch.
+def find_start(config: Config, base: str | None = None) -> Start | None:
+    """The checkpoint that the config asks to start from, which has all its files; None to start from scratch. `base` is
+    a folder for what it leaves out, in place of the one that its run had.
 
     Only what is written down of it is read. Its arrays are read, and compared with their checksums, by `Start.read`.
     Raises `ValueError` when a required checkpoint is missing, belongs to another run, or would mix with a new run. All
@@ -34,13 +39,17 @@ def find_start(config: Config) -> Start | None:
     """
     own = _own_start(config)
     if own is not None:
-        return _with_base(own, config)
+        return _with_base(own, config, base)
     if config.checkpoint.init_from is None:
         return None
     options, folder = config.checkpoint, config.checkpoint.init_from
     if is_published(folder):
         _check_shared("init_from", "published weights")
         return _published_start(config, folder)
+    if options.init_base is not None:
+        raise ArgumentError(
+            f"`init_base` is for adapters of PEFT. Got it with {folder!r}, which has none. Leave it out."
+        )
     steps = Checkpointer(folder).steps()
     if not steps and (inside := Checkpointer(Path(folder) / CHECKPOINTS).steps()):  # it is a `run_dir`
         folder, steps = str(Path(folder) / CHECKPOINTS), inside
@@ -66,8 +75,9 @@ def find_start(config: Config) -> Start | None:
         is_own=False,
         argument="init_step",
         weights_only=options.init_what == "weights",
+        warnings=tuple(filter(None, [other_tokenizer(config.data, Path(folder) / PRETRAINED)])),
     )
-    return _with_base(start, config)
+    return _with_base(start, config, base)
 
 
 def _published_start(config: Config, folder: str) -> Start:
@@ -81,15 +91,35 @@ def _published_start(config: Config, folder: str) -> Start:
                 f"`{name}` is for checkpoints of a run. Got it with {folder!r}, a folder of published weights. Leave "
                 "it out."
             )
-    start = _published(folder)
+    start = _published(folder, config.checkpoint.init_base)
     assert start.published is not None
-    return replace(start, differences=differences(config.model, start.published.model))
+    if start.published.adapters is not None:
+        _check_adapters(start.published.adapters, config.lora)
+    said = (
+        start.published.rounded_to(getattr(config.model, "param_dtype", "float32")),
+        start.published.without_dropout,
+        other_tokenizer(config.data, start.published.folder),
+    )
+    warnings = tuple(sentence for sentence in said if sentence)
+    return replace(start, differences=differences(config.model, start.published.model), warnings=warnings)
 
 
-def _published(folder: str) -> Start:
+def _check_adapters(found: PeftAdapters, asked: LoraConfig) -> None:
+    """Raises `ArgumentError` for a run whose adapters are of another size than those that it begins with."""
+    has, needs = ((one.rank, one.alpha, one.rank_stabilised) for one in (asked, found.lora))
+    if has != needs:
+        raise ArgumentError(
+            f"A run that begins with adapters must have such adapters. Got {found.folder} for a run with `lora.rank` "
+            f"{asked.rank} and `lora.alpha` {asked.alpha:g}. {found.flags()}"
+        )
+
+
+def _published(folder: str, base: str | None = None) -> Start:
     """Raises `ArgumentError` when processes see different weights, and `WeightsError` for damaged ones."""
-    found = WeightsFolder(folder)
+    found = WeightsFolder(folder, base, "init_base")
     check_same_weights(found, "`init_from`")
+    if found.adapters is not None:
+        folder = str(found.folder)  # that of the base, which checkpoints of adapters leave out
     return Start(folder, 0, {}, is_own=False, argument="init_from", weights_only=True, published=found)
 
 
@@ -109,12 +139,12 @@ def check_same_weights(found: WeightsFolder, argument: str) -> None:
             )
 
 
-def _with_base(start: Start, config: Config) -> Start:
+def _with_base(start: Start, config: Config, base_folder: str | None) -> Start:
     """The start with what its step leaves out. Raises `ArgumentError` when that cannot be had."""
     left_out = base_of(start.metadata)
     if left_out is None:
         return start
-    asked = config.checkpoint.init_from if start.is_own else None
+    asked = config.checkpoint.init_from if start.is_own else base_folder
     if asked is not None and not _is_whole(asked):
         asked = None  # the checkpoint of adapters that this run began with: its base is that of this one
     if asked is None and left_out.folder is None:
@@ -130,7 +160,8 @@ def _with_base(start: Start, config: Config) -> Start:
     if published is not None:
         return replace(start, left_out_base=left_out, base=_published(published))
     # A run that begins with this checkpoint has named it as `init_from`, and cannot name the base as well.
-    reader, step = base_step(left_out, asked, "init_from" if start.is_own else None)
+    argument = "init_from" if start.is_own else None
+    reader, step = base_step(left_out, asked, argument if base_folder is None else "base")
     folder = str(reader.directory)
     metadata = _read(folder, step, reader.steps(), "init_step")
     if base_of(metadata) is not None:

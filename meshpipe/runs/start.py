@@ -53,6 +53,8 @@ class Start:
     """The weights, where `folder` is not one of checkpoints."""
     differences: Sequence[str] = ()
     """What the run's model computes otherwise than the published one, in words."""
+    warnings: Sequence[str] = ()
+    """What a user should know of how weights and data are read, in sentences."""
 
     @property
     def left_out(self) -> int:
@@ -186,8 +188,7 @@ class Start:
         other = ""
         if self.published is not None and self.differences:
             other = f" The model differs from its config.json: {'; '.join(self.differences)}."
-        if self.published is not None and self.published.without_dropout:
-            other += f" {self.published.without_dropout}"
+        other += "".join(f" {sentence}" for sentence in self.warnings)
         return f"{self._sentence()}{base}{other}"
 
     @property
@@ -198,7 +199,9 @@ class Start:
 
     @property
     def place(self) -> str:
-        return self.folder if self.published is not None else f"step {self.step} of {self.folder}"
+        if self.published is None:
+            return f"step {self.step} of {self.folder}"
+        return self.folder if self.published.adapters is None else self.published.place
 
     def _sentence(self) -> str:
         if self.is_own:

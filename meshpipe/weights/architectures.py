@@ -25,8 +25,8 @@ READERS: Mapping[str, Callable[[Fields], ModelConfig]] = {
     "gpt2": read_gpt2,
 }
 """By `model_type` of config.json."""
-NOT_COMPUTED: Mapping[str, str] = {"dtype": "float32", "attention": "auto"}
-"""Fields of a model that say how it is computed, and nothing of what."""
+NOT_COMPUTED: Mapping[str, str] = {"dtype": "float32", "param_dtype": "float32", "attention": "auto"}
+"""Fields of a model that say how it is computed and kept, and nothing of what."""
 
 
 DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")

@@ -5,18 +5,21 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from meshpipe.checkpoint.inspection import reader_of
+from meshpipe.errors import ArgumentError
 from meshpipe.files import expanded
+from meshpipe.layers.shared import FACTORS
 from meshpipe.models.model import ModelConfig
 from meshpipe.weights.architectures import Table, dropouts, read_config, table_of
 from meshpipe.weights.entry import Entry
 from meshpipe.weights.errors import WeightsError, listed
 from meshpipe.weights.fields import Fields
 from meshpipe.weights.multimodal import is_other, text_fields, text_name
+from meshpipe.weights.peft_adapters import PeftAdapters, base_of_adapters, is_adapters
 from meshpipe.weights.reading import Source, check_dtype, read_leaves
 from meshpipe.weights.tensor_file import Tensor, middle_bytes
 from meshpipe.weights.tensor_folder import find_tensors
@@ -41,25 +44,37 @@ COMPANIONS = (
 
 
 def is_published(path: str | Path) -> bool:
-    """Whether a folder is one of published weights, or is meant to be: no checkpoints, but files that such have."""
+    """Whether a folder is one of published weights, or of adapters, or is meant to be: no checkpoints, but files that
+    such have.
+    """
     folder = expanded("folder", path)
     return not reader_of(folder).steps() and ((folder / CONFIG).is_file() or any(folder.glob("*.safetensors")))
 
 
 class WeightsFolder:
-    """The weights in a folder with a config.json and files of safetensors.
+    """The weights in a folder with a config.json and files of safetensors; or adapters in a folder of PEFT, and the
+    weights below them: in `base`, which messages call `argument`, or where adapter_config.json says.
 
     Raises `WeightsError`, a `ValueError`, when it is no such folder, when a file is damaged, or when meshpipe has no
     model like it. The tensors themselves are not read until `read`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, base: str | Path | None = None, argument: str = "base") -> None:
         self.folder = expanded("folder", path).absolute()
         if not self.folder.is_dir():
             raise WeightsError(f"Weights are read from a folder of files. Got {self.folder}, which is none.")
+        adapters = self.folder if is_adapters(self.folder) else None
+        if adapters is not None:
+            self.folder = base_of_adapters(adapters, base, argument).absolute()
+        elif base is not None:
+            raise ArgumentError(
+                f"`{argument}` is for adapters. Got it with {self.folder}, which has none. Leave it out."
+            )
         self.fields = text_fields(Fields.of_file(self.folder / CONFIG))
         self.model: ModelConfig = read_config(self.fields)
         self.table: Table = table_of(self.model)
+        self.adapters = None if adapters is None else PeftAdapters(adapters, self.model)
+        """The adapters upon the weights, if there are any."""
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -73,6 +88,26 @@ class WeightsFolder:
             prefix + name if name not in names and prefix + name in names else name: tensor
             for name, tensor in found.items()
         }
+
+    @property
+    def dtype(self) -> str:
+        """That of all tensors that are read; float32 where they have several. Without any, as a config.json is enough
+        to plan a run, it is what that says.
+        """
+        if not any(self.folder.glob("*.safetensors")):
+            return str(self.fields.values.get("dtype") or self.fields.values.get("torch_dtype") or "float32")
+        used = {self.tensors[entry.name].dtype for entry in self.table.entries if entry.name in self.tensors}
+        return str(used.pop()) if len(used) == 1 else "float32"
+
+    @property
+    def param_dtype(self) -> Literal["float32", "bfloat16"]:
+        """The shortest dtype of parameters that keeps every value."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
+    def rounded_to(self, param_dtype: str) -> str:
+        """What is lost when parameters are of this dtype, as a sentence; empty where nothing is."""
+        lossless = param_dtype != "bfloat16" or self.param_dtype == "bfloat16"
+        return "" if lossless else f"Its {self.dtype} weights are rounded to bfloat16."
 
     @property
     def without_dropout(self) -> str:
@@ -93,6 +128,11 @@ class WeightsFolder:
         return [self.folder / name for name in COMPANIONS if (self.folder / name).is_file()]
 
     @property
+    def place(self) -> str:
+        """Where the weights are, in words."""
+        return str(self.folder) if self.adapters is None else f"{self.adapters.folder} upon {self.folder}"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are read."""
         return sum(self.tensors[name].nbytes for name in {e.name for e in self.table.entries} if name in self.tensors)
@@ -100,7 +140,8 @@ class WeightsFolder:
     @property
     def leaves(self) -> Sequence[str]:
         """The paths of all leaves of the model."""
-        return [*(entry.path for entry in self.table.entries), *self.table.tied]
+        adapters = () if self.adapters is None else self.adapters.leaves
+        return [*(entry.path for entry in self.table.entries), *self.table.tied, *adapters]
 
     def outline(self) -> str:
         """A digest of config.json, of what tensors there are, and of a few bytes of each, for processes to compare: the
@@ -110,13 +151,17 @@ class WeightsFolder:
             name: [str(tensor), tensor.file.name, tensor.offset, middle_bytes(tensor).hex()]
             for name, tensor in self.tensors.items()
         }
-        text = json.dumps([self.fields.values, known], sort_keys=True)
+        adapters = None if self.adapters is None else self.adapters.outline
+        text = json.dumps([self.fields.values, known, adapters], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def check(self, leaves: Mapping[str, Any], *, whole: bool = True) -> None:
         """Raises `WeightsError` unless the tensors are those of a model with these leaves, which have a shape and a
         dtype: every leaf must have a tensor and, if the leaves are `whole`, every tensor a leaf.
         """
+        if self.adapters is not None and whole:
+            self.adapters.check({path: leaf for path, leaf in leaves.items() if path.endswith(FACTORS)})
+            leaves = {path: leaf for path, leaf in leaves.items() if not path.endswith(FACTORS)}
         problems: list[str] = []
         entries = {entry.path: entry for entry in self.table.entries}
         wanted = {path: entries.get(self.table.tied.get(path, path)) for path in leaves}
@@ -143,7 +188,11 @@ class WeightsFolder:
         """The leaves `wanted`, by leaf path, with their shardings and in their dtypes; those without a device in this
         process are left out. Only the parts that this process holds are read. Raises `WeightsError` as `check` does.
         """
-        return read_leaves(self.sources(wanted), wanted)
+        found = {}
+        if self.adapters is not None:
+            found = self.adapters.read({path: leaf for path, leaf in wanted.items() if path in self.adapters.leaves})
+            wanted = {path: leaf for path, leaf in wanted.items() if path not in self.adapters.leaves}
+        return found | read_leaves(self.sources(wanted), wanted)
 
     def sources(self, wanted: Mapping[str, Any]) -> dict[str, Source]:
         """What each of the leaves is read from. Raises as `check` does."""

@@ -19,16 +19,16 @@ MODELS: Mapping[str, type[ModelConfig]] = {
 }
 
 
-def model_of(folder: str | Path, step: int | None = None) -> ModelConfig:
-    """The config of the model in a folder of weights, or in a folder of checkpoints of one of `MODELS`, of which the
-    newest counts, or `step`.
+def model_of(folder: str | Path, step: int | None = None, *, init_base: str | None = None) -> ModelConfig:
+    """The config of the model in a folder of weights, or of adapters upon those in `init_base`; or in a folder of
+    checkpoints of one of `MODELS`, of which the newest counts, or `step`.
 
     Raises `WeightsError` or `CheckpointError`, both `ValueError`s, when the folder holds neither.
     """
     reader = reader_of(folder)
     steps = reader.steps()
     if not steps and is_published(folder):
-        return WeightsFolder(folder).model
+        return WeightsFolder(folder, init_base, "init_base").model
     if not steps:
         raise WeightsError(
             f"A model is read from a folder of weights, with config.json and files of safetensors, or from one of "

@@ -23,7 +23,16 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """By `model_type` of a model that sees."""
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
+_KEPT = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "tie_word_embeddings",
+    "transformers_version",
+)
 """Fields of the whole model that go with the text model."""
 _PREFIXES = {
     "language_model.model.": "model.",

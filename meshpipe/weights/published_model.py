@@ -8,6 +8,7 @@ from meshpipe.checkpoint.inspection import reader_of
 from meshpipe.errors import ArgumentError
 from meshpipe.models.attention import AttentionName
 from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
+from meshpipe.weights.folder import WeightsFolder, is_published
 from meshpipe.weights.model_of import model_of
 
 
@@ -21,20 +22,34 @@ class PublishedModel(ModelConfig):
     input: ClassVar[str] = "inputs"
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of computation; parameters are float32. bfloat16 is for accelerators."""
+    """Dtype of computation; bfloat16 is for accelerators."""
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the parameters below adapters, which are float32 themselves, or of those that are trained. `auto` is
+    float32, but bfloat16 for weights below adapters whose file has them so and that are computed so: the same values in
+    a third of the memory, since float32 has a copy in bfloat16. Of a folder of checkpoints, it is that of the
+    checkpoint."""
     attention: AttentionName = "auto"
     """How attention is computed; `meshpipe plan` says what is chosen."""
 
-    def found(self, init_from: str | None, checkpoints: str | None) -> ModelConfig:
+    def found(
+        self, init_from: str | None, checkpoints: str | None, *, base: str | None = None, frozen: bool = False
+    ) -> ModelConfig:
         """The model in the folder of a run's own checkpoints, if they are given and there, or in `init_from`; itself
-        where neither says. Raises `ValueError` for a folder without weights.
+        where neither says.
+
+        `base` is the folder below adapters in `init_from`. `frozen` says whether adapters are trained in its place.
+        Raises `ValueError` for a folder without weights.
         """
         own = checkpoints is not None and bool(reader_of(checkpoints).steps())
-        folder = checkpoints if own else init_from
+        folder, base = (checkpoints, None) if own else (init_from, base)
         if folder is None:
             return self
         changes: Any = {"dtype": self.dtype, "attention": self.attention}
-        return replace(model_of(folder), **changes)
+        if self.param_dtype != "auto":
+            changes["param_dtype"] = self.param_dtype
+        elif frozen and self.dtype == "bfloat16" and is_published(folder):
+            changes["param_dtype"] = WeightsFolder(folder, base, "init_base").param_dtype
+        return replace(model_of(folder, init_base=base), **changes)
 
     def layers(self) -> list[LayerConstructor]:
         self._unknown()

@@ -37,14 +37,17 @@ class Source:
 
 
 def check_dtype(name: str, tensor: Tensor, dtype: np.dtype) -> None:
-    """Raises `WeightsError` unless every value of the tensor is one of the dtype as well."""
+    """Raises `WeightsError` unless every value of the tensor is one of the dtype as well, or is rounded to the bfloat16
+    that was asked for.
+    """
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise WeightsError(
             f"Weights are floating numbers. {name} in {tensor.file} is {tensor}: quantised weights are not read. "
             "Take the folder of the model before it was quantised."
         )
     ours, theirs = jnp.finfo(dtype), jnp.finfo(tensor.dtype)
-    if theirs.nmant > ours.nmant or theirs.maxexp > ours.maxexp:
+    rounded = dtype == ml_dtypes.bfloat16 and tensor.dtype in (np.float32, np.float16)
+    if not rounded and (theirs.nmant > ours.nmant or theirs.maxexp > ours.maxexp):
         raise WeightsError(
             f"A parameter must hold every value of its tensor. {name} in {tensor.file} is {tensor.dtype}, and the "
             f"model's parameter is {np.dtype(dtype)}. Save the folder with dtype {np.dtype(dtype)}."

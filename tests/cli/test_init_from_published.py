@@ -59,9 +59,47 @@ def test_adapters_leave_out_the_published_base_and_find_it_again(
     assert run("single", f"{adapt} --resume --steps 3 --init-from moved") == 0
 
 
+@pytest.fixture
+def adapters(folder: Path) -> Path:
+    """A folder as PEFT writes it, upon the weights."""
+    assert run("single", "--lora.rank 2 --lora.targets query down --checkpoint-dir before --init-from weights") == 0
+    assert main(["weights", "export", "before", "--to", "adapters", "--adapters"]) == 0
+    return folder / "adapters"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_adapters_of_peft(adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "--lora.rank 2 --lora.targets query down --init-from adapters --checkpoint-dir"
+    assert run("single", f"{asked} after --steps 0") == 0
+    assert f"Started with the weights of {adapters} upon {adapters.with_name('weights')}." in capsys.readouterr().out
+    before, after = load("before"), load("after")
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path], leaf, err_msg=path)
+    adapters.with_name("weights").rename("moved")
+    assert run("single", f"{asked} other") == 2
+    assert "Pass that folder as --init-base." in capsys.readouterr().err
+    assert run("single", f"{asked} other --init-base moved --steps 0") == 0
+    assert run("single", "--init-from adapters --init-base moved") == 2
+    assert (
+        "They need --lora.rank 2, --lora.alpha 16, --lora.targets attention/query swiglu/down."
+        in capsys.readouterr().err
+    )
+    for command in (
+        "generate adapters --base moved --prompt a --max-tokens 4",
+        "generate after --base moved --prompt a",
+    ):
+        assert main([*command.split(), "--max-tokens", "4"]) == 0, capsys.readouterr().err
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert main(["eval", "adapters", "--base", "moved", "--data", "text.txt", "--json"]) == 2
+    assert "whose tokens are not bytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--init-from weights --init-base weights", "--init-base is for adapters."),
         ("--init-from weights --init-step 3", "--init-step is for checkpoints of a run."),
         ("--init-from weights --init-what all", "--init-what is for checkpoints of a run."),
         ("--init-from weights --model.d-model 32", "and the model's [288, 32]"),

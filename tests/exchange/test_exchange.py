@@ -96,6 +96,9 @@ def test_a_model_from_scratch_gets_a_config(name: str, tmp_path: Path) -> None:
     export_weights(tmp_path / "imported", tmp_path / "exported")
     assert_same_bits(tmp_path / "exported", golden.FOLDER / name) if name != "mistral" else None
     assert WeightsFolder(tmp_path / "exported").model == golden.CONFIGS[name]
+    # For transformers, this field of GPT-2 is its number of positions.
+    config = json.loads((tmp_path / "exported/config.json").read_text())
+    assert ("max_position_embeddings" in config) == (name != "gpt2")
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

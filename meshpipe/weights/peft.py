@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from meshpipe.models.model import ModelConfig
 from meshpipe.weights.architectures import table_of
@@ -13,14 +14,24 @@ FACTORS: Mapping[str, str] = {"lora_A": "lora/lora_a", "lora_B": "lora/lora_b"}
 """The factors of an adapter in PEFT, and the leaves below a module that they are."""
 
 
-def modules_of(model: ModelConfig) -> dict[str, str]:
-    """By path of each module that PEFT adapts as one, its name in transformers."""
-    entries = table_of(model).entries
-    parts = Counter(entry.name for entry in entries)
+@dataclass(frozen=True)
+class PeftModule:
+    """A linear module of transformers, of which a module here is all or a part."""
+
+    name: str
+    part: int
+    """Which of the parts of the outputs, that lie side by side."""
+    parts: int
+    """How many there are: three in GPT-2's queries, keys and values."""
+
+
+def modules_of(model: ModelConfig) -> dict[str, PeftModule]:
+    """By path of each module that PEFT adapts, alone or with others, what it is in transformers."""
+    kernels = [entry for entry in table_of(model).entries if entry.path.endswith(KERNEL)]
+    parts = Counter(entry.name for entry in kernels)
     return {
-        entry.path.removesuffix(KERNEL): entry.name.removesuffix(".weight")
-        for entry in entries
-        if entry.path.endswith(KERNEL) and parts[entry.name] == 1
+        entry.path.removesuffix(KERNEL): PeftModule(entry.name.removesuffix(".weight"), entry.part, parts[entry.name])
+        for entry in kernels
     }
 
 
@@ -36,11 +47,7 @@ def check_modules(model: ModelConfig, adapted: Collection[str]) -> None:
         if path in known:
             continue
         names = [entry.name for entry in table_of(model).entries if entry.path.startswith(f"{path}/")]
-        what = "which no tensor of transformers is"
-        if names and names[0].endswith("c_attn.weight"):
-            what = f"which is only a part of {names[0]}: PEFT has one adapter for queries, keys and values together"
-        elif names:
-            what = f"the embedding {names[0]}, which PEFT adapts by other factors"
+        what = f"the embedding {names[0]}, which PEFT adapts by other factors" if names else "which no tensor is"
         raise WeightsError(
             f"Adapters are exported where PEFT has one as well. Got one at {path}, {what}. Export the weights with "
             "the adapters merged into them."
@@ -51,7 +58,7 @@ def target_modules(model: ModelConfig, adapted: Collection[str]) -> list[str]:
     """The ends of names by which PEFT finds the adapted modules and no others; a whole name where no end does."""
     every = modules_of(model)
     linear = {name.removesuffix(".weight") for name in (entry.name for entry in table_of(model).entries)}
-    chosen = {every[path] for path in adapted}
+    chosen = {every[path].name for path in adapted}
     found: set[str] = set()
     for name in chosen:
         words = name.split(".")
