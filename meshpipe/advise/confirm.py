@@ -22,6 +22,8 @@ from meshpipe.runs.build import make_chooser
 
 WORTH_COMPILING = 2.0
 """The best of a family is compiled unless it takes this many times as long as the fastest estimate."""
+LEAST = 2
+"""Layouts that are tried in any case: one alone does not say how far off estimates are."""
 CAUTION = 0.9
 """Estimates may be this much further off than those that are known, before a layout is not tried."""
 
@@ -49,7 +51,7 @@ def confirm_best(what: str, estimates: Sequence[Estimate], confirm: Callable[[Es
     began, best, lowest, tried = time.monotonic(), float("inf"), float("inf"), 0
     with phase(what, "layout", len(estimates)) as now:
         for number, estimate in enumerate(estimates):
-            if best < CAUTION * lowest * estimate.seconds:
+            if tried >= LEAST and best < CAUTION * lowest * estimate.seconds:
                 now.next()
                 continue
             if tried:

@@ -40,6 +40,10 @@ def test_what_cannot_win_is_not_tried(factors: dict[float, float], tried: list[f
     assert confirmed([1.0, 1.05, 1.1, 1.5, 3.0], factors) == tried
 
 
+def test_two_are_tried_however_far_apart() -> None:
+    assert confirmed([1.0, 2.0, 3.0], {}) == [1.0, 2.0]
+
+
 def test_what_is_refused_rules_nothing_out() -> None:
     assert confirmed([1.0, 1.5, 3.0], {}, refused=(1.0,)) == [1.0, 1.5]
 
