@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from meshpipe.cli.arguments import parse
-from meshpipe.cli.joined import ModelFlags, advising_on_memory, begin_joined, run_joined, take_devices_of_run
+from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined
 from meshpipe.errors import check_whole
 from meshpipe.files import expand_fields, expanded
 from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
+from meshpipe.processes.stop import StopRequest
 
 if TYPE_CHECKING:
     from meshpipe.processes.guard import Guard
@@ -52,35 +53,27 @@ class EvaluationFlags:
         expand_fields(self, "data", "compile_cache")
 
 
-def evaluate(arguments: list[str]) -> int:
+def evaluate(arguments: list[str], *, stop: StopRequest) -> int:
     begin_joined(arguments)
     with phase("Importing JAX"):
+        from meshpipe.cli.folder_flags import FolderFlags
         from meshpipe.generation.held_out import evaluate_saved, held_out_source, tokens_of_others
         from meshpipe.generation.saved import open_saved
-        from meshpipe.mesh import MeshConfig
         from meshpipe.processes.coordination import process_index
-        from meshpipe.processes.join import DistributedConfig
-        from meshpipe.report.tables import make_console
 
-    @dataclass(frozen=True)
-    class Flags:
-        folder: tyro.conf.Positional[Path]
-        """The --run-dir or --checkpoint-dir of a run, or a folder of published weights, or of adapters of PEFT."""
-        mesh: MeshConfig = field(default_factory=MeshConfig)
+    @dataclass(frozen=True, kw_only=True)
+    class Flags(FolderFlags):
         evaluation: Annotated[EvaluationFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=EvaluationFlags)
-        computed: Annotated[ModelFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelFlags)
-        distributed: Annotated[DistributedConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=DistributedConfig)
 
     flags = parse(Flags, arguments, "meshpipe eval", DESCRIPTION)
     asked = flags.evaluation
 
     def run(guard: "Guard") -> int:
-        is_first = process_index() == 0
-        console = make_console(stderr=True, quiet=not is_first)
+        stop.end_early = guard.end_early
         saved = open_saved(expanded("FOLDER", flags.folder), asked.step, **vars(flags.computed))
+        console = flags.take_devices()
         if saved.note:
             console.print(saved.note, markup=False)
-        take_devices_of_run(flags.mesh, console)
         with phase("Opening the data"):
             source = held_out_source(saved, asked.data, asked.sequence_length)
         if said := tokens_of_others(saved, asked.data):
@@ -101,7 +94,7 @@ def evaluate(arguments: list[str]) -> int:
         else:
             values = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
             text = f"{saved.name}, {examples:,} held-out examples: {values}"
-        if is_first:
+        if process_index() == 0:
             print(text)
         return COMPLETED
 

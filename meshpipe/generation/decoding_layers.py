@@ -43,18 +43,26 @@ def decoding_layers(layers: Sequence[LayerLike], batch: int, length: int) -> lis
     of which the last is repeated to the end of the row, or the next position alone. Besides them those of
     `SAMPLING_FIELDS`, `[batch]`. Raises `ArgumentError` for layers that are called in ways of their own.
     """
+    made = with_constructors(layers, lambda make: CachingConstructor(make, batch, length), "which can have a cache")
+    return with_last_call(made, _next_tokens, "generate")
+
+
+def with_constructors(layers: Sequence[LayerLike], changed: Callable[[Make], Any], why: str) -> list[LayerLike]:
+    """The layers with other constructors of their modules; functions stay. Raises `ArgumentError`, which says `why`,
+    for a module.
+    """
     made: list[LayerLike] = []
     for index, entry in enumerate(layers):
         given = entry.layer if isinstance(entry, LayerCall) else entry
         if isinstance(given, nnx.Module):
             raise ArgumentError(
-                "To generate, every layer must be a constructor, which can give its attention a cache. Got "
-                f"{kind_of(given)} as layers/{index}. Write functools.partial(Class, ...)."
+                f"To generate, every layer must be a constructor, {why}. Got {kind_of(given)} as layers/{index}. Write "
+                "functools.partial(Class, ...)."
             )
         make, function = constructor_of(f"layers/{index}", given)
-        new: Any = given if function is not None else CachingConstructor(make, batch, length)
+        new: Any = given if function is not None else changed(make)
         made.append(replace(entry, layer=new) if isinstance(entry, LayerCall) else new)
-    return with_last_call(made, _next_tokens, "generate")
+    return made
 
 
 def with_last_call(layers: Sequence[LayerLike], function: Callable[..., Any], what: str) -> list[LayerLike]:

@@ -2,10 +2,10 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ from meshpipe.adapters.config import LoraConfig
 from meshpipe.adapters.lora import with_lora
 from meshpipe.compiler.cache import open_cache
 from meshpipe.errors import ArgumentError, check_whole, kind_of
-from meshpipe.generation.decoder import POSITIONS, Decoder
+from meshpipe.generation.caching_model import POSITIONS, CachingModel
+from meshpipe.generation.decoder import Decoder
 from meshpipe.generation.lengths import LEAST_BEGINNING, check_tokens, power_of_two
-from meshpipe.generation.requests import Drawn, Request, RunningGroup, StopWhen
+from meshpipe.generation.requests import Drawn, Request, StopWhen
+from meshpipe.generation.running_group import RunningGroup
 from meshpipe.generation.sampling import SamplingConfig
 from meshpipe.generation.scorer import Scorer
 from meshpipe.generation.scoring import Score
@@ -32,14 +34,18 @@ from meshpipe.sharding import ShardingRules
 
 LEAST_LENGTH = 32
 """The fewest positions that caches have."""
+DtypeName = Literal["float32", "bfloat16"]
+DTYPES = get_args(DtypeName)
+ShouldStop = Callable[[int], bool]
 
 
 class Generator:
     """A language model that continues texts: one stage for each rank of the mesh, and no optimizer.
 
-    Prompts are sorted by length into groups of `batch_size`, of which `in_flight` run at a time, so that every rank has
-    work: while one group is at the last rank, others are at those before it. What is generated does not depend on
-    layout, groups or other prompts, but for rounding. Every process of the mesh must make the same calls.
+    Texts run in groups of `batch_size` rows, of which `in_flight` run at a time, so that every rank has work: while one
+    group is at the last rank, others are at those before it. The row of a text that has ended is given to the next
+    prompt at once. What is generated does not depend on layout, groups or other prompts, but for rounding. Every
+    process of the mesh must make the same calls.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Generator:
         batch_size: int = 8,
         in_flight: int | None = None,
         rules: ShardingRules | None = None,
+        weights_dtype: str = "float32",
         compile_cache: str | None = None,
     ) -> None:
         """Places the weights on the devices. Nothing is compiled before the first prompt.
@@ -68,6 +75,8 @@ class Generator:
             batch_size: The most texts of a group.
             in_flight: How many groups run at a time; by default as many as there are ranks.
             rules: Which mesh axis splits which axis of a parameter; by default those of `Trainer`.
+            weights_dtype: In which kernels and embeddings are kept. A model that computes in bfloat16 gives the same
+                tokens with bfloat16, in half the memory.
             compile_cache: A folder that keeps compiled programs for later; None keeps none.
 
         Raises `ValueError` when model, weights and mesh do not fit together.
@@ -79,21 +88,24 @@ class Generator:
         check_whole("in_flight", self._in_flight)
         self._batch_size = batch_size
         self._group = Group(device.process_index for device in self.mesh.devices.flat)
-        self._layers = with_lora(model.layers(), LoraConfig() if lora is None else lora)
         self._rules = ShardingRules() if rules is None else rules
         self._cache = open_cache(compile_cache)
         self._decoders: dict[tuple[int, int], Decoder] = {}
         self._calls = itertools.count()
         shape = jax.ShapeDtypeStruct((self.mesh.shape.get(DATA, 1), LEAST_BEGINNING), jnp.int32)
         task = Task(
-            self._layers,
+            with_lora(model.layers(), LoraConfig() if lora is None else lora),
             model.loss,
             batch={model.input: shape, POSITIONS: shape},
             input=model.input,
             tied=model.tied(),
             rules=self._rules,
         )
-        self._weights = StagedWeights.of(task, self.mesh, given(weights) if isinstance(weights, Mapping) else weights)
+        if weights_dtype not in DTYPES:
+            raise ArgumentError(f"`weights_dtype` must be one of {', '.join(DTYPES)}. Got {weights_dtype!r}.")
+        read = given(weights) if isinstance(weights, Mapping) else weights
+        kept = None if weights_dtype == "float32" else weights_dtype
+        self._weights = StagedWeights.of(task, self.mesh, read, dtype=kept)
 
     def generate(self, prompts: str | Sequence[str], sampling: SamplingConfig | None = None, **fields: Any) -> Any:
         """The texts that follow the prompts: of one prompt a string, of several a list of them, in their order.
@@ -131,6 +143,8 @@ class Generator:
         sampling: SamplingConfig | None = None,
         *,
         stop_when: StopWhen | None = None,
+        on_end: Callable[[int], object] | None = None,
+        should_stop: ShouldStop | None = None,
         **fields: Any,
     ) -> Iterator[Drawn]:
         """Every token as soon as it is known, with the number of its prompt.
@@ -140,6 +154,10 @@ class Generator:
             sampling: How text is continued; a field of `fields` takes precedence.
             stop_when: Called after each token with the tokens that were added to a text; it ends the text by True.
                 Every process must answer alike.
+            on_end: Called with the number of each text once all its tokens are known.
+            should_stop: Called after each turn, in which every group begins texts or gets a token for each of them,
+                with the number of the turn. Once it returns True, nothing more is generated. Every process must stop
+                after the same turn.
             **fields: Fields of `SamplingConfig`.
 
         Raises `ValueError` for a prompt without tokens, tokens that the model does not have, and a text that is longer
@@ -147,14 +165,14 @@ class Generator:
         """
         chosen = sampling = self._sampling(sampling, fields) if fields or sampling is None else sampling
         requests = [
-            Request(number=n, prompt=list(prompt), sampling=chosen, stop_when=stop_when)
+            Request(number=n, prompt=list(prompt), sampling=chosen, stop_when=stop_when, on_end=on_end)
             for n, prompt in enumerate(prompts)
         ]
         self._check(requests, sampling)
         if not self._group.is_alone:
             asked = {"prompts": str([request.prompt for request in requests]), "sampling": str(sampling)}
             agree(self._group, f"prompts {next(self._calls)}", asked)
-        return self._run(requests, sampling)
+        return self._run(requests, sampling, should_stop)
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -163,7 +181,7 @@ class Generator:
         """
         return Scorer(
             model=self.model,
-            layers=self._layers,
+            layers=self._weights.layers,
             staged=self._weights,
             cache=self._cache,
             group=self._group,
@@ -186,49 +204,51 @@ class Generator:
         ]
         return self.scorer.tokens(tokens)
 
-    def _run(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[Drawn]:
+    def _run(
+        self, requests: Sequence[Request], sampling: SamplingConfig, should_stop: ShouldStop | None
+    ) -> Iterator[Drawn]:
         if not requests:
             return
-        waiting = deque(self._grouped(requests))
         longest = max(len(request.prompt) for request in requests)
-        decoder = self._decoder(len(waiting[0]), longest + sampling.max_tokens - 1)
-        running: list[RunningGroup] = []
-        while waiting or running:
-            while waiting and len(running) < self._in_flight:
-                group = waiting.popleft()
-                seq = power_of_two(max(len(request.prompt) for request in group), LEAST_BEGINNING)
-                running.append(RunningGroup.begin(decoder, group, min(seq, decoder.length)))
-            for each in running:
-                yield from each.advance()
-            running = [each for each in running if not each.has_ended]
-
-    def _grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Groups of requests whose prompts are about equally long. Few requests make as many groups as can run at a
-        time.
-        """
-        size = min(self._batch_size, -(-len(requests) // self._in_flight))
-        ordered = sorted(requests, key=lambda request: len(request.prompt))
-        return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+        rows = min(self._batch_size, -(-len(requests) // self._in_flight))
+        decoder = self._decoder(rows, longest + sampling.max_tokens - 1)
+        first = decoder.batch * self._in_flight
+        # What begins together is about equally long; what follows comes in turn.
+        waiting = deque([*sorted(requests[:first], key=lambda request: len(request.prompt)), *requests[first:]])
+        groups = [RunningGroup.of(decoder) for _ in range(min(self._in_flight, len(requests)))]
+        for turn in itertools.count():
+            for group in groups:
+                group.advance(waiting)
+                yield from group.read()
+            if not waiting and all(group.has_ended for group in groups):
+                return
+            if should_stop is not None and should_stop(turn):
+                return
 
     def _decoder(self, texts: int, length: int) -> Decoder:
         """What continues groups of so many texts of at least this length."""
         parts = self.mesh.shape.get(DATA, 1)
         batch = -(-texts // parts) * parts
-        key = batch, power_of_two(length, LEAST_LENGTH)
-        if key not in self._decoders:
-            self._decoders[key] = Decoder.of(
-                self._layers,
-                input=self.model.input,
-                batch=batch,
-                length=key[1],
-                mesh=self.mesh,
-                cuts=self._weights.model.cuts,
-                rules=self._rules,
-                weights=self._weights.values,
-                group=self._group,
-                cache=self._cache,
-            )
-        return self._decoders[key]
+        length = power_of_two(length, LEAST_LENGTH)
+        if (batch, length) not in self._decoders:
+            whole = self._caching_model(batch, length)
+            few = whole if batch == parts else self._caching_model(parts, length)
+            self._decoders[batch, length] = Decoder(whole=whole, few=few)
+        return self._decoders[batch, length]
+
+    def _caching_model(self, batch: int, length: int) -> CachingModel:
+        return CachingModel.of(
+            self._weights.layers,
+            input=self.model.input,
+            batch=batch,
+            length=length,
+            mesh=self.mesh,
+            cuts=self._weights.model.cuts,
+            rules=self._rules,
+            weights=self._weights.values,
+            group=self._group,
+            cache=self._cache,
+        )
 
     def _check(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
         most: int | None = getattr(self.model, "max_positions", None)

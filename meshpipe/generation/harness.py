@@ -4,10 +4,11 @@ which has the model `meshpipe`. It comes with the extra `harness`.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 try:
     from lm_eval.api.model import LM
@@ -57,6 +58,7 @@ class MeshpipeLM(LM):
         max_gen_toks: int = 256,
         seed: int = 0,
         prefix_token_id: int | None = None,
+        dtype: Literal["float32", "bfloat16"] | None = None,
         compile_cache: str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -77,6 +79,7 @@ class MeshpipeLM(LM):
             seed: Of what tasks draw.
             prefix_token_id: What a text without a context comes after, by default the tokenizer's token that begins or
                 ends texts.
+            dtype: Compute in this dtype; by default as `open_saved` does.
             compile_cache: Folder that keeps compiled programs for later.
             device: What the harness asks for, always. A line in its log says that JAX chooses the devices.
             max_batch_size: Must be None: batch sizes are not searched for.
@@ -91,7 +94,7 @@ class MeshpipeLM(LM):
         devices = mesh.build()
         used = devices.devices.flat[0].device_kind
         _log.info("Running on %d x %s, as JAX chooses; device %s is not read.", mesh.num_devices, used, device)
-        self.saved = open_saved(pretrained, step, tokenizer)
+        self.saved = open_saved(pretrained, step, tokenizer, dtype=dtype)
         if self.saved.tokenizer is None:
             raise ArgumentError(f"Tasks are text, and need a tokenizer. {self.saved.name} has none. Pass `tokenizer`.")
         self.tokenizer: TextTokenizer = self.saved.tokenizer
@@ -243,6 +246,8 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv[0] = "lm_eval"
+    # For standard errors of perplexities it would fork, which can block for ever beside JAX's threads.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
         cli_evaluate()
     except ValueError as error:

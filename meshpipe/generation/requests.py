@@ -1,19 +1,13 @@
-"""Texts that are to be continued, and the groups of them that are continued together."""
+"""Texts that are to be continued."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 
-from meshpipe.generation.decoder import POSITIONS, Decoder, Texts
+from meshpipe.generation.caching_model import POSITIONS
+from meshpipe.generation.decoding_layers import SAMPLING_FIELDS
 from meshpipe.generation.sampling import SamplingConfig
-from meshpipe.sharding import local_value
-
-AHEAD = 2
-"""How many tokens of a group are computed before the first of them is read: the devices never wait for the host. As
-many are computed in vain when all texts of a group have ended."""
 
 StopWhen = Callable[[Sequence[int]], bool]
 """Says of the tokens that were added to a text whether it ends with them."""
@@ -28,8 +22,12 @@ class Request:
     prompt: Sequence[int]
     sampling: SamplingConfig
     stop_when: StopWhen | None = None
+    on_end: Callable[[int], object] | None = None
+    """Called with its number when all its tokens are known."""
     drawn: list[int] = field(default_factory=list)
     """The tokens that were added."""
+    asked: int = 0
+    """How many tokens were asked of the devices."""
     ended: bool = False
 
 
@@ -42,78 +40,27 @@ class Drawn:
     token: int
 
 
-@dataclass(kw_only=True)
-class RunningGroup:
-    """Requests that are continued together, a token at a time."""
-
-    decoder: Decoder
-    requests: Sequence[Request]
-    texts: Texts
-    issued: int = 0
-    """Tokens of each text that were asked of the devices."""
-    unread: deque[jax.Array] = field(default_factory=deque)
-
-    @classmethod
-    def begin(cls, decoder: Decoder, requests: Sequence[Request], seq: int) -> "RunningGroup":
-        """Reads the prompts, in rows of `seq` tokens. Returns at once."""
-        group = cls(decoder=decoder, requests=requests, texts=decoder.begin(_fields(decoder, requests, seq)))
-        group._issue()
-        return group
-
-    def advance(self) -> Iterator[Drawn]:
-        """Asks for the next token of every text, and reads one that was asked for before; after the last, all."""
-        if self._wants_more:
-            self.decoder.advance(self.texts)
-            self._issue()
-        while self.unread and (len(self.unread) > AHEAD or not self._wants_more):
-            yield from self._read()
-
-    @property
-    def has_ended(self) -> bool:
-        return not self._wants_more and not self.unread
-
-    @property
-    def _wants_more(self) -> bool:
-        """Whether there is a text whose next token has not been asked for."""
-        return any(not request.ended and self.issued < request.sampling.max_tokens for request in self.requests)
-
-    def _issue(self) -> None:
-        self.issued += 1
-        tokens = self.decoder.everywhere(self.texts)
-        if tokens.is_fully_addressable:
-            tokens.copy_to_host_async()
-        self.unread.append(tokens)
-
-    def _read(self) -> Iterator[Drawn]:
-        read = np.asarray if self.decoder.group.is_alone else local_value  # the latter of a replicated array
-        tokens = read(self.unread.popleft())
-        for request, token in zip(self.requests, tokens.tolist(), strict=False):  # the group may be filled up
-            if request.ended:
-                continue
-            if token in request.sampling.stop_tokens:
-                request.ended = True
-                continue
-            request.drawn.append(token)
-            request.ended = len(request.drawn) == request.sampling.max_tokens or (
-                request.stop_when is not None and request.stop_when(request.drawn)
-            )
-            yield Drawn(request.number, token)
-
-
-def _fields(decoder: Decoder, requests: Sequence[Request], seq: int) -> dict[str, np.ndarray]:
-    """The batch of the beginnings. Rows that are left over repeat the last text."""
-    rows = [*requests, *[requests[-1]] * (decoder.batch - len(requests))]
-    lengths = np.array([len(row.prompt) for row in rows], np.int32)
+def beginning_fields(input: str, rows: Sequence[Request | None], seq: int) -> dict[str, np.ndarray]:
+    """The batch of beginnings, in rows of `seq` tokens. A row without a request has one token."""
+    prompts = [[0] if row is None else row.prompt for row in rows]
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(rows), seq), np.int32)
-    for row, request in zip(tokens, rows, strict=True):
-        row[: len(request.prompt)] = request.prompt
-    sampling = [row.sampling for row in rows]
-    return {
-        decoder.input: tokens,
-        POSITIONS: np.minimum(np.arange(seq, dtype=np.int32), lengths[:, None] - 1).astype(np.int32),
-        "seed": np.array([each.seed for each in sampling], np.uint32),
-        "request": np.array([row.number for row in rows], np.uint32),
-        "temperature": np.array([each.temperature for each in sampling], np.float32),
-        "top_k": np.array([each.top_k for each in sampling], np.int32),
-        "top_p": np.array([each.top_p for each in sampling], np.float32),
-    }
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    positions = np.minimum(np.arange(seq, dtype=np.int32), lengths[:, None] - 1).astype(np.int32)
+    return {input: tokens, POSITIONS: positions, **sampling_fields(rows)}
+
+
+def sampling_fields(rows: Iterable[Request | None]) -> dict[str, np.ndarray]:
+    """How the tokens of each row are drawn, by `SAMPLING_FIELDS`."""
+    nothing = Request(number=0, prompt=(), sampling=SamplingConfig())
+    given = [nothing if row is None else row for row in rows]
+    sampling = [row.sampling for row in given]
+    values = (
+        np.array([each.seed for each in sampling], np.uint32),
+        np.array([row.number for row in given], np.uint32),
+        np.array([each.temperature for each in sampling], np.float32),
+        np.array([each.top_k for each in sampling], np.int32),
+        np.array([each.top_p for each in sampling], np.float32),
+    )
+    return dict(zip(SAMPLING_FIELDS, values, strict=True))

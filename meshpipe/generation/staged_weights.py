@@ -1,17 +1,21 @@
 """The values of a model on the submeshes of its stages, for use without training."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from meshpipe.errors import ArgumentError
+from meshpipe.generation.decoding_layers import with_constructors
 from meshpipe.layers.choice import Choice
+from meshpipe.layers.constructors import Make
 from meshpipe.layers.examine import abstract_layers
+from meshpipe.layers.layer import LayerLike
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.layers.task import Task
 from meshpipe.pipeline.config import PipelineConfig
@@ -30,6 +34,8 @@ class StagedWeights:
 
     model: StagedModel
     """One stage for each rank, cut so that the ranks hold about equally many bytes."""
+    layers: Sequence[LayerLike]
+    """Those of the model, whose parameters have the dtypes of the values."""
     values: Mapping[int, Mapping[str, jax.Array]]
     """By local stage and leaf path."""
 
@@ -42,24 +48,57 @@ class StagedWeights:
         return {s: tuple(own[path] for path in self.model.parameters[s].state) for s, own in self.values.items()}
 
     @classmethod
-    def of(cls, task: Task, mesh: Mesh, read: ReadWeights, num_microbatches: int = 1) -> "StagedWeights":
-        """Cuts the layers of a task into stages, and reads their values."""
+    def of(
+        cls, task: Task, mesh: Mesh, read: ReadWeights, num_microbatches: int = 1, dtype: str | None = None
+    ) -> "StagedWeights":
+        """Cuts the layers of a task into stages, and reads their values. With a `dtype`, kernels and embeddings are
+        then kept in it, in place of that of the layers.
+        """
         model = forward_model(task, mesh, num_microbatches)
-        trees = read(model)
-        values = {s: {**trees[s].get("params", {}), **trees[s].get("state", {})} for s in model.local}
-        for s in model.local:
-            for path in (*model.parameters[s].params, *model.parameters[s].state):
-                if path not in values[s]:
-                    raise ArgumentError(f"The weights must have every leaf of the model. They lack {path}.")
-        return cls(model, values)
+        values = _read(model, read)
+        if dtype is None:
+            return cls(model, task.layers, values)
+        layers = with_constructors(task.layers, lambda make: KeepingConstructor(make, dtype), "to change its dtype")
+        kept = forward_model(replace(task, layers=layers), mesh, num_microbatches, model.cuts)
+        for s in kept.local:
+            for path, shape in kept.parameters[s].all_params.items():
+                values[s][path] = values[s][path].astype(shape.dtype)  # one after the other: both are there of one only
+        return cls(kept, layers, values)
 
 
-def forward_model(task: Task, mesh: Mesh, num_microbatches: int) -> StagedModel:
-    """The model with one stage for each rank of the mesh, so that ranks hold about equally many bytes."""
-    layers = abstract_layers(task.layers, task.batch)
-    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in layer.all_params.values()) for layer in layers]
+@dataclass(frozen=True)
+class KeepingConstructor:
+    """Makes the module of a layer, whose kernels and embeddings are in `dtype`."""
+
+    make: Make
+    dtype: str
+
+    def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
+        module = self.make(rngs)
+        for _, part in nnx.iter_graph(module, graph=True):
+            if isinstance(part, nnx.Param) and part.ndim > 1 and part.dtype == jnp.float32:
+                part.set_value(part.get_value().astype(self.dtype))
+        return module
+
+
+def _read(model: StagedModel, read: ReadWeights) -> dict[int, dict[str, jax.Array]]:
+    trees = read(model)
+    values = {s: {**trees[s].get("params", {}), **trees[s].get("state", {})} for s in model.local}
+    for s in model.local:
+        for path in (*model.parameters[s].params, *model.parameters[s].state):
+            if path not in values[s]:
+                raise ArgumentError(f"The weights must have every leaf of the model. They lack {path}.")
+    return values
+
+
+def forward_model(task: Task, mesh: Mesh, num_microbatches: int, cuts: tuple[range, ...] | None = None) -> StagedModel:
+    """The model with one stage for each rank of the mesh; without `cuts`, ranks hold about equally many bytes."""
     ranks = range(mesh.devices.shape[0])
-    choice = Choice(gpipe(len(ranks), num_microbatches), partition_by_cost(sizes, list(ranks)), None)
+    if cuts is None:
+        layers = abstract_layers(task.layers, task.batch)
+        sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in layer.all_params.values()) for layer in layers]
+        cuts = partition_by_cost(sizes, list(ranks))
+    choice = Choice(gpipe(len(ranks), num_microbatches), cuts, None)
     config = PipelineConfig(schedule="gpipe", num_microbatches=num_microbatches)
     return StagedModel(task, mesh=mesh, config=config, choice=choice)
 

@@ -85,6 +85,7 @@ class StopRequest:
         """Time of that signal, on the monotonic clock."""
         self._say, self._early = say, early
         self._is_ending = False
+        self._in_progress = "the step in progress"
         self._once = [_OneTimeHandler(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def __bool__(self) -> bool:
@@ -111,9 +112,9 @@ class StopRequest:
             handler.arm()
         return self
 
-    def begin_steps(self) -> None:
-        """From now on, the first signal lets the step in progress finish, and only SIGINT ends the process at once."""
-        self.end_early = None
+    def begin_steps(self, in_progress: str = "the step in progress") -> None:
+        """From now on, the first signal lets what is in progress finish, and only SIGINT ends the process at once."""
+        self.end_early, self._in_progress = None, in_progress
         for handler in self._once:
             if handler.number != signal.SIGINT:
                 handler.keep()
@@ -148,7 +149,7 @@ class StopRequest:
             threading.Thread(target=self._end, args=(received, self.end_early), name="end", daemon=True).start()
         elif is_first:
             self._once[0].arm()
-            self._say(f"{received.name}: stopping after the step in progress. Press Ctrl-C to end at once.")
+            self._say(f"{received.name}: stopping after {self._in_progress}. Press Ctrl-C to end at once.")
         elif received is signal.SIGINT:
             # No clean-up, on purpose: the user wants to end now. A checkpoint being written stays unlisted.
             exit_now(128 + received)

@@ -2,14 +2,16 @@
 
     python tests/benchmarks/generation.py [--transformers PYTHON]
 
-The first table needs g++: stages that sleep show the timeline that devices would have. The second starts PYTHON, of an
-environment with torch and transformers, to make a random model, and to continue the same prompt with it on the same
-cores. The status is 1 when a pipeline with as many requests as ranks reaches less than 0.8 times the ideal, or the
-tokens differ.
+The first table needs g++: stages that sleep show the timeline that devices would have. The second continues texts of
+very different lengths: all together, where the row of a text that has ended is given to the next prompt; and as many at
+a time as there are rows, where rows wait for the longest text. The third starts PYTHON, of an environment with torch
+and transformers, to make a random model, and to continue the same prompt with it on the same cores. The status is 1
+when a pipeline with as many requests as ranks reaches less than 0.8 times the ideal, or the tokens differ.
 """
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -29,10 +31,13 @@ from sleeping_layer import WIDTH, SleepingLayer, register
 import meshpipe
 from meshpipe.generation.saved import open_saved
 from meshpipe.layers.layer import LayerLike
+from meshpipe.models import LanguageModelConfig
 
 SECONDS, TOKENS, VOCAB = 0.01, 24, 8
 PROMPT_LENGTH, NEW_TOKENS, REPEATS = 32, 64, 5
 LEAST = 0.8
+ROWS = 8
+PROMPT_LENGTHS, TEXT_LENGTHS = (4, 8, 12, 30, 60, 120, 250), (2, 4, 8, 16, 32, 64, 128)
 THEIRS = """
 import json, sys, time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,7 +83,7 @@ def main() -> None:
     meshpipe.use_cpu_devices(4)
     register()
     gains = [pipelined(ranks) for ranks in (2, 4)]
-    good = all(gains)
+    good = all([*gains, uneven(1), uneven(2)])
     if flags.transformers is not None:
         good = beside_transformers(flags.transformers) and good
     sys.exit(0 if good else 1)
@@ -110,6 +115,50 @@ def pipelined(ranks: int) -> bool:
         f"{rates[ranks]:.1f} tokens/s: {gain:.2f} times, {gain / ranks:.0%} of the ideal"
     )
     return gain >= LEAST * ranks
+
+
+def uneven(ranks: int) -> bool:
+    """Whether texts of very different lengths get the same tokens together and some at a time; prints both speeds."""
+    model = LanguageModelConfig(d_model=256, num_blocks=4, num_heads=4, num_kv_heads=4, d_hidden=768, vocab_size=512)
+    with nnx.use_eager_sharding(False):
+        weights = {
+            f"layers/{i}/{path}": value
+            for i, layer in enumerate(model.layers())
+            for path, value in _leaves(layer(rngs=nnx.Rngs(i))).items()
+        }
+    drawn = random.Random(0)
+    prompts = [[drawn.randrange(512) for _ in range(drawn.choice(PROMPT_LENGTHS))] for _ in range(48)]
+    generator = meshpipe.Generator(model, weights, mesh=meshpipe.make_mesh(ranks), batch_size=ROWS)
+    longest = generator.tokens(prompts, max_tokens=max(TEXT_LENGTHS))
+    ends = {tuple(row[: drawn.choice(TEXT_LENGTHS)]) for row in longest}
+
+    def together() -> list[list[int]]:
+        return generator.tokens(prompts, max_tokens=max(TEXT_LENGTHS), stop_when=lambda text: tuple(text) in ends)
+
+    def in_turn() -> list[list[int]]:
+        ordered, found, rows = sorted(range(len(prompts)), key=lambda n: len(prompts[n])), {}, ROWS * ranks
+        for at in range(0, len(ordered), rows):
+            some = ordered[at : at + rows]
+            texts = generator.tokens(
+                [prompts[n] for n in some], max_tokens=max(TEXT_LENGTHS), stop_when=lambda text: tuple(text) in ends
+            )
+            found.update(zip(some, texts, strict=True))
+        return [found[n] for n in range(len(prompts))]
+
+    same, rates = together() == in_turn(), []  # compiles
+    for run in (together, in_turn):
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            count = sum(map(len, run()))
+            seconds.append(time.perf_counter() - began)
+        rates.append(count / median(seconds))
+    print(
+        f"{ranks} ranks, {len(prompts)} texts of {min(TEXT_LENGTHS)} to {max(TEXT_LENGTHS)} tokens: {rates[0]:.0f} "
+        f"tokens/s, {ROWS * ranks} at a time {rates[1]:.0f} tokens/s: {rates[0] / rates[1]:.2f} times; "
+        f"{'the same tokens' if same else 'OTHER TOKENS'}"
+    )
+    return same
 
 
 def _leaves(module: nnx.Module) -> dict[str, Any]:

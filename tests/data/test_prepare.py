@@ -279,7 +279,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tokenizer: Path, tmp_path: P
     )
     done = prepare(config, said.append)
     assert [Path(source["path"]).name for source in done.manifest.sources] == ["0.jsonl", "1.jsonl", "2.jsonl"]
-    assert said == [f"1 files beside JSON lines or Parquet are not read, such as {tmp_path / 'in' / 'README.md'}."]
+    assert said == [f"Not read, being empty or of another kind: {tmp_path / 'in' / 'README.md'}."]
 
 
 BAD: dict[str, tuple[bytes, str]] = {

@@ -1,13 +1,17 @@
 """Caches are updated in place, stay on the submeshes of their stages, and have no more slots than are read."""
 
+from collections import deque
+
 import golden
 import numpy as np
 import pytest
 
 from meshpipe import make_mesh
-from meshpipe.generation.decoder import Decoder, is_cache
+from meshpipe.generation.caching_model import is_cache
+from meshpipe.generation.decoder import Decoder
 from meshpipe.generation.generator import Generator
-from meshpipe.generation.requests import Request, RunningGroup
+from meshpipe.generation.requests import Request
+from meshpipe.generation.running_group import RunningGroup
 from meshpipe.generation.sampling import SamplingConfig
 
 PROMPT = [5, 17, 3, 80, 9]
@@ -48,27 +52,28 @@ def test_caches_are_updated_in_place_where_their_stages_are(generator: Generator
     generator.tokens([PROMPT], max_tokens=2)
     decoder = next(d for d in generator._decoders.values() if d.batch == 1)
     request = Request(number=0, prompt=PROMPT, sampling=SamplingConfig(max_tokens=9))
-    group = RunningGroup.begin(decoder, [request], 8)
-    paths = {s: [p for p in decoder.model.parameters[s].state if is_cache(p)] for s in decoder.model.local}
+    group = RunningGroup.of(decoder)
+    group.advance(deque([request]))
+    paths = {s: [p for p in decoder.whole.model.parameters[s].state if is_cache(p)] for s in decoder.whole.model.local}
     assert sum(map(len, paths.values())) == 2 * 4
     before = {s: group.texts.state[s] for s in paths}
     pointers = {s: [a.unsafe_buffer_pointer() for a in before[s]] for s in paths}
-    list(group.advance())
+    group.advance(deque())
     for s, arrays in before.items():
         assert all(array.is_deleted() for array in arrays)
         after = group.texts.state[s]
         assert [array.unsafe_buffer_pointer() for array in after] == pointers[s]
-        mesh = decoder.model.stages[s].submesh
+        mesh = decoder.whole.model.stages[s].submesh
         assert all(array.sharding.device_set == set(mesh.devices.flat) for array in after)
-    slots = {p: shape.shape[1] for s in paths for p, shape in decoder.model.parameters[s].state.items() if is_cache(p)}
-    assert sorted(slots.values()) == [6] * 6 + [32] * 2  # windows need no more than they see
+    shapes = [shape for s in paths for p, shape in decoder.whole.model.parameters[s].state.items() if is_cache(p)]
+    assert sorted(shape.shape[1] for shape in shapes) == [6] * 6 + [32] * 2  # windows need no more than they see
 
 
 def test_caches_are_split_over_data_and_tensor() -> None:
     generator = Generator(golden.CONFIGS["qwen3"], golden.leaves("qwen3"), mesh=make_mesh(1, 2, 2))
     generator._decoder(3, 20)
     decoder = the_decoder(generator)
-    for path, shape in decoder.model.parameters[0].state.items():
+    for path, shape in decoder.whole.model.parameters[0].state.items():
         assert shape.shape == (4, 32, 2, 8), path  # three texts are filled up to four
         assert shape.sharding.shard_shape(shape.shape) == (2, 32, 1, 8)
 

@@ -10,6 +10,9 @@ import meshpipe
 from meshpipe.processes.coordination import barrier
 from meshpipe.processes.guard import leave
 
+ENDS = (2, 5, 12)
+"""Tokens of each text when others follow it."""
+
 
 def main() -> None:
     parser = place_parser()
@@ -28,8 +31,12 @@ def main() -> None:
         mesh = meshpipe.make_mesh(pipeline, 1, tensor)
         generator = meshpipe.Generator(golden.CONFIGS[name], golden.leaves(name), mesh=mesh, batch_size=2)
         tokens = generator.tokens(prompts, max_tokens=expected["continuation"].shape[1])
+        prefixes = [row[:end] for row, end in zip(tokens, ENDS, strict=True)]
+        followed = generator.tokens(
+            prompts * 3, max_tokens=len(tokens[0]), stop_when=lambda drawn, ended=prefixes: drawn in ended
+        )
         scores = generator.scorer.tokens([(row[:1], row[1:]) for row in expected["ids"].tolist()])
-        found[name] = {"tokens": tokens, "logprobs": [score.logprob for score in scores]}
+        found[name] = {"tokens": tokens, "followed": followed, "logprobs": [score.logprob for score in scores]}
     print("RESULT", json.dumps(found), flush=True)
     if jax.process_count() > 1:
         barrier("end", 60.0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import golden
 import numpy as np
 import pytest
+from generate_golden import ENDS
 from processes import run_processes
 
 SCRIPT = str(Path(__file__).parent / "generate_golden.py")
@@ -32,6 +33,10 @@ def test_tokens_of_several_processes(
     for name in names:
         arrays = golden.expected(name)
         assert [own[name]["tokens"] for own in found] == [arrays["continuation"].tolist()] * count, ended
+        whole = arrays["continuation"].tolist()
+        prefixes = [row[:end] for row, end in zip(whole, ENDS, strict=True)]  # of which one may begin another text
+        followed = [next(row[:end] for end in range(1, 13) if row[:end] in prefixes) for row in whole] * 3
+        assert [own[name]["followed"] for own in found] == [followed] * count, ended
         logits, ids = arrays["logits"][:, :-1].astype(np.float64), arrays["ids"][:, 1:]
         logprobs = np.take_along_axis(logits, ids[..., None], axis=2)[..., 0] - np.log(np.exp(logits).sum(axis=2))
         for own in found:

@@ -13,6 +13,8 @@ from meshpipe.errors import ArgumentError
 
 TEXT_FIELDS = ("text",)
 CHAT_FIELDS = ("messages", "conversations")
+SEARCHED_LINES = 100
+"""Of so many lines at the beginning, one must be a JSON object."""
 TOOLS = "tools"
 """Field with the tools of a conversation, which templates show to the model."""
 
@@ -108,13 +110,15 @@ def fields_of(file: SourceFile, config: PrepareConfig) -> Fields:
 def _names(file: SourceFile) -> Sequence[str]:
     if file.kind == "parquet":
         return list(open_parquet(file.path).schema_arrow.names)
-    start = Slice(file, 0, file.size, file.size)
+    start, first = Slice(file, 0, file.size, file.size), None
     for record in read_records(start, None, 0, lambda share: None):
         if isinstance(record.value, Mapping):
             return list(record.value)
-        if record.problem and record.number >= 100:
+        first = first or record
+        if record.number >= SEARCHED_LINES:
             break
-    raise ArgumentError(f"{file.path} must have a JSON object in each line. Its first lines have none.")
+    why = "" if first is None else f" Line {first.number + 1}: {first.problem}."
+    raise ArgumentError(f"{file.path} must have a JSON object in each line. None of its first lines has one.{why}")
 
 
 def _list(names: Sequence[str]) -> str:

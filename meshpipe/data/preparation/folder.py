@@ -60,8 +60,8 @@ def prepare(config: PrepareConfig, report: Callable[[str], object] = print) -> P
     if before is not None:
         return Prepared(folder, before, len(job.parts), 0, time.monotonic() - began)
     if job.files.others:
-        names = ", ".join(str(path) for path in job.files.others[:5])
-        report(f"{len(job.files.others)} files beside JSON lines or Parquet are not read, such as {names}.")
+        names, more = ", ".join(map(str, job.files.others[:5])), len(job.files.others) - 5
+        report(f"Not read, being empty or of another kind: {names}{f', and {more:,} more' if more > 0 else ''}.")
     with _locked(folder):
         (folder / NAME).unlink(missing_ok=True)  # from here on it is not whole
         known = [PartResult.read(folder, part.number, job.key(part)) for part in job.parts]
@@ -224,15 +224,17 @@ def _manifest(job: Job, results: Sequence[PartResult]) -> Manifest:
 
 def _check_enough(job: Job, counts: dict[Any, Counts], noticed: Counter[str]) -> None:
     if not counts["train"].windows:
-        left_out = ", ".join(f"{number:,} {what}" for what, number in noticed.items() if number)
+        left_out = "".join(f", {number:,} {what}" for what, number in noticed.items() if number)
+        held_out = "1 text" if counts["eval"].texts == 1 else f"{counts['eval'].texts:,} texts"
         raise ArgumentError(
-            f"There must be something to learn. Got {counts['eval'].texts:,} texts held out"
-            f"{f', {left_out}' if left_out else ''}, and no other. Give more sources, or a smaller `held_out`."
+            f"There must be something to learn. Got {held_out} held out{left_out}, and no other. Give "
+            "more sources, or a smaller `held_out`."
         )
     if not counts["eval"].windows and (job.held_out or job.config.eval_sources):
         texts = counts["train"].texts
+        of = "one text" if texts == 1 else f"{texts:,} texts"
         raise ArgumentError(
-            f"Nothing would be held out: `held_out` {job.held_out:g} of {texts:,} texts is too little. Pass a "
+            f"Nothing would be held out: `held_out` {job.held_out:g} of {of} is too little. Pass a "
             "larger share, files of their own as `eval_sources`, or `held_out` 0 for none."
         )
 

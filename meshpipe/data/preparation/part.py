@@ -147,8 +147,9 @@ class PartMaker:
         if is_too_many:
             allowed = self._job.config.skip_bad_lines
             rest = f" It is one more than the {allowed:,} of `skip_bad_lines`." if allowed else ""
+            what = "documents" if part.file.kind == "text" else "rows" if part.file.kind == "parquet" else "lines"
             raise ArgumentError(
-                f"{where}: {error}.{rest} Mend it, or leave such lines out with `skip_bad_lines` and their number."
+                f"{where}: {error}.{rest} Mend it, or leave such {what} out with `skip_bad_lines` and their number."
             ) from error
         self._bad_lines.append(f"{where}: {error}")
         self._report(f"{self._bad_lines[-1]}. It is left out.")

@@ -69,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Found:
-    """The files of the sources, and those in folders that are of another kind and not read."""
+    """The files of the sources, and those in folders that are not read: of another kind, or empty."""
 
     files: tuple[SourceFile, ...]
     others: tuple[Path, ...]
@@ -86,12 +86,15 @@ def find_files(sources: Sequence[str], kind: Format, argument: str) -> Found:
     for source in sources:
         path = expanded("sources", source)
         if path.is_dir():
-            inside = sorted(set(_inside(path)))
+            inside, every = sorted(set(_inside(path))), sorted(_every(path))
             data = [one for one in inside if _kind(one) in (("jsonl", "parquet") if kind == "auto" else (kind,))]
             if not inside:
-                raise ArgumentError(f"{argument} must have files to read. Got the folder {source!r}, which has none.")
+                got = f"which has none; {every[0].name!r} cannot be read" if every else "which has none"
+                raise ArgumentError(
+                    f"{argument} must have files of text, JSON lines or Parquet. Got the folder {source!r}, {got}."
+                )
             found += [_file(one, kind, argument) for one in data or inside]
-            others += [one for one in inside if data and one not in data]
+            others += sorted({*every} - {*(data or inside)})
         elif path.is_file():
             found.append(_file(path, kind, argument))
         else:
@@ -102,11 +105,14 @@ def find_files(sources: Sequence[str], kind: Format, argument: str) -> Found:
 def _inside(folder: Path) -> Iterator[Path]:
     """Files of a folder that are text by their contents, or of a kind known by its suffix; none that is hidden."""
     yield from (file.path for file in folder_files(folder))
+    yield from (path for path in _every(folder) if path.suffix in (*COMPRESSED, ".parquet"))
+
+
+def _every(folder: Path) -> Iterator[Path]:
+    """All files of a folder that are not hidden."""
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(root, name) for name in names if not name.startswith(".")):
-            if path.suffix in (*COMPRESSED, ".parquet") and path.is_file():
-                yield path
+        yield from (path for name in names if not name.startswith(".") and (path := Path(root, name)).is_file())
 
 
 def _kind(path: Path) -> Kind:
@@ -129,9 +135,11 @@ def _file(path: Path, kind: Format, argument: str) -> SourceFile:
     if path.suffix in UNKNOWN:
         raise ArgumentError(
             f"{argument} must be text, JSON lines or Parquet, plain or as {', '.join(COMPRESSED)}. Got {str(path)!r}. "
-            "Unpack or convert it."
+            + (f"Unpack it: zstd -d {path.name}" if path.suffix == ".zst" else "Unpack or convert it.")
         )
     found = _kind(path) if kind == "auto" else kind
+    if kind == "auto" and path.suffix == ".json" and head.lstrip().startswith((b"{", b"[")):
+        found = "jsonl"  # many files of JSON lines are named so
     if found == "parquet" and path.suffix in COMPRESSED:
         raise ArgumentError(f"{argument} must be Parquet as it is. Got {str(path)!r}. Unpack it.")
     if found == "parquet" and not head.startswith(b"PAR1"):
