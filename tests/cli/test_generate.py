@@ -42,7 +42,7 @@ def test_published_weights_continue_text(capsys: pytest.CaptureFixture[str], tmp
     prompts.write_text('"Hello"\n\n{"prompt": "and\u2028 so"}\r\n', encoding="utf-8-sig")
     flags = ["--prompt", "A", "--prompts", str(prompts), "--max-tokens", "4", "--ignore-end", "--json"]
     assert main(["generate", str(QWEN), *flags]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
     assert [line["prompt"] for line in lines] == ["A", "Hello", "and\u2028 so"]
     assert [len(line["tokens"]) for line in lines] == [4, 4, 4]
     assert main(["generate", str(QWEN), "--prompt", "A", "--max-tokens", "4", "--ignore-end"]) == 0
