@@ -104,8 +104,8 @@ def test_published_weights_are_evaluated_on_prepared_data(capsys: pytest.Capture
 
 WRONG = {
     "no prompt": ("generate QWEN", "needs at least one --prompt, or a file of --prompts"),
-    "no such folder": ("generate missing --prompt a", "which has neither"),
-    "a folder of something else": ("eval EMPTY", "which has neither"),
+    "no such folder": ("generate missing --prompt a", "which has none of them"),
+    "a folder of something else": ("eval EMPTY", "which has none of them"),
     "no tokenizer": ("generate LLAMA --prompt a", "Pass --tokenizer FILE"),
     "a tokenizer that is none": ("generate LLAMA --prompt a --tokenizer EMPTY", "--tokenizer must be a tokenizer.json"),
     "a tokenizer with other tokens": ("generate SMALL --prompt a", "must be the one that the model was trained with"),
