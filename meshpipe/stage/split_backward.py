@@ -65,6 +65,8 @@ class SplitBackward:
         fewest = self._kept_between(in_input_part, [i for i in late if i not in sums])
         saved = set(kept) - set(fewest)
         chosen = {i for i, read in sums.items() if read & saved}
+        if len(chosen) == len(late):  # the plan has a place for the weight part, so some work stays there
+            return set(), kept
         return chosen, self._kept_between(in_input_part, [i for i in late if i not in chosen])
 
     def _read_by_sum(self, in_input_part: set[Var], gradient: int) -> set[Var]:
