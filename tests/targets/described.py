@@ -16,6 +16,8 @@ from jax.sharding import AxisType, Mesh
 from staged import staged
 
 from meshpipe import PipelineConfig
+from meshpipe.compiled.collectives import Collective, collectives_of
+from meshpipe.compiled.hlo import Module
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.compiler.topology import devices_of
 from meshpipe.hardware.target_name import parse_target
@@ -25,7 +27,7 @@ from meshpipe.models import LanguageModelConfig
 from meshpipe.optimizer.updates import UpdatePrograms
 from meshpipe.sharding import FULLY_SHARDED, ShardingRules
 
-TARGETS = {"tpu": "tpu:v5e:2x2", "gpu": "gpu:h100:8"}
+TARGETS = {"tpu": "tpu:v5e:2x4", "gpu": "gpu:h100:8"}
 WHEELS = {"tpu": ("libtpu",), "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
 COLLECTIVES = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 CUSTOM_CALL = re.compile(r'custom_call_target="([^"]*)"')
@@ -64,6 +66,9 @@ LAYOUTS = {
     "data, zb-h1": Layout(data=2, config={"schedule": "zb-h1"}),
     "fully sharded": Layout(data=2, rules=FULLY_SHARDED),
     "remat": Layout(config={"remat": "full"}),
+    "all, zb-v": Layout(
+        data=2, tensor=2, rules=FULLY_SHARDED, config={"schedule": "zb-v", "stages_per_rank": 2, "remat": "full"}
+    ),
 }
 
 
@@ -72,20 +77,23 @@ class Said:
     """What XLA says of a program."""
 
     collectives: Mapping[str, int]
+    read: tuple[Collective, ...]
+    """The same, as meshpipe reads them for its predictions."""
     custom_calls: frozenset[str]
     aliased: int
     """Bytes of outputs that take the place of donated arguments, on a device."""
     temporaries: int
 
     @classmethod
-    def of(cls, program: Any) -> "Said":
+    def of(cls, program: Any, mesh: Mesh) -> "Said":
         text = program.text if hasattr(program, "text") else program.as_text()
         if hasattr(program, "memory"):
             aliased, temporaries = program.memory.aliased, program.memory.temporaries
         else:
             memory = program.memory_analysis()
             aliased, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
-        return cls(dict(Counter(COLLECTIVES.findall(text))), frozenset(CUSTOM_CALL.findall(text)), aliased, temporaries)
+        found, read = dict(Counter(COLLECTIVES.findall(text))), collectives_of(Module(text), dict(mesh.shape))
+        return cls(found, read, frozenset(CUSTOM_CALL.findall(text)), aliased, temporaries)
 
 
 @cache
@@ -130,7 +138,7 @@ def compiled(model: StagedModel, platform: str) -> dict[tuple[int, str], Said]:
             yield stage, "update", updates.updates[stage]
 
     return {
-        (stage, name): Said.of(program)
+        (stage, name): Said.of(program, model.stages[stage].submesh)
         for stage, name, program in named()
         if hasattr(program, "as_text") or hasattr(program, "text")
     }

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 from meshpipe.layers.task import Task
+from meshpipe.sharding import FULLY_SHARDED
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +37,11 @@ ALLOWED: Mapping[str, Mapping[str, frozenset[str]]] = {
         "reduce": frozenset({"all-reduce", "reduce-scatter"}),
         "norm": frozenset({"all-reduce"}),
         "update": frozenset({"all-reduce"}),
+    },
+    "all, zb-v": dict.fromkeys((*FORWARDS, *BACKWARDS, "norm", "update"), frozenset({"all-reduce"}))
+    | {
+        "prepare": frozenset({"all-gather", "all-reduce"}),
+        "reduce": frozenset({"all-reduce", "reduce-scatter"}),
     },
 }
 """The kinds of collectives of each program, by layout; all other programs have none."""
@@ -66,8 +72,13 @@ def test_programs_communicate_when_they_must_and_reuse_what_is_donated(name: str
         assert set(said.collectives) <= ALLOWED.get(name, {}).get(program, frozenset()), where
         assert {call for call in said.custom_calls if "gemm" not in call} <= CUSTOM_CALLS[platform], where
         params = bytes_on_a_device(model.traced[stage].params)
+        assert bool(said.read) == bool(said.collectives), f"all is read: {where}"
+        assert all(collective.axes for collective in said.read), f"over known axes: {where}"
+        if program in (*FORWARDS, *BACKWARDS):
+            axes = {axis for collective in said.read for axis in collective.axes}
+            assert axes <= {"tensor"}, f"the data axis communicates once per step: {where}"
         # With fully sharded parameters, each device accumulates whole gradients: those of its own examples.
-        gradients = params if name != "fully sharded" else 0
+        gradients = params if layout.rules is not FULLY_SHARDED else 0
         if program in BACKWARDS or (program == "reduce" and gradients):
             assert said.aliased >= gradients, f"gradients are accumulated in place: {where}"
         if program == "update":
@@ -75,6 +86,9 @@ def test_programs_communicate_when_they_must_and_reuse_what_is_donated(name: str
     if name == "tensor":
         found = {key: programs[key].collectives["all-reduce"] for key in TENSOR_COUNTS}
         assert found == TENSOR_COUNTS
+    if "zb-v" in name:
+        assert (0, "backward_input") not in programs, "nothing that the embedding is handed has a gradient"
+        assert (0, "recompute") not in programs, "an embedding has nothing to compute again"
     if layout.data > 1:
         assert all(sum(programs[stage, "reduce"].collectives.values()) > 0 for stage in model.traced)
 
