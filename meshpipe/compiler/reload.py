@@ -46,7 +46,8 @@ def compile_noting_origin(lowered: jax.stages.Lowered, options: dict[str, Any] |
     _seen.requests = _seen.hits = 0
     compiled = lowered.compile(compiler_options=options)
     settings = jax.config.values
-    if not settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+    is_off = not settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]
+    if is_off and not _seen.requests:  # JAX asks a cache that it has used before also where it is turned off since
         return compiled, True
     return compiled, _seen.requests > _seen.hits  # without any event, assume that JAX loaded it
 

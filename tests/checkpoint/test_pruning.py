@@ -50,14 +50,14 @@ READS = {
 def test_a_step_that_vanishes_at_any_moment_is_gone_and_not_damaged(saved, monkeypatch, read, after):
     """It vanishes before the file of this number is opened."""
     opened = iter(range(1000))
-    original = files._open_regular
+    original = files.open_regular
 
     def open_regular(path):
         if next(opened) == after:
             prune(saved, 1)
         return original(path)
 
-    monkeypatch.setattr(files, "_open_regular", open_regular)
+    monkeypatch.setattr(files, "open_regular", open_regular)
     try:
         read(saved)
     except CheckpointGoneError as error:

@@ -56,7 +56,7 @@ CALLS: dict[str, Call] = {
     "costs without end": ("plan TINY --schedule auto --costs /dev/zero", "bytes"),
     "data without a name": ("train unnamed.py:data --checkpoint-dir new", "Give Unnamed a __repr__"),
     "model with an object without a name": ("train unnamed.py:model --checkpoint-dir new", "for extra of the model"),
-    "recipe of a long name": ("train LONG.py:f", "There is no file"),
+    "recipe of a long name": ("train LONG.py:f", "File name too long"),
     "metrics into a folder": ("train TINY --metrics folder", "Name a file in it."),
     "metrics over another run": ("train TINY --metrics old.jsonl", "Name another file, remove it"),
     "picture without a format": ("plan TINY --plot picture", "--plot must name a file whose suffix is one of"),

@@ -88,6 +88,12 @@ def test_cache_hits_of_jax_are_distinguished_from_compilations(cache_of_jax):
     (mesh,) = submeshes(make_mesh(1))
     assert compile_noting_origin(lower(mesh), None)[1]
     assert not compile_noting_origin(lower(mesh), None)[1]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:  # JAX goes on with a cache that it has begun to use, by another key
+        assert compile_noting_origin(lower(mesh), None)[1]
+        assert not compile_noting_origin(lower(mesh), None)[1]
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 def test_programs_are_copied_where_the_cache_of_jax_is_in_use(cache_of_jax):

@@ -58,7 +58,7 @@ def test_every_parameter_names_its_logical_axes():
     ("sizes", "message"),
     [
         ({"num_encoder_blocks": 0}, "`num_encoder_blocks` must be at least 1"),
-        ({"d_model": 36}, "multiple of 2 \\* `num_heads`"),
+        ({"d_model": 37}, "multiple of `num_heads`"),
     ],
 )
 def test_sizes_that_cannot_be(sizes: dict[str, Any], message: str):

@@ -63,7 +63,8 @@ def parts_of(plan: Plan, folder: Path) -> Drawn:
     found: list[Drawn] = []
 
     class Kept(Figure):
-        def savefig(self, *_: object, **__: object) -> None:
+        def savefig(self, file: Path, **_: object) -> None:
+            file.touch()
             rows = self.axes[0]
             colours = {bar.get_facecolor() for bar in rows.patches}
             found.append(Drawn([text.get_text() for text in rows.texts], colours, self.get_figwidth()))
