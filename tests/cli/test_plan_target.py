@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_recipes
 
@@ -32,6 +33,7 @@ MACHINE = {
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a recipe and a described machine."""
+    assert jax.device_count() == 8  # before a command asks for fewer
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "tiny.py").write_text(Path(tiny_recipes.__file__).read_text())
