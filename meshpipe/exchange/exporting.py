@@ -99,13 +99,19 @@ def export_weights(
         return _joined(tensors[name], read)
 
     with new_folder(to) as folder:
-        if companions is not None:
-            for file in COMPANIONS:
-                if (companions / file).is_file() and file != CONFIG:
-                    shutil.copyfile(companions / file, folder / file)
+        _copy_companions(companions, folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_tensors(folder, outlines, values, largest_file)
     return ", ".join(names)
+
+
+def _copy_companions(companions: Path | None, folder: Path) -> None:
+    """Copies the tokenizer and its like; config.json is written anew."""
+    if companions is None:
+        return
+    for file in COMPANIONS:
+        if (companions / file).is_file() and file != CONFIG:
+            shutil.copyfile(companions / file, folder / file)
 
 
 def _check_like(model: ModelConfig, folder: Path) -> None:

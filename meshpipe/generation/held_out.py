@@ -103,15 +103,7 @@ def evaluate_saved(
             f"`batch_size` must be a multiple of `num_microbatches` * `mesh.data`. Got {batch_size} with {parts}."
         )
     batch_size = min(batch_size, -(-len(source) // parts) * parts)
-    task = Task(
-        with_lora(saved.model.layers(), saved.lora),
-        saved.model.loss,
-        batch=example_batch(source, batch_size),
-        input=saved.model.input,
-        metrics=saved.model.metrics,
-        tied=saved.model.tied(),
-        rules=ShardingRules(),
-    )
+    task = _task(saved, source, batch_size)
     group = Group(device.process_index for device in mesh.devices.flat)
     if not group.is_alone:
         agree(group, "evaluation", {"data": repr(source), "model": str(saved.model), "batch size": str(batch_size)})
@@ -134,6 +126,18 @@ def evaluate_saved(
         finally:
             in_order.close()
     return _with_perplexity(found)
+
+
+def _task(saved: Saved, source: Source, batch_size: int) -> Task:
+    return Task(
+        with_lora(saved.model.layers(), saved.lora),
+        saved.model.loss,
+        batch=example_batch(source, batch_size),
+        input=saved.model.input,
+        metrics=saved.model.metrics,
+        tied=saved.model.tied(),
+        rules=ShardingRules(),
+    )
 
 
 def _with_perplexity(found: Mapping[str, float]) -> dict[str, Any]:
