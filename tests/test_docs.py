@@ -6,17 +6,14 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from documentation import PAGES, ROOT, fenced_lines, prose
 
 from meshpipe.version import __version__
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "recipes" / "README.md"]
-FENCE = re.compile(r"^\s*```(\w*)")
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)|<img[^>]*\ssrc=\"([^\"]+)\"")
 
 SLOW = {"generation.md", "patterns.md", "graphs.md", "use.md", "coming_from.md"}
@@ -25,23 +22,9 @@ SLOW = {"generation.md", "patterns.md", "graphs.md", "use.md", "coming_from.md"}
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def fenced_lines(text: str) -> Iterator[tuple[str | None, str]]:
-    """Every line with the language of the block that it stands in; None outside of blocks and for the fences."""
-    language = None
-    for line in text.splitlines():
-        fence = FENCE.match(line)
-        yield (None if fence else language), line
-        if fence:
-            language = fence[1] if language is None else None
-
-
 def python_source(text: str) -> str:
     """The Python blocks at the lines where they stand in the page, so that a traceback names the page's own line."""
     return "\n".join(line if language == "python" else "" for language, line in fenced_lines(text))
-
-
-def prose(text: str) -> str:
-    return "\n".join(line for language, line in fenced_lines(text) if language is None)
 
 
 def anchors(text: str) -> set[str]:

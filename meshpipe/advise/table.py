@@ -29,7 +29,7 @@ def print_advice(console: Console, recipe: str, advice: Advice, top: int) -> Non
     print_text(console, "The best of every kind of parallelism, and why it lost:")
     console.print(_family_table(advice))
     if advice.command:
-        print_text(console, f"\nTo run the best:\n  {advice.command}")
+        console.print(f"\nTo run the best:\n  {advice.command}", markup=False, soft_wrap=True)  # one line, to be copied
     else:
         print_text(console, "\nNothing fits. Use more devices, a smaller model, or shorter examples.")
 
@@ -37,8 +37,8 @@ def print_advice(console: Console, recipe: str, advice: Advice, top: int) -> Non
 def _best_table(advice: Advice, top: int) -> Columns:
     speed = "step, s" if advice.tokens is None else "tokens/s"
     names = ("step, s", speed, "bubble", "memory", "moved")
-    right = ("", "micro-batches", *names)
-    table = make_table("", "layout", "schedule", "micro-batches", "remat", *dict.fromkeys(names), "", right=right)
+    right = ("", "microbatches", *names)
+    table = make_table("", "layout", "schedule", "microbatches", "remat", *dict.fromkeys(names), "", right=right)
     for place, found in enumerate(advice.best[:top], start=1):
         estimate, layout = found.estimate, found.estimate.layout
         cells = [place, _mesh(estimate), layout.order or "-", layout.num_microbatches, layout.remat]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshpipe.accelerators import find_accelerators
 from meshpipe.cli.arguments import configure
-from meshpipe.cli.flags import changed_arguments
+from meshpipe.cli.flags import flags_of, without
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.hardware.target_name import HERE
 from meshpipe.phases import phase
@@ -73,10 +73,10 @@ def advise(arguments: list[str]) -> int:
     with phase("Importing JAX"):
         from meshpipe.advise.table import print_advice
         from meshpipe.report.tables import make_console
-        from meshpipe.runs.recipe import find
 
-    fixed = _fixed(config, arguments)
-    advice = _advice(recipe, find(recipe).config(), config, fixed, extra)
+    own = [flag.name for flag in flags_of(extra)]
+    given = without({*LAYOUT_FLAGS, *own}, arguments[1:])
+    advice = _advice(recipe, config, _fixed(config, arguments), given, extra)
     if extra.json:
         print(json.dumps({"recipe": recipe, **advice.as_json()}, indent=1))
     else:
@@ -84,7 +84,9 @@ def advise(arguments: list[str]) -> int:
     return COMPLETED if advice.best else FAILED
 
 
-def _advice(recipe: str, before: "Config", config: "Config", fixed: Mapping[str, Any], extra: _AdviseFlags) -> "Advice":
+def _advice(
+    recipe: str, config: "Config", fixed: Mapping[str, Any], given: Sequence[str], extra: _AdviseFlags
+) -> "Advice":
     from meshpipe.advise.advise import advise_on
     from meshpipe.models.attention import cpu_devices_stand_in
     from meshpipe.pipeline.config import parse_bytes
@@ -92,7 +94,6 @@ def _advice(recipe: str, before: "Config", config: "Config", fixed: Mapping[str,
 
     is_here = extra.target.partition(":")[0] == HERE
     target, devices, count = _here(config, extra) if is_here else _described(extra)
-    given = changed_arguments(before, config, leave_out={*LAYOUT_FLAGS, *UNUSED_FLAGS})
     with nullcontext() if is_here else cpu_devices_stand_in():
         return advise_on(
             config,

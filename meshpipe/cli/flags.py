@@ -8,6 +8,7 @@ import itertools
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 import tyro
@@ -91,18 +92,17 @@ def _of_part(config: Any, part: str, prefix: str) -> Iterator[Flag]:
             yield Flag(name, part, hint, value, text)
 
 
-def changed_arguments(before: Any, after: Any, leave_out: Collection[str] = ()) -> list[str]:
-    """The arguments that make one config another, but for some of the flags."""
-    values = {flag.name: flag.default for flag in flags_of(before)}
-    changed = [flag for flag in flags_of(after) if flag.default != values.get(flag.name) and flag.name not in leave_out]
-    return [word for flag in changed for word in _as_arguments(flag.name, flag.default)]
-
-
-def _as_arguments(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        section, dot, last = name.rpartition(".")
-        return [f"--{name}" if value else f"--{section}{dot}no-{last}"]
-    return [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+def without(names: Collection[str], arguments: Sequence[str]) -> list[str]:
+    """The arguments but for those of some flags."""
+    kept: list[str] = []
+    keep = True
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].replace("_", "-")
+            keep = name not in names and name.removeprefix("no-") not in names
+        if keep:
+            kept.append(argument)
+    return kept
 
 
 def suggestion(flag: str, known: Sequence[str]) -> str:
@@ -130,6 +130,7 @@ def fields_of(kind: type) -> Iterator[tuple[str, Any, str]]:
             yield field.name, hint, texts.get(field.name, "")
 
 
+@cache
 def _texts(kind: type) -> dict[str, str]:
     """The docstrings of the fields of a dataclass, and of those it inherits."""
     found: dict[str, str] = {}

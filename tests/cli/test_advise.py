@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
+import golden
 import jax
 import pytest
 
@@ -36,6 +38,38 @@ def test_the_command_of_the_winner_trains_in_its_layout(folder: Path, capsys: py
     start, *_ = (json.loads(line) for line in Path("m.jsonl").read_text().splitlines())
     same = ("pipeline", "data", "tensor", "num_microbatches", "schedule", "remat")
     assert {name: start["layout"][name] for name in same} == {name: best[name] for name in same}
+
+
+@pytest.mark.slow
+def test_the_command_keeps_what_was_given_for_published_weights(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(golden.FOLDER / "llama3", folder / "weights")
+    (folder / "recipes" / "finetune.py").write_text((RECIPES.parents[1] / "recipes" / "finetune.py").read_text())
+    lines = [f'{{"text": "{number} quick brown foxes jump over the lazy dog."}}\n' for number in range(400)]
+    (folder / "text.jsonl").write_text("".join(lines))
+    prepare = "data prepare text.jsonl --tokenizer weights --to prepared --sequence-length 16"
+    assert main(prepare.split()) == 0
+    own = ["--target", "gpu:h100:2", "--compile=0", "--json"]
+    given = [
+        "--init-from",
+        "weights",
+        "--data.path",
+        "prepared",
+        "--lora.rank",
+        "2",
+        "--batch-size=4",
+        "--steps",
+        "1",
+        "--eval-batches",
+        "0",
+    ]
+    capsys.readouterr()
+    assert main(["advise", "finetune:lora", *own, *given, "--mesh.tensor", "1"]) == 0
+    command = json.loads(capsys.readouterr().out)["command"]
+    assert command.endswith(" ".join(given))
+    assert not {"--target", "--compile=0", "--json"} & set(command.split())
+    assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
 
 
 def test_tables_name_every_family_and_why_it_lost(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
