@@ -161,7 +161,7 @@ class Config:
 def _as_list(name: str, value: Any) -> Sequence[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ArgumentError(
-            f"{name}() of a model must return a list. Got {value!r:.80}, a {type(value).__name__}. Return [...]."
+            f"{name}() of a model must return a list. Got {value!r:.80}, of type {type(value).__name__}. Return [...]."
         )
     return value
 

@@ -138,7 +138,7 @@ def _tell_unused(command: str, before: Sequence[Flag], after: Sequence[Flag], us
 
 def _print_own_help(command: str, description: str, extra: Any) -> NoReturn:
     """Prints the help of a command without a recipe, and raises `ParserExit`."""
-    more = "`meshpipe recipes` lists the recipes; add --help after a recipe to see its flags."
+    more = "`meshpipe recipes` lists the recipes; add --help after one to see its flags."
     if extra is None:
         print(f"usage: meshpipe {command} RECIPE [flags]\n\n{description}\n{more}")
         raise ParserExit(COMPLETED)

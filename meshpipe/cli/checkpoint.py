@@ -14,8 +14,8 @@ USAGE = """usage: meshpipe checkpoint list DIR
        meshpipe checkpoint show DIR [--step N]
        meshpipe checkpoint verify DIR [--step N]
 
-list shows all checkpoints and their layouts; show prints the full metadata of one checkpoint; verify checks
-every byte against its checksum."""
+list shows all checkpoints and their layouts; show prints the full metadata of
+one checkpoint; verify checks every byte against its checksum."""
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from meshpipe.files import expand_fields
 from meshpipe.phases import each, phase
 from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
-USAGE = """usage: meshpipe data prepare SOURCES... --tokenizer FILE --to DIR --sequence-length N [flags]
+USAGE = """usage: meshpipe data prepare SOURCES... --tokenizer FILE --to DIR
+                             --sequence-length N [flags]
        meshpipe data show DIR [--examples N] [--split train|eval]
        meshpipe data verify DIR
 
-prepare tokenizes text, JSON lines or Parquet and packs it into windows for training; started again after a stop, it
-continues. show summarises a prepared folder and prints windows of it, with what counts in the loss. verify checks every
-byte against its checksum. meshpipe data prepare --help shows all flags."""
+prepare tokenizes text, JSON lines or Parquet and packs it into windows for
+training; started again after a stop, it continues. show summarises a prepared
+folder and prints windows of it, with what counts in the loss. verify checks
+every byte against its checksum. meshpipe data prepare --help shows all flags."""
 
 
 @dataclass(frozen=True)

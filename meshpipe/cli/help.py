@@ -21,6 +21,7 @@ COMMON = (
     "schedule",
     "num-microbatches",
     "remat",
+    "init-from",
     "run-dir",
     "resume",
     "checkpoint-every",

@@ -33,7 +33,7 @@ class _LaunchFlags:
 
 
 def launch(arguments: list[str]) -> int:
-    """Starts the processes of one run on this machine; the command of each follows `--`."""
+    """Runs N processes on this machine: meshpipe launch --processes N -- train RECIPE."""
     own, separator, command = arguments, "--", []
     if separator in arguments:
         place = arguments.index(separator)

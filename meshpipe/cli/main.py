@@ -32,34 +32,50 @@ from meshpipe.version import __version__
 
 USAGE = """usage: meshpipe COMMAND ...
 
-  recipes                                   list the recipes in the folder recipes/, or those of meshpipe itself
-  init [DIR]                                copy the recipes of meshpipe to DIR/recipes, to be changed
-  train RECIPE [flags]                      train
-  verify RECIPE [flags]                     compare with plain training on one device
-  plan RECIPE [flags] [--plot FILE.png]     show stages, schedule, bubble and memory; runs no step
-  plan RECIPE [flags] --compare             compare the costs of all schedules
-  plan RECIPE --profile [flags]             measure each layer on this machine, and suggest a better partition
-  plan --measure-machine FILE.json          measure this machine's devices, to be named by --target
-  advise RECIPE --target gpu:h100:8 [flags] find the fastest layout on given devices, and say why others lose
-  generate FOLDER --prompt TEXT [flags]     continue texts with a trained model or published weights
-  eval FOLDER [flags]                       loss, perplexity and metrics on held-out data
-  metrics RUN... [--plot FILE.png]          compare runs: losses, throughput, status; draw their curves
-  launch --processes N [flags] -- train RECIPE [flags]   run N processes on this machine
-  checkpoint list DIR                       list checkpoints and their layouts
-  checkpoint show DIR [--step N]            show the full metadata of one checkpoint
-  checkpoint verify DIR                     check every byte against its checksum
-  data prepare SOURCES... [flags]           tokenize text and pack it into windows for training
-  data show DIR                             show what a prepared folder has, and windows of it as text
-  data verify DIR                           check every byte against its checksum
-  weights import FOLDER --to CHECKPOINTS    write published weights (safetensors) as a checkpoint
-  weights export CHECKPOINTS --to FOLDER    write a checkpoint as published weights, which transformers loads
-  doctor                                    show versions, machine and devices, and what is missing
-  --version                                 show the version
+Train
+  recipes                        list the recipes in recipes/, or meshpipe's
+  init [DIR]                     copy meshpipe's recipes to DIR/recipes
+  train RECIPE                   train
+  launch --processes N -- train RECIPE
+                                 run N processes on this machine
+  verify RECIPE                  compare with plain training on one device
+  metrics RUN...                 compare runs: losses, throughput, status
 
-RECIPE is FILE.py:FUNCTION, or FILE:FUNCTION for a file in the folder recipes/, or for one of meshpipe's where there
-is no such folder.
-meshpipe COMMAND RECIPE --help shows the common flags with types, defaults and units; --help-all shows all flags.
-Exit codes: 0 completed, 1 failed, 2 invalid request; 130, 143 and 129 stopped by SIGINT, SIGTERM and SIGHUP."""
+Choose a layout
+  plan RECIPE                    show stages, schedule, bubble and memory
+  plan RECIPE --compare          compare all schedules
+  plan RECIPE --profile          measure each layer, suggest a better partition
+  plan RECIPE --target gpu:h100:8
+                                 compile for devices that need not be here
+  plan --measure-machine FILE.json
+                                 measure this machine's devices, for --target
+  advise RECIPE --target gpu:h100:8
+                                 find the fastest layout, say why others lose
+
+Use a trained model, or published weights
+  generate FOLDER --prompt TEXT  continue texts
+  eval FOLDER                    loss, perplexity and metrics on held-out data
+  weights import FOLDER --to CHECKPOINTS
+                                 write published weights as a checkpoint
+  weights export CHECKPOINTS --to FOLDER
+                                 write a checkpoint for transformers to load
+  checkpoint list DIR            list checkpoints and their layouts
+  checkpoint show DIR            show all metadata of one
+  checkpoint verify DIR          compare every byte with its checksum
+
+Prepare data
+  data prepare SOURCES...        tokenize text and pack it into windows
+  data show DIR                  what a prepared folder has, windows as text
+  data verify DIR                compare every byte with its checksum
+
+  doctor                         show versions, devices, and what is missing
+  --version                      show the version
+
+RECIPE is FILE.py:FUNCTION, or FILE:FUNCTION for a file in recipes/, or for one
+of meshpipe's where there is no such folder. After COMMAND RECIPE, --help shows
+the common flags with types, defaults and units; --help-all shows all flags.
+Exit codes: 0 completed, 1 failed, 2 invalid request; 130, 143 and 129 stopped
+by SIGINT, SIGTERM and SIGHUP."""
 
 
 def _commands(stop: StopRequest) -> dict[str, Command]:

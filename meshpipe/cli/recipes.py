@@ -19,7 +19,7 @@ def recipes(arguments: list[str]) -> int:
     """Lists the recipes of the current folder, or those that come with meshpipe if it has none; reports those that
     fail on standard error, with exit code 2.
     """
-    about = "Lists the recipes in the folder recipes/, or those that come with meshpipe where there is none."
+    about = "Lists the recipes in recipes/, or meshpipe's own where there is no such folder."
     parse(_Nothing, arguments, "meshpipe recipes", about)
     from meshpipe.report.tables import make_console, make_table
     from meshpipe.runs.recipe import RecipeError, discover, folder_of_recipes, shipped

@@ -14,11 +14,13 @@ from meshpipe.processes.exit_codes import COMPLETED
 if TYPE_CHECKING:
     from meshpipe.adapters.config import LoraConfig
 
-USAGE = """usage: meshpipe weights import FOLDER --to CHECKPOINTS
-       meshpipe weights export CHECKPOINTS --to FOLDER [--step N] [--dtype NAME] [--adapters] [flags]
+USAGE = """usage: meshpipe weights import FOLDER --to CHECKPOINTS [flags]
+       meshpipe weights export CHECKPOINTS --to FOLDER [--adapters] [flags]
 
-import reads published weights (config.json and safetensors files) and writes them as step 0 of a checkpoint folder.
-export writes a checkpoint as published weights, which transformers loads. train --init-from FOLDER needs no import."""
+import reads published weights (config.json and safetensors files) and writes
+them as step 0 of a checkpoint folder; train --init-from FOLDER needs no import.
+export writes a checkpoint as published weights, which transformers loads.
+meshpipe weights export --help shows all flags."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ def check_source(source: Any) -> Any:
     kind = type(source).__name__
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise ArgumentError(
-            f"A data source must have __len__ and __getitem__. Got {source!r:.80}, a {kind}. A list of dicts is one."
+            f"A data source must have __len__ and __getitem__. Got {source!r:.80}, of type {kind}. "
+            "A list of dicts is one."
         )
     try:
         length = len(source)
@@ -33,7 +34,7 @@ def check_source(source: Any) -> Any:
     if not isinstance(example, Mapping) or not all(isinstance(name, str) for name in example):
         raise ArgumentError(
             "An example must be a dict of arrays by the names of their fields. "
-            f"Got {example!r:.80}, a {type(example).__name__}, from {kind}."
+            f"Got {example!r:.80}, of type {type(example).__name__}, from {kind}."
         )
     return source
 

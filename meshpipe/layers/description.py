@@ -53,7 +53,7 @@ def describe_model(model: StagedModel) -> dict[str, str]:
         "sharding rules": HASH + digest(model.rules),
         "trained parameters": HASH + digest([sorted(layer.params) for layer in model.layers]),
         "tied parameters": json.dumps([list(group) for group in model.tied]),
-        "instructions": HASH + digest(model.program.to_text()),
+        "instructions": HASH + digest(model.lowered.to_text()),
         "code of the loss": HASH + digest(model.task.loss),
         "code of the metrics": HASH + digest(model.task.metrics),
     }

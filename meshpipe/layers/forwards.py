@@ -47,9 +47,9 @@ class Forwards:
         """Runs the first `count` microbatches of a batch, or all; made at its first use, without compiling anything."""
         count = self.microbatches.count if count is None else count
         if count not in self._executors:
-            program = lower(forwards_of(self.plan, count).on(self.graph), reduces=True, outputs=self.output is not None)
+            lowered = lower(forwards_of(self.plan, count).on(self.graph), reduces=True, outputs=self.output is not None)
             name = f"{self.name}/{count}"
-            self._executors[count] = Executor(name, program, self.meshes, self.traced, self.programs)
+            self._executors[count] = Executor(name, lowered, self.meshes, self.traced, self.programs)
         return self._executors[count]
 
     def inputs(self, batch: Mapping[str, Any], seed: Mapping[int, jax.Array]) -> dict[int, Any]:

@@ -34,7 +34,7 @@ from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.pipeline.executor import Executor
 from meshpipe.pipeline.remat import checkpoint_policy, remat_of_layers, remat_of_stages
 from meshpipe.plan.graph import Value
-from meshpipe.plan.lower import Program, lower
+from meshpipe.plan.lower import LoweredPlan, lower
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import Costs
 from meshpipe.sharding import is_local, place, replicated
@@ -160,7 +160,7 @@ class StagedModel:
         return [(self.layers[i], self._meshes[s]) for s in self.local for i in self.cuts[s]]
 
     @cached_property
-    def program(self) -> Program:
+    def lowered(self) -> LoweredPlan:
         """The plan with its transfers, the same in every process."""
         return lower(self.plan, reduces=self._splits_data, late=self.late)
 
@@ -212,7 +212,7 @@ class StagedModel:
             check(self)
         _ = self._path_hashes  # placed now, not in the first step
         self.programs = self.compile_programs(compiler, also)
-        self.executor = Executor(f"{name}/train", self.program, self._meshes, self.traced, self.programs)
+        self.executor = Executor(f"{name}/train", self.lowered, self._meshes, self.traced, self.programs)
 
     def trace_to_run(self) -> None:
         """Traces the local stages for training. Allocates nothing, so the devices of the mesh need not be there."""

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meshpipe.pipeline.transfer import transfer_between
-from meshpipe.plan.lower import Buffer, Compute, Free, Instruction, Program, Reduce, Transfer
+from meshpipe.plan.lower import Buffer, Compute, Free, Instruction, LoweredPlan, Reduce, Transfer
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.sharding import Arrays, place, replicated
 from meshpipe.stage.calls import Call, Slots, StageCalls, StageSlots
@@ -27,7 +27,7 @@ Sums = dict[int, dict[str, jax.Array]]
 
 
 class Executor:
-    """A program with its buffers resolved to slots of a list, so that a step is a walk over a flat list of calls.
+    """A lowered plan with its buffers resolved to slots of a list, so that a step is a walk over a flat list of calls.
 
     `traced` and `programs` hold the stages that live here; instructions of other stages are left out, so the work per
     step is that of the local ranks. `meshes` has the submesh of every stage. `StageCalls` says what the slots hold.
@@ -37,13 +37,13 @@ class Executor:
     def __init__(
         self,
         name: str,
-        program: Program,
+        lowered: LoweredPlan,
         meshes: Sequence[Mesh],
         traced: Mapping[int, TracedStage],
         programs: Mapping[int, StagePrograms],
     ):
         self._name = name
-        self._plan = program.plan
+        self._plan = lowered.plan
         self._meshes = meshes
         self._moves: dict[Hashable, Callable[[Arrays | None], Arrays | None]] = {}
         self._traced = traced
@@ -54,8 +54,8 @@ class Executor:
         self._microbatch_indices = {
             s: tuple(
                 place(
-                    [np.uint32(m) for m in range(program.plan.num_microbatches)],
-                    [replicated(stage.spec.mesh)] * program.plan.num_microbatches,
+                    [np.uint32(m) for m in range(lowered.plan.num_microbatches)],
+                    [replicated(stage.spec.mesh)] * lowered.plan.num_microbatches,
                 )
             )
             for s, stage in traced.items()
@@ -66,11 +66,11 @@ class Executor:
             for s, stage in traced.items()
         }
         self._summing = [s for s, stage in traced.items() if stage.sum_names]
-        local = [instruction for instruction in program.instructions if self._is_local(instruction)]
+        local = [instruction for instruction in lowered.instructions if self._is_local(instruction)]
         reduced = {instruction.stage for instruction in local if isinstance(instruction, Reduce)}
         if reduced != {s for s, calls in self._calls.items() if calls.reduces}:
             raise ValueError(
-                "A program must reduce the accumulators that its stages leave unreduced over the data axis. "
+                "A lowered plan must reduce the accumulators that its stages leave unreduced over the data axis. "
                 "Got one without these reductions. "
                 "Pass reduces=True to lower."
             )
@@ -112,7 +112,7 @@ class Executor:
     def outputs(
         self, params: Mapping[int, Arrays], state: Mapping[int, Arrays], inputs: Mapping[int, Arrays]
     ) -> list[Arrays]:
-        """What the last stage puts out for each microbatch, of a program that keeps it; none where it lives elsewhere.
+        """What the last stage puts out for each microbatch, where the plan keeps it; none where it lives elsewhere.
 
         Everything is dispatched asynchronously.
         """
@@ -289,7 +289,7 @@ class Executor:
         )
 
     def _compute(self, instruction: Compute) -> Call:
-        """Values stand in a program in the order of the graph, and so they do in a stage."""
+        """Values stand in a lowered plan in the order of the graph, and so they do in a stage."""
         calls, microbatch = self._calls[instruction.action.stage], self._microbatch(instruction)
         reads, writes = (
             [(buffer.kind, self._slot(buffer)) for buffer in buffers]

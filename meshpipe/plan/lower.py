@@ -1,4 +1,4 @@
-"""Turns a plan into a program: when buffers move and when they are freed, in one order for all processes."""
+"""Lowers a plan: when buffers move and when they are freed, in one order for all processes."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ Instruction: TypeAlias = Compute | Transfer | Free | Reduce
 
 
 @dataclass(frozen=True)
-class Program:
+class LoweredPlan:
     """A plan's instructions in one global order, which is the same in every process.
 
     A process runs the instructions of its own ranks in this order. Both sides of every transfer then have the same
@@ -114,8 +114,10 @@ class Program:
         return "".join(f"{instruction}\n" for instruction in self.instructions)
 
 
-def lower(plan: Plan, *, reduces: bool = False, outputs: bool = False, late: Collection[str] = frozenset()) -> Program:
-    """The program of a valid plan, made in time about linear in the number of its actions.
+def lower(
+    plan: Plan, *, reduces: bool = False, outputs: bool = False, late: Collection[str] = frozenset()
+) -> LoweredPlan:
+    """A valid plan with its moves and frees, made in time about linear in the number of its actions.
 
     Arguments:
         plan: A valid plan; it is not checked again.
@@ -138,7 +140,7 @@ def lower(plan: Plan, *, reduces: bool = False, outputs: bool = False, late: Col
             )
         )
     instructions = add_frees(add_transfers(plan, computes, late))
-    return Program(plan, tuple(add_reductions(instructions) if reduces else instructions))
+    return LoweredPlan(plan, tuple(add_reductions(instructions) if reduces else instructions))
 
 
 def order_actions(plan: Plan) -> list[Action]:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from meshpipe.plan.lower import Buffer, Compute, Free, Instruction, Program, Transfer
+from meshpipe.plan.lower import Buffer, Compute, Free, Instruction, LoweredPlan, Transfer
 from meshpipe.plan.plan import PlanError
 
 
-def check_program(program: Program) -> None:
-    """Checks a program before several processes run it, in time linear in its length; see `check_orders`."""
-    check_orders([program.of_rank(rank) for rank in range(program.plan.num_ranks)])
+def check_lowered(lowered: LoweredPlan) -> None:
+    """Checks a lowered plan before several processes run it, in time linear in its length; see `check_orders`."""
+    check_orders([lowered.of_rank(rank) for rank in range(lowered.plan.num_ranks)])
 
 
 def check_orders(orders: Sequence[Sequence[Instruction]], holders: Mapping[int, int] | None = None) -> None:

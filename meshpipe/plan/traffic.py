@@ -1,11 +1,11 @@
-"""Counts what moves between ranks in a step, from the transfers of the program."""
+"""Counts what moves between ranks in a step, from the transfers of the lowered plan."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from meshpipe.plan.graph import Value
-from meshpipe.plan.lower import Program, Transfer
+from meshpipe.plan.lower import LoweredPlan, Transfer
 from meshpipe.plan.stage_memory import StageMemory
 
 
@@ -27,12 +27,12 @@ class Traffic:
         return self.forward + self.backward
 
 
-def traffic(program: Program, memory: Sequence[StageMemory]) -> Mapping[Value, Traffic]:
-    """What moves of every value of the program's graph. `memory` has the sizes of the inputs of every stage."""
-    graph = program.plan.graph
+def traffic(lowered: LoweredPlan, memory: Sequence[StageMemory]) -> Mapping[Value, Traffic]:
+    """What moves of every value of the plan's graph. `memory` has the sizes of the inputs of every stage."""
+    graph = lowered.plan.graph
     sizes: Counter[tuple[Value, str]] = Counter()
     moves: Counter[tuple[Value, str]] = Counter()
-    for transfer in program.instructions:
+    for transfer in lowered.instructions:
         if not isinstance(transfer, Transfer):
             continue
         # Both kinds of transfers have the stage that reads the value, at one of their ends.

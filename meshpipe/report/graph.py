@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterator, Sequence
 
 from meshpipe.plan.graph import Graph, Value
-from meshpipe.plan.lower import Program
+from meshpipe.plan.lower import LoweredPlan
 from meshpipe.plan.plan import Plan
 from meshpipe.plan.simulate import StageMemory
 from meshpipe.plan.traffic import traffic
@@ -33,14 +33,14 @@ def forward_only_line(graph: Graph) -> Iterator[str]:
         yield f"{list_stages(found).capitalize()} {runs} no backward: nothing is trained there or before."
 
 
-def traffic_table(program: Program, memory: Sequence[StageMemory], late: frozenset[str]) -> Columns:
+def traffic_table(lowered: LoweredPlan, memory: Sequence[StageMemory], late: frozenset[str]) -> Columns:
     """One row per value: between which stages, its size, what moves of it in a step, and where it waits.
 
     Values without a name, which go to the next stage, share a row where all else is the same.
     """
     names = ("value", "made by", "read by", "size", "moves", "gradients back", "per step", "waits")
     table = make_table(*names, right=("size", "moves", "gradients back", "per step"), wrap=("made by", "read by"))
-    plan, moved = program.plan, traffic(program, memory)
+    plan, moved = lowered.plan, traffic(lowered, memory)
     rows: dict[Hashable, list[Value]] = {}
     for value, found in moved.items():
         rows.setdefault((value.name, _size(plan, value, memory), found), []).append(value)

@@ -225,7 +225,7 @@ def print_plan(
         print_text(console, line)
     if not graph.is_chain and graph.values:
         print_text(console, MOVES)
-        console.print(traffic_table(model.program, memory, model.late))
+        console.print(traffic_table(model.lowered, memory, model.late))
         console.print()
     print_text(console, f"Expected memory of each device of a rank, remat {_remat(model)}; live: microbatches at once:")
     console.print(memory_table(ranks))

@@ -28,7 +28,7 @@ from meshpipe.optimizer.optimizer import Optimizer
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.tied import TiedLeaves
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.plan.rendezvous import check_program
+from meshpipe.plan.rendezvous import check_lowered
 from meshpipe.processes.agreement import AGREE_SECONDS, agree, report_failure
 from meshpipe.processes.group import Group
 from meshpipe.processes.uneven_exit import watch, watch_keys
@@ -89,7 +89,7 @@ def set_up(
         if not group.is_alone:
             check_costs(chooser.config)
         model = chooser.choose()
-        check_program(model.program)
+        check_lowered(model.lowered)
     if not group.is_alone:
         agree(group, "model", describe_model(model) | {"seed": str(seed), "clip norm": str(clip_norm)})
     with report_failure(group, "memory"):

@@ -171,7 +171,7 @@ class Model:
     def bytes_moved(self) -> float:
         """Between ranks in a step, forward and back."""
         model = self._trainer.model
-        return sum(moved.total for moved in traffic(model.program, stage_memory(model, self._transformation)).values())
+        return sum(moved.total for moved in traffic(model.lowered, stage_memory(model, self._transformation)).values())
 
     def predicted(self) -> float:
         """The efficiency in simulation."""

@@ -27,7 +27,7 @@ from flax import nnx
 import meshpipe
 from meshpipe.pipeline.transfer import transfer_to
 from meshpipe.plan.lower import Transfer, lower
-from meshpipe.plan.rendezvous import check_program
+from meshpipe.plan.rendezvous import check_lowered
 from meshpipe.plan.validate import validate
 from meshpipe.sharding import Shapes
 from meshpipe.stage.programs import StagePrograms, compile_stage
@@ -174,9 +174,9 @@ def planning_row(schedule: str, num_ranks: int, num_microbatches: int) -> dict[s
     times.append(time.perf_counter())
     validate(plan)
     times.append(time.perf_counter())
-    program = lower(plan)
+    lowered = lower(plan)
     times.append(time.perf_counter())
-    check_program(program)
+    check_lowered(lowered)
     times.append(time.perf_counter())
     parts = dict(zip(("plan", "validate", "lower", "check"), map(float.__sub__, times[1:], times), strict=True))
     seconds = sum(parts.values())
@@ -188,7 +188,7 @@ def planning_row(schedule: str, num_ranks: int, num_microbatches: int) -> dict[s
         **{f"{name}, s": part for name, part in parts.items()},
         "seconds": seconds,
         "us per action": seconds / len(plan.actions) * 1e6,
-        "instructions of a middle rank": len(program.of_rank(num_ranks // 2)),
+        "instructions of a middle rank": len(lowered.of_rank(num_ranks // 2)),
         "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 

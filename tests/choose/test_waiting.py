@@ -38,7 +38,7 @@ def test_the_program_of_a_model_moves_late_values_late(name: str) -> None:
     chosen = Chooser(task, optax.sgd(0.1), mesh=make_mesh(4), config=config).choose()
     sizes = chosen.value_bytes()
     assert set(sizes.values()) == {4 * 4 * 4 * 4}  # of a microbatch of 4 examples
-    instructions = [i for i in chosen.program.instructions if isinstance(i, Transfer) and i.source.kind == "y"]
+    instructions = [i for i in chosen.lowered.instructions if isinstance(i, Transfer) and i.source.kind == "y"]
     named = [i for i in instructions if i.source.name]
     assert len(named) == 4 * (2 if name == "skip" else 3 - 1)
     assert set(chosen.late) <= {value.name for value in sizes}

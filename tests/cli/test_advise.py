@@ -51,19 +51,9 @@ def test_the_command_keeps_what_was_given_for_published_weights(
     prepare = "data prepare text.jsonl --tokenizer weights --to prepared --sequence-length 16"
     assert main(prepare.split()) == 0
     own = ["--target", "gpu:h100:2", "--compile=0", "--json"]
-    given = [
-        "--init-from",
-        "weights",
-        "--data.path",
-        "prepared",
-        "--lora.rank",
-        "2",
-        "--batch-size=4",
-        "--steps",
-        "1",
-        "--eval-batches",
-        "0",
-    ]
+    given = shlex.split(
+        "--init-from weights --data.path prepared --lora.rank 2 --batch-size=4 --steps 1 --eval-batches 0"
+    )
     capsys.readouterr()
     assert main(["advise", "finetune:lora", *own, *given, "--mesh.tensor", "1"]) == 0
     command = json.loads(capsys.readouterr().out)["command"]

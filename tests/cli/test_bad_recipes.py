@@ -49,8 +49,8 @@ CALLS: dict[str, Call] = {
         "verify failing.py:asking",
         "the loss may only require named outputs. Got the parameter 'memory'; no output has a name. Name it",
     ),
-    "layers that are a number": ("plan wrong.py:layers", "layers() of a model must return a list. Got 3, a int."),
-    "tied that is a number": ("plan wrong.py:tied", "tied() of a model must return a list. Got 3, a int."),
+    "layers that are a number": ("plan wrong.py:layers", "layers() of a model must return a list. Got 3, of type int."),
+    "tied that is a number": ("plan wrong.py:tied", "tied() of a model must return a list. Got 3, of type int."),
     "data that is a number": (
         "train wrong.py:source --data.kind 0",
         "A data source must have __len__ and __getitem__.",

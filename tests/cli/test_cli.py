@@ -202,10 +202,15 @@ def test_verify_names_the_first_layer_that_differs(
     assert "meshpipe: the first difference is in layers/2: gradient layers/2/" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "train", "checkpoint", "recipes", "init", "doctor"])
-def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "command", ["", "train", "checkpoint", "data", "weights", "recipes", "init", "doctor", "launch", "metrics"]
+)
+def test_help_of_commands(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert main([*command.split(), "--help"]) == 0
-    assert "usage: meshpipe" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "usage: meshpipe" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,7 @@ def main() -> None:
     losses = [float(local_value(trainer.step(batch).loss)).hex()]
     before = len(counts)
     losses.append(float(local_value(trainer.step(batch).loss)).hex())
-    moves = [instruction for instruction in trainer.model.program.instructions if isinstance(instruction, Transfer)]
+    moves = [instruction for instruction in trainer.model.lowered.instructions if isinstance(instruction, Transfer)]
     sent = [sum(move.source_rank == rank for move in moves) for rank in range(2)]
     print("RESULT", json.dumps({"losses": losses, "counts": counts[before:], "sent": sent}), flush=True)
     if jax.process_count() > 1:

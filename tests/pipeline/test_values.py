@@ -225,7 +225,7 @@ def test_stages_before_the_first_that_is_trained_have_no_backward(schedule: str)
     assert hands_back == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
     # The fifth is not trained, and hands on the gradient of its input.
     assert made.model.programs[4].split is None
-    moved = {str(i).split(" -> ")[1] for i in made.model.program.instructions if isinstance(i, Transfer)}
+    moved = {str(i).split(" -> ")[1] for i in made.model.lowered.instructions if isinstance(i, Transfer)}
     assert {name for name in moved if name.startswith("dy")} == {f"dy{s}.{m}" for s in (2, 3, 4) for m in range(4)}
     expected, of_plain = plain("frozen", made.params, made.state)
     np.testing.assert_allclose(total, expected, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Plans and programs for graphs of stages: random ones under every schedule, and the texts of two that models have."""
+"""Plans, and lowered plans, for graphs of stages: random ones under every schedule, and the texts of two that models have."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshpipe.plan.graph import Graph, Value, chain
-from meshpipe.plan.lower import Buffer, Compute, Free, Program, Transfer, lower
+from meshpipe.plan.lower import Buffer, Compute, Free, LoweredPlan, Transfer, lower
 from meshpipe.plan.plan import Action, Op, Plan, PlanError
-from meshpipe.plan.rendezvous import check_program
+from meshpipe.plan.rendezvous import check_lowered
 from meshpipe.plan.schedules import SCHEDULES, forwards_of, make_plan, takes_stages
 from meshpipe.plan.validate import validate
 from tests.plan.random_graphs import encoder_decoder, random_graph, skip
@@ -25,9 +25,9 @@ def plan_for(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: 
     return plan.on(random_graph(plan.num_stages, seed))
 
 
-def check_values(program: Program) -> None:
+def check_values(lowered: LoweredPlan) -> None:
     """Every value moves once to each rank that reads it, and every reader's gradient once, straight to the source."""
-    plan, graph = program.plan, program.plan.graph
+    plan, graph = lowered.plan, lowered.plan.graph
     ranks = plan.stage_ranks
     expected: Counter[tuple[str, int, int, int, int]] = Counter()
     for value in graph.values:
@@ -39,7 +39,7 @@ def check_values(program: Program) -> None:
                 if graph.has_gradient(value) and not plan.forward_only and ranks[target] != home:
                     expected["dy", value.source, microbatch, ranks[target], home] += 1
     moved: Counter[tuple[str, int, int, int, int]] = Counter()
-    for transfer in (i for i in program.instructions if isinstance(i, Transfer)):
+    for transfer in (i for i in lowered.instructions if isinstance(i, Transfer)):
         source = transfer.source.stage if transfer.target.kind == "x" else transfer.target.stage
         ends = (transfer.source_rank, transfer.target_rank)
         moved[transfer.target.kind, source, transfer.target.microbatch, *ends] += 1
@@ -47,10 +47,10 @@ def check_values(program: Program) -> None:
     assert moved == expected
 
 
-def check_computes(program: Program) -> None:
+def check_computes(lowered: LoweredPlan) -> None:
     """Every action reads all its inputs and gradients, and makes all its outputs, in the order of the graph."""
-    plan, graph = program.plan, program.plan.graph
-    for compute in (i for i in program.instructions if isinstance(i, Compute)):
+    plan, graph = lowered.plan, lowered.plan.graph
+    for compute in (i for i in lowered.instructions if isinstance(i, Compute)):
         stage, op = compute.action.stage, compute.action.op
         read, made = ([(b.kind, b.name) for b in buffers] for buffers in (compute.reads, compute.writes))
         kept = [("r", "")] if plan.has_backward(stage) else []
@@ -71,10 +71,10 @@ def check_computes(program: Program) -> None:
             assert [name for kind, name in made if kind != "w"] == gradients
 
 
-def carry_out(program: Program) -> None:
-    """Follows the program with sets of names: what is read is there, is written once, and is freed once in the end."""
-    held: list[set[Buffer]] = [set() for _ in range(program.plan.num_ranks)]
-    ever: list[set[Buffer]] = [set() for _ in range(program.plan.num_ranks)]
+def carry_out(lowered: LoweredPlan) -> None:
+    """Follows the instructions with sets of names: what is read is there, is written once, and is freed once in the end."""
+    held: list[set[Buffer]] = [set() for _ in range(lowered.plan.num_ranks)]
+    ever: list[set[Buffer]] = [set() for _ in range(lowered.plan.num_ranks)]
 
     def write(rank: int, buffers: tuple[Buffer, ...]) -> None:
         assert ever[rank].isdisjoint(buffers)
@@ -82,7 +82,7 @@ def carry_out(program: Program) -> None:
         held[rank].update(buffers)
         ever[rank].update(buffers)
 
-    for instruction in program.instructions:
+    for instruction in lowered.instructions:
         match instruction:
             case Compute(rank, _, reads, writes):
                 assert held[rank].issuperset(reads)
@@ -113,13 +113,13 @@ def test_programs_of_random_graphs(
     validate(plan)
     assert Plan.parse(plan.to_text()) == plan
     names = [value.name for value in plan.graph.values if value.name]
-    program = lower(plan, late={"none": [], "some": names[::2], "all": names}[late])
-    carry_out(program)
-    check_values(program)
-    check_computes(program)
-    check_program(program)
+    lowered = lower(plan, late={"none": [], "some": names[::2], "all": names}[late])
+    carry_out(lowered)
+    check_values(lowered)
+    check_computes(lowered)
+    check_lowered(lowered)
     for rank, order in enumerate(plan.orders):
-        assert [i.action for i in program.of_rank(rank) if isinstance(i, Compute)] == list(order)
+        assert [i.action for i in lowered.of_rank(rank) if isinstance(i, Compute)] == list(order)
         assert all(live >= 0 for live in plan.live_activations(rank))
 
 

@@ -1,4 +1,4 @@
-"""Lowering, written as the text of programs, and checked by carrying random programs out on names."""
+"""Lowering, written as text, and checked by carrying random lowered plans out on names."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshpipe.plan.lower import Buffer, Compute, Free, Program, Transfer, lower, order_actions
+from meshpipe.plan.lower import Buffer, Compute, Free, LoweredPlan, Transfer, lower, order_actions
 from meshpipe.plan.plan import Plan
 from meshpipe.plan.schedules import SCHEDULES, forwards_of, make_plan, takes_stages
 from meshpipe.plan.validate import validate
@@ -21,9 +21,9 @@ def plan_of(*rows: str, stage_ranks: str, microbatches: int = 1) -> Plan:
 
 
 def test_one_stage_needs_no_boundary() -> None:
-    program = lower(make_plan("1f1b", 1, 2))
+    lowered = lower(make_plan("1f1b", 1, 2))
     assert (
-        program.to_text()
+        lowered.to_text()
         == """\
 0F0: -> r0.0
 0B0: r0.0 ->
@@ -99,8 +99,8 @@ free r0.0 dy0.0
 
 
 def test_a_loop_of_stages_goes_back_to_the_first_rank() -> None:
-    program = lower(make_plan("gpipe", 2, 1, 2))
-    moves = [str(instruction) for instruction in program.instructions if isinstance(instruction, Transfer)]
+    lowered = lower(make_plan("gpipe", 2, 1, 2))
+    moves = [str(instruction) for instruction in lowered.instructions if isinstance(instruction, Transfer)]
     assert moves == [
         "move y0.0 -> x1.0",
         "move y1.0 -> x2.0",
@@ -154,8 +154,8 @@ free x1.1
 
 
 def test_a_rank_sees_its_work_and_both_sides_of_its_transfers() -> None:
-    program = lower(make_plan("gpipe", 3, 1))
-    assert [str(instruction) for instruction in program.of_rank(1)] == [
+    lowered = lower(make_plan("gpipe", 3, 1))
+    assert [str(instruction) for instruction in lowered.of_rank(1)] == [
         "move y0.0 -> x1.0",
         "1F0: x1.0 -> r1.0 y1.0",
         "free x1.0",
@@ -174,10 +174,10 @@ def test_no_rank_is_issued_far_ahead_of_the_others() -> None:
     assert actions == "0F0 0F1 1F0 0F2 1F1 2F0 2B0 1B0 2F1 0B0 1F2 2B1 1B1 2F2 0B1 2B2 1B2 0B2"
 
 
-def carry_out(program: Program) -> None:
-    """Follows the program with sets of names in place of arrays: what is read is there, and at the end nothing is."""
-    held: list[set[Buffer]] = [set() for _ in range(program.plan.num_ranks)]
-    for instruction in program.instructions:
+def carry_out(lowered: LoweredPlan) -> None:
+    """Follows the instructions with sets of names in place of arrays: what is read is there, and at the end nothing is."""
+    held: list[set[Buffer]] = [set() for _ in range(lowered.plan.num_ranks)]
+    for instruction in lowered.instructions:
         match instruction:
             case Compute(rank, _, reads, writes):
                 assert held[rank].issuperset(reads)
@@ -197,14 +197,14 @@ def carry_out(program: Program) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @settings(deadline=None, max_examples=25)
 @given(num_ranks=st.integers(1, 6), num_microbatches=st.integers(1, 10), stages_per_rank=st.integers(1, 3))
-def test_every_program_can_be_carried_out(
+def test_every_lowered_plan_can_be_carried_out(
     name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int
 ) -> None:
     accepted = stages_per_rank if takes_stages(name, stages_per_rank) else None
-    program = lower(make_plan(name, num_ranks, num_microbatches, accepted))
-    carry_out(program)
-    for rank, order in enumerate(program.plan.orders):
-        computes = [i.action for i in program.of_rank(rank) if isinstance(i, Compute)]
+    lowered = lower(make_plan(name, num_ranks, num_microbatches, accepted))
+    carry_out(lowered)
+    for rank, order in enumerate(lowered.plan.orders):
+        computes = [i.action for i in lowered.of_rank(rank) if isinstance(i, Compute)]
         assert computes == list(order)
 
 
@@ -249,7 +249,7 @@ for name, num_ranks in (("1f1b", 64), ("zb-h1", 64), ("zb-v", 32)):
     begin = time.process_time()
     plan = make_plan(name, num_ranks, 256)
     validate(plan)
-    program = lower(plan)
+    lowered = lower(plan)
     assert plan.num_stages == 64
     print(time.process_time() - begin)
 """

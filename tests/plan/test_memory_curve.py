@@ -1,4 +1,4 @@
-"""What ranks hold, by the simulator and by carrying out the program: the same for any graph and schedule."""
+"""What ranks hold, by the simulator and by carrying out the lowered plan: the same for any graph and schedule."""
 
 import random
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshpipe.plan.graph import Graph, Value
-from meshpipe.plan.lower import Buffer, Compute, Free, Program, Reduce, Transfer, lower
+from meshpipe.plan.lower import Buffer, Compute, Free, LoweredPlan, Reduce, Transfer, lower
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.schedules import SCHEDULES, forwards_of, make_plan, takes_stages
 from meshpipe.plan.simulate import Costs, StageMemory, simulate
@@ -30,11 +30,11 @@ def random_memory(graph: Graph, seed: int) -> list[StageMemory]:
     return memory
 
 
-def carried_out(program: Program, memory: list[StageMemory]) -> list[float]:
+def carried_out(lowered: LoweredPlan, memory: list[StageMemory]) -> list[float]:
     """The most that each rank holds when instructions are handed out in order; an array counts once, as long as a
     buffer or what is stored for backward holds it.
     """
-    plan, graph = program.plan, program.plan.graph
+    plan, graph = lowered.plan, lowered.plan.graph
     sizes: dict[str, float] = {}
     for stage in range(plan.num_stages):
         for value, size in zip(graph.inputs(stage), memory[stage].inputs, strict=True):
@@ -67,7 +67,7 @@ def carried_out(program: Program, memory: list[StageMemory]) -> list[float]:
         }
         return {**kept, str(buffer): memory[stage].activation - sum(memory[stage].kept_inputs)}
 
-    for instruction in program.instructions:
+    for instruction in lowered.instructions:
         match instruction:
             case Compute(rank, _, _, writes):
                 arrays[rank] |= {buffer: held_by(buffer, instruction) for buffer in writes}
@@ -94,7 +94,7 @@ def carried_out(program: Program, memory: list[StageMemory]) -> list[float]:
     seed=st.integers(0, 10_000),
     late=st.booleans(),
 )
-def test_the_simulator_holds_what_the_program_holds(
+def test_the_simulator_holds_what_the_lowered_plan_holds(
     name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int, seed: int, late: bool
 ) -> None:
     accepted = stages_per_rank if takes_stages(name, stages_per_rank) else None

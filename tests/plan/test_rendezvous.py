@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from meshpipe.plan.lower import Compute, Instruction, Transfer, lower
 from meshpipe.plan.plan import Plan, PlanError
-from meshpipe.plan.rendezvous import check_orders, check_program
+from meshpipe.plan.rendezvous import check_lowered, check_orders
 from meshpipe.plan.schedules import SCHEDULES, make_plan, takes_stages
 
 Orders = list[list[Instruction]]
 
 
 def orders_of(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Orders:
-    program = lower(make_plan(name, num_ranks, num_microbatches, stages_per_rank))
-    return [list(program.of_rank(rank)) for rank in range(num_ranks)]
+    lowered = lower(make_plan(name, num_ranks, num_microbatches, stages_per_rank))
+    return [list(lowered.of_rank(rank)) for rank in range(num_ranks)]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -24,7 +24,7 @@ def orders_of(name: str, num_ranks: int, num_microbatches: int, stages_per_rank:
 @given(num_ranks=st.integers(1, 8), num_microbatches=st.integers(1, 32), stages_per_rank=st.integers(1, 4))
 def test_no_rank_waits_for_ever(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> None:
     accepted = stages_per_rank if takes_stages(name, stages_per_rank) else None
-    check_program(lower(make_plan(name, num_ranks, num_microbatches, accepted)))
+    check_lowered(lower(make_plan(name, num_ranks, num_microbatches, accepted)))
 
 
 @pytest.mark.slow
@@ -32,13 +32,13 @@ def test_no_rank_waits_for_ever(name: str, num_ranks: int, num_microbatches: int
 def test_no_rank_waits_for_ever_at_any_small_size(name: str) -> None:
     for num_ranks, num_microbatches, stages_per_rank in itertools.product(range(1, 9), range(1, 17), range(1, 5)):
         if takes_stages(name, stages_per_rank):
-            check_program(lower(make_plan(name, num_ranks, num_microbatches, stages_per_rank)))
+            check_lowered(lower(make_plan(name, num_ranks, num_microbatches, stages_per_rank)))
 
 
 @pytest.mark.parametrize("ranks_of_a_process", [2, 4])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_processes_of_several_ranks_do_not_wait_for_ever(name: str, ranks_of_a_process: int) -> None:
-    program = lower(make_plan(name, 8, 8))
+    lowered = lower(make_plan(name, 8, 8))
     holders = {rank: rank // ranks_of_a_process for rank in range(8)}
 
     def is_of(instruction: Instruction, process: int) -> bool:
@@ -47,7 +47,7 @@ def test_processes_of_several_ranks_do_not_wait_for_ever(name: str, ranks_of_a_p
         return holders[instruction.rank] == process
 
     processes = range(8 // ranks_of_a_process)
-    check_orders([[i for i in program.instructions if is_of(i, process)] for process in processes], holders)
+    check_orders([[i for i in lowered.instructions if is_of(i, process)] for process in processes], holders)
 
 
 def place_of(order: list[Instruction], text: str) -> int:
@@ -122,4 +122,4 @@ def test_an_action_before_its_input_has_arrived() -> None:
 
 def test_a_plan_of_a_file_is_checked_too() -> None:
     text = make_plan("1f1b", 2, 2).to_text().replace("schedule: 1f1b", "schedule: mine")
-    check_program(lower(Plan.parse(text)))
+    check_lowered(lower(Plan.parse(text)))
