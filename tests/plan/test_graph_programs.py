@@ -1,4 +1,4 @@
-"""Plans, and lowered plans, for graphs of stages: random ones under every schedule, and the texts of two that models have."""
+"""Lowered plans for graphs of stages: random ones under every schedule, and the texts of two that models have."""
 
 from collections import Counter
 from pathlib import Path
@@ -72,7 +72,7 @@ def check_computes(lowered: LoweredPlan) -> None:
 
 
 def carry_out(lowered: LoweredPlan) -> None:
-    """Follows the instructions with sets of names: what is read is there, is written once, and is freed once in the end."""
+    """Follows the instructions with sets of names: what is read is there, is written once, and freed once in the end."""
     held: list[set[Buffer]] = [set() for _ in range(lowered.plan.num_ranks)]
     ever: list[set[Buffer]] = [set() for _ in range(lowered.plan.num_ranks)]
 

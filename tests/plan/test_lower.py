@@ -175,7 +175,7 @@ def test_no_rank_is_issued_far_ahead_of_the_others() -> None:
 
 
 def carry_out(lowered: LoweredPlan) -> None:
-    """Follows the instructions with sets of names in place of arrays: what is read is there, and at the end nothing is."""
+    """Follows the instructions with sets of names for arrays: what is read is there, and at the end nothing is."""
     held: list[set[Buffer]] = [set() for _ in range(lowered.plan.num_ranks)]
     for instruction in lowered.instructions:
         match instruction:
