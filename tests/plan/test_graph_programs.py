@@ -72,7 +72,7 @@ def check_computes(lowered: LoweredPlan) -> None:
 
 
 def carry_out(lowered: LoweredPlan) -> None:
-    """Follows the instructions with sets of names: what is read is there, is written once, and freed once in the end."""
+    """Follows the instructions with sets of names: what is read is there, written once, and freed once in the end."""
     held: list[set[Buffer]] = [set() for _ in range(lowered.plan.num_ranks)]
     ever: list[set[Buffer]] = [set() for _ in range(lowered.plan.num_ranks)]
 
