@@ -10,7 +10,7 @@ from meshpipe.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
-OPTIONAL = ("tensorboardX", "wandb", "ipywidgets")
+OPTIONAL = ("tokenizers", "jinja2", "pyarrow", "tensorboardX", "wandb", "ipywidgets", "scikit-learn", "lm_eval")
 """Packages of extras: what uses them says so when they are missing."""
 
 _PLUGIN = re.compile(r"jax[-_].+[-_](plugin|pjrt)|libtpu")

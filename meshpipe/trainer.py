@@ -77,32 +77,27 @@ class Trainer:
         - `mesh`: the devices, in a mesh whose first axis is `pipeline`; usually from `make_mesh`. By default, one stage
           on one device.
         - `input`: the field of `batch` that the first layer is called with. Layers ask for other fields by keyword.
-        - `pipeline`: schedule, number of microbatches, rematerialisation and how layers are cut into stages. By default
-          `1f1b` with one microbatch, and layers split as evenly as possible.
-        - `seed`: what first values, dropout masks and other draws follow from, 0 to 2**32 - 1; by default 0.
-        - `clip_norm`: the global norm, in the units of the gradient, to which a larger gradient is scaled down; None,
-          the default, clips nothing. Parameters that the optimizer never moves do not count in it.
-        - `metrics`: `metrics(output, microbatch)` returns a dict of further `(sum, weight)` pairs by name, whose means
-          `evaluate` gives beside the loss; by default none.
+        - `pipeline`: schedule, microbatches, rematerialisation and cut; by default `1f1b`, one microbatch, an even cut.
+        - `seed`: of first values, dropout masks and other draws, 0 to 2**32 - 1; by default 0.
+        - `clip_norm`: the global norm to which a larger gradient is scaled down; by default nothing is clipped.
+          Parameters that the optimizer never moves do not count in it.
+        - `metrics`: `metrics(output, microbatch)` returns further `(sum, weight)` pairs by name; `evaluate` has means.
         - `tied`: groups of leaf paths such as `("layers/0/embedding", "layers/5/kernel")` that share one parameter,
           owned by the first path. Layers that hold one `nnx.Variable` are tied without it; by default no others.
         - `trainable`: the parameters that are trained, as patterns of leaf paths (`"layers/3/*"`; one with `!` in front
           excludes), an NNX filter such as `nnx.LoRAParam`, or a list of both. The others are frozen: they keep their
           values, and have no gradient and no state of the optimizer. By default all are trained, or, in a model with
           `nnx.LoRAParam`, those alone; the first of `notes` says what is.
-        - `rules`: which mesh axis each logical axis of a parameter is split over; by default `tensor` for the usual
-          names, and nothing over `data`.
-        - `compile_cache`: a folder, made where there is none, in which compiled programs are kept for later runs and
-          from which they are loaded. Loading executes what the files say. None, the default, keeps none.
+        - `rules`: which mesh axis each logical axis of a parameter is split over; by default `TENSOR_RULES`.
+        - `compile_cache`: a folder that keeps compiled programs for later runs; by default none. Loading a program
+          executes what its file says.
         - `target`: what the programs are written for; by default the platform of the mesh.
-        - `check_memory`: whether to compare the predicted memory of a step with what is free, on every device or, for
-          CPU devices, on the host, before anything is allocated; by default not.
+        - `check_memory`: whether to refuse what needs more memory, by prediction, than is free; by default not.
 
-        **Raises** `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, when
-        processes disagree about what to run (every process then names the difference), when the folder cannot be
-        made, or when the memory does not suffice.
+        **Raises** `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, processes disagree
+        about what to run (each names the difference), the folder cannot be made, or the memory does not suffice.
         """
-        rules = ShardingRules() if rules is None else rules
+        rules = rules or ShardingRules()
         task = Task(
             layers, loss, batch=batch, input=input, metrics=metrics, tied=tied, trainable=trainable, rules=rules
         )

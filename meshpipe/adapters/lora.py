@@ -85,7 +85,10 @@ def lora(
     check_lora(rank, alpha, targets, dropout)
     check_seed(seed)
     size = Size(rank, alpha / (rank**0.5 if rank_stabilised else rank), dropout, floating_dtype(param_dtype))
-    chosen = Targets(tuple(targets), rank)
+    return _adapted(layers, Targets(tuple(targets), rank), size, seed)
+
+
+def _adapted(layers: Sequence[LayerLike], chosen: Targets, size: Size, seed: int) -> list[LayerLike]:
     made: dict[Any, LayerLike] = {}
     """By constructor and parts, so that a constructor that stands in several places still does."""
     entries: list[Any] = [entry.layer if isinstance(entry, LayerCall) else entry for entry in layers]

@@ -59,7 +59,10 @@ def data_prepare(arguments: list[str]) -> int:
     console = make_console()
     print_prepared(console, done.folder, done.manifest)
     said = "It was prepared already; nothing was written." if not done.made else f"It took {done.seconds:.1f} s."
-    print_text(console, f"{said} Train on it with PreparedConfig(path={str(done.folder)!r}).")
+    print_text(
+        console,
+        f"{said} Train on it with --data.path {done.folder}, or PreparedConfig(path={str(done.folder)!r}) in a recipe.",
+    )
     return COMPLETED
 
 

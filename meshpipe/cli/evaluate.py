@@ -60,6 +60,7 @@ def evaluate(arguments: list[str], *, stop: StopRequest) -> int:
         from meshpipe.generation.held_out import evaluate_saved, held_out_source, tokens_of_others
         from meshpipe.generation.saved import open_saved
         from meshpipe.processes.coordination import process_index
+        from meshpipe.report.tables import make_console, print_text
 
     @dataclass(frozen=True, kw_only=True)
     class Flags(FolderFlags):
@@ -95,7 +96,7 @@ def evaluate(arguments: list[str], *, stop: StopRequest) -> int:
             values = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
             text = f"{saved.name}, {examples:,} held-out examples: {values}"
         if process_index() == 0:
-            print(text)
+            print(text) if asked.json else print_text(make_console(), text)
         return COMPLETED
 
     return run_joined(flags.distributed, advising_on_memory()(run))

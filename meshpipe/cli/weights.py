@@ -9,6 +9,7 @@ import tyro
 from meshpipe.cli.arguments import Command, parse, run_one_of
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields
+from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ class _Export:
 def weights_import(arguments: list[str]) -> int:
     about = "Writes published weights, or adapters and the weights below them, as a checkpoint."
     flags = parse(_Import, arguments, "meshpipe weights import", about)
-    from meshpipe.exchange.importing import import_weights
-    from meshpipe.phases import phase
-    from meshpipe.report.tables import format_bytes
-    from meshpipe.weights import WeightsFolder
-    from meshpipe.weights.errors import listed
+    with phase("Importing JAX"):
+        from meshpipe.exchange.importing import import_weights
+        from meshpipe.report.tables import format_bytes
+        from meshpipe.weights import WeightsFolder
+        from meshpipe.weights.errors import listed
 
     weights = WeightsFolder(flags.folder, flags.base)
     size, kind = format_bytes(weights.nbytes), weights.fields.values["model_type"]
@@ -83,7 +84,8 @@ def weights_import(arguments: list[str]) -> int:
     if rounded := weights.rounded_to(flags.dtype):
         print(rounded)
     if weights.adapters is not None:
-        print(f"Train on: --init-from {flags.to} {_lora_flags(weights.adapters.lora)}")
+        command = f"meshpipe train finetune:lora --init-from {flags.to} {_lora_flags(weights.adapters.lora)}"
+        print(f"To train them further: {command}")
     return COMPLETED
 
 
@@ -95,11 +97,10 @@ def _lora_flags(lora: "LoraConfig") -> str:
 def weights_export(arguments: list[str]) -> int:
     about = "Writes the weights of a checkpoint as a folder that transformers loads."
     flags = parse(_Export, arguments, "meshpipe weights export", about)
-    from meshpipe.exchange.exporting import export_weights
-    from meshpipe.phases import phase
-
     if flags.adapters:
         return _export_adapters(flags)
+    with phase("Importing JAX"):
+        from meshpipe.exchange.exporting import export_weights
     with phase("Exporting"):
         dtype = export_weights(
             flags.checkpoints,
@@ -115,11 +116,10 @@ def weights_export(arguments: list[str]) -> int:
 
 
 def _export_adapters(flags: _Export) -> int:
-    from meshpipe.exchange.exporting_adapters import export_adapters
-    from meshpipe.phases import phase
-
     if flags.like is not None:
         raise ArgumentError("Adapters are exported without a tokenizer. Leave out `like`.")
+    with phase("Importing JAX"):
+        from meshpipe.exchange.exporting_adapters import export_adapters
     with phase("Exporting adapters"):
         count = export_adapters(flags.checkpoints, flags.to, step=flags.step, base=flags.base, dtype=flags.dtype)
     print(f"Adapters of {count} modules, in {'float32' if flags.dtype == 'auto' else flags.dtype}, are in {flags.to}.")

@@ -90,10 +90,8 @@ def export_weights(
     tensors = _tensors(table, shapes, reader.directory)
     names = sorted({str(dtypes[name]) for name in tensors})
     config["torch_dtype" if "dtype" not in config else "dtype"] = names[0] if len(names) == 1 else "float32"
-    outlines = [
-        Outline(name, entries[0].tensor_shape(shapes[entries[0].path]), dtypes[name])
-        for name, entries in tensors.items()
-    ]
+    first = {name: entries[0] for name, entries in tensors.items()}
+    outlines = [Outline(name, entry.tensor_shape(shapes[entry.path]), dtypes[name]) for name, entry in first.items()]
 
     def values(name: str) -> np.ndarray:
         return _joined(tensors[name], read)

@@ -77,8 +77,7 @@ class MeshpipeLM(LM):
             max_length: The most tokens of a text, of which the last are kept; by default what the folder tells.
             max_gen_toks: The most tokens to generate where a task does not say.
             seed: Of what tasks draw.
-            prefix_token_id: What a text without a context comes after, by default the tokenizer's token that begins or
-                ends texts.
+            prefix_token_id: What a text without a context comes after; by default the tokenizer's begin or end token.
             dtype: Compute in this dtype; by default as `open_saved` does.
             compile_cache: Folder that keeps compiled programs for later.
             device: What the harness asks for, always. A line in its log says that JAX chooses the devices.
@@ -92,8 +91,7 @@ class MeshpipeLM(LM):
         mesh = MeshConfig(pipeline=pipeline, data=data, tensor=tensor)
         use_cpu_devices(mesh.num_devices)
         devices = mesh.build()
-        used = devices.devices.flat[0].device_kind
-        _log.info("Running on %d x %s, as JAX chooses; device %s is not read.", mesh.num_devices, used, device)
+        _log.info("Running on %s, as JAX chooses; device %s is not read.", devices.devices.flat[0].device_kind, device)
         self.saved = open_saved(pretrained, step, tokenizer, dtype=dtype)
         if self.saved.tokenizer is None:
             raise ArgumentError(f"Tasks are text, and need a tokenizer. {self.saved.name} has none. Pass `tokenizer`.")

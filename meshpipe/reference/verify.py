@@ -88,11 +88,7 @@ def verify(
     float32. `check_memory` counts these copies too. Raises `ValueError` as `Trainer` does, without batches, in several
     processes, and if leaves of layers are not found in the reference.
     """
-    rows = [copy_batch(batch) for batch in batches]  # a loader may use its arrays again for the next batch
-    if not rows:
-        raise ValueError("Verification needs at least one batch. Got none.")
-    if jax.process_count() > 1:
-        raise ValueError(f"Verification runs in one process. Got {jax.process_count()}; start it without launch.")
+    rows = _copied(batches)
     config = pipeline or PipelineConfig()
     rules = ShardingRules() if rules is None else rules
     trainer = Trainer.of(
@@ -116,6 +112,15 @@ def verify(
     )
     _Verification(trainer, model, training, optimizer, comparison).run(rows)
     return VerifyReport(tuple(comparison.differences), comparison.tolerance, model.describe())
+
+
+def _copied(batches: Iterable[Mapping[str, Any]]) -> list[Batch]:
+    rows = [copy_batch(batch) for batch in batches]  # a loader may use its arrays again for the next batch
+    if not rows:
+        raise ValueError("Verification needs at least one batch. Got none.")
+    if jax.process_count() > 1:
+        raise ValueError(f"Verification runs in one process. Got {jax.process_count()}; start it without launch.")
+    return rows
 
 
 def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:

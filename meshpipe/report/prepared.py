@@ -38,7 +38,7 @@ def print_prepared(console: Console, folder: Path, manifest: Manifest) -> None:
     if manifest.settings["chat_template"] is not None:
         ends = f"Conversations end as their template writes them, other documents with {end}"
     print_text(console, f"{ends}. Documents are {_packing(manifest)}. Fingerprint {manifest.fingerprint}.")
-    noticed = [f"{number:,} {what}" for what, number in manifest.noticed.items() if number]
+    noticed = [f"{what} ({number:,})" for what, number in manifest.noticed.items() if number]
     if manifest.bad:
         noticed.append(f"{count_of(manifest.bad, 'bad line')} left out, such as {manifest.bad_lines[0]}")
     if noticed:

@@ -43,7 +43,7 @@ def test_what_is_prepared_is_shown_and_verified(
     status, output, error = run(capsys, *arguments)
     assert (status, error) == (0, "")
     assert "windows of 64 tokens from 1 file" in output
-    assert f"Train on it with PreparedConfig(path='{to}')." in output
+    assert f"Train on it with --data.path {to}, or PreparedConfig(path='{to}') in a recipe." in output
     assert run(capsys, *arguments)[1].splitlines()[-1].startswith("It was prepared already; nothing was written.")
     status, shown, _ = run(capsys, "show", to, "--examples", "1")
     assert status == 0

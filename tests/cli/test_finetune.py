@@ -1,6 +1,7 @@
 """recipes/finetune.py, and the way of docs/finetuning.md from a folder of weights to text and weights again."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -26,14 +27,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def commands(section: str) -> list[list[str]]:
-    """The commands of the first block below a heading, with sizes for a tiny model and few steps."""
-    block = re.search(r"```bash\n(.*?)```", DOCS.read_text().split(section, 1)[1], re.DOTALL)
-    assert block is not None
+def commands() -> list[list[str]]:
+    """The commands of the page in its order, with sizes for a tiny model and few steps."""
     found = []
-    for line in block[1].splitlines():
-        words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
-        assert words.pop(0) == "meshpipe"
+    for line in re.findall(r"^meshpipe (.*)$", DOCS.read_text(), re.MULTILINE):
+        words = shlex.split(line)
         if words[0] == "train":
             words += f"{FEW} --lora.rank 2 --learning-rate 0.01".split()
         found.append([{"2048": "16"}.get(word, word) for word in words])
@@ -42,25 +40,27 @@ def commands(section: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_from_a_folder_to_text_and_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    way = commands("# Tuning published weights")
-    assert [words[0] for words in way] == ["data", "train", "generate", "weights"]
+    way = commands()
+    names = ["data", "data", "train", "eval", "generate", "weights", "weights", "weights", "generate"]
+    assert [words[0] for words in way] == names
+    printed = []
     for words in way:
         assert main(words) == 0, (words, capsys.readouterr().err)
-    assert "Once upon a time" in capsys.readouterr().out
+        printed.append(capsys.readouterr().out)
+    assert "quick brown foxes" in printed[1]
+    assert "held-out examples: loss" in printed[3]
+    assert printed[4].startswith("Once upon a time")
+    assert printed[8] == printed[4]
     assert (folder / "tuned-llama/model.safetensors").is_file()
     assert (folder / "tuned-llama/tokenizer.json").is_file()
-    export, take = commands("## Adapters of PEFT")
-    assert main(export) == 0, capsys.readouterr().err
-    (folder / "tuned-adapters").rename(folder / "adapters")
-    assert main(take) == 0, capsys.readouterr().err
     tuned, imported = load("tuned"), load("imported")
     assert tuned
     for path, leaf in tuned.items():
         np.testing.assert_array_equal(imported[path], leaf, err_msg=path)
-    flags = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Train on: "))
-    more = flags.removeprefix("Train on: ").split()
-    same = ["train", "finetune:lora", "--data.path", "prepared", *more, "--checkpoint-dir", "on"]
-    assert main([*same, *FEW.replace("--steps 1", "--steps 0").split()]) == 0, capsys.readouterr().err
+    said = next(line for line in printed[7].splitlines() if line.startswith("To train them further: "))
+    further = said.removeprefix("To train them further: meshpipe ").split()
+    more = f"--data.path prepared --checkpoint-dir on {FEW} --steps 0".split()
+    assert main([*further, *more]) == 0, capsys.readouterr().err
     for path, leaf in load("on").items():
         np.testing.assert_array_equal(leaf, imported[path], err_msg=path)
 
@@ -68,8 +68,7 @@ def test_from_a_folder_to_text_and_back(folder: Path, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["full", "full_pipeline", "lora_pipeline"])
 def test_layouts(layout: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare, *_ = commands("# Tuning published weights")
-    assert main(prepare) == 0, capsys.readouterr().err
+    assert main(commands()[0]) == 0, capsys.readouterr().err
     more = "--lora.rank 2" if "lora" in layout else ""
     train = f"finetune:{layout} --init-from Llama-3.2-1B --data.path prepared --checkpoint-dir tuned {more}"
     few = "--steps 1 --batch-size 16 --eval-batches 0"
