@@ -18,11 +18,13 @@ def print_advice(console: Console, recipe: str, advice: Advice, top: int) -> Non
         f"{advice.considered:,} layouts, {advice.simulated:,} simulated, in {advice.seconds:.0f} s.\n",
     )
     if advice.best:
-        console.print(_best_table(advice, top))
+        ways = list(dict.fromkeys(found.how for found in advice.best[:top]))
+        console.print(_best_table(advice, top, show_way=len(ways) > 1))
+        all_alike = f"All numbers are {ways[0]}. " if len(ways) == 1 else ""
         print_text(
             console,
-            "\nMoved: bytes that a device sends to others in a step. Memory is that of the fullest device, of "
-            f"{format_bytes(advice.limit)} that it may use.\n",
+            f"\n{all_alike}Moved: bytes that a device sends to others in a step. Memory is that of the fullest device, "
+            f"of {format_bytes(advice.limit)} that it may use.\n",
         )
     for refused in advice.refused:
         print_text(console, f"Not {_words(refused.estimate)}: {refused.reason}.\n")
@@ -34,17 +36,20 @@ def print_advice(console: Console, recipe: str, advice: Advice, top: int) -> Non
         print_text(console, "\nNothing fits. Use more devices, a smaller model, or shorter examples.")
 
 
-def _best_table(advice: Advice, top: int) -> Columns:
+def _best_table(advice: Advice, top: int, *, show_way: bool) -> Columns:
     speed = "step, s" if advice.tokens is None else "tokens/s"
     names = ("step, s", speed, "bubble", "memory", "moved")
     right = ("", "microbatches", *names)
-    table = make_table("", "layout", "schedule", "microbatches", "remat", *dict.fromkeys(names), "", right=right)
+    table = make_table(
+        "", "layout", "schedule", "microbatches", "remat", *dict.fromkeys(names), *[""] * show_way, right=right
+    )
     for place, found in enumerate(advice.best[:top], start=1):
         estimate, layout = found.estimate, found.estimate.layout
         cells = [place, _mesh(estimate), layout.order or "-", layout.num_microbatches, layout.remat]
         cells += [f"{estimate.seconds:.4g}"]
         cells += [] if advice.tokens is None else [f"{advice.tokens / estimate.seconds:,.0f}"]
-        cells += [f"{estimate.bubble:.1%}", format_bytes(estimate.memory), format_bytes(estimate.moved), found.how]
+        cells += [f"{estimate.bubble:.1%}", format_bytes(estimate.memory), format_bytes(estimate.moved)]
+        cells += [found.how] * show_way
         table.add_row(*cells, style="bold" if place == 1 else "")
     return table
 

@@ -88,12 +88,12 @@ def _pieces(model: StagedModel, batch: Mapping[str, Any]) -> Iterator[tuple[Forw
 
 
 def from_last_stage(model: StagedModel, group: Group, value: Any) -> Any:
-    """Broadcasts a tree of numbers from the process of the last stage to all processes, as floats.
+    """Broadcasts a tree of numbers, in its order, from the process of the last stage to all processes.
 
     It is available only after every process has dispatched its share of the work.
     """
     if group.is_alone:
         return value
     last = model.stages[-1].submesh.devices.flat[0].process_index
-    text = json.dumps(jax.tree.map(float, value)) if jax.process_index() == last else None
+    text = json.dumps(value, default=float) if jax.process_index() == last else None
     return json.loads(group.broadcast("last stage", text, last, LAST_STAGE_SECONDS))
