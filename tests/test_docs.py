@@ -99,6 +99,12 @@ def test_readme_tree_leaves_no_folder_out() -> None:
     assert not unnamed
 
 
+def test_architecture_shows_the_folders_in_the_order_that_is_checked() -> None:
+    contract, *_ = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    block = (ROOT / "docs" / "architecture.md").read_text().split("## Imports")[1].split("```text\n")[1].split("```")[0]
+    assert [set(line.split()) for line in block.splitlines()] == [set(line.split(" | ")) for line in contract["layers"]]
+
+
 def test_the_citation_has_what_its_format_requires() -> None:
     citation = yaml.safe_load((ROOT / "docs" / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
