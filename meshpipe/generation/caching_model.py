@@ -78,7 +78,7 @@ class CachingModel:
     def forwards(self, seq: int) -> Forwards:
         """The forward of rows of `seq` tokens: of a next token if that is 1, else of a beginning."""
         if seq not in self._forwards:
-            what = "a next token" if seq == 1 else f"a beginning of {seq} tokens"
+            what = "the decode step" if seq == 1 else f"the prefill of {seq} tokens"
             name = f"{self.group.name}/{self.batch} x {self.length}, {what}"
             microbatches = Microbatches(_shapes(self.input, self.batch, seq), self.input, 1, self.model.mesh)
             self._forwards[seq] = self.model.forwards(name, microbatches, outputs=True, what=f"generate, {what}")
