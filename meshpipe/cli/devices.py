@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from meshpipe.accelerators import Accelerator, find_accelerators, hidden_by, remedy
 
 if TYPE_CHECKING:
+    import jax
     from rich.console import Console
 
     from meshpipe.mesh import MeshConfig
@@ -21,7 +22,8 @@ def take_devices(
     accelerators: Sequence[Accelerator] | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Without an accelerator, gives JAX as many virtual CPU devices as the mesh needs, and prints a line about it.
+    """Without an accelerator, gives JAX as many virtual CPU devices as the mesh needs, and prints a line about it; with
+    accelerators, prints how many of them are idle.
 
     `accelerators` are those of this machine; by default they are looked for.
     """
@@ -42,6 +44,18 @@ def take_devices(
         shared = f" of {processes} processes" if processes > 1 else ""
         _tell_of_unused(console, find_accelerators() if accelerators is None else accelerators, environment)
         console.print(f"No accelerator: running on {count} virtual CPU device{'s' if count > 1 else ''}{shared}.")
+    else:
+        tell_of_idle(console, count, jax.devices())
+
+
+def tell_of_idle(console: "Console", used: int, devices: "Sequence[jax.Device]") -> None:
+    """A line where a mesh has fewer devices than there are."""
+    if used < len(devices):
+        console.print(
+            f"{len(devices) - used} of the {len(devices)} {devices[0].device_kind} devices are idle: the mesh has "
+            f"{used}. --mesh.data, --mesh.pipeline and --mesh.tensor make it larger; `meshpipe advise` compares them.",
+            markup=False,
+        )
 
 
 def _tell_of_unused(console: "Console", accelerators: Sequence[Accelerator], environment: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from tiny_recipes import single
 
 from meshpipe.accelerators import NVIDIA, Accelerator, find_accelerators
 from meshpipe.cli import main
-from meshpipe.cli.devices import take_devices
+from meshpipe.cli.devices import take_devices, tell_of_idle
 from meshpipe.cli.doctor import examine, problems
 from meshpipe.cli.probe import Probe, probe_devices
 from meshpipe.version import __version__
@@ -146,6 +146,13 @@ def test_train_names_a_gpu_that_jax_does_not_see() -> None:
         "JAX does not see the NVIDIA GPU of this machine (/dev/nvidia0). Install JAX's support: pip"
     )
     assert second == "No accelerator: running on 1 virtual CPU device."
+
+
+def test_train_tells_of_devices_that_a_mesh_leaves_idle() -> None:
+    console, text = make_console()
+    tell_of_idle(console, 8, jax.devices())
+    tell_of_idle(console, 2, jax.devices())
+    assert text.getvalue().startswith("6 of the 8 cpu devices are idle: the mesh has 2. --mesh.data, ")
 
 
 def test_train_is_silent_about_a_gpu_that_the_user_has_hidden(tmp_path: Path) -> None:
