@@ -11,7 +11,7 @@ from meshpipe.choose.memory import RankMemory, predict_memory, stage_memory
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.mesh import describe, on_cpu
 from meshpipe.pipeline.config import PipelineConfig
-from meshpipe.plan.plan import Op
+from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.simulate import Costs, StageMemory, simulate
 from meshpipe.report.columns import Columns
 from meshpipe.report.comparison import Comparison
@@ -50,10 +50,18 @@ def layout_lines(recipe: str, model: StagedModel, notes: Sequence[str] | None = 
         f"stages: {stages}",
         f"{model.plan.schedule}, {_microbatches(model)}, remat {_remat(model)}, "
         f"expected bubble {simulate(model.plan, model.stage_costs).bubble_fraction:.1%}{_how_chosen(model)}",
+        *_few_microbatches(model.plan),
         *forward_only_line(model.plan.graph),
         *(model.notes if notes is None else notes),
         *(() if on_cpu(model.mesh) else model.choices),
     ]
+
+
+def _few_microbatches(plan: Plan) -> list[str]:
+    """A line about a bubble that is larger than it needs to be."""
+    if plan.num_microbatches >= plan.num_ranks:
+        return []
+    return ["Fewer microbatches than ranks: most ranks wait most of the time. Raise --num-microbatches."]
 
 
 def print_layout(console: Console, recipe: str, model: StagedModel) -> None:

@@ -96,6 +96,11 @@ def test_the_layout_in_four_lines() -> None:
     ]
 
 
+def test_the_layout_says_that_there_are_fewer_microbatches_than_ranks() -> None:
+    config = replace(tiny_recipes.pipeline(), pipeline=PipelineConfig(num_microbatches=1))
+    assert layout_lines("mine", make_chooser(config).choose())[3].endswith("Raise --num-microbatches.")
+
+
 def test_the_layout_says_which_stages_run_no_backward() -> None:
     lines = layout_lines("mine", make_chooser(replace(tiny_recipes.pipeline(), trainable=("layers/3/*",))).choose())
     assert lines[3] == "Stage 0 runs no backward: nothing is trained there or before."
