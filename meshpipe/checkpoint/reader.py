@@ -1,5 +1,7 @@
 """What is in a folder of checkpoints: which steps are whole, and what they hold. Imports no JAX."""
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -83,6 +85,12 @@ class CheckpointReader:
     def leaves(self, step: int) -> dict[str, dict[str, Any]]:
         """For each saved leaf, `section/path`, its item, shape and dtype."""
         return self._document(step)["leaves"]
+
+    def fingerprint(self, step: int) -> str:
+        """The same for steps whose files are all the same: a digest of the list of their sizes and checksums."""
+        with self.reading(step) as folder:
+            files = load_step(folder, step).files
+        return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
     def folder(self, step: int) -> Path:
         """Where a step is. Raises `CheckpointGoneError` when it is not there."""

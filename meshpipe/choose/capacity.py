@@ -91,7 +91,7 @@ class MemoryCheck:
 
     def as_of_now(self, mesh: Mesh) -> "MemoryCheck":
         """The same, for after arrays of the model are there, which otherwise would count as needed and in use."""
-        return replace(self, free=_free_in(mesh))
+        return replace(self, free=free_in(mesh))
 
     def least(self, model: StagedModel) -> None:
         """Raises `ArgumentError` when parameters, gradients and optimizer state alone do not fit; traces nothing."""
@@ -147,7 +147,7 @@ class MemoryCheck:
         return [] if free is None else [Need(f"the memory of this machine{shared}", free, parts)]
 
     def _free(self, mesh: Mesh) -> Free:
-        return _free_in(mesh) if self.free is None else self.free
+        return free_in(mesh) if self.free is None else self.free
 
 
 def _whole(model: StagedModel, transformation: optax.GradientTransformation) -> int:
@@ -164,7 +164,7 @@ def _size(leaves: Iterable[Any]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _free_in(mesh: Mesh) -> Free:
+def free_in(mesh: Mesh) -> Free:
     """What is free of the memory that the devices of a mesh use: their own, or the host's."""
     return {None: free_memory()} if on_cpu(mesh) else {device: _free_on(device) for device in mesh.devices.flat}
 

@@ -18,6 +18,8 @@ ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The statement by which a template itself marks what the assistant writes."""
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Stand around marked answers while a template is rendered; Unicode has no such characters, for uses like this."""
+MOST_RENDERED = 1 << 32
+"""Characters, about, that are rendered to find the answers of one conversation."""
 ASSISTANT = "assistant"
 ROLES = {"human": "user", "gpt": ASSISTANT}
 """Roles of conversations with `from` and `value` in place of `role` and `content`."""
@@ -56,13 +58,14 @@ class ChatTemplate:
         """
         return self._render(messages, tools, prompt).replace(OPEN, "").replace(CLOSE, "")
 
-    def with_answers(self, messages: Sequence[Message], *, tools: Any = None) -> list[RenderedChat]:
+    def with_answers(self, messages: Sequence[Message], *, tools: Any = None) -> Iterator[RenderedChat]:
         """The conversation as text with its answers: the assistant's messages, except those with a `weight` of 0.
 
         They are what the template marks, if it does (`{% generation %}`). Otherwise, an answer is what the text up to
         it has after its prompt. Usually that is one text. Some templates write past answers differently from the last,
         e.g. without their reasoning: then each answer has a text of its own, as it is when the model writes it.
-        Raises `ChatError` as `render` does, and for a conversation without an answer.
+        Raises `ChatError`, before the first text, as `render` does, and for a conversation without an answer or of so
+        many that it would take minutes to find them.
         """
         wanted = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT and message.get("weight", 1)]
         if not wanted:
@@ -70,25 +73,37 @@ class ChatTemplate:
         weighted = any("weight" in message for message in messages)
         messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         if self._marks_answers and not weighted:
-            return [_unmarked(self._render(messages, tools, prompt=False))]
-        return self._by_prompts(messages, tools, wanted)
+            yield _unmarked(self._render(messages, tools, prompt=False))
+        else:
+            yield from self._by_prompts(messages, tools, wanted)
 
-    def _by_prompts(self, messages: Sequence[Message], tools: Any, wanted: Sequence[int]) -> list[RenderedChat]:
+    def _by_prompts(self, messages: Sequence[Message], tools: Any, wanted: Sequence[int]) -> Iterator[RenderedChat]:
         whole = self.render(messages, tools=tools)
-        separate = []
+        if len(wanted) * len(whole) > MOST_RENDERED:
+            raise ChatError(
+                f"it has {len(wanted):,} answers in {len(whole):,} characters, all of which would be rendered for each. "
+                "Cut the conversation, or mark answers in the template by {% generation %}"
+            )
+        is_one, spans = True, list[Span]()
         for index in wanted:
             prompt = self.render(messages[:index], tools=tools, prompt=True)
-            ended = index + 1 == len(messages)
-            text = whole if ended else self.render(messages[: index + 1], tools=tools)
+            text = self._until(messages, tools, index, whole)
             if not text.startswith(prompt):
                 raise ChatError(
                     f"the chat template does not begin the text of message {index + 1} with the prompt for it, so it "
                     "does not show what the answer is. Mark answers in the template by {% generation %}"
                 )
-            separate.append(RenderedChat(text, ((len(prompt), len(text)),)))
-        if all(whole.startswith(one.text) for one in separate):
-            return [RenderedChat(whole, tuple(span for one in separate for span in one.answers))]
-        return separate
+            is_one = is_one and whole.startswith(text)
+            spans.append((len(prompt), len(text)))
+        if is_one:
+            yield RenderedChat(whole, tuple(spans))
+            return
+        for index, span in zip(wanted, spans, strict=True):  # rendered again, so that one at a time is in memory
+            yield RenderedChat(self._until(messages, tools, index, whole), (span,))
+
+    def _until(self, messages: Sequence[Message], tools: Any, index: int, whole: str) -> str:
+        """The conversation up to a message, as text; `whole` is all of it."""
+        return whole if index + 1 == len(messages) else self.render(messages[: index + 1], tools=tools)
 
     def _render(self, messages: Sequence[Message], tools: Any, prompt: bool) -> str:
         import jinja2

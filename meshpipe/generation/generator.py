@@ -15,6 +15,7 @@ from meshpipe.adapters.config import LoraConfig
 from meshpipe.adapters.lora import with_lora
 from meshpipe.compiler.cache import open_cache
 from meshpipe.errors import ArgumentError, check_whole, kind_of
+from meshpipe.generation.cache_memory import check_caches_fit
 from meshpipe.generation.caching_model import POSITIONS, CachingModel
 from meshpipe.generation.decoder import Decoder
 from meshpipe.generation.lengths import LEAST_BEGINNING, check_tokens, power_of_two
@@ -28,7 +29,7 @@ from meshpipe.generation.tokenizer import TextTokenizer, encode_pair, first_toke
 from meshpipe.layers.task import Task
 from meshpipe.mesh import DATA, make_mesh
 from meshpipe.models.model import ModelConfig
-from meshpipe.processes.agreement import agree
+from meshpipe.processes.agreement import agree, report_failure
 from meshpipe.processes.group import Group
 from meshpipe.sharding import ShardingRules
 
@@ -160,19 +161,22 @@ class Generator:
                 after the same turn.
             **fields: Fields of `SamplingConfig`.
 
-        Raises `ValueError` for a prompt without tokens, tokens that the model does not have, and a text that is longer
-        than the model allows.
+        Raises `ValueError` for a prompt without tokens, tokens that the model does not have, a text that is longer than
+        the model allows, and texts whose caches do not fit into memory.
         """
         chosen = sampling = self._sampling(sampling, fields) if fields or sampling is None else sampling
         requests = [
             Request(number=n, prompt=list(prompt), sampling=chosen, stop_when=stop_when, on_end=on_end)
             for n, prompt in enumerate(prompts)
         ]
-        self._check(requests, sampling)
+        topic = f"prompts {next(self._calls)}"
+        with report_failure(self._group, topic):
+            self._check(requests, sampling)
+            decoder = self._decoder_of(requests, sampling) if requests else None
         if not self._group.is_alone:
             asked = {"prompts": str([request.prompt for request in requests]), "sampling": str(sampling)}
-            agree(self._group, f"prompts {next(self._calls)}", asked)
-        return self._run(requests, sampling, should_stop)
+            agree(self._group, topic, asked)
+        return iter(()) if decoder is None else self._run(decoder, requests, should_stop)
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -205,13 +209,8 @@ class Generator:
         return self.scorer.tokens(tokens)
 
     def _run(
-        self, requests: Sequence[Request], sampling: SamplingConfig, should_stop: ShouldStop | None
+        self, decoder: Decoder, requests: Sequence[Request], should_stop: ShouldStop | None
     ) -> Iterator[Drawn]:
-        if not requests:
-            return
-        longest = max(len(request.prompt) for request in requests)
-        rows = min(self._batch_size, -(-len(requests) // self._in_flight))
-        decoder = self._decoder(rows, longest + sampling.max_tokens - 1)
         first = decoder.batch * self._in_flight
         # What begins together is about equally long; what follows comes in turn.
         waiting = deque([*sorted(requests[:first], key=lambda request: len(request.prompt)), *requests[first:]])
@@ -225,13 +224,18 @@ class Generator:
             if should_stop is not None and should_stop(turn):
                 return
 
-    def _decoder(self, texts: int, length: int) -> Decoder:
-        """What continues groups of so many texts of at least this length."""
+    def _decoder_of(self, requests: Sequence[Request], sampling: SamplingConfig) -> Decoder:
+        """What continues texts like these. Raises `ArgumentError` when their caches do not fit into memory."""
         parts = self.mesh.shape.get(DATA, 1)
-        batch = -(-texts // parts) * parts
-        length = power_of_two(length, LEAST_LENGTH)
+        longest = max(len(request.prompt) for request in requests)
+        batch = -(-min(self._batch_size, -(-len(requests) // self._in_flight)) // parts) * parts
+        length = power_of_two(longest + sampling.max_tokens - 1, LEAST_LENGTH)
         if (batch, length) not in self._decoders:
             whole = self._caching_model(batch, length)
+            groups = min(self._in_flight, len(requests))
+            texts = f"{groups * batch} texts" if groups * batch > 1 else "a text"
+            asked = f"{texts} of up to {longest} + {sampling.max_tokens} tokens (prompt and `max_tokens`)"
+            check_caches_fit(whole, groups, asked)
             few = whole if batch == parts else self._caching_model(parts, length)
             self._decoders[batch, length] = Decoder(whole=whole, few=few)
         return self._decoders[batch, length]

@@ -1,6 +1,7 @@
 """Finds where a run starts: from scratch, from its own newest checkpoint, or from weights that are there."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -223,7 +224,9 @@ def _nothing_to_resume(config: Config, name: str) -> str:
 
 
 def _read(folder: str, step: int, steps: Sequence[int], argument: str) -> dict[str, Any]:
-    """The metadata of a step, which has all its files in their sizes."""
+    """The metadata of a step, which has all its files in their sizes, and is the same step in every process. Every
+    process calls it, in the same order.
+    """
     if step not in steps:
         raise ArgumentError(
             f"`{argument}` must name a step that is saved in {folder}. Got {step}. "
@@ -231,6 +234,18 @@ def _read(folder: str, step: int, steps: Sequence[int], argument: str) -> dict[s
         )
     reader = Checkpointer(folder)
     problems = outline_problems(reader.folder(step), step)
+    if process_count() > 1:
+        here = ["" if problems else reader.fingerprint(step), problems]
+        said = all_gather(f"meshpipe/step/{next(_comparisons)}", json.dumps(here), WAIT_SECONDS)
+        seen, of_all = zip(*map(json.loads, said), strict=True)
+        problems = list(dict.fromkeys(itertools.chain(*of_all)))
+        others = [str(process) for process, fingerprint in enumerate(seen) if fingerprint != seen[0]]
+        if others and not problems:
+            raise ArgumentError(
+                f"All processes must read the same checkpoint. Got step {step} in {folder!r}, which differs between "
+                f"process 0 and {', '.join(others)}. Name a folder on a file system that they share, or copy the step "
+                "to each machine."
+            )
     if problems:
         raise damaged(folder, step, problems, argument)
     return reader.metadata(step)

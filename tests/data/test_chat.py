@@ -19,7 +19,7 @@ QUESTION, ANSWER = {"role": "user", "content": "two?"}, {"role": "assistant", "c
 def encoded(template: str, conversation: dict) -> list[tuple[list[int], list[int]]]:
     """Tokens of each text of a conversation, and whether each is learned."""
     tokenizer = Tokenizer(FOLDER)
-    found = ChatTemplate(template, NAMES).with_answers(conversation["messages"], tools=conversation.get("tools"))
+    found = list(ChatTemplate(template, NAMES).with_answers(conversation["messages"], tools=conversation.get("tools")))
     tokens = tokenizer.encode_spans([one.text for one in found], [one.answers for one in found], special=False)
     return [(ids.tolist(), inside.astype(int).tolist()) for ids, inside in tokens]
 
@@ -61,7 +61,7 @@ def test_an_answer_of_weight_0_is_not_learned() -> None:
         assert [found.text[start:stop] for start, stop in found.answers] == ["four<|end|>\n"]
         assert found.text.count("four") == 2
     with pytest.raises(ChatError, match="no answer to learn from"):
-        ChatTemplate(PLAIN["turns"], NAMES).with_answers(messages[:2])
+        list(ChatTemplate(PLAIN["turns"], NAMES).with_answers(messages[:2]))
 
 
 def test_messages_of_other_shapes_are_read() -> None:
@@ -96,7 +96,15 @@ def test_what_is_no_conversation_is_said(conversation: object, problem: str) -> 
 )
 def test_what_a_template_refuses_is_said(template: str, problem: str) -> None:
     with pytest.raises(ChatError, match=problem):
-        ChatTemplate(template, NAMES).with_answers([QUESTION, ANSWER])
+        list(ChatTemplate(template, NAMES).with_answers([QUESTION, ANSWER]))
+
+
+def test_a_conversation_that_would_take_minutes_is_refused() -> None:
+    many = [QUESTION, ANSWER] * 20_000
+    with pytest.raises(ChatError, match=r"has 20,000 answers in .* characters, all of which would be rendered for each"):
+        list(ChatTemplate(PLAIN["turns"], NAMES).with_answers(many))
+    (found,) = ChatTemplate(MARKED["turns"], NAMES).with_answers(many)
+    assert len(found.answers) == 20_000
 
 
 def test_a_template_with_a_mistake_is_refused_with_its_line() -> None:

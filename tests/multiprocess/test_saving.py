@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import pytest
-from damage import KINDS, damage_each_file
+from damage import KINDS, damage_each_file, remake_checksums
 from processes import ROOT, Ended, run_processes
 
 from meshpipe.checkpoint import Checkpointer, CheckpointError, list_checkpoints, verify_checkpoint
@@ -134,3 +134,28 @@ def test_moves_between_numbers_of_processes(moves: list[tuple[int, str]], tolera
     assert moved == pytest.approx(stayed, rel=tolerance, abs=0)
     positions = [Checkpointer(folder / "run").metadata(last)["data"] for folder in (tmp_path, tmp_path / "other")]
     assert positions[0] == positions[1]
+
+
+@pytest.mark.slow
+def test_a_step_that_differs_between_processes_is_refused_in_all(tmp_path: Path) -> None:
+    """As on two machines without a shared disk: each has a step 2, but not of the same training."""
+    train(tmp_path, 1, "--steps", "2")
+    one, other = tmp_path / "run", shutil.copytree(tmp_path / "run", tmp_path / "other")
+    leaf = next(path for path in sorted((other / "2").rglob("0.0")) if path.stat().st_size)
+    leaf.write_bytes(leaf.read_bytes()[::-1])
+    remake_checksums(other / "2")
+    assert verify_checkpoint(other, 2) == []
+    train_on = ["-m", "meshpipe", "train", RECIPE, "--steps", "4", "--checkpoint-dir"]
+    for flags in (["--resume"], ["--init-from"]):
+        places = [[str(folder)] for folder in (one, other)]
+        own = [[*place, *flags] if flags == ["--resume"] else ["new", *flags, *place] for place in places]
+        ended = run_processes(2, train_on, tmp_path, own)
+        assert ended.codes == [2, 2], ended
+        for log in ended.logs:
+            assert "which differs between process 0 and 1. Name a folder on a file system that they share" in log, ended
+            assert "Traceback" not in log, ended
+    leaf.unlink()
+    ended = run_processes(2, train_on, tmp_path, [[str(folder), "--resume"] for folder in (one, other)])
+    assert ended.codes == [2, 2], ended
+    for log in ended.logs:
+        assert f"is damaged: {leaf.relative_to(other / '2')} is missing" in log, ended

@@ -1,12 +1,13 @@
 """Documents from the records of files: which field is the text, and what of it is learned."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from meshpipe.data.chat import ChatTemplate, Span, messages_of
-from meshpipe.data.preparation.config import PrepareConfig
+from meshpipe.data.preparation.config import MEBI, PrepareConfig
 from meshpipe.data.preparation.records import Record, read_records
 from meshpipe.data.preparation.sources import Slice, SourceFile, open_parquet
 from meshpipe.errors import ArgumentError
@@ -15,6 +16,8 @@ TEXT_FIELDS = ("text",)
 CHAT_FIELDS = ("messages", "conversations")
 SEARCHED_LINES = 100
 """Of so many lines at the beginning, one must be a JSON object."""
+ANSWERED_CHARACTERS = MEBI
+"""Conversations, and prompts with their texts, are tokenized in pieces of about this size."""
 TOOLS = "tools"
 """Field with the tools of a conversation, which templates show to the model."""
 
@@ -24,8 +27,8 @@ class Document:
     """A text to be learned, or a piece of it."""
 
     text: str
-    side: str
-    """What decides whether it is held out: documents with the same are on the same side."""
+    side: int
+    """Decides whether it is held out, `side_of` its text: documents with the same are on the same side."""
     span: tuple[int, int] | None = None
     """The bytes of a file that decide it instead, for a piece of a text without separators."""
     answers: tuple[Span, ...] | None = None
@@ -60,19 +63,31 @@ class Fields:
         value = record.value
         if isinstance(value, str):
             if value:
-                yield Document(value, value, record.span, begins=record.begins, ends=record.ends)
+                yield Document(value, side_of(value), record.span, begins=record.begins, ends=record.ends)
         elif self.chat is not None:
             assert template is not None and value is not None
-            yield from _conversation(value, self.chat, template)
+            for whole in _conversation(value, self.chat, template):
+                yield from _pieces(whole, ANSWERED_CHARACTERS)
         else:
             assert self.text is not None and value is not None
             text = _text(value, self.text)
-            if self.prompt is None:
-                yield from _pieces(text, piece)
-            elif text:
-                prompt = _text(value, self.prompt)
-                both = prompt + text
-                yield Document(both, both, answers=((len(prompt), len(both)),))
+            if not text:
+                return
+            prompt = "" if self.prompt is None else _text(value, self.prompt)
+            both = prompt + text
+            answers = None if self.prompt is None else ((len(prompt), len(both)),)
+            size = piece if answers is None else ANSWERED_CHARACTERS
+            yield from _pieces(Document(both, side_of(both), answers=answers), size)
+
+    @property
+    def columns(self) -> list[str] | None:
+        """The columns of Parquet that are read; None if all may be needed."""
+        return [name for name in (self.text, self.prompt) if name is not None] if self.chat is None else None
+
+
+def side_of(text: str) -> int:
+    """A hash of 64 bits, the same for the same text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def fields_of(file: SourceFile, config: PrepareConfig) -> Fields:
@@ -111,7 +126,7 @@ def _names(file: SourceFile) -> Sequence[str]:
     if file.kind == "parquet":
         return list(open_parquet(file.path).schema_arrow.names)
     start, first = Slice(file, 0, file.size, file.size), None
-    for record in read_records(start, None, 0, lambda share: None):
+    for record in read_records(start, None, 0, None, lambda share: None):
         if isinstance(record.value, Mapping):
             return list(record.value)
         first = first or record
@@ -153,17 +168,30 @@ def _conversation(value: Mapping[str, Any], field: str, template: ChatTemplate) 
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise BadRecordError(f"its field {TOOLS!r} is not JSON: {error.msg}") from None
-    side = _checked(json.dumps(messages, ensure_ascii=False, default=str))
+    side = side_of(_checked(json.dumps(messages, ensure_ascii=False, default=str)))
     for one in template.with_answers(messages, tools=tools or None):
         yield Document(one.text, side, answers=one.answers, special=False)
 
 
-def _pieces(text: str, size: int) -> Iterator[Document]:
-    """The text in pieces of about `size` characters, which end where lines or words do if possible."""
-    begins = True
-    while len(text) > size:
-        cut = next((place + 1 for end in "\n " if (place := text.rfind(end, size // 2, size)) >= 0), size)
-        yield Document(text[:cut], text[:cut], begins=begins, ends=False)
-        text, begins = text[cut:], False
-    if text:
-        yield Document(text, text, begins=begins)
+def _pieces(whole: Document, size: int) -> Iterator[Document]:
+    """The document in pieces of about `size` characters, which end where lines or words do if possible.
+
+    All are on one side if only answers are learned. Pieces of other texts are as good as texts of their own.
+    """
+    text, start = whole.text, 0
+    while len(text) - start > size:
+        ends = (text.rfind(end, start + size // 2, start + size) + 1 for end in "\n ")
+        stop = next(filter(None, ends), start + size)
+        yield _piece(whole, start, stop)
+        start = stop
+    if start < len(text):
+        yield _piece(whole, start, len(text)) if start else whole
+
+
+def _piece(whole: Document, start: int, stop: int) -> Document:
+    text, begins, ends = whole.text[start:stop], start == 0, stop == len(whole.text)
+    if whole.answers is None:
+        return replace(whole, text=text, side=side_of(text), begins=begins, ends=ends)
+    inside = [(max(first, start) - start, min(last, stop) - start) for first, last in whole.answers]
+    answers = tuple((first, last) for first, last in inside if first < last)
+    return replace(whole, text=text, answers=answers, begins=begins, ends=ends)

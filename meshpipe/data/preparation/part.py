@@ -1,6 +1,5 @@
 """Prepares one part: reads, tokenizes, packs and writes it."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -119,7 +118,7 @@ class PartMaker:
         def read(share: float) -> None:
             self._done = began + share * part.size
 
-        for record in read_records(part, job.config.delimiter, job.piece_bytes, read):
+        for record in read_records(part, job.config.delimiter, job.piece_bytes, fields.columns, read):
             try:
                 if record.problem:
                     raise BadRecordError(record.problem)
@@ -175,8 +174,7 @@ class PartMaker:
         if document.span is not None:
             start, stop = (place * share / size for place in document.span)
             return "eval" if math.floor(stop) > math.floor(start) else "train"
-        digest = hashlib.blake2b(document.side.encode(), digest_size=8).digest()
-        return "eval" if int.from_bytes(digest, "little") < share * 2**64 else "train"
+        return "eval" if document.side < share * 2**64 else "train"
 
     def _finish(self, texts: Sequence[int]) -> PartResult:
         written = {split: output.finish() for split, output in self._outputs.items()}

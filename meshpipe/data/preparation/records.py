@@ -5,7 +5,7 @@ import codecs
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ BLOCK_BYTES = 1 << 20
 LINE_LIMIT = 64 << 20
 """Bytes of the longest line that is read whole."""
 OPEN: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-ROWS = 256
-"""Rows of Parquet that are read at a time."""
+ROWS, ROW_BYTES = 256, 16 << 20
+"""Rows of Parquet that are read at a time: at most so many, and about so many bytes."""
 Progress = Callable[[float], object]
 """Is told what share of a slice has been read, 0 to 1."""
 
@@ -39,12 +39,14 @@ class Record:
     """Why there is no value."""
 
 
-def read_records(part: Slice, delimiter: bytes | None, piece_bytes: int, read: Progress) -> Iterator[Record]:
+def read_records(
+    part: Slice, delimiter: bytes | None, piece_bytes: int, columns: Sequence[str] | None, read: Progress
+) -> Iterator[Record]:
     """The records of a slice. Texts longer than `piece_bytes` come in pieces of about that size, which end where lines
-    do if possible. `read` is told what share of the slice has been read.
+    do if possible. Rows of Parquet have these `columns`, or all. `read` is told what share of the slice has been read.
     """
     if part.file.kind == "parquet":
-        yield from _rows(part, read)
+        yield from _rows(part, columns, read)
     elif part.file.kind == "jsonl":
         yield from _json_lines(part, read)
     else:
@@ -100,21 +102,29 @@ def _open(file: SourceFile) -> Any:
 
 def _between(blocks: Iterator[bytes], delimiter: bytes, limit: int) -> Iterator[tuple[bytes, bool, bool]]:
     """What lies between delimiters, and whether the bytes begin and end it: more than `limit` come in pieces."""
-    kept, begins = b"", True
+    kept, begins = bytearray(), True
     for block in blocks:
-        *whole, kept = (kept + block).split(delimiter)
-        for one in whole:
-            yield one, begins, True
+        unsearched = max(0, len(kept) - len(delimiter) + 1)
+        kept += block
+        while (place := kept.find(delimiter, unsearched)) >= 0:
+            unsearched = 0
+            yield _taken(kept, place, len(delimiter)), begins, True
             begins = True
         while len(kept) > limit + len(delimiter):  # so that none is cut
-            cut = _end_of_line(kept, limit)
-            yield kept[:cut], begins, False
-            kept, begins = kept[cut:], False
+            yield _taken(kept, _end_of_line(kept, limit)), begins, False
+            begins = False
     if kept or not begins:
-        yield kept, begins, True
+        yield bytes(kept), begins, True
 
 
-def _end_of_line(text: bytes, limit: int) -> int:
+def _taken(kept: bytearray, size: int, more: int = 0) -> bytes:
+    """The first bytes, which are taken away, as are `more` after them."""
+    taken = bytes(memoryview(kept)[:size])
+    del kept[: size + more]
+    return taken
+
+
+def _end_of_line(text: bytes | bytearray, limit: int) -> int:
     """Where to cut a text of more than `limit` bytes: after a line, a word, or a character."""
     for end in (b"\n", b" "):
         place = text.rfind(end, limit // 2, limit)
@@ -154,13 +164,15 @@ def _json_record(line: bytes, number: int) -> Record:
     return Record(value, number)
 
 
-def _rows(part: Slice, read: Progress) -> Iterator[Record]:
+def _rows(part: Slice, columns: Sequence[str] | None, read: Progress) -> Iterator[Record]:
     import pyarrow
 
     file, number = open_parquet(part.file.path), 0
-    rows = sum(file.metadata.row_group(group).num_rows for group in range(part.start, part.stop))
+    groups = [file.metadata.row_group(group) for group in range(part.start, part.stop)]
+    rows = sum(group.num_rows for group in groups)
+    at_a_time = min(max(1, ROW_BYTES * rows // max(1, sum(group.total_byte_size for group in groups))), ROWS)
     try:
-        for batch in file.iter_batches(batch_size=ROWS, row_groups=list(range(part.start, part.stop))):
+        for batch in file.iter_batches(at_a_time, list(range(part.start, part.stop)), columns):
             for row in batch.to_pylist():
                 yield Record(row, number)
                 number += 1
@@ -196,12 +208,11 @@ def _texts(part: Slice, delimiter: bytes | None, piece_bytes: int, read: Progres
 
 def _whole(blocks: Iterator[bytes], limit: int) -> Iterator[tuple[bytes, bool, bool]]:
     """The bytes of one document in pieces of at most `limit`, and whether they begin and end it."""
-    kept, begins = b"", True
+    kept, begins = bytearray(), True
     for block in blocks:
         kept += block
         while len(kept) > limit:
-            cut = _end_of_line(kept, limit)
-            yield kept[:cut], begins, False
-            kept, begins = kept[cut:], False
+            yield _taken(kept, _end_of_line(kept, limit)), begins, False
+            begins = False
     if kept:
-        yield kept, begins, True
+        yield bytes(kept), begins, True
