@@ -81,7 +81,7 @@ class ChatTemplate:
         whole = self.render(messages, tools=tools)
         if len(wanted) * len(whole) > MOST_RENDERED:
             raise ChatError(
-                f"it has {len(wanted):,} answers in {len(whole):,} characters, all of which would be rendered for each. "
+                f"it has {len(wanted):,} answers in {len(whole):,} characters, which would all be rendered for each. "
                 "Cut the conversation, or mark answers in the template by {% generation %}"
             )
         is_one, spans = True, list[Span]()

@@ -26,7 +26,7 @@ def other_tokenizer(data: DataConfig, model: Path) -> str:
     try:
         texts = [file.read_bytes() for file in files]
         vocabularies = [] if texts[0] == texts[1] else [_vocabulary(json.loads(text)) for text in texts]
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
         return ""  # who reads them for their tokens says what is wrong
     if not vocabularies or vocabularies[0] == vocabularies[1]:
         return ""

@@ -191,6 +191,10 @@ def _settings(file: Path) -> dict[str, Any]:
         found = json.loads(_read(file))
     except json.JSONDecodeError as error:
         raise ArgumentError(f"{file} must hold JSON. Got a mistake in line {error.lineno}: {error.msg}.") from error
+    except (RecursionError, ValueError):  # an integer of thousands of digits is a ValueError
+        raise ArgumentError(
+            f"{file} must hold JSON that can be read. Got nesting too deep, or a number with too many digits."
+        ) from None
     return found if isinstance(found, dict) else {}
 
 

@@ -208,9 +208,7 @@ class Generator:
         ]
         return self.scorer.tokens(tokens)
 
-    def _run(
-        self, decoder: Decoder, requests: Sequence[Request], should_stop: ShouldStop | None
-    ) -> Iterator[Drawn]:
+    def _run(self, decoder: Decoder, requests: Sequence[Request], should_stop: ShouldStop | None) -> Iterator[Drawn]:
         first = decoder.batch * self._in_flight
         # What begins together is about equally long; what follows comes in turn.
         waiting = deque([*sorted(requests[:first], key=lambda request: len(request.prompt)), *requests[first:]])

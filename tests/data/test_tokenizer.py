@@ -90,6 +90,11 @@ def test_what_is_no_tokenizer_is_refused(files: dict[str, str], problem: str, tm
 
 def test_a_damaged_config_beside_it_is_refused(folder: Path, tmp_path: Path) -> None:
     Tokenizer(folder).copy_to(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": ')
-    with pytest.raises(ValueError, match=r"tokenizer_config.json must hold JSON. Got a mistake in line 1"):
-        Tokenizer(tmp_path)
+    for text, problem in {
+        '{"bos_token": ': "JSON. Got a mistake in line 1",
+        "[" * 100_000: "Got nesting too deep",
+        f'{{"x": {"9" * 5000}}}': "a number with too many digits",
+    }.items():
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"tokenizer_config.json .*{problem}"):
+            Tokenizer(tmp_path)

@@ -56,7 +56,7 @@ class PartResult:
                 return None
             lists = {name: tuple(found[name]) for name in ("bad_lines", "texts")}
             return cls(**{**found, "files": files, "counts": counts, **lists})
-        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
             return None
 
     def write(self, folder: Path, number: int) -> None:
