@@ -49,6 +49,29 @@ def test_a_model_that_is_too_large_is_refused(command: str, tmp_path: Path) -> N
     assert seconds < 60, result  # on a busy machine; it imports, and looks at shapes
 
 
+@pytest.mark.slow
+def test_evaluation_and_generation_beyond_memory_end_with_the_way_out(tmp_path: Path) -> None:
+    language = f"{ROOT / 'recipes' / 'language_model.py'}:debug"
+    (tmp_path / "long.txt").write_text("to be or not to be\n" * 40_000)
+    trained, _ = run(tmp_path, "train", language, "--steps", "1", "--run-dir", "run", "--eval-batches", "0")
+    assert trained.returncode == 0, trained
+    windows = ("--sequence-length", "65536", "--batch-size", "8")
+    evaluated, _ = run(tmp_path, "eval", "run", "--data", "long.txt", *windows)
+    assert evaluated.returncode == 2, evaluated
+    assert "RESOURCE_EXHAUSTED: " in evaluated.stderr, evaluated
+    assert "lower --batch-size, or make a mesh axis (--mesh.tensor) larger." in evaluated.stderr, evaluated
+    (tmp_path / "prompts.txt").write_text("to be\n" * 64)
+    many = ("--prompts", "prompts.txt", "--batch-size", "64", "--max-tokens", "16000000")
+    generated, seconds = run(tmp_path, "generate", "run", *many)
+    assert generated.returncode == 2, generated
+    assert "meshpipe: The keys and values of all texts in progress must fit into the memory" in generated.stderr
+    assert "Lower --max-tokens, --batch-size or --in-flight, or shorten the prompts." in generated.stderr, generated
+    assert seconds < 60, generated  # on a busy machine; it imports and reads weights
+    for result in (evaluated, generated):
+        assert "Traceback" not in result.stderr, result
+        assert not result.stdout, result
+
+
 def test_a_model_that_fits_runs_under_the_limit(tmp_path: Path) -> None:
     result, _ = run(tmp_path, "train", TINY, "--steps", "1", "--eval-batches", "0")
     assert result.returncode == 0, result

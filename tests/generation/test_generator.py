@@ -43,9 +43,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, layout: str) -> None
 
 
 def test_caches_that_do_not_fit_are_refused_before_anything_is_compiled() -> None:
-    generator = Generator(golden.CONFIGS["llama3"], golden.leaves("llama3"), mesh=make_mesh(2, 1, 2), batch_size=2)
-    asked = (
-        r"Got 4 texts of up to 3 \+ 10000000000 tokens \(prompt and `max_tokens`\): they need .* TB, and .* are free"
-    )
-    with pytest.raises(ValueError, match=rf"{asked}. Lower `max_tokens`, `batch_size` or `in_flight`"):
-        generator.tokens([[1, 2, 3]] * 9, max_tokens=10**10)
+    generator = Generator(golden.CONFIGS["llama3"], golden.leaves("llama3"), mesh=make_mesh(2, 1, 2), batch_size=4096)
+    asked = r"Got 8192 texts of up to 3 \+ 16000000 tokens \(prompt and `max_tokens`\)"
+    with pytest.raises(ValueError, match=rf"{asked}: they need .* TB, and .* are free. Lower `max_tokens`, `batch_s"):
+        generator.tokens([[1, 2, 3]] * 9000, max_tokens=16_000_000)
