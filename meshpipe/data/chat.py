@@ -106,15 +106,15 @@ class ChatTemplate:
         return whole if index + 1 == len(messages) else self.render(messages[: index + 1], tools=tools)
 
     def _render(self, messages: Sequence[Message], tools: Any, prompt: bool) -> str:
-        import jinja2
-
         if not all(isinstance(message.get("role"), str) for message in messages):
             raise ChatError("every message must have a role")
         try:
             text = self._template.render(
                 messages=messages, tools=tools, add_generation_prompt=prompt, documents=None, **self._tokens
             )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except RecursionError as error:
+            raise ChatError("the chat template calls itself without end") from error
+        except Exception as error:  # a template is a program of somebody else, and may raise anything
             raise ChatError(f"the chat template says: {error}") from error
         return str(text)
 
@@ -193,7 +193,12 @@ def _compile(source: str, today: date | None) -> Any:
         environment.globals["strftime_now"] = today.strftime
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except RecursionError as error:
+        raise ArgumentError(
+            "The chat template must be a template of Jinja. Got one that is nested too deeply. Pass another as "
+            "`chat_template`."
+        ) from error
+    except (jinja2.TemplateError, SyntaxError, ValueError, MemoryError) as error:  # Python's own when it is compiled
         line = getattr(error, "lineno", None)
         raise ArgumentError(
             f"The chat template must be a template of Jinja. Got one with a mistake{f' in line {line}' if line else ''}"

@@ -12,6 +12,7 @@ from meshpipe.files import expanded
 from meshpipe.hardware.hardware import Hardware
 
 FILE_SUFFIX = ".json"
+_MEASURE = "`meshpipe plan --measure-machine FILE.json` writes such a file."
 _LARGEST = 1 << 24
 """Bytes of a file that describes a machine."""
 
@@ -51,21 +52,22 @@ def read_hardware(file: Path) -> Hardware:
     try:
         values: Any = load_json(file.resolve(), _LARGEST)
     except DamagedFileError as error:
-        raise ArgumentError(f"{file} must be a JSON file. It {error}.") from None
+        raise ArgumentError(f"{file} must be a JSON file. It {error}. {_MEASURE}") from None
     except OSError as error:
         raise ArgumentError(
-            f"`target` must name a file that can be read. Got {str(file)!r}: {error.strerror}. "
-            "`meshpipe plan --measure-machine FILE.json` writes one."
+            f"`target` must name a file that can be read. Got {str(file)!r}: {error.strerror}. {_MEASURE}"
         ) from None
     if isinstance(values, list) and len(values) == 1:
         values = values[0]
     if not isinstance(values, dict):
-        raise ArgumentError(f"{file} must be a JSON object that describes one machine. Got {type(values).__name__}.")
+        raise ArgumentError(
+            f"{file} must be a JSON object that describes one machine. Got {type(values).__name__}. {_MEASURE}"
+        )
     try:
         return Hardware.of(values)
     except (ArgumentError, TypeError, KeyError) as error:
         plain = str(error).replace("`", "")  # names of the file, not of flags
-        raise ArgumentError(f"{file} is not a valid description of a machine. {plain}") from None
+        raise ArgumentError(f"{file} is not a valid description of a machine. {plain} {_MEASURE}") from None
 
 
 def hardware_of(device_kind: str) -> Hardware | None:

@@ -91,6 +91,8 @@ def test_what_is_no_conversation_is_said(conversation: object, problem: str) -> 
         ("{{ raise_exception('roles must alternate') }}", "the chat template says: roles must alternate"),
         ("{{ messages[7].content }}", "the chat template says: .*"),
         ("{{ strftime_now('%Y') }}", "the chat template says: 'strftime_now' is undefined"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template calls itself without end"),
+        ("{{ messages | map('nosuch') | list }}", "the chat template says: No filter named 'nosuch'"),
         ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "does not begin the text of message 2"),
     ],
 )
@@ -110,6 +112,11 @@ def test_a_conversation_that_would_take_minutes_is_refused() -> None:
 def test_a_template_with_a_mistake_is_refused_with_its_line() -> None:
     with pytest.raises(ValueError, match=r"mistake in line 2: .*Pass another as `chat_template`"):
         ChatTemplate("{{ messages }}\n{% for %}", NAMES)
+    loops = 30
+    with pytest.raises(ValueError, match=r"too many statically nested blocks.*Pass another as `chat_template`"):
+        ChatTemplate("{% for m in messages %}" * loops + "{% endfor %}" * loops, NAMES)
+    with pytest.raises(ValueError, match=r"nested too deeply. Pass another as `chat_template`"):
+        ChatTemplate("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}", NAMES)
 
 
 def test_a_template_cannot_reach_python() -> None:

@@ -102,7 +102,9 @@ def test_a_file_that_lacks_values_or_is_no_json_is_refused(tmp_path: Path) -> No
     with pytest.raises(ArgumentError, match="lacks platform, device_kind, flops"):
         read_hardware(file)
     file.write_text("name: mine")
-    with pytest.raises(ArgumentError, match="must be a JSON file"):
+    with pytest.raises(
+        ArgumentError, match="must be a JSON file.*`meshpipe plan --measure-machine FILE.json` writes such"
+    ):
         read_hardware(file)
     for text in ('{"name": "a", "name": "b"}', "[" * 10**5):
         file.write_text(text)
