@@ -103,7 +103,7 @@ def test_a_file_that_lacks_values_or_is_no_json_is_refused(tmp_path: Path) -> No
         read_hardware(file)
     file.write_text("name: mine")
     with pytest.raises(
-        ArgumentError, match="must be a JSON file.*`meshpipe plan --measure-machine FILE.json` writes such"
+        ArgumentError, match=r"must be a JSON file.*meshpipe plan --measure-machine FILE.json` writes such"
     ):
         read_hardware(file)
     for text in ('{"name": "a", "name": "b"}', "[" * 10**5):
