@@ -24,7 +24,7 @@ from meshpipe.layers.task import Task
 from meshpipe.layers.trainable import Trainable, freeze
 from meshpipe.mesh import make_mesh
 from meshpipe.models.reference import Reference
-from meshpipe.phases import each
+from meshpipe.phases import each, phase
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.reference.comparison import Comparison, VerifyReport
 from meshpipe.reference.layered import LayeredModel
@@ -106,10 +106,11 @@ def verify(
     _compare_counts(comparison, trainer)
     if not all(difference.ok for difference in comparison.differences):  # no leaf could be named
         return VerifyReport(tuple(comparison.differences), comparison.tolerance, "its own layers")
-    model = _plain_model(trainer, layers, reference, input, seed)
-    training = PlainTraining(
-        model, loss, optimizer, seed=seed, num_microbatches=config.num_microbatches, clip_norm=clip_norm
-    )
+    with phase("Preparing plain training"):
+        model = _plain_model(trainer, layers, reference, input, seed)
+        training = PlainTraining(
+            model, loss, optimizer, seed=seed, num_microbatches=config.num_microbatches, clip_norm=clip_norm
+        )
     _Verification(trainer, model, training, optimizer, comparison).run(rows)
     return VerifyReport(tuple(comparison.differences), comparison.tolerance, model.describe())
 
@@ -180,12 +181,13 @@ class _Verification:
         self._opt_state = jax.eval_shape(optimizer.init, params)
 
     def run(self, batches: Sequence[Batch]) -> None:
-        start = jax.tree.map(jnp.copy, self._trainer.state_tree())
-        before = snapshot(self._trainer, self._training.device)
-        for quantity, leaves in (("initial parameter", before.params), ("initial state", before.state)):
-            own = {path: self._model.initial[n] for path, n in self._names(leaves) if n in self._model.initial}
-            self._comparison.leaves(0, quantity, leaves, own)
-        self._compare_tied(0, before)
+        with phase("Comparing initial values"):
+            start = jax.tree.map(jnp.copy, self._trainer.state_tree())
+            before = snapshot(self._trainer, self._training.device)
+            for quantity, leaves in (("initial parameter", before.params), ("initial state", before.state)):
+                own = {path: self._model.initial[n] for path, n in self._names(leaves) if n in self._model.initial}
+                self._comparison.leaves(0, quantity, leaves, own)
+            self._compare_tied(0, before)
         scalars = []
         for update, batch in enumerate(each("Comparing", "update", batches), start=1):
             found = self._step(batch)

@@ -36,10 +36,12 @@ class Columns:
     """A table of text, for `Console.print`: readable in a file, and no wider than the terminal where that is possible.
 
     Where there is little room, columns move together, headers and columns that wrap take more lines, and at last the
-    table comes in parts below each other, of which each repeats the first column.
+    table comes in parts below each other, of which each repeats the first columns, which name its rows.
     """
 
     columns: Sequence[Column]
+    keys: int = 1
+    """How many columns name a row."""
     _rows: list[_Row] = field(default_factory=list)
 
     def add_row(self, *cells: object, rest: str = "", style: str = "") -> None:
@@ -56,13 +58,13 @@ class Columns:
             yield from self._part(places, options.max_width)
 
     def _parts(self, width: int) -> Iterator[list[int]]:
-        """The columns of each part: as many as fit beside the first."""
-        places = [0]
-        for place in range(1, len(self.columns)):
+        """The columns of each part: as many as fit beside those that name a row."""
+        places = [*range(self.keys)]
+        for place in range(self.keys, len(self.columns)):
             least = sum(self._least(p) for p in (*places, place)) + len(places) * GAPS[-1]
-            if len(places) > 1 and least > width:
+            if len(places) > self.keys and least > width:
                 yield places
-                places = [0]
+                places = [*range(self.keys)]
             places.append(place)
         yield places
 

@@ -21,10 +21,12 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=quiet, width=PLAIN_WIDTH)
 
 
-def make_table(*columns: str, right: Iterable[str] = (), wrap: Iterable[str] = ()) -> Columns:
-    """An empty table; columns in `right` are numbers, and those in `wrap` may be broken between words."""
+def make_table(*columns: str, right: Iterable[str] = (), wrap: Iterable[str] = (), keys: int = 1) -> Columns:
+    """An empty table; columns in `right` are numbers, those in `wrap` may be broken between words, and the first `keys`
+    name a row.
+    """
     right, wrap = set(right), set(wrap)
-    return Columns([Column(name, is_right=name in right, wraps=name in wrap) for name in columns])
+    return Columns([Column(name, is_right=name in right, wraps=name in wrap) for name in columns], keys)
 
 
 def print_text(console: Console, text: str) -> None:

@@ -56,7 +56,8 @@ def prediction_values(prediction: StepPrediction) -> dict[str, Any]:
 def program_table(prediction: StepPrediction) -> Columns:
     """One row per program; stages with equal programs share a row."""
     right = ("time", "FLOPs", "read, written", "arguments", "outputs", "aliased", "temporaries")
-    table = make_table("stage", "program", "runs per step", *right, "collectives", right=right, wrap=("collectives",))
+    names = ("stage", "program", "runs per step", *right, "collectives")
+    table = make_table(*names, right=right, wrap=("collectives",), keys=2)
     count = prediction.timeline.plan.num_microbatches
     for stages, program, seconds in _equal_ones(prediction):
         table.add_row(

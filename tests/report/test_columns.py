@@ -64,3 +64,18 @@ def test_columns_for_which_there_is_no_room_come_below_with_the_first_again() ->
         "rank   optimizer",
         "0           7 GB",
     ]
+
+
+def test_every_part_has_all_columns_that_name_a_row() -> None:
+    made = make_table("stage", "program", "time", "temporaries", right=("time", "temporaries"), keys=2)
+    made.add_row(0, "forward", "0.8 us", "2 MB")
+    made.add_row(0, "backward", "1.8 us", "3 MB")
+    assert lines(made, 26) == [
+        "stage   program      time",
+        "0       forward    0.8 us",
+        "0       backward   1.8 us",
+        "",
+        "stage program  temporaries",
+        "0     forward         2 MB",
+        "0     backward        3 MB",
+    ]
