@@ -57,7 +57,7 @@ def measure(arguments: list[str]) -> int:
         from meshpipe.host import keep_freed_memory
         from meshpipe.mesh import use_cpu_devices
         from meshpipe.observe.machine_rates import measure_machine
-        from meshpipe.report.tables import make_console
+        from meshpipe.report.tables import make_console, print_text
     use_cpu_devices(flags.devices or max(1, round(usable_cores())))
     keep_freed_memory()  # as a run does
     devices = jax.devices()
@@ -83,6 +83,8 @@ def measure(arguments: list[str]) -> int:
     ):
         console.print(f"  {what:9} {text}", markup=False, soft_wrap=True)
     for text in found["sources"][1:]:
-        console.print(text, markup=False, soft_wrap=True)
-    console.print(f"Saved to {flags.measure_machine}; use it with --target {flags.measure_machine}:{len(devices)}.")
+        print_text(console, text)
+    print_text(
+        console, f"Saved to {flags.measure_machine}; use it with --target {flags.measure_machine}:{len(devices)}."
+    )
     return COMPLETED
