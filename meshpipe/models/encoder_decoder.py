@@ -9,25 +9,16 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from meshpipe.layers.fields import named, reading
 from meshpipe.layers.layer import LayerLike
+from meshpipe.models.classification import accuracy, cross_entropy
+from meshpipe.models.initializers import EMBED, VOCAB, embedding_init, kernel_init, ones_init
 from meshpipe.models.model import SumAndWeight
-from meshpipe.models.transformer import (
-    EMBED,
-    HIDDEN,
-    VOCAB,
-    Attention,
-    TransformerConfig,
-    check_at_least_one,
-    check_heads,
-    embedding_init,
-    kernel_init,
-    ones_init,
-)
+from meshpipe.models.perceptron import up_and_down
+from meshpipe.models.transformer import Attention, TransformerConfig, check_at_least_one, check_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +66,12 @@ class EncoderDecoderConfig(TransformerConfig):
         return dict.fromkeys(("source", "inputs", "targets"), self.vocab_size)
 
     def loss(self, output: Float[Array, "batch seq vocab"], batch: Mapping[str, jax.Array]) -> SumAndWeight:
-        losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), batch["targets"])
-        return losses.sum(), jnp.float32(losses.size)
+        return cross_entropy(output, batch["targets"])
 
     def metrics(
         self, output: Float[Array, "batch seq vocab"], batch: Mapping[str, jax.Array]
     ) -> dict[str, SumAndWeight]:
-        hits = output.argmax(axis=-1) == batch["targets"]
-        return {"accuracy": (hits.sum(dtype=jnp.float32), jnp.float32(hits.size))}
+        return accuracy(output, batch["targets"])
 
 
 class PositionEmbedding(nnx.Module):
@@ -132,11 +121,9 @@ class Perceptron(nnx.Module):
     """A perceptron at every position, added to its input."""
 
     def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs) -> None:
-        width, hidden, dtype = config.d_model, 4 * config.d_model, config.dtype
-        up_init, down_init = kernel_init(EMBED, HIDDEN), kernel_init(HIDDEN, EMBED)
+        width, dtype = config.d_model, config.dtype
         self.norm = rms_norm(config, rngs)
-        self.up = nnx.Linear(width, hidden, use_bias=False, dtype=dtype, kernel_init=up_init, rngs=rngs)
-        self.down = nnx.Linear(hidden, width, use_bias=False, dtype=dtype, kernel_init=down_init, rngs=rngs)
+        self.up, self.down = up_and_down(width, 4 * width, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         return x + self.down(nnx.gelu(self.up(self.norm(x))))

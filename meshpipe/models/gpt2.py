@@ -9,20 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.models.initializers import EMBED, embedding_init
 from meshpipe.models.model import LayerConstructor
 from meshpipe.models.next_token import NextTokenConfig
-from meshpipe.models.norms import check_epsilon
-from meshpipe.models.transformer import (
-    EMBED,
-    HIDDEN,
-    Attention,
-    check_at_least_one,
-    check_heads,
-    embedding_init,
-    kernel_init,
-    ones_init,
-    zeros_init,
-)
+from meshpipe.models.norms import check_epsilon, layer_norm
+from meshpipe.models.perceptron import Perceptron
+from meshpipe.models.transformer import Attention, check_at_least_one, check_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +55,9 @@ class GPT2Config(NextTokenConfig):
     def layers(self) -> list[LayerConstructor]:
         blocks = [partial(GPT2Block, self) for _ in range(self.num_blocks)]
         return self.stored([partial(GPT2Embedding, self), *blocks, partial(GPT2Head, self)])
+
+    def limits(self) -> dict[str, int]:
+        return {**super().limits(), "positions": self.max_positions}
 
     def tied(self) -> tuple[tuple[str, ...], ...]:
         return (("layers/0/tokens/embedding", f"layers/{self.num_blocks + 1}/tokens/embedding"),)
@@ -116,7 +111,8 @@ class GPT2Block(nnx.Module):
             rngs=rngs,
         )
         self.perceptron_norm = _layer_norm(config, rngs)
-        self.perceptron = GPT2Perceptron(config, out_scale=out_scale, rngs=rngs)
+        hidden = 4 * config.d_model if config.d_hidden is None else config.d_hidden
+        self.perceptron = Perceptron(config.d_model, hidden, out_scale=out_scale, dtype=config.dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -126,33 +122,6 @@ class GPT2Block(nnx.Module):
     ) -> Float[Array, "batch seq embed"]:
         x = x + self.attention(self.attention_norm(x), segment_ids, positions)
         return x + self.perceptron(self.perceptron_norm(x))
-
-
-class GPT2Perceptron(nnx.Module):
-    """A layer of hidden units with GELU, in its tanh approximation."""
-
-    def __init__(self, config: GPT2Config, *, out_scale: float, rngs: nnx.Rngs) -> None:
-        width, dtype = config.d_model, config.dtype
-        hidden = 4 * width if config.d_hidden is None else config.d_hidden
-        self.up = nnx.Linear(
-            width,
-            hidden,
-            dtype=dtype,
-            kernel_init=kernel_init(EMBED, HIDDEN),
-            bias_init=zeros_init(HIDDEN),
-            rngs=rngs,
-        )
-        self.down = nnx.Linear(
-            hidden,
-            width,
-            dtype=dtype,
-            kernel_init=kernel_init(HIDDEN, EMBED, scale=out_scale),
-            bias_init=zeros_init(EMBED),
-            rngs=rngs,
-        )
-
-    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        return self.down(nnx.gelu(self.up(x)))
 
 
 class GPT2Head(nnx.Module):
@@ -175,12 +144,5 @@ def document_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batc
 
 
 def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.d_model,
-        epsilon=config.norm_epsilon,
-        use_fast_variance=False,
-        dtype=config.dtype,
-        scale_init=ones_init(EMBED),
-        bias_init=zeros_init(EMBED),
-        rngs=rngs,
-    )
+    epsilon = config.norm_epsilon
+    return layer_norm(config.d_model, epsilon=epsilon, fast_variance=False, dtype=config.dtype, rngs=rngs)

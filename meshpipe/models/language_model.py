@@ -12,19 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import ArgumentError, check_positive, check_whole
+from meshpipe.models.initializers import EMBED, HIDDEN, embedding_init, kernel_init
 from meshpipe.models.model import LayerConstructor
 from meshpipe.models.next_token import NextTokenConfig
 from meshpipe.models.norms import NormConfig, rms_norm
 from meshpipe.models.rope import RopeScaling, check_theta
-from meshpipe.models.transformer import (
-    EMBED,
-    HIDDEN,
-    Attention,
-    check_at_least_one,
-    check_heads,
-    embedding_init,
-    kernel_init,
-)
+from meshpipe.models.transformer import Attention, check_at_least_one, check_heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from meshpipe.mesh import TENSOR
+from meshpipe.models.classification import accuracy, cross_entropy
 from meshpipe.models.model import LayerConstructor, SumAndWeight
 from meshpipe.models.stored import Stored
 from meshpipe.models.transformer import TransformerConfig
@@ -48,11 +47,9 @@ class NextTokenConfig(TransformerConfig):
         return {"inputs": self.vocab_size, "targets": self.vocab_size}
 
     def loss(self, output: Float[Array, "batch seq vocab"], batch: Mapping[str, jax.Array]) -> SumAndWeight:
-        losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), batch["targets"])
-        return (losses * batch["weights"]).sum(), batch["weights"].sum()
+        return cross_entropy(output, batch["targets"], batch["weights"])
 
     def metrics(
         self, output: Float[Array, "batch seq vocab"], batch: Mapping[str, jax.Array]
     ) -> dict[str, SumAndWeight]:
-        hits = output.argmax(axis=-1) == batch["targets"]
-        return {"accuracy": ((hits * batch["weights"]).sum(), batch["weights"].sum())}
+        return accuracy(output, batch["targets"], batch["weights"])

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from meshpipe.errors import ArgumentError
+from meshpipe.models.initializers import EMBED, ones_init, zeros_init
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +37,29 @@ def rms_norm(size: int, axis: str | None, config: NormConfig, *, dtype: str, rng
     """The norm of the last dim of an array, with `size` features along a logical axis."""
     if config.offset:
         return OffsetRMSNorm(size, axis, epsilon=config.epsilon, dtype=dtype, rngs=rngs)
-    init = nnx.with_partitioning(nnx.initializers.ones_init(), (axis,))
-    return nnx.RMSNorm(size, epsilon=config.epsilon, dtype=dtype, scale_init=init, rngs=rngs)
+    return nnx.RMSNorm(size, epsilon=config.epsilon, dtype=dtype, scale_init=ones_init(axis), rngs=rngs)
+
+
+def layer_norm(
+    size: int, *, epsilon: float = 1e-6, fast_variance: bool = True, dtype: str, rngs: nnx.Rngs
+) -> nnx.LayerNorm:
+    """The LayerNorm of features between layers. A fast variance is E[x^2] - E[x]^2, which loses digits."""
+    return nnx.LayerNorm(
+        size,
+        epsilon=epsilon,
+        use_fast_variance=fast_variance,
+        dtype=dtype,
+        scale_init=ones_init(EMBED),
+        bias_init=zeros_init(EMBED),
+        rngs=rngs,
+    )
 
 
 class OffsetRMSNorm(nnx.Module):
     """RMSNorm that multiplies by 1 + scale, computed in float32."""
 
     def __init__(self, size: int, axis: str | None, *, epsilon: float, dtype: str, rngs: nnx.Rngs) -> None:
-        init = nnx.with_partitioning(nnx.initializers.zeros_init(), (axis,))
-        self.scale = nnx.Param(init(rngs.params(), (size,), jnp.float32))
+        self.scale = nnx.Param(zeros_init(axis)(rngs.params(), (size,), jnp.float32))
         self.epsilon = epsilon
         self.dtype = dtype
 

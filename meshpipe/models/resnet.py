@@ -8,14 +8,13 @@ from typing import ClassVar, Literal
 
 import einops
 import jax
-import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from meshpipe.errors import check_number, check_whole
+from meshpipe.models.classification import accuracy, cross_entropy
+from meshpipe.models.initializers import EMBED, HIDDEN, kernel_init, ones_init, zeros_init
 from meshpipe.models.model import LayerConstructor, ModelConfig, SumAndWeight
-from meshpipe.models.transformer import EMBED, HIDDEN, kernel_init, ones_init, zeros_init
 
 CLASSES = 10
 
@@ -53,12 +52,10 @@ class ResNetConfig(ModelConfig):
         return {"labels": CLASSES}
 
     def loss(self, output: Float[Array, "batch classes"], batch: Mapping[str, jax.Array]) -> SumAndWeight:
-        losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), batch["labels"])
-        return losses.sum(), jnp.float32(losses.size)
+        return cross_entropy(output, batch["labels"])
 
     def metrics(self, output: Float[Array, "batch classes"], batch: Mapping[str, jax.Array]) -> dict[str, SumAndWeight]:
-        hits = output.argmax(axis=-1) == batch["labels"]
-        return {"accuracy": (hits.sum(dtype=jnp.float32), jnp.float32(hits.size))}
+        return accuracy(output, batch["labels"])
 
 
 class FirstConvolution(nnx.Module):

@@ -5,8 +5,9 @@ embedding, and a head that is tied to it once.
 
 The values were compared with those that LitGPT has for the same models (litgpt/config.py of Lightning-AI/litgpt on
 GitHub, at commit 26857050). They agree, but for the window of Mistral 7B, which LitGPT leaves out, and the epsilon of
-Gemma and the vocabulary of Gemma 3, which are those of transformers. Mistral Nemo, Gemma 3 270M and GPT-2 are not
-there.
+Gemma and the vocabulary of Gemma 3, which are those of transformers. LitGPT lacks three: Mistral Nemo was compared with
+the published config.json (in mistral/mistral_config.py of kevinstephano/thunder_model_blocks), Gemma 3 270M with
+ch05/12_gemma3 of rasbt/LLMs-from-scratch, and GPT-2 with model.py of karpathy/nanoGPT. They agree.
 """
 
 from dataclasses import replace

@@ -7,25 +7,16 @@ from typing import ClassVar
 
 import einops
 import jax
-import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import check_number
+from meshpipe.models.classification import accuracy, cross_entropy
+from meshpipe.models.initializers import EMBED, HIDDEN, embedding_init, kernel_init, zeros_init
 from meshpipe.models.model import LayerConstructor, SumAndWeight
-from meshpipe.models.transformer import (
-    EMBED,
-    HIDDEN,
-    Attention,
-    TransformerConfig,
-    check_at_least_one,
-    check_heads,
-    embedding_init,
-    kernel_init,
-    ones_init,
-    zeros_init,
-)
+from meshpipe.models.norms import layer_norm
+from meshpipe.models.perceptron import up_and_down
+from meshpipe.models.transformer import Attention, TransformerConfig, check_at_least_one, check_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +65,10 @@ class TextClassifierConfig(TransformerConfig):
         return {"inputs": self.vocab_size, "labels": self.num_classes}
 
     def loss(self, output: Float[Array, "batch classes"], batch: Mapping[str, jax.Array]) -> SumAndWeight:
-        losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), batch["labels"])
-        return losses.sum(), jnp.float32(losses.size)
+        return cross_entropy(output, batch["labels"])
 
     def metrics(self, output: Float[Array, "batch classes"], batch: Mapping[str, jax.Array]) -> dict[str, SumAndWeight]:
-        hits = output.argmax(axis=-1) == batch["labels"]
-        return {"accuracy": (hits.sum(dtype=jnp.float32), jnp.float32(hits.size))}
+        return accuracy(output, batch["labels"])
 
 
 class ConvolutionEmbedding(nnx.Module):
@@ -106,7 +95,7 @@ class ConvolutionEmbedding(nnx.Module):
             bias_init=zeros_init(EMBED),
             rngs=rngs,
         )
-        self.norm = layer_norm(config, rngs)
+        self.norm = layer_norm(config.d_model, dtype=config.dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs)
 
     def __call__(self, inputs: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
@@ -119,8 +108,8 @@ class EncoderBlock(nnx.Module):
     """Attention over the whole window, then a perceptron at every position, each added to its input (pre-norm)."""
 
     def __init__(self, config: TextClassifierConfig, *, rngs: nnx.Rngs) -> None:
-        width, hidden, dtype = config.d_model, 4 * config.d_model, config.dtype
-        self.attention_norm = layer_norm(config, rngs)
+        width, dtype = config.d_model, config.dtype
+        self.attention_norm = layer_norm(config.d_model, dtype=config.dtype, rngs=rngs)
         self.attention = Attention(
             width,
             config.num_heads,
@@ -131,23 +120,8 @@ class EncoderBlock(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.perceptron_norm = layer_norm(config, rngs)
-        self.up = nnx.Linear(
-            width,
-            hidden,
-            dtype=dtype,
-            kernel_init=kernel_init(EMBED, HIDDEN),
-            bias_init=zeros_init(HIDDEN),
-            rngs=rngs,
-        )
-        self.down = nnx.Linear(
-            hidden,
-            width,
-            dtype=dtype,
-            kernel_init=kernel_init(HIDDEN, EMBED),
-            bias_init=zeros_init(EMBED),
-            rngs=rngs,
-        )
+        self.perceptron_norm = layer_norm(config.d_model, dtype=config.dtype, rngs=rngs)
+        self.up, self.down = up_and_down(width, 4 * width, dtype=dtype, rngs=rngs)
         self.attention_dropout = nnx.Dropout(config.dropout_rate, rngs=rngs)
         self.perceptron_dropout = nnx.Dropout(config.dropout_rate, rngs=rngs)
 
@@ -160,7 +134,7 @@ class PoolingHead(nnx.Module):
     """The mean over all positions, and a linear classifier of it."""
 
     def __init__(self, config: TextClassifierConfig, *, rngs: nnx.Rngs) -> None:
-        self.norm = layer_norm(config, rngs)
+        self.norm = layer_norm(config.d_model, dtype=config.dtype, rngs=rngs)
         # The classes are too few to be split.
         self.classes = nnx.Linear(
             config.d_model,
@@ -173,9 +147,3 @@ class PoolingHead(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch classes"]:
         return self.classes(einops.reduce(self.norm(x), "batch seq embed -> batch embed", "mean"))
-
-
-def layer_norm(config: TextClassifierConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.d_model, dtype=config.dtype, scale_init=ones_init(EMBED), bias_init=zeros_init(EMBED), rngs=rngs
-    )

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flax import nnx
-from flax.typing import Initializer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -12,13 +11,11 @@ from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.mesh import DATA
 from meshpipe.models.attention import NAMES, AttentionName, attend, choose_attention, kernel_of, stands_in, why_not
 from meshpipe.models.cache import KeyValueCache
+from meshpipe.models.initializers import EMBED, HEADS, kernel_init, zeros_init
 from meshpipe.models.model import ModelConfig
 from meshpipe.models.norms import NormConfig, rms_norm
 from meshpipe.models.rope import RopeScaling, rotate
 from meshpipe.models.splash import LANES
-
-# Logical axes of parameters; meshpipe.sharding says which mesh axis each one is split over.
-EMBED, HEADS, HIDDEN, VOCAB = "embed", "heads", "hidden", "vocab"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,27 +45,6 @@ class TransformerConfig(ModelConfig):
     def caps_scores(self) -> bool:
         """Whether attention scores are kept within a range."""
         return False
-
-
-def kernel_init(*axes: str | None, scale: float = 1.0) -> Initializer:
-    """Normal with standard deviation `scale` / sqrt(fan-in), for a kernel with these logical axes."""
-    return nnx.with_partitioning(nnx.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal"), axes)
-
-
-def embedding_init(stddev: float, vocab_size: int | None = None) -> Initializer:
-    """Normal, for the features of tokens. The tensor axis splits the tokens, unless `vocab_size` is given and odd, as
-    GPT-2's 50,257 is: then every device of the axis has all of them.
-    """
-    vocab = VOCAB if vocab_size is None or vocab_size % 2 == 0 else None
-    return nnx.with_partitioning(nnx.initializers.normal(stddev), (vocab, EMBED))
-
-
-def ones_init(*axes: str | None) -> Initializer:
-    return nnx.with_partitioning(nnx.initializers.ones_init(), axes)
-
-
-def zeros_init(*axes: str | None) -> Initializer:
-    return nnx.with_partitioning(nnx.initializers.zeros_init(), axes)
 
 
 def _into_heads(
