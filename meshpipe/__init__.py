@@ -10,6 +10,7 @@ from meshpipe.version import __version__ as __version__
 if TYPE_CHECKING:
     from meshpipe import host as host
     from meshpipe.adapters.config import LoraConfig as LoraConfig
+    from meshpipe.adapters.groups import LoraGroup as LoraGroup
     from meshpipe.adapters.lora import lora as lora
     from meshpipe.adapters.merge import merge_lora as merge_lora
     from meshpipe.checkpoint import Checkpointer as Checkpointer
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "host": "meshpipe.host",
     "LoraConfig": "meshpipe.adapters.config",
+    "LoraGroup": "meshpipe.adapters.groups",
     "lora": "meshpipe.adapters.lora",
     "merge_lora": "meshpipe.adapters.merge",
     "Checkpointer": "meshpipe.checkpoint",

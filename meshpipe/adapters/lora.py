@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshpipe.adapters.adapted import ADAPTER, Adapter, Dims, dims_of, graft, is_adapted, kernel_of
-from meshpipe.adapters.config import LoraConfig, check_lora, floating_dtype
+from meshpipe.adapters.config import LoraConfig, as_targets, check_rank, floating_dtype
+from meshpipe.adapters.groups import LoraGroup, as_groups
 from meshpipe.adapters.targets import Key, Targets
-from meshpipe.errors import check_seed
+from meshpipe.errors import ArgumentError, check_seed
 from meshpipe.layers.arguments import check_layers
 from meshpipe.layers.constructors import Make, constructor_of, module_of
 from meshpipe.layers.fields import LayerCall
@@ -22,7 +23,7 @@ from meshpipe.layers.paths import join
 
 @dataclass(frozen=True)
 class Size:
-    """What all adapters of a model have in common."""
+    """What the adapter of a part of a layer is like."""
 
     rank: int
     scale: float
@@ -30,18 +31,21 @@ class Size:
     param_dtype: Any
 
 
+Parts = tuple[tuple[Key, Size], ...]
+"""The parts of a layer that get an adapter."""
+
+
 @dataclass(frozen=True)
 class AdaptedConstructor:
     """Makes the module of a layer, then the adapters of some of its parts."""
 
     make: Make
-    parts: tuple[Key, ...]
-    size: Size
+    parts: Parts
 
     def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
         key = rngs.params.key[...]  # before the base draws, and whatever it draws
         module = self.make(rngs)
-        adapt(module, self.parts, self.size, key, {})
+        adapt(module, self.parts, key, {})
         return module
 
 
@@ -51,9 +55,10 @@ def lora(
     *,
     rank: int,
     alpha: float = 16.0,
-    targets: Sequence[str] = (),
+    targets: Sequence[str] | None = None,
     dropout: float = 0.0,
     rank_stabilised: bool = False,
+    groups: Sequence[LoraGroup | str] = (),
     param_dtype: Any = jnp.float32,
     seed: int = 0,
 ) -> list[LayerLike]:
@@ -73,6 +78,8 @@ def lora(
             `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum`; an `nnx.Embed` can be named too, and no other module.
         dropout: The rate at which an adapter's input is dropped in training; for a looked-up embedding, its row of A.
         rank_stabilised: Whether to scale by `alpha / sqrt(rank)` (rsLoRA, arXiv 2312.03732).
+        groups: Adapters with a rank or alpha of their own, by the same patterns: `value:rank=16,alpha=8` or a
+            `LoraGroup`. The first pattern that matches counts.
         param_dtype: The dtype of the adapters, whatever that of the base; they are computed in the base's.
         seed: What the adapters of ready-made modules draw from; those of constructors draw from the trainer's seed, in
             the same way. A draw depends on seed and path alone.
@@ -82,67 +89,78 @@ def lora(
     dtype or `seed` is out of range.
     """
     check_layers(layers)
-    check_lora(rank, alpha, targets, dropout)
+    check_rank(rank)
     check_seed(seed)
-    size = Size(rank, alpha / (rank**0.5 if rank_stabilised else rank), dropout, floating_dtype(param_dtype))
-    return _adapted(layers, Targets(tuple(targets), rank), size, seed)
+    config = LoraConfig(
+        rank=rank,
+        alpha=alpha,
+        targets=as_targets(targets),
+        dropout=dropout,
+        rank_stabilised=rank_stabilised,
+        groups=as_groups(groups),
+    )
+    return adapted_layers(layers, config, floating_dtype(param_dtype), seed)
 
 
-def _adapted(layers: Sequence[LayerLike], chosen: Targets, size: Size, seed: int) -> list[LayerLike]:
+def with_lora(layers: Sequence[LayerLike], config: LoraConfig) -> Sequence[LayerLike]:
+    """The layers with the adapters of a config, if it has any."""
+    return adapted_layers(layers, config, jnp.float32, 0) if config.rank else layers
+
+
+def adapted_layers(layers: Sequence[LayerLike], config: LoraConfig, param_dtype: Any, seed: int) -> list[LayerLike]:
+    """As `lora`, for checked arguments."""
+    chosen = Targets(config)
+
+    def parts(path: str, module: nnx.Module) -> Parts:
+        found = chosen.among(path, module)
+        return tuple((key, Size(*config.size_of(join(path, key)), config.dropout, param_dtype)) for key in found)
+
     made: dict[Any, LayerLike] = {}
     """By constructor and parts, so that a constructor that stands in several places still does."""
     entries: list[Any] = [entry.layer if isinstance(entry, LayerCall) else entry for entry in layers]
     ready = iter(nnx.clone(nnx.List([e for e in entries if isinstance(e, nnx.Module)]), variables=False, graph=True))
     shapes: dict[int, nnx.Module] = {}
-    parts_of: dict[str, tuple[nnx.Module, tuple[Key, ...]]] = {}
+    parts_of: dict[str, tuple[nnx.Module, Parts]] = {}
     """By path, the ready modules and their parts: all are chosen before any is changed, since layers may share one."""
     result: list[LayerLike] = []
     for index, (entry, given) in enumerate(zip(layers, entries, strict=True)):
         path = f"layers/{index}"
         new: Any = next(ready) if isinstance(given, nnx.Module) else given
         if isinstance(new, nnx.Module):
-            parts_of[path] = new, chosen.among(path, new)
+            parts_of[path] = new, parts(path, new)
         else:
             make, function = constructor_of(path, given)
             if function is None:
                 if id(given) not in shapes:
                     shapes[id(given)] = _shapes(path, given, make)
-                parts = chosen.among(path, shapes[id(given)])
-                new = made.setdefault((id(given), parts), AdaptedConstructor(make, parts, size)) if parts else given
+                own = parts(path, shapes[id(given)])
+                new = made.setdefault((id(given), own), AdaptedConstructor(make, own)) if own else given
         result.append(replace(entry, layer=new) if isinstance(entry, LayerCall) else new)
     chosen.check()
     shared: dict[int, Adapter] = {}
     for path, (module, found) in parts_of.items():
-        adapt(module, found, size, first_key(jax.random.key(seed), path_hash(path)), shared)
+        adapt(module, found, first_key(jax.random.key(seed), path_hash(path)), shared)
     return result
 
 
-def with_lora(layers: Sequence[LayerLike], config: LoraConfig) -> Sequence[LayerLike]:
-    """The layers with the adapters of a config, if it has any."""
-    if not config.rank:
-        return layers
-    return lora(
-        layers,
-        rank=config.rank,
-        alpha=config.alpha,
-        targets=config.targets,
-        dropout=config.dropout,
-        rank_stabilised=config.rank_stabilised,
-    )
-
-
-def adapt(module: nnx.Module, parts: Sequence[Key], size: Size, key: jax.Array, shared: dict[int, Adapter]) -> None:
+def adapt(module: nnx.Module, parts: Parts, key: jax.Array, shared: dict[int, Adapter]) -> None:
     """Gives parts of a module adapters, in place. `shared` has those there are, by the kernel that they are of."""
-    found = {tuple(where): part for where, part in nnx.iter_modules(module, graph=True)}
-    for where in parts:
-        part = found[where]
-        if is_adapted(part):  # in a layer before, which shares it
-            continue
-        kernel = kernel_of(part)
-        if id(kernel) not in shared:
-            place = join("", (*where, ADAPTER))
-            shared[id(kernel)] = _drawn(part, size, jax.random.fold_in(key, zlib.crc32(place.encode())))
-        graft(part, shared[id(kernel)])
+    found: dict[Key, Any] = {tuple(where): part for where, part in nnx.iter_modules(module, graph=True)}
+    for where, size in parts:
+        part, place = found[where], join("", (*where, ADAPTER))
+        kernel = id(kernel_of(part))
+        adapter = part.lora if is_adapted(part) else shared.get(kernel)  # where a layer before shares module or kernel
+        if adapter is None:
+            adapter = _drawn(part, size, jax.random.fold_in(key, zlib.crc32(place.encode())))
+        elif (adapter.lora_a.shape[-1], adapter.scale) != (size.rank, size.scale):
+            raise ArgumentError(
+                "Modules that hold one kernel share an adapter, so `groups` must give them one rank and alpha. Got "
+                f"another for {'/'.join(map(str, where))} than for one before it. Name both in one group.",
+                "lora",
+            )
+        shared[kernel] = adapter
+        if not is_adapted(part):
+            graft(part, adapter)
 
 
 def _drawn(part: Any, size: Size, key: jax.Array) -> Adapter:

@@ -33,8 +33,8 @@ def merge_lora(modules: Sequence[Any], /) -> list[Any]:
 
 def _merge(modules: nnx.List[Any]) -> None:
     """In place, but for kernels, of which new variables are made."""
-    adapters: dict[int, Any] = {}
-    """By kernel, its adapter; None where it has none."""
+    adapters: dict[int, tuple[int, float] | None] = {}
+    """By kernel, the factor and the scale of its adapter; None where it has none."""
     kernels: dict[int, Any] = {}
     found = [(path, part) for path, part in nnx.iter_modules(modules, graph=True) if _has_kernel(part)]
     for path, part in found:
@@ -44,8 +44,8 @@ def _merge(modules: nnx.List[Any]) -> None:
                 f"Got {'/'.join(map(str, path))}, {kind_of(part)}, which is derived from it. Keep it unmerged."
             )
         kernel, adapter = kernel_of(part), getattr(part, "lora", None) if is_adapted(part) else None
-        factor = None if adapter is None else adapter.lora_a
-        if adapters.setdefault(id(kernel), factor) is not factor:
+        own = None if adapter is None else (id(adapter.lora_a), getattr(adapter, "scale", 1.0))
+        if adapters.setdefault(id(kernel), own) != own:
             raise ArgumentError(
                 "Modules that hold one kernel must have one adapter, to be merged into it. "
                 f"{'/'.join(map(str, path))} has another than one that it shares its kernel with. "

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from flax import nnx
 
 from meshpipe.adapters.adapted import KINDS, dims_of, is_adapted, kernel_of, kind_for
+from meshpipe.adapters.config import LoraConfig
+from meshpipe.adapters.groups import as_groups
+from meshpipe.adapters.patterns import matches
 from meshpipe.errors import ArgumentError, kind_of
 from meshpipe.layers.paths import join
 
@@ -23,17 +25,22 @@ Key = tuple[Any, ...]
 
 @dataclass
 class Targets:
-    """Patterns, and what each has matched so far."""
+    """The patterns of a config, and what each has matched so far."""
 
-    patterns: tuple[str, ...]
-    """None is every linear module, and no embedding."""
-    rank: int
+    config: LoraConfig
     _found: dict[str, list[str]] = field(default_factory=dict)
     """By pattern, what it matched that can be adapted."""
     _others: dict[str, list[str]] = field(default_factory=dict)
     """By pattern, what it matched that cannot be, in words."""
     _every: list[str] = field(default_factory=list)
     """The path of every module that could have an adapter."""
+    _chosen: list[str] = field(default_factory=list)
+    """The path of every module that gets one."""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """None is every linear module, and no embedding."""
+        return self.config.targets or ()
 
     def among(self, path: str, module: nnx.Module) -> tuple[Key, ...]:
         """The parts of a layer that get an adapter. Raises `ArgumentError` for a part that is named and cannot have
@@ -63,6 +70,7 @@ class Targets:
                 )
             if problem is None:
                 self._check_rank(place, part)
+                self._chosen.append(place)
                 found.append(key)
         return tuple(found)
 
@@ -82,6 +90,19 @@ class Targets:
                 f"one. Got {pattern!r}, {got}; {instead}.",
                 "lora",
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        used = {self.config.group_of(place) for place in self._chosen}
+        for group in as_groups(self.config.groups):
+            if group not in used:
+                taken = any(group.matches(place) for place in self._chosen)
+                found = "groups before it have all that it matches" if taken else "it matches none"
+                raise ArgumentError(
+                    f"A group of `groups` must match a module with an adapter. Got {group.pattern!r}: {found}. "
+                    f"Modules with an adapter are {_few(self._chosen)}.",
+                    "lora",
+                )
 
     def _none_by_default(self) -> ArgumentError:
         others = self._others.get(DEFAULT, [])
@@ -101,18 +122,14 @@ class Targets:
     def _check_rank(self, place: str, part: Any) -> None:
         kernel, dims = kernel_of(part)[...], dims_of(part)
         sizes = [_product(kernel.shape, which) for which in (dims.inputs, dims.outputs)]
-        if self.rank > min(sizes):
+        rank, _ = self.config.size_of(place)
+        if rank > min(sizes):
             raise ArgumentError(
                 "`rank` must be at most the number of inputs and of outputs of a module with an adapter: no matrix has "
-                f"a higher rank. Got {self.rank}, and {place} has {sizes[0]} inputs and {sizes[1]} outputs. Lower it, "
+                f"a higher rank. Got {rank}, and {place} has {sizes[0]} inputs and {sizes[1]} outputs. Lower it, "
                 f"or leave that module out of `targets` with '!{place}'.",
                 "lora",
             )
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Whether a pattern is one of a whole path, or of its last parts: `query` matches `layers/1/attention/query`."""
-    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*/{pattern}")
 
 
 def _parts(module: nnx.Module) -> Iterator[tuple[Key, Any]]:

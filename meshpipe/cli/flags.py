@@ -18,6 +18,7 @@ PREFIXED = ("mesh", "model", "data", "lora")
 OTHER_NAMES: Mapping[str, str] = {
     "batch": "batch-size",
     "bs": "batch-size",
+    "alpha-pattern": "lora.groups",
     "checkpoint-interval": "checkpoint-every",
     "ckpt-dir": "checkpoint-dir",
     "cp-dir": "checkpoint-dir",
@@ -45,6 +46,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "output-dir": "run-dir",
     "pp": "mesh.pipeline",
     "profile": "profile-steps",
+    "rank-pattern": "lora.groups",
     "save-dir": "checkpoint-dir",
     "save-every": "checkpoint-every",
     "target-modules": "lora.targets",

@@ -1,5 +1,6 @@
 """`meshpipe weights`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -90,8 +91,13 @@ def weights_import(arguments: list[str]) -> int:
 
 
 def _lora_flags(lora: "LoraConfig") -> str:
-    extra = f" --lora.dropout {lora.dropout}" * bool(lora.dropout) + " --lora.rank-stabilised" * lora.rank_stabilised
-    return f"--lora.rank {lora.rank} --lora.alpha {lora.alpha} --lora.targets {' '.join(lora.targets)}{extra}"
+    from meshpipe.adapters.groups import spell
+
+    words = f"--lora.rank {lora.rank} --lora.alpha {spell(lora.alpha)} --lora.targets {shlex.join(lora.targets or ())}"
+    words += f" --lora.dropout {lora.dropout}" * bool(lora.dropout) + " --lora.rank-stabilised" * lora.rank_stabilised
+    if lora.groups:
+        words += f" --lora.groups {shlex.join(map(str, lora.groups))}"
+    return words
 
 
 def weights_export(arguments: list[str]) -> int:

@@ -71,8 +71,7 @@ def export_adapters(
         for name, value in sorted(found.tensors.items())
     ]
     config = _config(model, lora, target_modules(model, adapted), _base_name(metadata, base))
-    if found.rank_pattern:
-        config |= {"rank_pattern": pattern(found.rank_pattern), "alpha_pattern": pattern(found.alpha_pattern)}
+    config |= {"rank_pattern": pattern(found.rank_pattern), "alpha_pattern": pattern(found.alpha_pattern)}
     with new_folder(to) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_file(folder / TENSORS, outlines, found.tensors.__getitem__)

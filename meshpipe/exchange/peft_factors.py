@@ -26,37 +26,66 @@ class PeftFactors:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The adapter of a module here, which is all or a part of one of transformers."""
+
+    module: PeftModule
+    a: np.ndarray
+    """[rank, inputs]"""
+    b: np.ndarray
+    """[outputs, rank]"""
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
 def peft_factors(model: ModelConfig, lora: LoraConfig, leaves: Mapping[str, np.ndarray]) -> PeftFactors:
     """The factors of all adapters, whose leaves are given by path."""
-    by_name: dict[str, list[tuple[PeftModule, np.ndarray, np.ndarray]]] = {}
+    by_name: dict[str, list[_Part]] = {}
     for path, module in modules_of(model).items():
         if f"{path}/{FACTORS['lora_A']}" in leaves:
             a, b = (leaves[f"{path}/{leaf}"] for leaf in FACTORS.values())
-            by_name.setdefault(module.name, []).append((module, a.reshape(-1, lora.rank).T, b.reshape(lora.rank, -1).T))
+            rank, scale = lora.size_of(path)
+            part = _Part(module, a.reshape(-1, rank).T, b.reshape(rank, -1).T, scale)
+            by_name.setdefault(module.name, []).append(part)
     found = PeftFactors()
     for name, parts in by_name.items():
-        first, a, b = parts[0]
-        if len(parts) == first.parts and all(np.array_equal(other, a) for _, other, _ in parts[1:]):
-            b = np.concatenate([values for _, _, values in parts])
+        first = parts[0]
+        if len(parts) == first.module.parts and all(_have_one_a(first, other) for other in parts[1:]):
+            a, b = first.a, np.concatenate([part.b for part in parts])
         else:
-            a, b = np.concatenate([values for _, values, _ in parts]), _blocks(parts, lora.rank)
-            times = len(parts)
-            found.rank_pattern[name] = times * lora.rank
-            found.alpha_pattern[name] = lora.alpha * (times**0.5 if lora.rank_stabilised else times)
+            a, b = np.concatenate([part.a for part in parts]), _blocks(parts)
         found.tensors[tensor_name(name, "lora_A")], found.tensors[tensor_name(name, "lora_B")] = a, b
+        rank = len(a)
+        alpha = first.scale * (rank**0.5 if lora.rank_stabilised else rank)
+        if rank != lora.rank:
+            found.rank_pattern[name] = rank
+        if abs(alpha - lora.alpha) > 1e-9 * alpha:
+            found.alpha_pattern[name] = alpha
     return found
 
 
-def _blocks(parts: list[tuple[PeftModule, np.ndarray, np.ndarray]], rank: int) -> np.ndarray:
-    """B of several parts: each has its own columns, and zeros elsewhere; parts without an adapter have zeros alone."""
-    module, _, b = parts[0]
-    outputs = len(b)
-    made = np.zeros((module.parts * outputs, len(parts) * rank), b.dtype)
-    for number, (of, _, values) in enumerate(parts):
-        made[of.part * outputs : (of.part + 1) * outputs, number * rank : (number + 1) * rank] = values
+def _have_one_a(part: _Part, other: _Part) -> bool:
+    return part.scale == other.scale and np.array_equal(part.a, other.a)
+
+
+def _blocks(parts: list[_Part]) -> np.ndarray:
+    """B of several parts, with the scale of the first: each has its own columns, and zeros elsewhere; parts without an
+    adapter have zeros alone.
+    """
+    first, outputs = parts[0], len(parts[0].b)
+    made = np.zeros((first.module.parts * outputs, sum(part.rank for part in parts)), first.b.dtype)
+    column = 0
+    for part in parts:
+        row, scale = part.module.part * outputs, part.scale / first.scale
+        made[row : row + outputs, column : column + part.rank] = part.b * scale if scale != 1 else part.b
+        column += part.rank
     return made
 
 
 def pattern(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of single modules as the config has them, where numbers that are whole are written so."""
-    return {name: int(value) if value == int(value) else value for name, value in sorted(values.items())}
+    """Values of single modules as the config has them: numbers that are whole but for rounding are written so."""
+    return {name: round(v) if abs(v - round(v)) < 1e-9 * v else v for name, v in sorted(values.items())}

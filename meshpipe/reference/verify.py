@@ -127,8 +127,8 @@ def _copied(batches: Iterable[Mapping[str, Any]]) -> list[Batch]:
 def verify_recipe(config: Config, updates: int = 3) -> VerifyReport:
     """`verify` for a recipe's config, on the first batches that it would train on, with the reference of its model.
 
-    Adapters are added to the kernels of the reference. Where they drop inputs, or a kernel has dims that are neither
-    inputs nor outputs, a model with adapters is compared with its own layers.
+    Adapters are added to the kernels of the reference. Where they drop inputs or have groups, or a kernel has dims that
+    are neither inputs nor outputs, a model with adapters is compared with its own layers.
     """
     if config.optimizer.groups:
         task = config.task()
@@ -157,8 +157,8 @@ def _reference(config: Config) -> Reference | None:
     reference, lora = config.model.reference(), config.lora
     if reference is None or not lora.rank:
         return reference
-    scale = lora.alpha / (lora.rank**0.5 if lora.rank_stabilised else lora.rank)
-    return None if lora.dropout else replace(reference, adapter_scale=scale)
+    _, scale = lora.size_of("")
+    return None if lora.dropout or lora.groups else replace(reference, adapter_scale=scale)
 
 
 class _Verification:

@@ -16,8 +16,8 @@ def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) ->
     Layout, schedule, partition, microbatches, number of steps, learning rate and how often to save may change. Model,
     kind of optimizer, seed and batch size may not. The data is checked later, by its saved position.
     """
-    without = json.loads(json.dumps(config_values(LoraConfig())))
-    saved = {"lora": without, **metadata.get("config", {})}  # older versions had no adapters
+    saved = dict(metadata.get("config", {}))
+    saved["lora"] = _saved_lora(saved.get("lora") or {})
     asked = json.loads(json.dumps(config_values(config)))
     for name in ("seed", "batch_size"):
         if saved.get(name) != asked[name]:
@@ -35,6 +35,12 @@ def check_continues(config: Config, metadata: Mapping[str, Any], folder: str) ->
                     f"A resumed run must keep its {part}. Got {name} {now.get(name)!r}, and {folder} was saved with "
                     f"{before.get(name)!r}. Restore it, or start a new run in another `checkpoint_dir`."
                 )
+
+
+def _saved_lora(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapters that were saved; older versions had none, or no groups, and an empty list for all targets."""
+    made = {**json.loads(json.dumps(config_values(LoraConfig()))), **lora}
+    return {**made, "targets": made["targets"] or None}
 
 
 def _check_trained(saved: Mapping[str, Any], asked: Mapping[str, Any], folder: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meshpipe.adapters.config import LoraConfig
+from meshpipe.adapters.groups import LoraGroup
 from meshpipe.checkpoint import CheckpointError
 from meshpipe.data import DataConfig
 from meshpipe.errors import ArgumentError
@@ -76,7 +77,9 @@ def saved_lora(metadata: Mapping[str, Any], directory: Path) -> LoraConfig:
     config = metadata.get("config")
     saved = config.get("lora", {}) if isinstance(config, dict) else {}
     try:
-        return LoraConfig(**{**saved, "targets": tuple(saved.get("targets", ()))})
+        targets = tuple(saved.get("targets") or ()) or None  # older versions had an empty list for all
+        groups = tuple(LoraGroup(**group) for group in saved.get("groups", ()))
+        return LoraConfig(**{**saved, "targets": targets, "groups": groups})
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"The metadata of a checkpoint must describe its adapters as a run saves them. Got {saved!r:.80} in "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from meshpipe.models.model import ModelConfig
 from meshpipe.weights.architectures import table_of
 from meshpipe.weights.errors import WeightsError
+from meshpipe.weights.multimodal import text_name
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 KERNEL = "/kernel"
@@ -35,9 +36,17 @@ def modules_of(model: ModelConfig) -> dict[str, PeftModule]:
     }
 
 
+_PREFIX = "base_model.model."
+
+
 def tensor_name(module: str, factor: str) -> str:
     """The name of a factor in the file of adapters."""
-    return f"base_model.model.{module}.{factor}.weight"
+    return f"{_PREFIX}{module}.{factor}.weight"
+
+
+def text_tensor(name: str) -> str:
+    """The name that a factor has in a file of adapters of the model of text, where it is of one that sees as well."""
+    return _PREFIX + text_name(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else name
 
 
 def check_modules(model: ModelConfig, adapted: Collection[str]) -> None:
@@ -68,12 +77,11 @@ def target_modules(model: ModelConfig, adapted: Collection[str]) -> list[str]:
     return sorted(found)
 
 
-def targets(model: ModelConfig, adapted: Collection[str]) -> tuple[str, ...]:
-    """Patterns for `LoraConfig.targets` that match the adapted modules and no others."""
+def patterns_of(chosen: Collection[str], among: Collection[str]) -> tuple[str, ...]:
+    """Patterns that match these paths of modules and no others of those that there are."""
 
     def end(path: str) -> str:
         return path.split("/", 2)[2]
 
-    every = modules_of(model)
-    whole = {end(path) for path in adapted if {p for p in every if end(p) == end(path)} <= set(adapted)}
-    return tuple(sorted({end(path) if end(path) in whole else path for path in adapted}))
+    every, own = Counter(map(end, among)), Counter(map(end, chosen))
+    return tuple(sorted({end(path) if own[end(path)] == every[end(path)] else path for path in chosen}))

@@ -1,24 +1,22 @@
 """The adapters in a folder of PEFT, by the leaf paths that they have here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from meshpipe.adapters.config import LoraConfig
-from meshpipe.checkpoint.chunks import whole
+from meshpipe.adapters.groups import spell
 from meshpipe.errors import ArgumentError
 from meshpipe.files import expanded
 from meshpipe.models.model import ModelConfig
 from meshpipe.weights.errors import WeightsError, listed
 from meshpipe.weights.fields import Fields
-from meshpipe.weights.peft import CONFIG, FACTORS, TENSORS, PeftModule, modules_of, targets, tensor_name
-from meshpipe.weights.tensor_file import Tensor, middle_bytes, read_header, read_part
-
-_DTYPES = ("float32", "bfloat16", "float16")
+from meshpipe.weights.peft import CONFIG, FACTORS, TENSORS, PeftModule, modules_of, tensor_name, text_tensor
+from meshpipe.weights.peft_parts import PeftPart, parts_of
+from meshpipe.weights.peft_sizes import PeftSizes, lora_of
+from meshpipe.weights.tensor_file import Tensor, middle_bytes, read_header
 
 
 def is_adapters(folder: Path) -> bool:
@@ -43,16 +41,6 @@ def base_of_adapters(folder: Path, asked: str | Path | None, argument: str) -> P
     )
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """A leaf, and the tensor that it is all of, or the outputs of one of several parts of."""
-
-    name: str
-    tensor: Tensor
-    module: PeftModule
-    is_a: bool
-
-
 class PeftAdapters:
     """The adapters in a folder with adapter_config.json and adapter_model.safetensors, for a model.
 
@@ -62,18 +50,21 @@ class PeftAdapters:
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.folder = folder
         fields = Fields.of_file(folder / CONFIG)
-        self._rank = _checked(fields)
-        self._tensors = read_header(folder / TENSORS)
-        self._factors = _factors(folder, self._tensors, model)
-        self.leaves = frozenset(self._factors)
+        _check(fields)
+        self._tensors = {text_tensor(name): tensor for name, tensor in _header(folder).items()}
+        sizes, self._parts = PeftSizes(fields), dict[str, PeftPart]()
+        for name, modules in _modules(folder, self._tensors, model).items():
+            a, b = (self._tensors[tensor_name(name, factor)] for factor in FACTORS)
+            self._parts |= parts_of(modules, a, b, sizes.of(name)[0])
+        self.modules = tuple(self._parts)
+        """The paths of the modules with an adapter."""
+        self.leaves = frozenset(f"{path}/{leaf}" for path in self.modules for leaf in FACTORS.values())
         """The paths of the leaves of all adapters."""
-        adapted = {path.rsplit("/", 2)[0] for path in self._factors}
-        self.lora = LoraConfig(
-            rank=self._rank,
-            alpha=float(fields.number("lora_alpha", 8)),
-            targets=targets(model, adapted),
-            dropout=float(fields.number("lora_dropout", 0.0)),
-            rank_stabilised=fields.flag("use_rslora", False),
+        self.lora = lora_of(
+            model,
+            {path: (part.rank, sizes.alpha_of(part.module.name, part.rank)) for path, part in self._parts.items()},
+            sizes,
+            fields.number("lora_dropout", 0.0),
         )
 
     @property
@@ -89,29 +80,27 @@ class PeftAdapters:
                 f"{listed(strange)}. {self.flags()}"
             )
         for path, leaf in leaves.items():
-            self._check_shape(path, leaf.shape)
+            part, is_a = self._place(path)
+            (part.check_a if is_a else part.check_b)(leaf.shape)
 
     def flags(self) -> str:
         """What a run needs to go on with them, in words."""
-        lora = self.lora
-        more = (
-            f", `lora.dropout` {lora.dropout}" * bool(lora.dropout) + ", `lora.rank_stabilised`" * lora.rank_stabilised
-        )
+        lora, more = self.lora, ""
+        if lora.dropout:
+            more += f", `lora.dropout` {lora.dropout}"
+        if lora.rank_stabilised:
+            more += ", `lora.rank_stabilised`"
+        if lora.groups:
+            more += f", `lora.groups` {' '.join(map(str, lora.groups))}"
         return (
-            f"They need `lora.rank` {lora.rank}, `lora.alpha` {lora.alpha:g}, `lora.targets` {' '.join(lora.targets)}"
-            f"{more}."
+            f"They need `lora.rank` {lora.rank}, `lora.alpha` {spell(lora.alpha)}, `lora.targets` "
+            f"{' '.join(lora.targets or ())}{more}."
         )
 
     def value(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
         """A leaf in float32."""
-        self._check_shape(path, shape)
-        factor = self._factors[path]
-        tensor = factor.tensor
-        part = list(whole(tensor.shape))
-        if not factor.is_a:
-            size = tensor.shape[0] // factor.module.parts
-            part[0] = slice(factor.module.part * size, (factor.module.part + 1) * size)
-        return read_part(tensor, tensor.shape, tuple(part)).astype(np.float32).T.reshape(shape)
+        part, is_a = self._place(path)
+        return part.value_of_a(shape) if is_a else part.value_of_b(shape)
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """The leaves `wanted`, with their shardings; those without a device in this process are left out."""
@@ -123,49 +112,71 @@ class PeftAdapters:
                 found[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, value.__getitem__)
         return found
 
-    def _check_shape(self, path: str, shape: tuple[int, ...]) -> None:
-        factor = self._factors[path]
-        size = int(np.prod(shape)) // self._rank
-        expected = (self._rank, size) if factor.is_a else (size * factor.module.parts, self._rank)
-        if factor.tensor.shape != expected or str(factor.tensor.dtype) not in _DTYPES:
-            raise WeightsError(
-                f"{factor.name} must have the shape {list(expected)}, of rank {self._rank} and its module, and be one "
-                f"of {', '.join(_DTYPES)}. Got {factor.tensor} in {factor.tensor.file}. Name the right base."
-            )
+    def _place(self, path: str) -> tuple[PeftPart, bool]:
+        """The adapter that a leaf is of, and whether it is A."""
+        module, leaf = path.rsplit("/", 2)[0], path.split("/")[-1]
+        return self._parts[module], leaf == "lora_a"
 
 
-def _checked(fields: Fields) -> int:
-    """The rank. Raises `WeightsError` for adapters that compute something else."""
+_OFF = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+)
+"""What makes adapters compute something else, or something else be trained as well."""
+_OTHER_FORMAT = "adapter_model.bin"
+_INITS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""First values of adapters that are taken out of the weights below them."""
+
+
+def _check(fields: Fields) -> None:
+    """Raises `WeightsError` for adapters that compute something else."""
     fields.must_be("peft_type", "LORA")
     fields.must_be("bias", "none")
-    for name in ("use_dora", "lora_bias"):
-        fields.must_be(name, False)
-    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "layer_replication"):
-        if fields.values.get(name):
-            raise WeightsError(
-                f"Adapters have one rank and one scale here, and nothing beside them. Got `{name}` of {fields.place}, "
-                f"{fields.values[name]!r:.80}. Merge the adapters with PEFT (merge_and_unload), and import the weights."
-            )
-    return fields.size("r")
+    init = fields.values.get("init_lora_weights")
+    is_of_base = isinstance(init, str) and init.lower().startswith(_INITS_OF_THE_BASE)
+    for name in ("init_lora_weights",) if is_of_base else [name for name in _OFF if fields.values.get(name)]:
+        what = "weights as they are, with nothing else changed"
+        raise WeightsError(
+            f"Adapters are read that are added to {what}. Got `{name}` {fields.values[name]!r:.80} in {fields.place}. "
+            "Merge the adapters with PEFT (merge_and_unload), and import the weights."
+        )
 
 
-def _factors(folder: Path, tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, _Factor]:
-    """By leaf path, the tensors. Raises `WeightsError` for missing ones, and for those of no module."""
-    found = {
-        f"{path}/{leaf}": _Factor(name, tensors[name], module, factor == "lora_A")
-        for path, module in modules_of(model).items()
-        for factor, leaf in FACTORS.items()
-        if (name := tensor_name(module.name, factor)) in tensors
-    }
-    if strange := sorted(tensors.keys() - {factor.name for factor in found.values()}):
+def _header(folder: Path) -> dict[str, Tensor]:
+    if not (folder / TENSORS).is_file() and (folder / _OTHER_FORMAT).is_file():
+        raise WeightsError(
+            f"Adapters are read from {TENSORS}. Got {folder}, which has {_OTHER_FORMAT} alone. Load them with PEFT, "
+            "and save them with its save_pretrained, which writes that format."
+        )
+    return read_header(folder / TENSORS)
+
+
+def _modules(folder: Path, tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, dict[str, PeftModule]]:
+    """By name of each adapted module of transformers, the modules here that it is, by path. Raises `WeightsError` for
+    missing tensors, and for those of no module.
+    """
+    found: dict[str, dict[str, PeftModule]] = {}
+    for path, module in modules_of(model).items():
+        if any(tensor_name(module.name, factor) in tensors for factor in FACTORS):
+            found.setdefault(module.name, {})[path] = module
+    known = {tensor_name(name, factor) for name in found for factor in FACTORS}
+    if strange := sorted(tensors.keys() - known):
         raise WeightsError(
             f"Adapters are read for the linear modules of a model. Got {listed(strange)} in {folder}, which has no "
             "place in the model. Name the right base, or merge the adapters with PEFT (merge_and_unload), and import "
             "the weights."
         )
-    other = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
-    other |= {name.replace(".lora_B.", ".lora_A.") for name in tensors if ".lora_B." in name}
-    if missing := sorted(other - tensors.keys()):
+    if missing := sorted(known - tensors.keys()):
         raise WeightsError(f"Each adapter must have its lora_A and lora_B. Got {folder}, without {missing[0]}.")
     if not tensors:
         raise WeightsError(f"A folder of adapters must have some. Got {folder / TENSORS}, which has no tensors.")

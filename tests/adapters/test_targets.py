@@ -29,7 +29,7 @@ def adapted_paths(layers, **options):
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        ((), ["1/mix", "1/out", "1/parts/0", "1/parts/1", "1/query", "2"]),
+        (None, ["1/mix", "1/out", "1/parts/0", "1/parts/1", "1/query", "2"]),
         (("*",), ["0", "1/mix", "1/out", "1/parts/0", "1/parts/1", "1/query", "2"]),
         (("query", "layers/2"), ["1/query", "2"]),
         (("parts/*",), ["1/parts/0", "1/parts/1"]),
@@ -64,6 +64,17 @@ def test_a_class_derived_from_one_of_flax_is_adapted_and_cut_off_again():
         ({"seed": -1}, r"`seed` must be at least 0. Got -1"),
         ({"targets": "query"}, r"`targets` must be a list of patterns of paths. Got 'query'"),
         ({"targets": ["!query"]}, r"One of `targets` must say what gets an adapter"),
+        (
+            {"targets": []},
+            r"must say what gets an adapter. Got \[\], which names nothing. Without `targets`, every linear",
+        ),
+        ({"groups": ["query"]}, r"must be a pattern, a colon and what is its own: rank or alpha. Got 'query'"),
+        ({"groups": ["query:rank=x"]}, r"Got 'query:rank=x'. Write e.g. 'value:rank=16,alpha=32'"),
+        ({"groups": ["query:rank=0"]}, r"whole number of at least 1. Got 0 for 'query'. `targets` leaves modules out"),
+        ({"groups": ["query:alpha=0"]}, r"alpha of a group of `groups` must be a number above 0. Got 0.0 for 'query'"),
+        ({"groups": ["qury:rank=1"]}, r"must match a module with an adapter. Got 'qury': it matches none"),
+        ({"groups": ["q*:rank=1", "query:rank=2"]}, r"Got 'query': groups before it have all that it matches"),
+        ({"rank": 2, "groups": ["layers/4:rank=5"]}, r"Got 5, and layers/4 has 8 inputs and 4 outputs"),
         ({"targets": ["qury"]}, r"'qury', which matches nothing; an adapter fits layers/0, layers/1/mix, .*, \.\.\."),
         ({"targets": ["query", "layers/7/*"]}, r"'layers/7/\*', which matches nothing"),
         ({"targets": ["norm"]}, r"'norm' names layers/1/norm, a LayerNorm. .* '!layers/1/norm'"),
