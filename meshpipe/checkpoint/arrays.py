@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from meshpipe.checkpoint.checksums import Checksums, file_problem
@@ -38,7 +39,8 @@ def read_leaves(
     """Some leaves of the step in this folder with their shardings, by stage and key, and what is wrong with their
     files.
 
-    Shapes and dtypes must be the saved ones, and the index and the list of files must have been checked.
+    Shapes must be the saved ones, and so must dtypes, but that values are rounded to a shorter one on the way. The
+    index and the list of files must have been checked.
     """
     leaves = {at: _LeafRead(step, at[1], index[at[1]], shape, files) for at, shape in wanted.items()}
     problems: dict[str, str] = {}
@@ -62,6 +64,7 @@ class _LeafRead:
     ) -> None:
         self._step, self._saved, self._wanted, self._files = step, saved, wanted, files
         self._folder = f"{saved['item']}/{directory_name(key)}"
+        self._dtype = jnp.dtype(saved["dtype"])
         self._lock = threading.Lock()
         assert wanted.sharding is not None
         indices = wanted.sharding.addressable_devices_indices_map(wanted.shape)
@@ -99,7 +102,7 @@ class _LeafRead:
         if chunks != self._saved.get("chunks", chunks) or chunk_count(self._wanted.shape, chunks) > len(self._files):
             return {name: "does not describe the leaf: its chunks are not those of the files"}
         self._chunks = chunks
-        size = int(np.prod(chunks, dtype=np.int64)) * self._wanted.dtype.itemsize
+        size = int(np.prod(chunks, dtype=np.int64)) * self._dtype.itemsize
         unknown = {part for part in self._parts() if self._files.get(f"{self._folder}/{part}", (0, 0))[0] != size}
         return {f"{self._folder}/{part}": "has not the size that its leaf asks for" for part in unknown}
 
@@ -158,9 +161,10 @@ class _LeafRead:
                 copies.append((buffer[place], inside(common, part)))
         assert self._chunks is not None
         first = copies[0][0]
-        if len(copies) == 1 and first.shape == tuple(self._chunks) and first.flags.c_contiguous:
+        fits = first.dtype == self._dtype and first.shape == tuple(self._chunks) and first.flags.c_contiguous
+        if len(copies) == 1 and fits:
             return first, []
-        return np.empty(self._chunks, self._wanted.dtype), copies
+        return np.empty(self._chunks, self._dtype), copies
 
     def _hand_over(self) -> None:
         shape, sharding = self._wanted.shape, self._wanted.sharding

@@ -98,25 +98,36 @@ def _check_array(key: str, leaf: Any) -> None:
         raise CheckpointError(f"{key} was donated or deleted. Save the arrays that the last step returned.")
 
 
-def check_leaf(step: int, key: str, leaf: Any, leaves: Mapping[str, Any]) -> None:
+CONVERTED = ("float32", "bfloat16")
+"""The dtypes of weights that are read as each other where that is asked for."""
+
+
+def check_leaf(step: int, key: str, leaf: Any, leaves: Mapping[str, Any], *, converts: bool = False) -> None:
+    """Raises `CheckpointError` for a leaf that is not saved, or is saved in another shape or dtype. `converts` says
+    whether float32 may be read as bfloat16, and the other way.
+    """
     saved = leaves.get(key)
     if saved is None:
         raise CheckpointError(
             f"Every leaf to restore must be in the checkpoint. {key} is not in step {step}. "
             "The model or optimizer is another than the one that was saved."
         )
-    found = (tuple(saved["shape"]), saved["dtype"])
-    if found != (tuple(leaf.shape), str(leaf.dtype)):
+    found, asked = (tuple(saved["shape"]), saved["dtype"]), (tuple(leaf.shape), str(leaf.dtype))
+    if converts and found[1] in CONVERTED and asked[1] in CONVERTED:
+        asked = asked[0], found[1]
+    if found != asked:
         raise CheckpointError(
             f"A leaf must be restored with its saved shape and dtype. {key} is {found[1]}{list(found[0])} in "
             f"step {step}; asked for {leaf.dtype}{list(leaf.shape)}. Configure the model as it was when it was saved."
         )
 
 
-def check_weights(step: int, wanted: Mapping[str, Any], leaves: Mapping[str, Any], directory: object) -> None:
+def check_weights(
+    step: int, wanted: Mapping[str, Any], leaves: Mapping[str, Any], directory: object, *, converts: bool = False
+) -> None:
     """Raises `CheckpointError` unless the parameters and other state of a checkpoint, by key, are those of a model."""
     for key, leaf in wanted.items():
-        check_leaf(step, key, leaf, leaves)
+        check_leaf(step, key, leaf, leaves, converts=converts)
     more = [key for key in leaves if key.startswith(WEIGHTS) and key not in wanted]
     if more:
         raise CheckpointError(

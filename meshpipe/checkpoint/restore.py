@@ -14,34 +14,36 @@ from meshpipe.checkpoint.reader import CheckpointReader, ProblemsError, load_ste
 
 
 def restore_step(
-    reader: CheckpointReader, step: int, abstract: Sequence[Tree]
+    reader: CheckpointReader, step: int, abstract: Sequence[Tree], *, converts: bool = False
 ) -> list[dict[str, dict[str, jax.Array]]]:
-    """What `Checkpointer.restore` returns."""
+    """What `Checkpointer.restore` returns; `converts` is as of `check_leaf`."""
     with reader.reading(step) as folder:
-        return _restore(folder, step, abstract)
+        return _restore(folder, step, abstract, converts)
 
 
 def restore_or_problems(
-    reader: CheckpointReader, step: int, abstract: Sequence[Tree]
+    reader: CheckpointReader, step: int, abstract: Sequence[Tree], *, converts: bool = False
 ) -> tuple[list[dict[str, dict[str, jax.Array]]], list[str]]:
     """What `Checkpointer.restore` returns, or what is wrong with the files that this process reads, a sentence for each
-    file, and no arrays.
+    file, and no arrays. `converts` is as of `check_leaf`.
     """
     try:
         with reader.watching(step) as folder:
-            return _restore(folder, step, abstract), []
+            return _restore(folder, step, abstract, converts), []
     except ProblemsError as error:
         return [], sentences(error.problems)
 
 
-def _restore(folder: Path, step: int, abstract: Sequence[Tree]) -> list[dict[str, dict[str, jax.Array]]]:
+def _restore(
+    folder: Path, step: int, abstract: Sequence[Tree], converts: bool = False
+) -> list[dict[str, dict[str, jax.Array]]]:
     """Raises `ProblemsError` for files that are damaged."""
     saved = load_step(folder, step)
     leaves = saved.document["leaves"]
     wanted: dict[tuple[int, str], jax.ShapeDtypeStruct] = {}
     for stage, tree in enumerate(abstract):
         for key, leaf in _flat(tree):
-            check_leaf(step, key, leaf, leaves)
+            check_leaf(step, key, leaf, leaves, converts=converts)
             shape = with_sharding(leaf)
             if shape.sharding.addressable_devices:
                 wanted[stage, key] = shape

@@ -57,7 +57,7 @@ def evaluate(arguments: list[str], *, stop: StopRequest) -> int:
     begin_joined(arguments)
     with phase("Importing JAX"):
         from meshpipe.cli.folder_flags import FolderFlags
-        from meshpipe.generation.held_out import evaluate_saved, held_out_source, tokens_of_others
+        from meshpipe.generation.held_out import beyond_positions, evaluate_saved, held_out_source, tokens_of_others
         from meshpipe.generation.saved import open_saved
         from meshpipe.processes.coordination import process_index
         from meshpipe.report.tables import make_console, print_text
@@ -77,7 +77,7 @@ def evaluate(arguments: list[str], *, stop: StopRequest) -> int:
             console.print(saved.note, markup=False)
         with phase("Opening the data"):
             source = held_out_source(saved, asked.data, asked.sequence_length)
-        if said := tokens_of_others(saved, asked.data):
+        for said in filter(None, (tokens_of_others(saved, asked.data), beyond_positions(saved, source))):
             console.print(said, markup=False)
         found = evaluate_saved(
             saved,

@@ -89,6 +89,8 @@ def generate(arguments: list[str], *, stop: StopRequest) -> int:
                 compile_cache=groups.compile_cache,
             )
         console.print(f"Generating with {saved.name}. {saved.note}".rstrip(), markup=False)
+        if said := saved.beyond(max(map(len, prompts), default=0) + sampling.max_tokens):
+            console.print(said, markup=False)
         write = _write if process_index() == 0 else None
         written = WrittenTexts(texts, tokenizer, as_json=flags.prompts.json, write=write)
         return _generate(generator, prompts, sampling, written, console, stop)

@@ -32,8 +32,8 @@ class ModelFlags:
     """Dtype of computation; by default that of the run, and float32 for published weights. bfloat16 is for
     accelerators."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype in which published weights are kept; by default float32, or bfloat16 where all have it and `--dtype` is
-    so."""
+    """Dtype in which weights are kept; by default that of the run, and for published weights float32, or bfloat16 where
+    all have it and `--dtype` is so."""
     base: Path | None = None
     """Folder of the weights below adapters; by default the one that their folder names."""
 

@@ -70,7 +70,9 @@ class PreparedWindows:
             ) from error
 
     def check_limits(self, limits: Mapping[str, int]) -> None:
-        """Raises `ArgumentError` when tokens of the data, or of its tokenizer, are beyond the vocabulary of a model."""
+        """Raises `ArgumentError` when tokens of the data, or of its tokenizer, are beyond the vocabulary of a model, or
+        its windows are longer than the documents that a model with learned positions takes.
+        """
         limit = min((limits[name] for name in ("inputs", "targets") if name in limits), default=None)
         found = self.manifest
         if limit is not None and max(found.vocab_size, found.largest_token + 1) > limit:
@@ -79,6 +81,12 @@ class PreparedWindows:
                 f"tokenizer of {max(found.vocab_size, found.largest_token + 1):,} tokens, for a model of {limit:,}. "
                 "Prepare the data with the tokenizer of the model, or give the model a larger vocabulary "
                 "(`model.vocab_size`)."
+            )
+        if found.sequence_length > limits.get("positions", found.sequence_length):
+            raise ArgumentError(
+                "Windows must be at most as long as the texts that a model has learned positions for. Got "
+                f"{self.folder}, with windows of {found.sequence_length:,} tokens, for a model of "
+                f"{limits['positions']:,} positions. Prepare the data with a shorter `sequence_length`."
             )
 
     def __repr__(self) -> str:

@@ -55,5 +55,5 @@ def check_limits(source: Any, limits: Mapping[str, int]) -> None:
             if name in example and (largest := int(np.max(example[name], initial=0))) >= limit:
                 raise ArgumentError(
                     f"Every value of {name} must be below {limit}, the limit of the model. Got {largest} in example "
-                    f"{index}. Give the model more classes or a larger vocabulary, or use other data."
+                    f"{index}. Give the model more classes, a larger vocabulary or more positions, or use other data."
                 )

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 try:
@@ -28,7 +27,6 @@ from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.generation.saved import Saved, open_saved
 from meshpipe.generation.tokenizer import TextTokenizer, encode_pair, encode_text, first_token
 from meshpipe.mesh import MeshConfig, use_cpu_devices
-from meshpipe.weights.companions import PRETRAINED
 
 _log = logging.getLogger("lm_eval.meshpipe")
 
@@ -228,15 +226,7 @@ def _cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
 
 def _max_length(saved: Saved) -> int:
     """The positions of the model, or those that its config.json tells of."""
-    most = getattr(saved.model, "max_positions", None)
-    if most is not None:
-        return int(most)
-    for folder in (saved.folder, saved.folder / PRETRAINED):
-        file: Path = folder / "config.json"
-        found = json.loads(file.read_text()).get("max_position_embeddings") if file.is_file() else None
-        if isinstance(found, int):
-            return found
-    return DEFAULT_LENGTH
+    return getattr(saved.model, "max_positions", None) or saved.longest_text or DEFAULT_LENGTH
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from meshpipe.adapters.lora import with_lora
@@ -62,6 +63,11 @@ def tokens_of_others(saved: Saved, data: Path | None) -> str:
     from meshpipe.data.same_tokenizer import other_tokenizer
 
     return other_tokenizer(PreparedConfig(path=str(data)), Path(file).parent)
+
+
+def beyond_positions(saved: Saved, source: Source) -> str:
+    """A sentence about windows that are longer than the texts that the model is for; empty where they are not."""
+    return saved.beyond(np.size(source[0][saved.model.input]))
 
 
 def _of_the_run(saved: Saved) -> Source:

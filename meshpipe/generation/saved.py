@@ -1,10 +1,11 @@
 """A model in a folder, trained here or published: what it is, and how its weights come onto the submeshes of a mesh."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -18,24 +19,34 @@ from meshpipe.data import TextFilesConfig
 from meshpipe.errors import ArgumentError
 from meshpipe.files import expanded
 from meshpipe.generation.generator import Generator
-from meshpipe.generation.staged_weights import ReadWeights
 from meshpipe.generation.tokenizer import TextTokenizer, end_tokens, find_tokenizer
 from meshpipe.layers.initialise import initialise
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.models.model import ModelConfig
 from meshpipe.processes.coordination import process_count
 from meshpipe.processes.group import Group
-from meshpipe.runs.find_start import check_same_weights, find_start
+from meshpipe.runs.find_start import check_same_weights, find_start, saved_param_dtype
 from meshpipe.runs.saved_base import check_digest
 from meshpipe.runs.saved_model import saved_lora, saved_model
 from meshpipe.runs.start import Start
 from meshpipe.training.base import digest_of_leaves
 from meshpipe.training.state import StateTree
 from meshpipe.weights import WeightsFolder, is_published
-from meshpipe.weights.companions import PRETRAINED
+from meshpipe.weights.companions import PRETRAINED, companions_of
 from meshpipe.weights.model_of import MODELS, saved_model_of
+from meshpipe.weights.positions import longest_text
 
 DtypeName = Literal["float32", "bfloat16"]
+
+
+@runtime_checkable
+class ReadSaved(Protocol):
+    """Reads the leaves of the local stages onto their submeshes. Raises `ValueError` when they are those of another
+    model, or damaged.
+    """
+
+    def __call__(self, model: StagedModel, converts: bool = False) -> Sequence[StateTree]:
+        """`converts` says whether weights saved in float32 may be read into a model that keeps them in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +58,43 @@ class Saved:
     folder: Path
     model: ModelConfig
     lora: LoraConfig
-    read: ReadWeights
-    """Reads the leaves of the local stages onto their submeshes. Raises `ValueError` when they are those of another
-    model, or damaged."""
+    read: ReadSaved
     tokenizer: TextTokenizer | None
     """What its tokens are; None where nothing tells."""
     ends: tuple[int, ...]
     """The tokens that end a text."""
+    longest_text: int | None = None
+    """The most positions that published weights are for; None where nothing tells."""
     note: str = ""
     """What is lost of the weights, as a sentence."""
     metadata: Mapping[str, Any] | None = None
     """What the checkpoint says of its run; None for published weights."""
 
-    def generator(self, mesh: Mesh, **arguments: Any) -> Generator:
-        """Reads the weights onto a mesh; `arguments` are further ones of `Generator`."""
-        tokenizer = self.tokenizer
-        return Generator(self.model, self.read, mesh=mesh, tokenizer=tokenizer, lora=self.lora, **arguments)
+    def beyond(self, length: int) -> str:
+        """A sentence about texts of up to so many tokens, where the model is for shorter ones; else empty."""
+        if self.longest_text is None or length <= self.longest_text:
+            return ""
+        return (
+            f"The model is for texts of at most {self.longest_text:,} tokens (max_position_embeddings of its "
+            f"config.json), and these have up to {length:,}: expect worse results beyond."
+        )
+
+    def generator(self, mesh: Mesh, *, weights_dtype: str = "float32", **arguments: Any) -> Generator:
+        """Reads the weights onto a mesh; `arguments` are further ones of `Generator`. Raises `ArgumentError` for
+        another `weights_dtype` than the run's below adapters whose base is compared with what the run had.
+        """
+        converts = weights_dtype != "float32"
+        if converts and self.metadata is not None and base_of(self.metadata) is not None:
+            raise _kept_as_it_was("weights_dtype", weights_dtype, self.folder, self.metadata)
+        return Generator(
+            self.model,
+            partial(self.read, converts=converts),
+            mesh=mesh,
+            tokenizer=self.tokenizer,
+            lora=self.lora,
+            weights_dtype=weights_dtype,
+            **arguments,
+        )
 
 
 def open_saved(
@@ -81,7 +113,8 @@ def open_saved(
         step: Of a checkpoint; None takes the newest.
         tokenizer: File or folder of a tokenizer, in place of what the folder tells.
         dtype: How the model is computed; None is as the run computed it, and float32 for published weights.
-        param_dtype: What published weights are kept in; None is float32, or bfloat16 where they and `dtype` are so.
+        param_dtype: What weights are kept in; None is as the run kept them, and for published weights float32, or
+            bfloat16 where they and `dtype` are so.
         base: The folder of the weights below adapters, in place of the one that the folder names.
 
     For a model that is none of meshpipe's own, it runs the recipe's Python file, which the checkpoint names: use that
@@ -97,12 +130,7 @@ def open_saved(
             "config.json and files of safetensors, or of adapters of PEFT. "
             f"Got {str(folder)!r}, which has none of them."
         )
-    if param_dtype is not None:
-        raise ArgumentError(
-            f"`param_dtype` is for published weights. Got it with {folder}, whose checkpoints have the dtypes of "
-            "their run. Leave it out."
-        )
-    return _checkpoint(folder, step, tokenizer, dtype, base)
+    return _checkpoint(folder, step, tokenizer, dtype, param_dtype, base)
 
 
 def _published(
@@ -119,7 +147,7 @@ def _published(
     check_same_weights(weights, "weights")
     kept = param_dtype or (weights.param_dtype if dtype == "bfloat16" else "float32")
 
-    def read(model: StagedModel) -> list[StateTree]:
+    def read(model: StagedModel, converts: bool = False) -> list[StateTree]:
         weights.check({path: leaf for stage in model.parameters for path, leaf in stage.all_params.items()})
         wanted = {path: leaf for s in model.local for path, leaf in model.parameters[s].all_params.items()}
         values = weights.read(wanted)
@@ -134,6 +162,7 @@ def _published(
         read=read,
         tokenizer=find_tokenizer(weights.model, tokenizer, list(dict.fromkeys([folder, weights.folder]))),
         ends=end_tokens(weights.folder),
+        longest_text=longest_text(weights.folder, weights.model),
         note=weights.rounded_to(kept),
     )
 
@@ -154,6 +183,7 @@ def _checkpoint(
     step: int | None,
     tokenizer: str | Path | None,
     dtype: DtypeName | None,
+    param_dtype: DtypeName | None,
     base: str | Path | None,
 ) -> Saved:
     reader = reader_of(folder)
@@ -164,7 +194,9 @@ def _checkpoint(
     kind = parts["model"].get("type") if isinstance(parts.get("model"), dict) else None
     own = kind in MODELS
     model = saved_model_of(metadata, reader.directory) if own else saved_model(metadata, reader.directory, "recipe")
-    model = _with(model, dtype=dtype)
+    model = _with(model, dtype=dtype, param_dtype=param_dtype)
+    if base_of(metadata) is not None and param_dtype not in (None, saved_param_dtype(metadata)):
+        raise _kept_as_it_was("param_dtype", param_dtype, folder, metadata)
     lora, seed = saved_lora(metadata, reader.directory), metadata.get("seed")
     asked = Config(
         model=model,
@@ -177,16 +209,30 @@ def _checkpoint(
         raise ArgumentError(f"`base` is for adapters. Got it with {folder}, whose step {step} has none. Leave it out.")
     start = find_start(asked, None if base is None else str(base))
     assert start is not None
+
+    def read(model: StagedModel, converts: bool = False) -> list[StateTree]:
+        return _read(replace(start, converts=converts or start.converts), model, asked.seed)
+
     places = [reader.directory / PRETRAINED, *_prepared(parts.get("data"))]
     return Saved(
         name=f"step {step} of {reader.directory}",
         folder=reader.directory,
         model=model,
         lora=lora,
-        read=lambda model: _read(start, model, asked.seed),
+        read=read,
         tokenizer=find_tokenizer(model, tokenizer, places),
         ends=end_tokens(reader.directory / PRETRAINED),
+        longest_text=longest_text(companions_of(reader.directory), model),
+        note=" ".join(start.warnings),
         metadata=metadata,
+    )
+
+
+def _kept_as_it_was(name: str, dtype: str, folder: Path, metadata: Mapping[str, Any]) -> ArgumentError:
+    return ArgumentError(
+        "The base of adapters is kept as their run kept it, since it is compared with what that had. Got "
+        f"`{name}` {dtype} for {folder}, whose run had {saved_param_dtype(metadata)}. Leave it out, or export the "
+        "weights with the adapters merged into them."
     )
 
 

@@ -52,18 +52,15 @@ class StagedWeights:
         cls, task: Task, mesh: Mesh, read: ReadWeights, num_microbatches: int = 1, dtype: str | None = None
     ) -> "StagedWeights":
         """Cuts the layers of a task into stages, and reads their values. With a `dtype`, kernels and embeddings are
-        then kept in it, in place of that of the layers.
+        read into it, in place of that of the layers.
         """
+        if dtype is not None:
+            keeping = with_constructors(
+                task.layers, lambda make: KeepingConstructor(make, dtype), "to change its dtype"
+            )
+            task = replace(task, layers=keeping)
         model = forward_model(task, mesh, num_microbatches)
-        values = _read(model, read)
-        if dtype is None:
-            return cls(model, task.layers, values)
-        layers = with_constructors(task.layers, lambda make: KeepingConstructor(make, dtype), "to change its dtype")
-        kept = forward_model(replace(task, layers=layers), mesh, num_microbatches, model.cuts)
-        for s in kept.local:
-            for path, shape in kept.parameters[s].all_params.items():
-                values[s][path] = values[s][path].astype(shape.dtype)  # one after the other: both are there of one only
-        return cls(kept, layers, values)
+        return cls(model, task.layers, _read(model, read))
 
 
 @dataclass(frozen=True)
@@ -91,14 +88,12 @@ def _read(model: StagedModel, read: ReadWeights) -> dict[int, dict[str, jax.Arra
     return values
 
 
-def forward_model(task: Task, mesh: Mesh, num_microbatches: int, cuts: tuple[range, ...] | None = None) -> StagedModel:
-    """The model with one stage for each rank of the mesh; without `cuts`, ranks hold about equally many bytes."""
+def forward_model(task: Task, mesh: Mesh, num_microbatches: int) -> StagedModel:
+    """The model with one stage for each rank of the mesh; ranks hold about equally many bytes."""
     ranks = range(mesh.devices.shape[0])
-    if cuts is None:
-        layers = abstract_layers(task.layers, task.batch)
-        sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in layer.all_params.values()) for layer in layers]
-        cuts = partition_by_cost(sizes, list(ranks))
-    choice = Choice(gpipe(len(ranks), num_microbatches), cuts, None)
+    layers = abstract_layers(task.layers, task.batch)
+    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in layer.all_params.values()) for layer in layers]
+    choice = Choice(gpipe(len(ranks), num_microbatches), partition_by_cost(sizes, list(ranks)), None)
     config = PipelineConfig(schedule="gpipe", num_microbatches=num_microbatches)
     return StagedModel(task, mesh=mesh, config=config, choice=choice)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from meshpipe.config import Config
 from meshpipe.data.same_tokenizer import other_tokenizer
 from meshpipe.errors import ArgumentError
 from meshpipe.files import check_folder
+from meshpipe.layers.shared import FACTORS
 from meshpipe.processes.coordination import all_gather, process_count
 from meshpipe.runs.continues import check_continues
 from meshpipe.runs.record import check_metadata
 from meshpipe.runs.run_folder import used_by
 from meshpipe.runs.saved_base import base_step
+from meshpipe.runs.saved_model import saved_lora
 from meshpipe.runs.start import WAIT_SECONDS, Start, damaged
 from meshpipe.weights import WeightsFolder, is_published
 from meshpipe.weights.architectures import differences
@@ -69,16 +71,43 @@ def find_start(config: Config, base: str | None = None) -> Start | None:
             raise ArgumentError(
                 f"`steps` must be above the step that a run continues from. Got {config.steps}, and {step}."
             )
+    weights_only, before = options.init_what == "weights", saved_param_dtype(metadata)
+    converts = weights_only and getattr(config.model, "param_dtype", before) != before
+    rounded = "Its float32 weights are rounded to bfloat16." if converts and before == "float32" else ""
+    other_scale = _other_scale(config.lora, saved_lora(metadata, Path(folder)), Checkpointer(folder).leaves(step))
+    said = (rounded, other_scale, other_tokenizer(config.data, Path(folder) / PRETRAINED))
     start = Start(
         folder,
         step,
         metadata,
         is_own=False,
         argument="init_step",
-        weights_only=options.init_what == "weights",
-        warnings=tuple(filter(None, [other_tokenizer(config.data, Path(folder) / PRETRAINED)])),
+        weights_only=weights_only,
+        converts=converts,
+        warnings=tuple(sentence for sentence in said if sentence),
     )
     return _with_base(start, config, base)
+
+
+def _other_scale(asked: LoraConfig, saved: LoraConfig, leaves: Iterable[str]) -> str:
+    """A sentence about adapters that a run begins with and scales otherwise; empty where it does not."""
+    if not (asked.rank and saved.rank):
+        return ""
+    for key in leaves:
+        module = key.removeprefix("params/").removesuffix(f"/{FACTORS[0]}")
+        if key.endswith(FACTORS[0]) and saved.size_of(module)[1] != asked.size_of(module)[1]:
+            return (
+                f"Its adapters had the scale {saved.size_of(module)[1]:g}, and have {asked.size_of(module)[1]:g} here, "
+                f"as at {module}: another alpha, rank or groups."
+            )
+    return ""
+
+
+def saved_param_dtype(metadata: Mapping[str, Any]) -> str:
+    """The dtype that a run kept the parameters of its model in; older versions had one."""
+    config = metadata.get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    return str(model.get("param_dtype", "float32")) if isinstance(model, dict) else "float32"
 
 
 def _published_start(config: Config, folder: str) -> Start:
@@ -107,8 +136,7 @@ def _published_start(config: Config, folder: str) -> Start:
 
 def _check_adapters(found: PeftAdapters, asked: LoraConfig) -> None:
     """Raises `ArgumentError` for a run whose adapters are of another size than those that it begins with."""
-    has, needs = ((one.rank, one.alpha, one.rank_stabilised) for one in (asked, found.lora))
-    if has != needs:
+    if not asked.rank or any(found.lora.size_of(path) != asked.size_of(path) for path in found.modules):
         raise ArgumentError(
             f"A run that begins with adapters must have such adapters. Got {found.folder} for a run with `lora.rank` "
             f"{asked.rank} and `lora.alpha` {asked.alpha:g}. {found.flags()}"
@@ -170,7 +198,8 @@ def _with_base(start: Start, config: Config, base_folder: str | None) -> Start:
             f"A base must be a checkpoint of all parameters. Got step {step} of {folder}, which leaves some out. Pass "
             "the folder of the base as `init_from`."
         )
-    base = Start(folder, step, metadata, is_own=False, argument="init_step", weights_only=True)
+    # What it is converted to has the digest that the run has saved, or is refused.
+    base = Start(folder, step, metadata, is_own=False, argument="init_step", weights_only=True, converts=True)
     return replace(start, left_out_base=left_out, base=base)
 
 

@@ -53,6 +53,8 @@ class Start:
     """The weights, where `folder` is not one of checkpoints."""
     differences: Sequence[str] = ()
     """What the run's model computes otherwise than the published one, in words."""
+    converts: bool = False
+    """Whether the model may keep weights in bfloat16 that were saved in float32, and the other way."""
     warnings: Sequence[str] = ()
     """What a user should know of how weights and data are read, in sentences."""
 
@@ -81,6 +83,7 @@ class Start:
             {key: leaf for key, leaf in found.items() if key not in from_base and key not in first},
             leaves,
             self.folder,
+            converts=self.converts,
         )
         if self.base is not None:
             self.base._check_base({key: found[key] for key in sorted(from_base)})
@@ -92,7 +95,7 @@ class Start:
             return
         leaves = self._leaves()
         for key, leaf in wanted.items():
-            check_leaf(self.step, key, leaf, leaves)
+            check_leaf(self.step, key, leaf, leaves, converts=self.converts)
 
     def _leaves(self) -> Mapping[str, dict[str, Any]]:
         """What is there, by key."""
@@ -149,7 +152,8 @@ class Start:
         with phase(f"Reading {self.place} ({format_bytes(tree_bytes(held))})"):
             if (published := self.published) is not None:
                 return self._read_intact(lambda: (_read_published(published, held), []), role)
-            return self._read_intact(lambda: restore_or_problems(Checkpointer(self.folder), self.step, held), role)
+            reader = Checkpointer(self.folder)
+            return self._read_intact(lambda: restore_or_problems(reader, self.step, held, converts=self.converts), role)
 
     def keep_companions(self, checkpoints: Path) -> None:
         """Copies the tokenizer and the config.json of published weights that this run began with, if it did."""

@@ -76,6 +76,8 @@ def test_a_run_goes_on_with_adapters_of_peft(adapters: Path, capsys: pytest.Capt
     assert before.keys() == after.keys()
     for path, leaf in before.items():
         np.testing.assert_array_equal(after[path], leaf, err_msg=path)
+    assert run("single", "--lora.rank 2 --lora.targets query down --lora.alpha 4 --init-from before --steps 0") == 0
+    assert "Its adapters had the scale 8, and have 2 here, as at layers/1/" in capsys.readouterr().out
     adapters.with_name("weights").rename("moved")
     assert run("single", f"{asked} other") == 2
     assert "Pass that folder as --init-base." in capsys.readouterr().err

@@ -121,6 +121,19 @@ def test_text_and_what_training_in_bfloat16_says(folder: Path, capsys: pytest.Ca
         "Trained in bfloat16, where updates below 1/256 of a parameter are lost to rounding: layers/0/embedding"
         in " ".join(capsys.readouterr().out.split())
     )
-    import_weights("half", "imported")
-    assert main(["generate", "imported", "--param-dtype", "bfloat16", "--prompt", "fox"]) == 2
-    assert "--param-dtype is for published weights." in capsys.readouterr().err
+    import_weights("whole", "imported")
+    for flags in ("imported", "imported --param-dtype bfloat16", "imported --mesh.tensor 2 --param-dtype bfloat16"):
+        assert main(f"generate {flags} --prompt fox --max-tokens 6".split()) == 0, capsys.readouterr().err
+        shown = capsys.readouterr()
+        assert shown.out == texts[0]
+        assert ("Its float32 weights are rounded to bfloat16." in shown.err) == ("--param" in flags)
+    few = "--lora.rank 2 --model.param-dtype bfloat16 --checkpoint-dir"
+    assert main(["train", RECIPE, "--init-from", "imported", *few.split(), "tuned", "--steps", "1"]) == 0, (
+        capsys.readouterr().err
+    )
+    assert "Its float32 weights are rounded to bfloat16." in " ".join(capsys.readouterr().out.split())
+    assert main(["train", RECIPE, *few.split(), "tuned", "--resume", "--steps", "2"]) == 0, capsys.readouterr().err
+    assert main(["generate", "tuned", "--prompt", "fox"]) == 0, capsys.readouterr().err
+    assert main(["generate", "tuned", "--prompt", "fox", "--param-dtype", "float32"]) == 2
+    assert "The base of adapters is kept as their run kept it" in capsys.readouterr().err
+    assert load("tuned", layers="recipe")[0].embedding[...].dtype == BFLOAT16

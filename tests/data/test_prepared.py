@@ -146,6 +146,9 @@ def test_a_vocabulary_larger_than_that_of_the_model_is_refused(folders: dict[str
         check_limits(source, {"inputs": 320, "targets": 320})
         with pytest.raises(ValueError, match="prepared with a tokenizer of 320 tokens, for a model of 319"):
             check_limits(source, {"inputs": 319, "targets": 319})
+        check_limits(source, {"positions": 16})
+        with pytest.raises(ValueError, match=r"with windows of 16 tokens, for a model of 15 positions. Prepare"):
+            check_limits(source, {"positions": 15})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from meshpipe import make_mesh
 from meshpipe.generation.generator import Generator
+from meshpipe.generation.saved import open_saved
 
 LAYOUTS: dict[str, tuple[int, int, int]] = {
     "single": (1, 1, 1),
@@ -47,3 +48,14 @@ def test_caches_that_do_not_fit_are_refused_before_anything_is_compiled() -> Non
     asked = r"Got 8192 texts of up to 3 \+ 16000000 tokens \(prompt and `max_tokens`\)"
     with pytest.raises(ValueError, match=rf"{asked}: they need .* TB, and .* are free. Lower `max_tokens`, `batch_s"):
         generator.tokens([[1, 2, 3]] * 9000, max_tokens=16_000_000)
+
+
+def test_texts_longer_than_a_model_is_for() -> None:
+    """Learned positions end; rotary ones go on, beyond what config.json says."""
+    generator = Generator(golden.CONFIGS["gpt2"], golden.leaves("gpt2"))
+    with pytest.raises(ValueError, match=r"fit into the 64 positions of the model. Got a prompt of 60 tokens"):
+        generator.tokens([[1] * 60], max_tokens=5)
+    saved = open_saved(golden.FOLDER / "llama3")
+    assert saved.beyond(64) == open_saved(golden.FOLDER / "gpt2").beyond(65) == ""
+    assert saved.beyond(65).startswith("The model is for texts of at most 64 tokens (max_position_embeddings")
+    assert open_saved(golden.FOLDER / "qwen3_yarn").longest_text == 64
