@@ -10,11 +10,11 @@ import jax
 
 from meshpipe.advise.advice import Advice, Confirmed
 from meshpipe.advise.candidates import REMATS, Space
-from meshpipe.advise.confirm import compile_best, worth_compiling
+from meshpipe.advise.confirm import compile_best, with_smaller, worth_compiling
 from meshpipe.advise.estimate import Estimate, Estimator
 from meshpipe.advise.here import measure_best
 from meshpipe.advise.layout import Layout
-from meshpipe.advise.search import Family, Found, search
+from meshpipe.advise.search import Family, Found, choice_of, search
 from meshpipe.advise.survey import survey
 from meshpipe.advise.times import Roofline
 from meshpipe.config import Config
@@ -90,25 +90,38 @@ def _confirmed(
         known = measure_best(chosen, config)
     else:
         known = compile_best(chosen, config, devices, target.hardware, limit) if chosen else []
-    before = {estimate.layout: estimate.seconds for estimate in chosen}
+    before = {estimate.layout: estimate.seconds for choice in chosen for estimate in choice}
     changes = [after.estimate.seconds / before[after.estimate.layout] for after in known if not after.reason]
     factor = statistics.median(changes) if changes else 1.0
-    done = {layout.estimate.layout for layout in known}
+    rest = [_scaled(estimate, factor) for estimate in _not_tried(found, known)]
     for family in found.families.values():
-        _settle(family, known, factor)
-    rest = [_scaled(estimate, factor) for estimate in found.fastest if estimate.layout not in done]
+        _settle(family, known, rest, factor)
     return [
         *sorted(known, key=lambda layout: layout.estimate.seconds),
         *(Confirmed(estimate=estimate, how="estimated") for estimate in rest),
     ]
 
 
-def _settle(family: Family, known: Sequence[Confirmed], factor: float) -> None:
+def _not_tried(found: Found, known: Sequence[Confirmed]) -> list[Estimate]:
+    """The fastest estimates of what was not compiled or measured, or only alternatives to them that were refused."""
+    tried = {layout.estimate.layout for layout in known}
+    settled = {choice_of(layout.estimate.layout) for layout in known if not layout.reason}
+    left = [
+        next((estimate for estimate in with_smaller(best, found) if estimate.layout not in tried), None)
+        for best in found.fastest
+        if choice_of(best.layout) not in settled
+    ]
+    return sorted((estimate for estimate in left if estimate is not None), key=lambda estimate: estimate.seconds)
+
+
+def _settle(family: Family, known: Sequence[Confirmed], rest: Sequence[Estimate], factor: float) -> None:
     """The best of a family is the best that was compiled or measured, or else its estimate, scaled."""
     if family.best is None:
         return
     own = [layout for layout in known if layout.estimate.layout.family == family.name]
     possible = [layout.estimate for layout in own if not layout.reason]
+    if own and not possible:
+        possible = [estimate for estimate in rest if estimate.layout.family == family.name]
     if possible:
         family.best = min(possible, key=lambda estimate: estimate.seconds)
     elif own:

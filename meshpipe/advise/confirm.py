@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from heapq import heappop, heappush
 
 import jax
 
 from meshpipe.advise.advice import Confirmed
 from meshpipe.advise.estimate import Estimate
-from meshpipe.advise.search import Found
+from meshpipe.advise.search import Found, choice_of
 from meshpipe.choose.step_prediction import StepPrediction, predict_step
 from meshpipe.compiled.compile_for import compile_for
 from meshpipe.compiler.cache import open_cache, open_cache_alone
@@ -28,8 +29,10 @@ CAUTION = 0.9
 """Estimates may be this much further off than those that are known, before a layout is not tried."""
 
 
-def worth_compiling(found: Found, count: int) -> list[Estimate]:
-    """The best of each family that comes near, then the fastest of all: at most `count`, the fastest first."""
+def worth_compiling(found: Found, count: int) -> list[list[Estimate]]:
+    """The best of each family that comes near, then the fastest of all: at most `count`, the fastest first. After each
+    come those that differ in rematerialisation and schedule alone, and need less memory.
+    """
     if not found.fastest:
         return []
     limit = WORTH_COMPILING * found.fastest[0].seconds
@@ -38,31 +41,45 @@ def worth_compiling(found: Found, count: int) -> list[Estimate]:
     for estimate in found.fastest:
         if len(chosen) < count:
             chosen.setdefault(estimate.layout, estimate)
-    return sorted(chosen.values(), key=lambda estimate: estimate.seconds)
+    return [with_smaller(best, found) for best in sorted(chosen.values(), key=lambda estimate: estimate.seconds)]
 
 
-def confirm_best(what: str, estimates: Sequence[Estimate], confirm: Callable[[Estimate], Confirmed]) -> list[Confirmed]:
-    """What `confirm` says of the estimates, in turn, of those that can still win.
+def with_smaller(best: Estimate, found: Found) -> list[Estimate]:
+    """An estimate and its alternatives, the fastest first, each smaller than all before it."""
+    smaller = [best]
+    for other in sorted(found.alternatives[choice_of(best.layout)], key=lambda estimate: estimate.seconds):
+        if other.memory < smaller[-1].memory:
+            smaller.append(other)
+    return smaller
+
+
+def confirm_best(
+    what: str, choices: Sequence[Sequence[Estimate]], confirm: Callable[[Estimate], Confirmed]
+) -> list[Confirmed]:
+    """What `confirm` says of the choices that can still win, the fastest first; as often as there are choices, at most.
 
     An estimate cannot win that is longer than the best known step even if it is as far too long as the worst so far,
-    and `CAUTION` further. `what` says what is done, for people.
+    and `CAUTION` further. Where one is refused, the next alternative of the same choice is tried in its turn.
+    `what` says what is done, for people.
     """
     known: list[Confirmed] = []
-    began, best, lowest, tried = time.monotonic(), float("inf"), float("inf"), 0
-    with phase(what, "layout", len(estimates)) as now:
-        for number, estimate in enumerate(estimates):
-            if tried >= LEAST and best < CAUTION * lowest * estimate.seconds:
-                now.next()
-                continue
-            if tried:
-                left = (time.monotonic() - began) / tried * (len(estimates) - number)
+    began, best, lowest = time.monotonic(), float("inf"), float("inf")
+    waiting = [(choice[0].seconds, place, 0) for place, choice in enumerate(choices)]  # a heap, as it is in order
+    with phase(what, "layout", len(choices)) as now:
+        while waiting and len(known) < len(choices):
+            seconds, place, number = heappop(waiting)
+            if len(known) >= LEAST and best < CAUTION * lowest * seconds:
+                break
+            if known:
+                left = (time.monotonic() - began) / len(known) * min(len(waiting) + 1, len(choices) - len(known))
                 now.describe(f"{what} at most {_duration(left)} left,")
-            found = confirm(estimate)
+            found = confirm(choices[place][number])
             known.append(found)
-            tried += 1
             if not found.reason:
                 best = min(best, found.estimate.seconds)
-                lowest = min(lowest, found.estimate.seconds / estimate.seconds)
+                lowest = min(lowest, found.estimate.seconds / seconds)
+            elif number + 1 < len(choices[place]):
+                heappush(waiting, (choices[place][number + 1].seconds, place, number + 1))
             now.next()
         now.describe(what)
     return known
@@ -73,7 +90,7 @@ def _duration(seconds: float) -> str:
 
 
 def compile_best(
-    estimates: Sequence[Estimate],
+    choices: Sequence[Sequence[Estimate]],
     config: Config,
     devices: Sequence[jax.Device],
     hardware: Hardware,
@@ -82,7 +99,7 @@ def compile_best(
     """What compiled programs say of the layouts that can win: time and memory, or why they cannot be.
 
     Arguments:
-        estimates: The layouts, the most promising first.
+        choices: The layouts, the most promising first, each with its alternatives.
         config: The run.
         devices: All devices of the target; they may be only described.
         hardware: What the devices are.
@@ -96,7 +113,7 @@ def compile_best(
     def confirm(estimate: Estimate) -> Confirmed:
         return _confirmed(estimate, config, devices, hardware, limit, compiler)
 
-    return confirm_best("Compiling the best,", estimates, confirm)
+    return confirm_best("Compiling the best,", choices, confirm)
 
 
 def _confirmed(

@@ -84,9 +84,9 @@ def _cores(count: int) -> Hardware:
     )
 
 
-def measure_best(estimates: Sequence[Estimate], config: Config) -> list[Confirmed]:
+def measure_best(choices: Sequence[Sequence[Estimate]], config: Config) -> list[Confirmed]:
     """The median time of a few steps of each layout that can win, which is compiled and run on JAX's devices."""
-    return confirm_best("Measuring the best,", estimates, lambda estimate: _measured(estimate, config))
+    return confirm_best("Measuring the best,", choices, lambda estimate: _measured(estimate, config))
 
 
 def _measured(estimate: Estimate, config: Config) -> Confirmed:

@@ -59,10 +59,13 @@ class Layout:
 
     def configure(self, config: Config) -> Config:
         """The run of a config in this layout. Raises `ValueError` where the batch or the model does not divide."""
+        is_default = (
+            config.pipeline.stages_per_rank is None and self.stages_per_rank == STAGES_PER_RANK[self.schedule][0]
+        )
         pipeline: PipelineConfig = replace(
             config.pipeline,
             schedule=self.schedule,
-            stages_per_rank=self.stages_per_rank,
+            stages_per_rank=None if is_default else self.stages_per_rank,
             num_microbatches=self.num_microbatches,
             remat=self.remat,
             partition=self.partition,
@@ -71,18 +74,3 @@ class Layout:
         )
         mesh = MeshConfig(pipeline=self.pipeline, data=self.data, tensor=self.tensor)
         return replace(config, mesh=mesh, sharding=self.sharding, pipeline=pipeline)
-
-    def arguments(self) -> list[str]:
-        """The flags that give a run this layout."""
-        flags = {
-            "mesh.pipeline": self.pipeline,
-            "mesh.data": self.data,
-            "mesh.tensor": self.tensor,
-            "sharding": self.sharding,
-            "schedule": self.schedule,
-            "stages-per-rank": self.stages_per_rank,
-            "num-microbatches": self.num_microbatches,
-            "remat": self.remat,
-            "partition": self.partition,
-        }
-        return [word for name, value in flags.items() for word in (f"--{name}", str(value))]

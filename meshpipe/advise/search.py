@@ -34,7 +34,9 @@ class Found:
     families: dict[str, Family] = field(default_factory=dict)
     """In the order in which they were met."""
     fastest: list[Estimate] = field(default_factory=list)
-    """The fastest that fit, one of each way to compile the model, best first."""
+    """The fastest that fit, best first; of layouts that differ in rematerialisation and schedule alone, one."""
+    alternatives: dict[object, list[Estimate]] = field(default_factory=lambda: defaultdict(list))
+    """All that fit and were simulated, by `choice_of`."""
     considered: int = 0
     simulated: int = 0
 
@@ -54,7 +56,7 @@ def search(space: Space, estimator: Estimator, keep: int = 12) -> Found:
             bound = _bound(layout, family, estimator)
             if bound is not None:
                 by_family[layout.family].append((bound, layout))
-    best: dict[object, Estimate] = {}
+    best: dict[object, Estimate] = {}  # of each choice
     promising = sorted(by_family, key=lambda name: min(bound for bound, _ in by_family[name]))
     for name in each("Simulating layouts,", "family", promising):
         family = found.families[name]
@@ -69,7 +71,8 @@ def search(space: Space, estimator: Estimator, keep: int = 12) -> Found:
             found.simulated += 1
             if family.best is None or estimate.seconds < family.best.seconds:
                 family.best = estimate
-            key = programs_key(layout)
+            key = choice_of(layout)
+            found.alternatives[key].append(estimate)
             if key not in best or estimate.seconds < best[key].seconds:
                 best[key] = estimate
                 limit = _kept_limit(best.values(), keep)
@@ -77,8 +80,8 @@ def search(space: Space, estimator: Estimator, keep: int = 12) -> Found:
     return found
 
 
-def programs_key(layout: Layout) -> object:
-    """The same for layouts that compile to the same programs, up to how backwards are split."""
+def choice_of(layout: Layout) -> object:
+    """The same for layouts that differ in rematerialisation and schedule alone, of which one is worth showing."""
     return (
         layout.pipeline,
         layout.data,
@@ -86,7 +89,6 @@ def programs_key(layout: Layout) -> object:
         layout.sharding,
         layout.stages_per_rank,
         layout.num_microbatches,
-        layout.remat,
     )
 
 

@@ -31,7 +31,9 @@ def print_advice(console: Console, recipe: str, advice: Advice, top: int) -> Non
     print_text(console, "The best of every kind of parallelism, and why it lost:")
     console.print(_family_table(advice))
     if advice.command:
-        console.print(f"\nTo run the best:\n  {advice.command}", markup=False, soft_wrap=True)  # one line, to be copied
+        print_text(console, "\nTo run the best:")
+        # The terminal breaks a long line itself: then it can be copied as one.
+        console.print(f"  {advice.command}", markup=False, soft_wrap=True)
     else:
         print_text(console, "\nNothing fits. Use more devices, a smaller model, or shorter examples.")
 

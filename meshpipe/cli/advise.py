@@ -3,14 +3,15 @@
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from meshpipe.accelerators import find_accelerators
 from meshpipe.cli.arguments import configure
-from meshpipe.cli.flags import flags_of, without
+from meshpipe.cli.flags import as_arguments, flags_of, given_flags
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.hardware.target_name import HERE
 from meshpipe.phases import phase
@@ -18,6 +19,7 @@ from meshpipe.processes.exit_codes import COMPLETED, FAILED
 
 if TYPE_CHECKING:
     from meshpipe.advise.advice import Advice
+    from meshpipe.advise.layout import Layout
     from meshpipe.config import Config
     from meshpipe.hardware.target_name import TargetName
 
@@ -32,13 +34,14 @@ LAYOUT_FLAGS = {
     "remat": "remat",
 }
 """The flags that advice is about, and the fields of a layout; those that are given are kept."""
+SETTLED = ("partition", "costs", "memory-limit")
+"""Flags that advice settles itself, whatever the recipe says of them."""
 MOST_COMPILED = 12
 """Layouts that are compiled, unless the user says how many."""
-UNUSED_FLAGS = ("partition", "costs", "memory-limit")
 
 
 @dataclass(frozen=True)
-class _AdviseFlags:
+class AdviseFlags:
     target: str = ""
     """Devices to find a layout for: `tpu:v5p:4x4x4` (a slice), `gpu:h100:8` (a host of 8), `gpu:h100:4x8` (4 hosts of
     8), `FILE.json:8` (8 devices of a machine that a file describes), or `here` or `here:4`, the devices of this
@@ -66,17 +69,22 @@ class _AdviseFlags:
 def advise(arguments: list[str]) -> int:
     """Finds the fastest layout of a recipe on given devices; exits 1 where nothing fits."""
     recipe, config, extra = configure(
-        "advise", arguments, "Finds the fastest layout for given devices; runs no step.", _AdviseFlags()
+        "advise", arguments, "Finds the fastest layout for given devices; runs no step.", AdviseFlags()
     )
     if not extra.target:
         raise ArgumentError("`target` must say which devices to find a layout for. Got none. Add e.g. gpu:h100:8.")
     with phase("Importing JAX"):
         from meshpipe.advise.table import print_advice
         from meshpipe.report.tables import make_console
+        from meshpipe.runs.recipe import find
 
-    own = [flag.name for flag in flags_of(extra)]
-    given = without({*LAYOUT_FLAGS, *own}, arguments[1:])
-    advice = _advice(recipe, config, _fixed(config, arguments), given, extra)
+    before = find(recipe).config()
+    advice = _advice(
+        config,
+        _fixed(config, arguments),
+        extra,
+        lambda layout: command_of(recipe, before, layout.configure(config), arguments),
+    )
     if extra.json:
         print(json.dumps({"recipe": recipe, **advice.as_json()}, indent=1))
     else:
@@ -85,7 +93,7 @@ def advise(arguments: list[str]) -> int:
 
 
 def _advice(
-    recipe: str, config: "Config", fixed: Mapping[str, Any], given: Sequence[str], extra: _AdviseFlags
+    config: "Config", fixed: Mapping[str, Any], extra: AdviseFlags, command: "Callable[[Layout], str]"
 ) -> "Advice":
     from meshpipe.advise.advise import advise_on
     from meshpipe.models.attention import cpu_devices_stand_in
@@ -103,11 +111,11 @@ def _advice(
             count=count,
             fixed=fixed,
             memory=None if extra.usable_memory is None else parse_bytes(extra.usable_memory),
-            command=lambda layout: shlex.join(["meshpipe", "train", recipe, *layout.arguments(), *given]),
+            command=command,
         )
 
 
-def _described(extra: _AdviseFlags) -> tuple["TargetName", Sequence[Any], int]:
+def _described(extra: AdviseFlags) -> tuple["TargetName", Sequence[Any], int]:
     """The target, devices to trace and compile for, and how many layouts to compile."""
     import jax
 
@@ -129,7 +137,7 @@ def _described(extra: _AdviseFlags) -> tuple["TargetName", Sequence[Any], int]:
     return target, devices_of(target), MOST_COMPILED if extra.compile is None else 0
 
 
-def _here(config: "Config", extra: _AdviseFlags) -> tuple["TargetName", Sequence[Any], int]:
+def _here(config: "Config", extra: AdviseFlags) -> tuple["TargetName", Sequence[Any], int]:
     """The same for the devices of this machine, where layouts are measured."""
     import jax
 
@@ -153,10 +161,32 @@ def _here(config: "Config", extra: _AdviseFlags) -> tuple["TargetName", Sequence
     return target_here(devices[:number]), devices[:number], MOST_COMPILED if extra.compile is None else extra.compile
 
 
+def command_of(recipe: str, before: "Config", laid_out: "Config", arguments: Sequence[str]) -> str:
+    """What trains in an advised layout: what the recipe has otherwise, and all that was given.
+
+    Arguments:
+        recipe: Its name.
+        before: Its config.
+        laid_out: The config of the run in the layout.
+        arguments: Those of `advise`.
+    """
+    given = given_flags(arguments)
+    names = {name for name, _ in given}
+    values = {flag.name: flag.default for flag in flags_of(before)}
+    settled = [
+        as_arguments(flag.name, flag.default)
+        for flag in flags_of(laid_out)
+        if flag.name in (*LAYOUT_FLAGS, *SETTLED) and (flag.name in names or flag.default != values[flag.name])
+    ]
+    own = {form for flag in flags_of(AdviseFlags()) for form in (flag.name, f"no-{flag.name}")}
+    others = [words for name, words in given if name not in own and name not in LAYOUT_FLAGS]
+    return shlex.join(["meshpipe", "train", recipe, *chain.from_iterable([*settled, *others])])
+
+
 def _fixed(config: "Config", arguments: Sequence[str]) -> dict[str, Any]:
     """The fields of a layout that the user has settled."""
-    given = {argument.partition("=")[0].lstrip("-").replace("_", "-") for argument in arguments}
-    for name in UNUSED_FLAGS:
+    given = {name for name, _ in given_flags(arguments)}
+    for name in SETTLED:
         if name in given:
             raise ArgumentError(f"advise settles `{name.replace('-', '_')}` itself. Got one. Leave it out.")
     values = {

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import itertools
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_type_hints
@@ -94,17 +94,23 @@ def _of_part(config: Any, part: str, prefix: str) -> Iterator[Flag]:
             yield Flag(name, part, hint, value, text)
 
 
-def without(names: Collection[str], arguments: Sequence[str]) -> list[str]:
-    """The arguments but for those of some flags."""
-    kept: list[str] = []
-    keep = True
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument[2:].partition("=")[0].replace("_", "-")
-            keep = name not in names and name.removeprefix("no-") not in names
-        if keep:
-            kept.append(argument)
-    return kept
+def given_flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The flags on a command line, in order: each one's name, as `Flag` has it, and its words, as they were written."""
+    found: list[tuple[str, list[str]]] = []
+    for word in arguments:
+        if word.startswith("--"):
+            found.append((word.partition("=")[0].lstrip("-").replace("_", "-"), [word]))
+        elif found:
+            found[-1][1].append(word)
+    return found
+
+
+def as_arguments(name: str, value: Any) -> list[str]:
+    """The words that give a flag a value."""
+    if isinstance(value, bool):
+        section, dot, last = name.rpartition(".")
+        return [f"--{name}" if value else f"--{section}{dot}no-{last}"]
+    return [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
 
 
 def suggestion(flag: str, known: Sequence[str]) -> str:

@@ -16,14 +16,17 @@ def estimated(seconds: float) -> Estimate:
     return Estimate(layout=layout, cuts=(), seconds=seconds, parts={}, bubble=0.0, memory=0.0)
 
 
-def confirmed(estimates: list[float], factors: dict[float, float], refused: tuple[float, ...] = ()) -> list[float]:
-    """The estimates that were tried, if each is as far off as its factor says."""
+def confirmed(
+    estimates: list[float | tuple[float, ...]], factors: dict[float, float], refused: tuple[float, ...] = ()
+) -> list[float]:
+    """The estimates that were tried, if each is as far off as its factor says; some have alternatives."""
+    choices = [[estimated(s) for s in (choice if isinstance(choice, tuple) else (choice,))] for choice in estimates]
 
     def confirm(estimate: Estimate) -> Confirmed:
         found = replace(estimate, seconds=factors.get(estimate.seconds, 1.0) * estimate.seconds)
         return Confirmed(estimate=found, how="compiled", reason="no" if estimate.seconds in refused else "")
 
-    known = confirm_best("Compiling the best,", list(map(estimated, estimates)), confirm)
+    known = confirm_best("Compiling the best,", choices, confirm)
     return [found.estimate.layout.num_microbatches / 1000 for found in known]
 
 
@@ -46,6 +49,12 @@ def test_two_are_tried_however_far_apart() -> None:
 
 def test_what_is_refused_rules_nothing_out() -> None:
     assert confirmed([1.0, 1.5, 3.0], {}, refused=(1.0,)) == [1.0, 1.5]
+
+
+def test_the_alternative_of_what_is_refused_waits_for_its_turn() -> None:
+    choices = [(1.0, 1.3, 1.5), 1.1, (1.2, 1.25), 9.0]
+    assert confirmed(choices, {}, refused=(1.0, 1.3)) == [1.0, 1.1, 1.2]  # then 1.3 cannot win any more
+    assert confirmed(choices, {}, refused=(1.0, 1.1, 1.2)) == [1.0, 1.1, 1.2, 1.25]  # as many as there are choices
 
 
 def test_it_says_how_long_the_rest_takes_at_most() -> None:

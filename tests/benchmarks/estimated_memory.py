@@ -51,7 +51,7 @@ def _rows(recipe: str, config: Config) -> list[dict[str, object]]:
     found = []
     for name, layout in LAYOUTS.items():
         estimate = estimator.estimate(layout)
-        (compiled,) = compile_best([estimate], config, jax.devices()[: layout.num_devices], hardware, float("inf"))
+        (compiled,) = compile_best([[estimate]], config, jax.devices()[: layout.num_devices], hardware, float("inf"))
         memory = compiled.estimate.memory
         found.append(
             {

@@ -3,15 +3,22 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import golden
 import jax
 import pytest
 
+from meshpipe.advise.layout import Layout
 from meshpipe.cli import main
+from meshpipe.cli.advise import AdviseFlags, command_of
+from meshpipe.cli.arguments import configure
+from meshpipe.processes.join import DistributedConfig
+from meshpipe.runs.recipe import find
 
 RECIPES = Path(__file__).resolve().parents[1] / "tiny_recipes.py"
+FINETUNE = Path(__file__).resolve().parents[2] / "recipes" / "finetune.py"
 
 
 @pytest.fixture
@@ -21,6 +28,44 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "tiny.py").write_text(RECIPES.read_text())
     return tmp_path
+
+
+PIPELINE = Layout(pipeline=2, data=2, sharding="fully-sharded", schedule="zb-v", stages_per_rank=2, num_microbatches=4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "flags"),
+    [
+        (Layout(data=4), "", "--mesh.data 4"),
+        (
+            PIPELINE,
+            "--json --data.path=prepared --top 3 --steps 7",
+            "--mesh.pipeline 2 --mesh.data 2 --sharding fully-sharded --schedule zb-v --num-microbatches 4 "
+            "--data.path=prepared --steps 7",
+        ),
+        (
+            replace(PIPELINE, remat="layer", partition="1,3,4"),
+            "--usable-memory=9GiB --mesh.pipeline=2 --num_microbatches 4 --lora.targets query up --lora.rank 2 --force "
+            "--sharding fully-sharded --checkpoint-dir tuned --compile 0",
+            "--mesh.pipeline 2 --mesh.data 2 --sharding fully-sharded --schedule zb-v --num-microbatches 4 "
+            "--remat layer --partition 1,3,4 --lora.targets query up --lora.rank 2 --force --checkpoint-dir tuned",
+        ),
+    ],
+)
+def test_the_command_has_what_the_recipe_has_not_and_what_was_given(
+    folder: Path, layout: Layout, given: str, flags: str
+) -> None:
+    shutil.copytree(golden.FOLDER / "qwen3", "Qwen3-0.6B")
+    recipe, init = f"{FINETUNE}:lora", "--init-from Qwen3-0.6B"
+    arguments = f"{init} --target gpu:h100:4 {given}".split()
+    _, config, _ = configure("advise", [recipe, *arguments], "", AdviseFlags())
+    laid_out = layout.configure(config)
+    written = command_of(recipe, find(recipe).config(), laid_out, arguments)
+    start, *rest = written.split(f" {init}")
+    assert start.split()[:3] == ["meshpipe", "train", recipe]
+    assert (start.split()[3:] + " ".join(rest).split()) == flags.split()
+    _, parsed, _ = configure("train", shlex.split(written)[2:], "", DistributedConfig())
+    assert parsed == laid_out
 
 
 @pytest.mark.slow
@@ -73,7 +118,7 @@ def test_tables_name_every_family_and_why_it_lost(folder: Path, capsys: pytest.C
     assert {"data", "pipeline", "pipeline + data"} <= set(rows)
     assert out.count("won") == 1
     assert "\n3 " not in out
-    assert "  meshpipe train tiny:single --mesh.pipeline" in out
+    assert "\n  meshpipe train tiny:single --mesh." in out
 
 
 CORES = {
