@@ -93,7 +93,7 @@ def describe(lowered: jax.stages.Lowered, mesh: Mesh, options: Mapping[str, Any]
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
-            raise CompilerError(lowered, mesh, str(error)) from error
+            raise CompilerError.of(lowered, mesh, str(error)) from error
         return _refused(lowered, mesh, needed)
     costs = compiled.cost_analysis() or {}
     return DescribedProgram(

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -18,16 +20,29 @@ says that they are those of temporaries."""
 
 
 class CompilerError(ArgumentError):
-    """What the compiler says of a program that it cannot compile, in one line that names it."""
+    """What the compiler for a kind of device says of a program that it cannot compile, in one line that names it."""
 
-    def __init__(self, lowered: jax.stages.Lowered, mesh: Mesh, message: str) -> None:
+    def __init__(self, program: str, device_kind: str, reason: str) -> None:
+        self.program, self.device_kind, self.reason = program, device_kind, reason
+        super().__init__(
+            f"XLA must be able to compile every program of a step. For {device_kind}, it refuses {program}: {reason}. "
+            "Choose another layout or, if it refuses a kernel of attention, `attention` xla."
+        )
+
+    @classmethod
+    def of(cls, lowered: jax.stages.Lowered, mesh: Mesh, message: str) -> "CompilerError":
         name = re.search(r"module @(?:jit__?)?(\w+)", lowered.as_text())
         first = re.sub(r"^[A-Z_]+: ", "", message.strip().splitlines()[0]).rstrip(".")
-        super().__init__(
-            f"XLA must be able to compile every program of a step. For {mesh.devices.flat[0].device_kind}, it refuses "
-            f"{name[1] if name else 'one'}: {first}. Choose another layout or, if it refuses a kernel of attention, "
-            "`attention` xla."
-        )
+        return cls(name[1] if name else "one", mesh.devices.flat[0].device_kind, first)
+
+
+@contextmanager
+def compiling_stage(stage: int) -> Iterator[None]:
+    """While entered, programs that the compiler refuses are those of this stage, and its errors say so."""
+    try:
+        yield
+    except CompilerError as error:
+        raise CompilerError(f"{error.program} of stage {stage}", error.device_kind, error.reason) from error
 
 
 def needed_bytes(message: str) -> int | None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from meshpipe.compiler.compiler import Compiler
+from meshpipe.compiler.refusal import compiling_stage
 from meshpipe.optimizer.parameters import StageParameters
 from meshpipe.optimizer.separable import call_of_optimizer, kinds_and_frozen
 from meshpipe.optimizer.state import state_shapes
@@ -86,13 +87,14 @@ class UpdatePrograms:
             shardings = jax.tree.map(lambda s: s.sharding, (params, opt_state, state, applied))
             summed = jax.jit(self._add(stage), out_shardings=everywhere)
             own, below = (scalar,) * len(stage.sums), (scalar,) * (1 + len(self.sums))
-            self.norms[index] = programs.compile(summed.lower(gradients, own, (below, below)), stage.mesh)
             jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
             read = tuple(stage.read_after_step.values())
             arguments = (params, opt_state, gradients, state, state, scalar, applied, read)
-            self.updates[index] = programs.compile(jitted.lower(*arguments), stage.mesh)
-            if inits:
-                self.inits[index] = self.compile_init(index, programs)
+            with compiling_stage(index):
+                self.norms[index] = programs.compile(summed.lower(gradients, own, (below, below)), stage.mesh)
+                self.updates[index] = programs.compile(jitted.lower(*arguments), stage.mesh)
+                if inits:
+                    self.inits[index] = self.compile_init(index, programs)
 
         def compile_summary() -> None:
             scalar, good = abstract((), scalar_dtype(), self._last), abstract((), jnp.bool_, self._last)

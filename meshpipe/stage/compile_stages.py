@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 
 from meshpipe.compiler.compiler import Compiler
+from meshpipe.compiler.refusal import compiling_stage
 from meshpipe.phases import phase
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.stage.programs import StagePrograms, compile_stage, copy_stage
@@ -41,7 +42,8 @@ def compile_stages(
 
     def build(stage: TracedStage) -> StagePrograms:
         index = stage.spec.index
-        programs = compile_stage(stage, ops[index], remat=remat[index], fused=index == fused, compiler=compiler)
+        with compiling_stage(index):
+            programs = compile_stage(stage, ops[index], remat=remat[index], fused=index == fused, compiler=compiler)
         compiling.next()
         return programs
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.compiler.described import DescribedProgram
-from meshpipe.compiler.refusal import CompilerError
+from meshpipe.compiler.refusal import CompilerError, compiling_stage
 from meshpipe.compiler.topology import devices_of, target_config
 from meshpipe.hardware.catalogue import find_hardware
 from meshpipe.hardware.target_name import parse_target
@@ -88,6 +88,8 @@ def test_what_the_compiler_says_otherwise_is_one_line(ranks) -> None:
     with pytest.raises(CompilerError, match=r"For TPU v5 lite, it refuses lambda: .*[Ss]ort") as caught:
         Compiler().compile(sort, ranks[0])
     assert "\n" not in str(caught.value)
+    with pytest.raises(CompilerError, match=r"it refuses lambda of stage 3: .*[Ss]ort"), compiling_stage(3):
+        Compiler().compile(sort, ranks[0])
 
 
 def test_devices_that_are_here_are_not_only_described(ranks) -> None:

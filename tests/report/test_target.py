@@ -13,7 +13,7 @@ from meshpipe.compiled.compile_for import compile_for
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.plan.plan import Op
 from meshpipe.report.memory_picture import draw_memory
-from meshpipe.report.target import print_prediction
+from meshpipe.report.target import format_seconds, print_prediction
 from meshpipe.runs.build import make_chooser
 
 MACHINE = {
@@ -80,3 +80,19 @@ def test_tables_say_what_xla_made_and_whether_it_fits(prediction: StepPrediction
 def test_memory_is_drawn_in_parts_against_the_limit(prediction: StepPrediction, limit: int, tmp_path: Path) -> None:
     draw_memory(prediction.ranks, limit, "tiny", tmp_path / "a.svg")
     assert (tmp_path / "a.svg").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0 us"),
+        (1.16e-11, "< 0.1 us"),
+        (1e-7, "0.1 us"),
+        (9.996e-4, "1 ms"),
+        (0.0123456, "12.3 ms"),
+        (0.9996, "1 s"),
+        (12345.6, "12,346 s"),
+    ],
+)
+def test_times_have_three_digits(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
