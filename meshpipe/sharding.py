@@ -98,6 +98,9 @@ class ShardingRules:
     def sharding(self, path: str, shape: Sequence[int], axes: Sequence[str | None] | None, mesh: Mesh) -> NamedSharding:
         """How the leaf `path` is laid out on a submesh.
 
+        Of a leaf that `data` splits between steps only, it splits the first dim, where that divides, whichever dim has
+        the name: each device then has rows that lie together, and GPUs gather and reduce them without transposes.
+
         Raises `ValueError` when a split axis does not divide by its mesh axis.
         """
         spec = self.spec(axes, mesh)
@@ -114,6 +117,10 @@ class ShardingRules:
                     f"A split axis must divide by its mesh axis. {path} has {size} {axes[dim] if axes else ''} in dim "
                     f"{dim}, and the mesh axis {mesh_axis} has {parts} parts. Choose a divisor of {size}."
                 )
+        if self.gathered.intersection(axes or ()) and DATA in spec[1:]:
+            first = *_axes(spec[0]), DATA
+            if shape[0] % math.prod(mesh.shape[axis] for axis in first) == 0:
+                spec = PartitionSpec(first if len(first) > 1 else DATA, *without_data(spec)[1:])
         return NamedSharding(mesh, spec)
 
 
@@ -131,7 +138,13 @@ PRESETS: Mapping[str, ShardingRules] = MappingProxyType({"replicated": ShardingR
 
 def without_data(spec: PartitionSpec) -> PartitionSpec:
     """The same spec, replicated over the data axis."""
-    return PartitionSpec(*(None if axis == DATA else axis for axis in spec))
+    kept = (tuple(axis for axis in _axes(rule) if axis != DATA) for rule in spec)
+    return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in kept))
+
+
+def is_over_data(spec: PartitionSpec) -> bool:
+    """Whether the data axis splits a dim."""
+    return any(DATA in _axes(rule) for rule in spec)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

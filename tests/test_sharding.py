@@ -14,7 +14,9 @@ from meshpipe.sharding import (
     ShardingRules,
     activation_sharding,
     batch_sharding,
+    is_over_data,
     replicated,
+    without_data,
 )
 
 MESH = submeshes(make_mesh(1, 2, 4))[0]
@@ -61,6 +63,33 @@ def test_a_leaf_is_placed_by_its_names() -> None:
     assert (sharding.mesh, sharding.spec) == (MESH, P(None, "tensor"))
     assert sharding.shard_shape((3, 8)) == (3, 2)
     assert ShardingRules().sharding("layers/0/scale", (3,), None, MESH) == replicated(MESH)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "spec"),
+    [
+        ((8, 4), ("embed", "hidden"), P("data", "tensor")),
+        ((8, 4), ("hidden", "embed"), P(("tensor", "data"), None)),
+        ((12, 4), ("hidden", "embed"), P("tensor", "data")),  # 12 rows cannot be split in 8
+        ((2, 4), (None, "embed"), P("data", None)),
+        ((3, 4), (None, "embed"), P(None, "data")),
+        ((4,), ("embed",), P("data")),
+    ],
+)
+def test_data_splits_the_first_dim_between_steps_where_it_divides(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], spec: P
+) -> None:
+    found = FULLY_SHARDED.sharding("layers/0/kernel", shape, axes, MESH).spec
+    assert found == spec
+    in_step = ("tensor" if "tensor" in str(rule) else None for rule in spec)
+    assert without_data(found) == P(*in_step)
+    assert is_over_data(found)
+    assert not is_over_data(without_data(found))
+
+
+def test_a_dim_that_data_splits_in_a_step_too_stays_the_one_that_is_named() -> None:
+    rules = ShardingRules({"experts": "data", "hidden": "tensor"})
+    assert rules.sharding("layers/0/kernel", (8, 2), ("hidden", "experts"), MESH).spec == P("tensor", "data")
 
 
 def test_a_model_that_names_no_axes_cannot_be_fully_sharded() -> None:

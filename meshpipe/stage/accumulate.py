@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.mesh import DATA
-from meshpipe.sharding import Arrays, Shapes, abstract, splits_microbatch
+from meshpipe.sharding import Arrays, Shapes, abstract, is_over_data, splits_microbatch
 from meshpipe.stage.jaxpr import function_of
 from meshpipe.stage.partial_sums import PartialSums
 from meshpipe.stage.traced import TracedStage
@@ -72,7 +72,7 @@ class Accumulators:
         partials = results if partials is None else partials
         # Each device already holds only its part of such a gradient; one partial sum per device would be as large as
         # all parts together.
-        candidates = (i for i, partial in enumerate(partials) if DATA not in partial.sharding.spec)
+        candidates = (i for i, partial in enumerate(partials) if not is_over_data(partial.sharding.spec))
         unreduced = frozenset(i for i in candidates if all(p.can_stay_unreduced(i) for p in programs))
         return cls(results, partials, unreduced)
 
@@ -132,7 +132,7 @@ def compile_reduce(
         reduce,
         # XLA can reuse a donated buffer only for an output of the same size on each device. A partial sum has that size
         # unless the data axis splits the result.
-        donate_argnums=tuple(i for i, s in enumerate(results) if DATA not in s.sharding.spec),
+        donate_argnums=tuple(i for i, s in enumerate(results) if not is_over_data(s.sharding.spec)),
         out_shardings=tuple(tuple(s.sharding for s in sums.results) for sums in (gradients, totals)),
     )
     return compiler.compile(run.lower(*gradients.shapes, *totals.shapes), mesh)

@@ -91,6 +91,7 @@ def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
 
 
 SAVED = ("--checkpoint-dir", "run", "--checkpoint-every", "10")
+SERVED = ("--transfers", "server")
 GOOD = "The newest checkpoint is step "
 
 
@@ -108,8 +109,22 @@ GOOD = "The newest checkpoint is step "
             id="the coordinator is killed",
         ),
         pytest.param(
+            *(signal.SIGKILL, 1, (*SAVED, *SERVED), 137),
+            ["process 0 stops because process 1 sends no heartbeat", GOOD],
+            id="another is killed, which offers arrays",
+        ),
+        pytest.param(
+            *(signal.SIGKILL, 0, (*SAVED, *SERVED), 137),
+            ["process 1 stops because process 0, which coordinates the run", GOOD],
+            id="the coordinator is killed, which offers arrays",
+        ),
+        pytest.param(
             *(signal.SIGSTOP, 1, (), 1, ["process 0 stops because process 1 sends no heartbeat"]),
             id="another hangs",
+        ),
+        pytest.param(
+            *(signal.SIGSTOP, 1, SERVED, 1, ["process 0 stops because process 1 sends no heartbeat"]),
+            id="another hangs, which offers arrays",
         ),
         pytest.param(
             *(signal.SIGSTOP, 1, ("--step-timeout", "3"), 1, ["no step has ended for 3 s: rank 0 waits in "]),

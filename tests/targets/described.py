@@ -83,6 +83,7 @@ class Said:
     aliased: int
     """Bytes of outputs that take the place of donated arguments, on a device."""
     temporaries: int
+    transposes: int
 
     @classmethod
     def of(cls, program: Any, mesh: Mesh) -> "Said":
@@ -93,7 +94,8 @@ class Said:
             memory = program.memory_analysis()
             aliased, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
         found, read = dict(Counter(COLLECTIVES.findall(text))), collectives_of(Module(text), dict(mesh.shape))
-        return cls(found, read, frozenset(CUSTOM_CALL.findall(text)), aliased, temporaries)
+        transposes = text.count(" transpose(")
+        return cls(found, read, frozenset(CUSTOM_CALL.findall(text)), aliased, temporaries, transposes)
 
 
 @cache

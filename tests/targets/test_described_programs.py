@@ -81,6 +81,8 @@ def test_programs_communicate_when_they_must_and_reuse_what_is_donated(name: str
         gradients = params if layout.rules is not FULLY_SHARDED else 0
         if program in BACKWARDS or (program == "reduce" and gradients):
             assert said.aliased >= gradients, f"gradients are accumulated in place: {where}"
+        if program in ("prepare", "reduce"):
+            assert not said.transposes, f"a device has rows that lie together: {where}"
         if program == "update":
             assert said.aliased >= 3 * params, f"parameters and both moments of AdamW are updated in place: {where}"
     if name == "tensor":
