@@ -28,10 +28,14 @@ class StageNeeds:
     """Of each microbatch, from its forward to its backward."""
     crossing: float
     """Of each microbatch, from the input part of its backward to the weight part."""
+    made: float
+    """The part of `crossing` that exists beside `activation` while the input part runs."""
     inside: float
-    """While a backward runs: what it recomputes, and XLA's temporary memory."""
+    """While a backward, or its input part, runs: what it recomputes, and XLA's temporary memory."""
     inside_forward: float
     """XLA's temporary memory while a forward runs."""
+    inside_weight: float
+    """The same for the weight part of a backward."""
     boundary: float
     """What it hands to the next stage, for a microbatch."""
 
@@ -53,10 +57,12 @@ def needs_of(work: ModelWork, cut: range, layout: Layout, examples: float) -> St
     parameters, gradients, optimizer = (sum(sizes, 0.0) for sizes in zip(*held, strict=True))
     reads_batch = cut.start == 0 or cut.stop == len(work.layers)
     before = work.layers[cut.start - 1].output if cut.start else 0.0
-    activation, crossing, recomputed = _kept(layers, before, layout, examples)
+    activation, crossing, made, recomputed = _kept(layers, before, layout, examples)
     policy = "none" if layout.remat in RECOMPUTING else layout.remat
-    forward, backward = (_temporaries(layers, policy, op, examples, tensor) for op in (Op.FORWARD, Op.BACKWARD))
-    made = recomputed or (0.0 if layout.schedule in SPLIT else activation)
+    splits = layout.schedule in SPLIT
+    ops = (Op.FORWARD, Op.BACKWARD_INPUT if splits else Op.BACKWARD, Op.BACKWARD_WEIGHT)
+    forward, backward, weight = (_temporaries(layers, policy, op, examples, tensor) for op in ops)
+    residuals = recomputed or (0.0 if splits else activation)
     return StageNeeds(
         parameters=parameters,
         gradients=gradients,
@@ -64,8 +70,10 @@ def needs_of(work: ModelWork, cut: range, layout: Layout, examples: float) -> St
         batch=work.batch_bytes * examples * layout.num_microbatches if reads_batch else 0.0,
         activation=activation,
         crossing=crossing,
-        inside=recomputed + max(forward if recomputed else 0.0, backward) + BESIDE_RESIDUALS * made,
+        made=made,
+        inside=recomputed + max(forward if recomputed else 0.0, backward) + BESIDE_RESIDUALS * residuals,
         inside_forward=forward,
+        inside_weight=weight if splits else 0.0,
         boundary=layers[-1].output * examples if cut.stop < len(work.layers) else 0.0,
     )
 
@@ -94,19 +102,24 @@ def _held_by(layer: LayerWork, parts: int, tensor: int) -> tuple[float, float, f
     return parameters, gradients, optimizer
 
 
-def _kept(layers: Sequence[LayerWork], before: float, layout: Layout, examples: float) -> tuple[float, float, float]:
-    """Bytes from forward to backward, from its input part to its weight part, and recomputed while backward runs."""
+def _kept(
+    layers: Sequence[LayerWork], before: float, layout: Layout, examples: float
+) -> tuple[float, float, float, float]:
+    """Bytes from forward to backward; from its input part to its weight part; those of these that the input part makes;
+    and those that are recomputed while backward runs.
+    """
     policy = "none" if layout.remat in RECOMPUTING else layout.remat
     kept = [layer.kept[policy].of(examples, layout.tensor) for layer in layers]
     # The input and the weight part share out what is kept like the whole.
     shares = [layer.kept[policy].of(1.0, layout.tensor) / (layer.kept[policy].of(1.0, 1) or 1.0) for layer in layers]
     crossing = sum(s * examples * layer.kept[policy].crossing for s, layer in zip(shares, layers, strict=True))
+    made = sum(s * examples * layer.kept[policy].made for s, layer in zip(shares, layers, strict=True))
     inputs = [examples * size for size in (before, *(layer.output for layer in layers[:-1]))]
     if layout.remat == "layer":
-        return sum(inputs), crossing, max(kept)
+        return sum(inputs), crossing, made, max(kept)
     if layout.remat == "full":
-        return inputs[0], crossing, sum(kept)
-    return sum(kept), crossing, 0.0
+        return inputs[0], crossing, made, sum(kept)
+    return sum(kept), crossing, made, 0.0
 
 
 @dataclass(frozen=True)
@@ -131,9 +144,9 @@ def held_by_rank(plan: Plan, rank: int, needs: Sequence[StageNeeds]) -> Held:
             most = max(most, live + stage.boundary + stage.inside)
             live -= stage.activation
         elif action.op is Op.BACKWARD_INPUT:
-            most = max(most, live + stage.crossing + stage.boundary + stage.inside)
+            most = max(most, live + stage.made + stage.boundary + stage.inside)
             live += stage.crossing - stage.activation
         else:
-            most = max(most, live)
+            most = max(most, live + stage.inside_weight)
             live -= stage.crossing
     return Held(sum(needs[stage].always for stage in stages) + most, most)

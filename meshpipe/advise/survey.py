@@ -153,7 +153,7 @@ def _kept(policy: str, place: int, one: _Traced, parts: _Traced | None) -> Kept:
     halved = memory if parts is None else parts.memories[policy][place]
     split = min(memory.activation, 2 * max(0.0, memory.activation - halved.activation))
     crossing = memory.kept_for_weights + memory.made_for_weights
-    return Kept(float(memory.activation - split), float(split), float(crossing))
+    return Kept(float(memory.activation - split), float(split), float(crossing), float(memory.made_for_weights))
 
 
 def _parameters(layer: Layer) -> list[ParameterWork]:

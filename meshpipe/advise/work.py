@@ -46,6 +46,8 @@ class Kept:
     split: float = 0.0
     crossing: float = 0.0
     """What the input part of a split backward keeps for the weight part, on a single device."""
+    made: float = 0.0
+    """The part of it that the input part makes, and forward did not."""
 
     def of(self, examples: float, tensor: int) -> float:
         """On each device, for so many examples of it."""

@@ -10,6 +10,7 @@ from meshpipe.advise.candidates import Space
 from meshpipe.advise.estimate import Estimate, Estimator
 from meshpipe.advise.layout import Layout
 from meshpipe.advise.search import Family, search
+from meshpipe.advise.stage_needs import StageNeeds, held_by_rank
 from meshpipe.advise.survey import survey
 from meshpipe.advise.times import Roofline
 from meshpipe.advise.why import why_lost
@@ -19,6 +20,7 @@ from meshpipe.data import TextFilesConfig
 from meshpipe.hardware.catalogue import find_hardware
 from meshpipe.models import LanguageModelConfig
 from meshpipe.plan.plan import Op
+from meshpipe.plan.schedules import make_plan
 from meshpipe.stage.target import ACCELERATOR
 
 BATCH = 8
@@ -132,3 +134,11 @@ def test_a_family_as_fast_as_the_winner_says_so(work: ModelWork):
     assert why_lost(Family("x", best=winner), winner, 1.0) == "won"
     alike = replace(winner, layout=Layout(data=4), seconds=winner.seconds * 1.005)
     assert why_lost(Family("x", best=alike), winner, 1.0) == "as fast as the winner, within 1%"
+
+
+def test_the_weight_part_keeps_some_of_what_is_there_and_what_the_input_part_makes() -> None:
+    sizes = dict.fromkeys(StageNeeds.__dataclass_fields__, 0.0)
+    plan = make_plan("zb-h1", 1, 1)
+    for changes, peak in (({}, 10 + 2 + 3), ({"inside_weight": 10.0}, 6 + 10), ({"inside_forward": 9.0}, 10 + 9)):
+        needs = StageNeeds(**{**sizes, "activation": 10.0, "crossing": 6.0, "made": 2.0, "inside": 3.0, **changes})
+        assert held_by_rank(plan, 0, [needs]).total == peak
