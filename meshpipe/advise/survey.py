@@ -22,9 +22,9 @@ from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.plan import Op
 from meshpipe.plan.simulate import StageMemory
 from meshpipe.sharding import FULLY_SHARDED, PRESETS, Rule
+from meshpipe.stage.backward import trace_split
 from meshpipe.stage.operations import count_bytes
 from meshpipe.stage.products_of_step import count_products
-from meshpipe.stage.programs import trace_split
 from meshpipe.stage.target import Target
 from meshpipe.stage.temporaries import temporary_bytes
 from meshpipe.stage.traced import TracedStage

@@ -14,9 +14,9 @@ from meshpipe.machine import format_bytes, free_memory, usable_cores
 from meshpipe.mesh import on_cpu
 from meshpipe.phases import each
 from meshpipe.plan.layer_costs import LayerCosts, ModelCosts
+from meshpipe.stage.backward import trace_split
 from meshpipe.stage.jaxpr import nbytes
 from meshpipe.stage.operations import count_bytes, count_operations
-from meshpipe.stage.programs import trace_split
 from meshpipe.stage.spec import on_submesh
 from meshpipe.stage.traced import TracedStage
 

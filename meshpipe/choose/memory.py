@@ -20,8 +20,8 @@ from meshpipe.optimizer.state import state_shapes
 from meshpipe.plan.plan import Op, Plan
 from meshpipe.plan.simulate import Costs, StageMemory, Timeline, simulate
 from meshpipe.sharding import abstract
+from meshpipe.stage.backward import trace_pullback, trace_split
 from meshpipe.stage.jaxpr import nbytes
-from meshpipe.stage.programs import trace_pullback, trace_split
 from meshpipe.stage.recomputed import recomputed_bytes
 from meshpipe.stage.traced import TracedStage
 

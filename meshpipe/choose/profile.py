@@ -20,9 +20,10 @@ from meshpipe.plan.graph import Value
 from meshpipe.plan.layer_costs import LayerCosts, ModelCosts, Setting
 from meshpipe.plan.plan import Op
 from meshpipe.sharding import Arrays, Shapes, abstract, replicated
+from meshpipe.stage.backward import trace_backward
 from meshpipe.stage.calls import Call, Slots, StageCalls, StageSlots
 from meshpipe.stage.operations import count_operations
-from meshpipe.stage.programs import StagePrograms, compile_stage, trace_backward
+from meshpipe.stage.programs import StagePrograms, compile_stage
 from meshpipe.stage.spec import on_submesh
 from meshpipe.stage.traced import TracedStage
 

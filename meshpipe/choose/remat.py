@@ -12,8 +12,8 @@ from meshpipe.choose.memory import ONE_UNIT_EACH, held_always, microbatch_memori
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.pipeline.config import parse_bytes
 from meshpipe.plan.simulate import StageMemory, Timeline, simulate
+from meshpipe.stage.backward import trace_backward
 from meshpipe.stage.operations import count_operations
-from meshpipe.stage.programs import trace_backward
 from meshpipe.stage.traced import TracedStage
 
 POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "layer", "nothing_saveable")

@@ -45,6 +45,11 @@ class AccumulatedOutputs:
         return lambda *arguments: partial.run(arguments, outputs)
 
 
+def numbered(accumulators: Sequence[int], first: int = 0) -> dict[int, int]:
+    """The accumulators of successive outputs by the number of the output, from `first` on."""
+    return dict(enumerate(accumulators, first))
+
+
 @dataclass(frozen=True)
 class Accumulators:
     """What a stage adds up over the microbatches of a step, and which of it stays unreduced until the end of the step.

@@ -6,17 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from meshpipe.compiler.compiler import Compiled, Compiler
 from meshpipe.plan.plan import Op
 from meshpipe.sharding import Arrays, Shapes, abstract, replicated, scalar_dtype
-from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, compile_reduce, compile_zeros
-from meshpipe.stage.jaxpr import function_of, inline
-from meshpipe.stage.recomputed import has_checkpoint
-from meshpipe.stage.reuse import reuse
-from meshpipe.stage.split_backward import SplitBackward
+from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, compile_reduce, compile_zeros, numbered
+from meshpipe.stage.backward import BackwardParts
+from meshpipe.stage.jaxpr import function_of
 from meshpipe.stage.traced import TracedStage, split
 
 Values = tuple[Arrays, ...]
@@ -97,7 +94,7 @@ def compile_stage(
         totals = Accumulators.of(_totals(stage), [forward])
         if fused:
             # Residuals stay inside the one program, so nobody has to know how XLA shards them.
-            parts = _BackwardParts(stage, hoisted, stage.residuals, ops)
+            parts = BackwardParts(stage, hoisted, stage.residuals, ops)
             gradients = parts.gradients
             both = _compile_forward_backward(stage, forward, parts, totals, arguments, compiler)
             programs = {"forward_backward": both}
@@ -141,7 +138,7 @@ def copy_stage(programs: StagePrograms, target: Mesh, compiler: Compiler) -> Sta
 
 def _forward_part(stage: TracedStage, *, residuals: bool) -> AccumulatedOutputs:
     """The traced forward; its sums, which follow the values that it hands on, are added to the totals."""
-    totals = _numbered(range(len(stage.sum_vars)), len(stage.output_vars))
+    totals = numbered(range(len(stage.sum_vars)), len(stage.output_vars))
     return AccumulatedOutputs(stage, stage.forward(outputs=True, residuals=residuals), totals)
 
 
@@ -188,97 +185,14 @@ def _compile_backwards(
     stage: TracedStage, hoisted: Shapes, residuals: Shapes, ops: Set[Op], compiler: Compiler
 ) -> tuple[Accumulators, dict[str, Any]]:
     """The accumulators of the gradients, and the backwards that the plan asks for by their field in `StagePrograms`."""
-    parts = _BackwardParts(stage, hoisted, residuals, ops)
+    parts = BackwardParts(stage, hoisted, residuals, ops)
     return parts.gradients, {
         "backward": _compile_backward(stage, parts, compiler) if parts.whole is not None else None,
         "split": _compile_split(stage, parts, compiler) if parts.split is not None else None,
     }
 
 
-def _backward_arguments(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> tuple[Any, ...]:
-    """Shapes of what a backward takes after the accumulators."""
-    output_gradients = tuple(shape for shapes in stage.output_gradients for shape in shapes)
-    kept = tuple(stage.x[i] for i in stage.kept_x), tuple(stage.state[i] for i in stage.kept_state)
-    return stage.params, hoisted, stage.inputs, stage.microbatch, kept, residuals, output_gradients
-
-
-def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, Arrays]:
-    gradients, into_x = stage.pull_back(*arguments)
-    return tuple(gradients), tuple(into_x)
-
-
-def trace_pullback(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
-    """The stage's backward traced as JAX's derivative has it: gradients of its parameters, then of what it is handed.
-    What it recomputes stands in checkpoints.
-    """
-    example = _backward_arguments(stage, hoisted, residuals)
-    return jax.make_jaxpr(lambda *arguments: _pull_back(stage, arguments))(*example)
-
-
-def trace_backward(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> ClosedJaxpr:
-    """The same as it is compiled."""
-    return _as_compiled(stage, hoisted, trace_pullback(stage, hoisted, residuals))
-
-
-def _as_compiled(stage: TracedStage, hoisted: Shapes, pullback: ClosedJaxpr) -> ClosedJaxpr:
-    if has_checkpoint(pullback):
-        # What a microbatch has of its own waits at the barriers of checkpoints. Parameters do not, and what depends on
-        # them alone can then still be told from the rest.
-        inputs = pullback.jaxpr.invars
-        pullback = inline(pullback, inputs[_num_step_inputs(stage, hoisted) :])
-        # The checkpoints of JAX do not know what was computed from parameters before the step.
-        known = len(stage.params) + len(stage.fixed_vars)
-        pullback = reuse(pullback, stage.prepare(), inputs[:known], inputs[known : len(stage.params) + len(hoisted)])
-    rewrite = stage.spec.target.rewrite_products
-    return pullback if rewrite is None else rewrite(pullback)
-
-
-def _num_step_inputs(stage: TracedStage, hoisted: Shapes) -> int:
-    """How many arguments of a backward, from the first, are the same for all microbatches, or the number of one."""
-    return len(stage.params) + len(hoisted) + len(stage.inputs) + 1
-
-
-def trace_split(stage: TracedStage, hoisted: Shapes, residuals: Shapes) -> SplitBackward:
-    """The same cut in two; nothing is compiled."""
-    return _cut(stage, hoisted, trace_backward(stage, hoisted, residuals))
-
-
-def _cut(stage: TracedStage, hoisted: Shapes, traced: ClosedJaxpr) -> SplitBackward:
-    return SplitBackward(traced, len(stage.params), _num_step_inputs(stage, hoisted))
-
-
-class _BackwardParts:
-    """A stage's traced backward, whole or split or both as the plan requires, and the accumulators of its gradients."""
-
-    def __init__(self, stage: TracedStage, hoisted: Shapes, residuals: Shapes, ops: Set[Op]):
-        pullback = trace_pullback(stage, hoisted, residuals)
-        self.has_checkpoint = has_checkpoint(pullback)
-        """Whether it computes a part of forward again, as `jax.checkpoint` has it."""
-        traced = _as_compiled(stage, hoisted, pullback)
-        self.arguments = _backward_arguments(stage, hoisted, residuals)
-        """Shapes of what follows the accumulators."""
-        self.whole = (
-            AccumulatedOutputs(stage, traced, _numbered(range(len(stage.params)))) if Op.BACKWARD in ops else None
-        )
-        # Both where one stage of a shared trace has whole backwards and another has split ones.
-        self.split = parts = _cut(stage, hoisted, traced) if Op.BACKWARD_INPUT in ops else None
-        programs = [self.whole]
-        if parts is not None:
-            # What the input part returns before its gradients of parameters.
-            num_others = sum(map(len, stage.x_gradients)) + len(parts.crossing)
-            self.input = AccumulatedOutputs(stage, parts.input_part(), _numbered(parts.early, num_others))
-            self.weight = AccumulatedOutputs(stage, parts.weight_part(), _numbered(parts.late))
-            programs += [self.input, self.weight]
-        present = [program for program in programs if program is not None]
-        # One set of accumulators for all of them: what one program leaves unreduced, the others must leave so too.
-        self.gradients = Accumulators.of(_gradients(stage.params), present, _gradients(stage.params_in_step))
-
-
-def _numbered(values: Sequence[int], first: int = 0) -> dict[int, int]:
-    return dict(enumerate(values, first))
-
-
-def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> Compiled:
+def _compile_backward(stage: TracedStage, parts: BackwardParts, compiler: Compiler) -> Compiled:
     assert parts.whole is not None
     sums = parts.gradients
     run = parts.whole.function(sums.unreduced)
@@ -297,7 +211,7 @@ def _compile_backward(stage: TracedStage, parts: _BackwardParts, compiler: Compi
 def _compile_forward_backward(
     stage: TracedStage,
     forward: AccumulatedOutputs,
-    parts: _BackwardParts,
+    parts: BackwardParts,
     totals: Accumulators,
     arguments: tuple[Any, ...],
     compiler: Compiler,
@@ -331,7 +245,7 @@ def _compile_forward_backward(
     return compiler.compile(jitted.lower(gradients.shapes, *arguments, totals.shapes), stage.spec.mesh)
 
 
-def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> SplitPrograms:
+def _compile_split(stage: TracedStage, parts: BackwardParts, compiler: Compiler) -> SplitPrograms:
     assert parts.split is not None
     cut, sums = parts.split, parts.gradients
     input_part = None if cut.has_no_input_part else _compile_input_part(stage, parts, compiler)
@@ -352,7 +266,7 @@ def _compile_split(stage: TracedStage, parts: _BackwardParts, compiler: Compiler
     return SplitPrograms(input_part, _compile_backward_part(stage, lowered, compiler), cut.carried)
 
 
-def _compile_input_part(stage: TracedStage, parts: _BackwardParts, compiler: Compiler) -> Any:
+def _compile_input_part(stage: TracedStage, parts: BackwardParts, compiler: Compiler) -> Any:
     assert parts.split is not None
     cut, sums, num_x = parts.split, parts.gradients, sum(map(len, stage.x_gradients))
     run_input = parts.input.function(sums.unreduced)
@@ -375,11 +289,6 @@ def _compile_backward_part(stage: TracedStage, lowered: Any, compiler: Compiler)
 def _like_values(values: Sequence[Shapes], leaves: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
     """The leaves of all values, grouped by value; a constant of the program is a number."""
     return tuple(map(tuple, split(leaves, [len(shapes) for shapes in values])))
-
-
-def _gradients(params: Shapes) -> Shapes:
-    """Gradients add up in float32 or better, whatever the parameters are kept in."""
-    return tuple(abstract(p.shape, jnp.promote_types(p.dtype, jnp.float32), p.sharding) for p in params)
 
 
 def _totals(stage: TracedStage) -> Shapes:

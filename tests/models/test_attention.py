@@ -16,8 +16,8 @@ from meshpipe.layers.task import Task
 from meshpipe.models import LanguageModelConfig
 from meshpipe.models.attention import Call, choose_attention, cpu_devices_stand_in
 from meshpipe.report.plan import layout_lines
+from meshpipe.stage.backward import trace_backward, trace_split
 from meshpipe.stage.jaxpr import nbytes
-from meshpipe.stage.programs import trace_backward, trace_split
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from staged import staged
 
 from meshpipe import PipelineConfig, make_mesh
 from meshpipe.layers.task import Task
+from meshpipe.stage.backward import trace_backward
 from meshpipe.stage.jaxpr import function_of, variables
-from meshpipe.stage.programs import trace_backward
 from meshpipe.stage.reuse import reuse
 
 
