@@ -27,6 +27,7 @@ class Advice:
 
     devices: str
     """The devices, in words."""
+    hosts: int
     batch_size: int
     tokens: int | None
     """Of a batch; None where there are none."""

@@ -66,6 +66,7 @@ def advise_on(
     best = [layout for layout in confirmed if not layout.reason]
     return Advice(
         devices=str(target),
+        hosts=target.hosts,
         batch_size=config.batch_size,
         tokens=None if work.tokens is None else work.tokens * config.batch_size,
         limit=estimator.limit,

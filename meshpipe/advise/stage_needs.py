@@ -14,6 +14,9 @@ BESIDE_RESIDUALS = 0.75
 after rematerialisation: of four compiled models 0.4 to 0.9 (tests/benchmarks/estimated_memory.py).
 """
 
+BESIDE_SPLIT = 0.2
+"""The same for each part of a split backward: 0.15 to 0.2 of three of these models, and 0.85 of convolutions."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageNeeds:
@@ -62,7 +65,7 @@ def needs_of(work: ModelWork, cut: range, layout: Layout, examples: float) -> St
     splits = layout.schedule in SPLIT
     ops = (Op.FORWARD, Op.BACKWARD_INPUT if splits else Op.BACKWARD, Op.BACKWARD_WEIGHT)
     forward, backward, weight = (_temporaries(layers, policy, op, examples, tensor) for op in ops)
-    residuals = recomputed or (0.0 if splits else activation)
+    beside = BESIDE_SPLIT * activation if splits and not recomputed else BESIDE_RESIDUALS * (recomputed or activation)
     return StageNeeds(
         parameters=parameters,
         gradients=gradients,
@@ -71,9 +74,9 @@ def needs_of(work: ModelWork, cut: range, layout: Layout, examples: float) -> St
         activation=activation,
         crossing=crossing,
         made=made,
-        inside=recomputed + max(forward if recomputed else 0.0, backward) + BESIDE_RESIDUALS * residuals,
+        inside=recomputed + max(forward if recomputed else 0.0, backward) + beside,
         inside_forward=forward,
-        inside_weight=weight if splits else 0.0,
+        inside_weight=weight + BESIDE_SPLIT * activation if splits else 0.0,
         boundary=layers[-1].output * examples if cut.stop < len(work.layers) else 0.0,
     )
 

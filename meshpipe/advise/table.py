@@ -34,6 +34,12 @@ def print_advice(console: Console, recipe: str, advice: Advice, top: int) -> Non
         print_text(console, "\nTo run the best:")
         # The terminal breaks a long line itself: then it can be copied as one.
         console.print(f"  {advice.command}", markup=False, soft_wrap=True)
+        if advice.hosts > 1:
+            print_text(
+                console,
+                f"on each of the {advice.hosts:,} hosts; docs/multi-host.md says how they find each other "
+                f"(--coordinator, --process-count {advice.hosts}, --process-id, or a cluster's own variables).",
+            )
     else:
         print_text(console, "\nNothing fits. Use more devices, a smaller model, or shorter examples.")
 

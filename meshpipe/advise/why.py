@@ -3,7 +3,7 @@
 from meshpipe.advise.estimate import Estimate
 from meshpipe.advise.layout import Layout
 from meshpipe.advise.search import Family
-from meshpipe.report.tables import count_of, format_bytes
+from meshpipe.report.tables import count_of, format_bytes, format_seconds
 
 MATTERS = 0.01
 """Differences below this share of a step are not worth a word."""
@@ -50,7 +50,7 @@ def _replicates(layout: Layout) -> bool:
 def _share(estimate: Estimate, name: str) -> str:
     # Where the programs were compiled, the parts are still those of the estimate.
     seconds = estimate.parts[name]
-    return f"{seconds:.3g} s, {seconds / sum(estimate.parts.values()):.0%} of a step"
+    return f"{format_seconds(seconds)}, {seconds / sum(estimate.parts.values()):.0%} of a step"
 
 
 def _compute(best: Estimate, winner: Estimate) -> str:

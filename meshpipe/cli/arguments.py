@@ -117,7 +117,7 @@ def configure(command: str, arguments: list[str], description: str, extra: Any =
     check = getattr(getattr(chosen, "extra", None), "check", None)
     if check is not None:
         check(chosen.config)
-    if command != "train":
+    if command not in ("train", "advise"):  # what advise writes down is for a run
         is_published = isinstance(config.model, PublishedModel)
         _tell_unused(command, flags_of(config), flags_of(chosen.config), used=("init-from",) if is_published else ())
     return recipe.name, chosen.config, getattr(chosen, "extra", None)

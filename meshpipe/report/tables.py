@@ -34,6 +34,21 @@ def print_text(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=not console.is_terminal)
 
 
+_UNITS = ("s", 1.0), ("ms", 1e-3), ("us", 1e-6)
+ROUNDS_UP = 0.9995
+"""This share of a unit is 1 to three digits."""
+
+
+def format_seconds(seconds: float) -> str:
+    """A time to three significant digits: `1.5 ms`; shorter ones than a tenth of a microsecond are only called so."""
+    if seconds >= 999.5:
+        return f"{seconds:,.0f} s"
+    if 0 < seconds < 1e-7:
+        return "< 0.1 us"
+    unit, size = next(((unit, size) for unit, size in _UNITS if seconds >= ROUNDS_UP * size), ("us", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
+
+
 def describe_layers(layers: range) -> str:
     return f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start}-{layers.stop - 1}"
 

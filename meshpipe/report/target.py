@@ -11,7 +11,7 @@ from meshpipe.choose.step_time import SECONDS_PER_ACTION
 from meshpipe.compiled.collectives import Collective
 from meshpipe.compiled.program import CompiledProgram
 from meshpipe.report.columns import Columns
-from meshpipe.report.tables import format_bytes, make_table, print_text
+from meshpipe.report.tables import ROUNDS_UP, format_bytes, format_seconds, make_table, print_text
 
 
 def print_prediction(console: Console, target: str, prediction: StepPrediction) -> None:
@@ -165,23 +165,8 @@ def _numbers(stages: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-_UNITS = ("s", 1.0), ("ms", 1e-3), ("us", 1e-6)
-_ROUNDS_UP = 0.9995
-"""This share of a unit is 1 to three digits."""
-
-
-def format_seconds(seconds: float) -> str:
-    """A time to three significant digits: `1.5 ms`; shorter ones than a tenth of a microsecond are only called so."""
-    if seconds >= 999.5:
-        return f"{seconds:,.0f} s"
-    if 0 < seconds < 1e-7:
-        return "< 0.1 us"
-    unit, size = next(((unit, size) for unit, size in _UNITS if seconds >= _ROUNDS_UP * size), ("us", 1e-6))
-    return f"{seconds / size:.3g} {unit}"
-
-
 def _count(number: float) -> str:
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= _ROUNDS_UP * size:
+        if number >= ROUNDS_UP * size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"

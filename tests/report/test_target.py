@@ -13,7 +13,8 @@ from meshpipe.compiled.compile_for import compile_for
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.plan.plan import Op
 from meshpipe.report.memory_picture import draw_memory
-from meshpipe.report.target import format_seconds, print_prediction
+from meshpipe.report.tables import format_seconds
+from meshpipe.report.target import print_prediction
 from meshpipe.runs.build import make_chooser
 
 MACHINE = {
