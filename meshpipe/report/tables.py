@@ -9,6 +9,9 @@ from meshpipe.report.columns import Column, Columns
 
 PLAIN_WIDTH = 240
 """Width in characters where the output is not a terminal, so that no row is wrapped in a file or a pipe."""
+_UNITS = ("s", 1.0), ("ms", 1e-3), ("us", 1e-6)
+ROUNDS_UP = 0.9995
+"""This share of a unit is 1 to three digits."""
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
@@ -32,11 +35,6 @@ def make_table(*columns: str, right: Iterable[str] = (), wrap: Iterable[str] = (
 def print_text(console: Console, text: str) -> None:
     """Prints sentences; on a terminal, in lines that end between words."""
     console.print(text, markup=False, soft_wrap=not console.is_terminal)
-
-
-_UNITS = ("s", 1.0), ("ms", 1e-3), ("us", 1e-6)
-ROUNDS_UP = 0.9995
-"""This share of a unit is 1 to three digits."""
 
 
 def format_seconds(seconds: float) -> str:
