@@ -121,6 +121,14 @@ def test_tables_name_every_family_and_why_it_lost(folder: Path, capsys: pytest.C
     assert "\n  meshpipe train tiny:single --mesh." in out
 
 
+def test_each_row_is_another_layout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--compile", "0", "--mesh.tensor", "1", "--mesh.pipeline", "2", "--top", "6", "--json"]
+    assert main(["advise", "tiny:single", "--target", "gpu:h100:2x2", *flags]) == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    what = ("pipeline", "data", "tensor", "sharding", "stages_per_rank", "num_microbatches")
+    assert len({tuple(row[name] for name in what) for row in best}) == len(best) > 3
+
+
 CORES = {
     "name": "cores",
     "platform": "cpu",
