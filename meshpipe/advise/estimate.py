@@ -183,9 +183,9 @@ class Estimator:
         ]
 
     def _staged(self, layout: Layout) -> _Staged:
-        """The stages; layouts share them that differ in the schedule alone."""
+        """The stages; layouts share them that differ in the schedule alone, if both or neither split backwards."""
         ranks = stage_ranks(layout.schedule, layout.pipeline, layout.stages_per_rank)
-        key = ranks, replace(layout, schedule="")
+        key = ranks, layout.schedule in SPLIT, replace(layout, schedule="")
         if key not in self._stages:
             self._stages[key] = self._stage(layout, ranks)
         return self._stages[key]

@@ -142,3 +142,11 @@ def test_the_weight_part_keeps_some_of_what_is_there_and_what_the_input_part_mak
     for changes, peak in (({}, 10 + 2 + 3), ({"inside_weight": 10.0}, 6 + 10), ({"inside_forward": 9.0}, 10 + 9)):
         needs = StageNeeds(**{**sizes, "activation": 10.0, "crossing": 6.0, "made": 2.0, "inside": 3.0, **changes})
         assert held_by_rank(plan, 0, [needs]).total == peak
+
+
+def test_what_schedules_need_does_not_depend_on_which_was_estimated_first(work: ModelWork):
+    layouts = [Layout(pipeline=2, num_microbatches=4, schedule=schedule) for schedule in ("1f1b", "zb-h1")]
+    both, other = estimator(work), estimator(work)
+    together = [both.memory(layout)[0] for layout in layouts]
+    assert together == [other.memory(layout)[0] for layout in reversed(layouts)][::-1]
+    assert len(set(together)) == 2
