@@ -104,6 +104,10 @@ class Generator:
         )
         if weights_dtype not in DTYPES:
             raise ArgumentError(f"`weights_dtype` must be one of {', '.join(DTYPES)}. Got {weights_dtype!r}.")
+        if not self._group.is_alone:
+            said = {"mesh": dict(self.mesh.shape), "batch size": batch_size, "groups in flight": self._in_flight}
+            said |= {"adapters": lora, "dtype of weights": weights_dtype}
+            agree(self._group, "generator", {name: str(value) for name, value in said.items()})
         read = given(weights) if isinstance(weights, Mapping) else weights
         kept = None if weights_dtype == "float32" else weights_dtype
         self._weights = StagedWeights.of(task, self.mesh, read, dtype=kept)

@@ -112,7 +112,9 @@ def evaluate_saved(
     task = _task(saved, source, batch_size)
     group = Group(device.process_index for device in mesh.devices.flat)
     if not group.is_alone:
-        agree(group, "evaluation", {"data": repr(source), "model": str(saved.model), "batch size": str(batch_size)})
+        said = {"data": source, "model": saved.model, "batch size": batch_size, "microbatches": num_microbatches}
+        said |= {"batches": num_batches, "mesh": dict(mesh.shape)}
+        agree(group, "evaluation", {name: str(value) for name, value in said.items()})
     with phase(f"Reading {saved.name}"):
         weights = StagedWeights.of(task, mesh, saved.read, num_microbatches)
     model = weights.model

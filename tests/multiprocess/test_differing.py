@@ -53,3 +53,37 @@ def test_commands_that_differ_end_with_code_2(flags: str, sentence: str, tmp_pat
         assert sentence in log, ended
         assert "Traceback" not in log, ended
         assert "Compiled" not in log, ended
+
+
+@pytest.fixture(scope="module")
+def bytes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a language model on bytes."""
+    folder = tmp_path_factory.mktemp("bytes")
+    language = f"{ROOT / 'recipes' / 'language_model.py'}:debug"
+    train = ["-m", "meshpipe", "train", language, "--steps", "1", "--run-dir", "run", "--eval-batches", "0"]
+    ended = run_processes(1, train, folder)
+    assert ended.codes == [0], ended
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "flags", "sentence"),
+    [
+        ("generate", "--mesh.pipeline 1 --mesh.data 2", "process 1 differs in mesh ({'pipeline': 1, 'data': 2"),
+        ("generate", "--in-flight 3", "process 1 differs in groups in flight (3, not 2)"),
+        ("eval", "--mesh.pipeline 1 --mesh.data 2", "process 1 differs in mesh ({'pipeline': 1, 'data': 2"),
+        ("eval", "--batches 1", "process 1 differs in batches (1, not 0)"),
+    ],
+)
+def test_uses_of_a_model_that_differ_end_with_code_2(
+    command: str, flags: str, sentence: str, tmp_path: Path, bytes_run: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 400)
+    what = ["--prompt", "a", "--max-tokens", "2"] if command == "generate" else ["--data", "text.txt"]
+    call = ["-m", "meshpipe", command, str(bytes_run), *what, "--mesh.pipeline", "2"]
+    ended = run_processes(2, call, tmp_path, [[], flags.split()])
+    assert ended.codes == [2, 2], ended
+    for log in ended.logs:
+        assert sentence in log, ended
+        assert "Traceback" not in log, ended
