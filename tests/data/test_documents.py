@@ -3,7 +3,6 @@
 import pytest
 
 from meshpipe.data.chat import ChatTemplate
-from meshpipe.data.preparation import documents
 from meshpipe.data.preparation.documents import Fields, side_of
 from meshpipe.data.preparation.records import Record
 
@@ -15,8 +14,7 @@ TEMPLATE = (
 
 
 @pytest.mark.parametrize("kind", ["chat", "prompt"])
-def test_long_conversations_and_prompts_come_in_pieces_of_one_side(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "ANSWERED_CHARACTERS", 300)
+def test_long_conversations_and_prompts_come_in_pieces_of_one_side(kind: str) -> None:
     question = "What is it? " * 40
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": ANSWER}]
     if kind == "chat":
@@ -25,7 +23,7 @@ def test_long_conversations_and_prompts_come_in_pieces_of_one_side(kind: str, mo
     else:
         fields, value, learned = Fields("answer", "question"), {"question": question, "answer": ANSWER}, ANSWER
         whole = question + learned
-    found = list(fields.documents(Record(value, 0), ChatTemplate(TEMPLATE, {}), 64))
+    found = list(fields.documents(Record(value, 0), ChatTemplate(TEMPLATE, {}), 64, 300))
     assert len(found) > 5
     assert "".join(one.text for one in found) == whole
     assert all(len(one.text) <= 300 for one in found)
@@ -37,7 +35,7 @@ def test_long_conversations_and_prompts_come_in_pieces_of_one_side(kind: str, mo
 
 
 def test_pieces_of_a_long_text_are_held_out_by_themselves() -> None:
-    found = list(Fields("text").documents(Record({"text": ANSWER}, 0), None, 100))
+    found = list(Fields("text").documents(Record({"text": ANSWER}, 0), None, 100, 300))
     assert "".join(one.text for one in found) == ANSWER
     assert [one.side for one in found] == [side_of(one.text) for one in found]
     (one,) = Fields("text").documents(Record({"text": "It is 1."}, 0), None, 100)

@@ -15,6 +15,9 @@ from meshpipe.files import expand_fields
 Format = Literal["auto", "text", "jsonl", "parquet"]
 Packing = Literal["auto", "cut", "whole"]
 MEBI = 1 << 20
+PIECE_BYTES, BYTES_OF_POSITION, MOST_PIECE_BYTES = MEBI // 4, 8, 8 * MEBI
+"""A text is tokenized in pieces of so many bytes, or of so many for each position of a window if that is more, up to
+8 MiB. The tokenizer takes some hundred bytes of memory for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class PrepareConfig:
     """Date for chat templates that write one, such as 2026-01-31. None gives them no date."""
     separator: str | None = None
     """Text between the documents of a text file, such as '<|endoftext|>'; \\n stands for a newline. None takes each
-    file as one document, and cuts files of over 1 MiB at line ends."""
+    file as one document, and cuts files of over 256 KiB at line ends."""
     end_token: str = AUTO
     """Token after each document. `auto` takes the tokenizer's own; `none` adds none."""
     packing: Packing = "auto"
@@ -91,6 +94,11 @@ class PrepareConfig:
             return None if self.date is None else datetime.date.fromisoformat(self.date)
         except ValueError:
             raise ArgumentError(f"`date` must be a date as 2026-01-31. Got {self.date!r}.") from None
+
+    @property
+    def longest_piece(self) -> int:
+        """Bytes or characters of a text, about, that are tokenized at once: some windows, and not much memory."""
+        return min(max(PIECE_BYTES, BYTES_OF_POSITION * self.sequence_length), MOST_PIECE_BYTES)
 
     @property
     def delimiter(self) -> bytes | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meshpipe.data.chat import ChatTemplate, Span, messages_of
-from meshpipe.data.preparation.config import MEBI, PrepareConfig
+from meshpipe.data.preparation.config import PrepareConfig
 from meshpipe.data.preparation.records import Record, read_records
 from meshpipe.data.preparation.sources import Slice, SourceFile, open_parquet
 from meshpipe.errors import ArgumentError
@@ -16,8 +16,6 @@ TEXT_FIELDS = ("text",)
 CHAT_FIELDS = ("messages", "conversations")
 SEARCHED_LINES = 100
 """Of so many lines at the beginning, one must be a JSON object."""
-ANSWERED_CHARACTERS = MEBI
-"""Conversations, and prompts with their texts, are tokenized in pieces of about this size."""
 TOOLS = "tools"
 """Field with the tools of a conversation, which templates show to the model."""
 
@@ -58,8 +56,10 @@ class Fields:
         """Whether only a part of each document is learned."""
         return self.chat is not None or self.prompt is not None
 
-    def documents(self, record: Record, template: ChatTemplate | None, piece: int) -> Iterator[Document]:
-        """The documents of a record: none if its text is empty. Raises `BadRecordError` or `ChatError`."""
+    def documents(self, record: Record, template: ChatTemplate | None, piece: int, longest: int) -> Iterator[Document]:
+        """The documents of a record: none if its text is empty. Texts come in pieces of about `piece` characters, and
+        those of which a part is learned of about `longest`. Raises `BadRecordError` or `ChatError`.
+        """
         value = record.value
         if isinstance(value, str):
             if value:
@@ -67,7 +67,7 @@ class Fields:
         elif self.chat is not None:
             assert template is not None and value is not None
             for whole in _conversation(value, self.chat, template):
-                yield from _pieces(whole, ANSWERED_CHARACTERS)
+                yield from _pieces(whole, longest)
         else:
             assert self.text is not None and value is not None
             text = _text(value, self.text)
@@ -76,7 +76,7 @@ class Fields:
             prompt = "" if self.prompt is None else _text(value, self.prompt)
             both = prompt + text
             answers = None if self.prompt is None else ((len(prompt), len(both)),)
-            size = piece if answers is None else ANSWERED_CHARACTERS
+            size = piece if answers is None else longest
             yield from _pieces(Document(both, side_of(both), answers=answers), size)
 
     @property

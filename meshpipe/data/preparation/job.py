@@ -20,7 +20,7 @@ from meshpipe.errors import ArgumentError
 
 REVISION = 2
 """Changes with what the same settings give, so that parts of an older version are made again."""
-PIECE_BYTES, LEAST_PIECE_BYTES = MEBI, 1024
+LEAST_PIECE_BYTES = 1024
 FEW = 100
 """Fewer text files than these are held out by pieces, not as a whole."""
 
@@ -164,6 +164,6 @@ def _held_out_by_place(config: PrepareConfig, files: Sequence[SourceFile]) -> li
 def _piece_bytes(config: PrepareConfig, by_place: Sequence[SourceFile]) -> int:
     """Texts are cut only where they are very long, or a piece is to be held out: at least one is."""
     if not by_place:
-        return PIECE_BYTES
+        return config.longest_piece
     share = config.held_out * sum(file.size for file in by_place)
-    return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, int(share)))
+    return min(config.longest_piece, max(LEAST_PIECE_BYTES, int(share)))

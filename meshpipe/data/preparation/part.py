@@ -123,7 +123,7 @@ class PartMaker:
                 if record.problem:
                     raise BadRecordError(record.problem)
                 empty = True
-                for document in fields.documents(record, job.template, job.piece_bytes):
+                for document in fields.documents(record, job.template, job.piece_bytes, job.config.longest_piece):
                     empty = False
                     yield self._placed(document, part)
                 self._noticed[EMPTY] += empty
