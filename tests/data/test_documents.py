@@ -38,5 +38,5 @@ def test_pieces_of_a_long_text_are_held_out_by_themselves() -> None:
     found = list(Fields("text").documents(Record({"text": ANSWER}, 0), None, 100, 300))
     assert "".join(one.text for one in found) == ANSWER
     assert [one.side for one in found] == [side_of(one.text) for one in found]
-    (one,) = Fields("text").documents(Record({"text": "It is 1."}, 0), None, 100)
+    (one,) = Fields("text").documents(Record({"text": "It is 1."}, 0), None, 100, 300)
     assert (one.text, one.side, one.begins, one.ends) == ("It is 1.", side_of("It is 1."), True, True)
