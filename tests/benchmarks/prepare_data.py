@@ -1,11 +1,12 @@
 """Preparing data against the tokenizer alone, and its peak memory.
 
-    python tests/benchmarks/prepare_data.py [--megabytes 100] [--vocab 8192] [--folder DIR] [--json FILE]
+    python tests/benchmarks/prepare_data.py [--megabytes 100] [--line 0] [--vocab 8192] [--folder DIR] [--json FILE]
 
 The data is JSON lines with the source code of installed packages, shuffled and repeated; the tokenizer is a byte-level
 BPE, trained on a part of it. `meshpipe data prepare` runs in a process of its own, whose largest resident memory is
 reported, and so does the tokenizer alone on the first 20 MB: texts of a megabyte at a time on all cores, whose tokens
 are counted and dropped. The memory of a process that has only imported what it needs is shown, too.
+`--line 50` adds one text of 50 MB, a single line of the file, which should cost little more than the line itself.
 Rates are those of one machine and of what else it does: compare ratios.
 """
 
@@ -45,7 +46,7 @@ PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line
 PREPARE = f"import sys; from meshpipe.cli import main; status = main(sys.argv[1:]); {PEAK}; sys.exit(status)"
 
 
-def write_data(folder: Path, megabytes: int, vocab: int) -> tuple[Path, Path]:
+def write_data(folder: Path, megabytes: int, line: int, vocab: int) -> tuple[Path, Path]:
     """The file of JSON lines and the tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -71,6 +72,12 @@ def write_data(folder: Path, megabytes: int, vocab: int) -> tuple[Path, Path]:
     with data.open("w") as stream:
         while size < megabytes * 1_000_000:
             size += stream.write(f"{json.dumps({'text': rng.choice(texts), 'id': size})}\n")
+        longest, left = list[str](), line * 1_000_000
+        while left > 0:
+            longest.append(rng.choice(texts))
+            left -= len(longest[-1])
+        if longest:
+            stream.write(f"{json.dumps({'text': ''.join(longest), 'id': size})}\n")
     return data, file
 
 
@@ -86,13 +93,14 @@ def measured(*command: str) -> tuple[float, str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=100)
+    parser.add_argument("--line", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=flags.folder) as name:
         folder = Path(name)
-        data, tokenizer = write_data(folder, flags.megabytes, flags.vocab)
+        data, tokenizer = write_data(folder, flags.megabytes, flags.line, flags.vocab)
         idle = measured("-c", f"import meshpipe.data.preparation, meshpipe.cli, tokenizers; {PEAK}")[2]
         rate = float(measured("-c", f"{ALONE}\n{PEAK}", str(tokenizer), str(data))[1])
         arguments = ["data", "prepare", str(data), "--tokenizer", str(tokenizer), "--to", str(folder / "to")]
@@ -100,7 +108,8 @@ def main() -> None:
         manifest = json.loads((folder / "to" / "prepared.json").read_text())
         tokens = sum(counts["pairs"] for counts in manifest["counts"].values())
     values = {
-        "source, MB": flags.megabytes,
+        "source, MB": flags.megabytes + flags.line,
+        "longest line, MB": flags.line,
         "tokens, million": tokens / 1e6,
         "seconds": seconds,
         "million tokens/s": tokens / seconds / 1e6,
