@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from meshpipe.checkpoint import CheckpointError as CheckpointError
     from meshpipe.config import Config as Config
     from meshpipe.data import DataConfig as DataConfig
+    from meshpipe.generation.config import SamplingConfig as SamplingConfig
     from meshpipe.generation.generator import Generator as Generator
-    from meshpipe.generation.sampling import SamplingConfig as SamplingConfig
     from meshpipe.layers.assembled import assemble as assemble
     from meshpipe.layers.fields import call as call
     from meshpipe.layers.fields import named as named
@@ -63,7 +63,7 @@ _MODULES = {
     "Config": "meshpipe.config",
     "DataConfig": "meshpipe.data",
     "Generator": "meshpipe.generation.generator",
-    "SamplingConfig": "meshpipe.generation.sampling",
+    "SamplingConfig": "meshpipe.generation.config",
     "assemble": "meshpipe.layers.assembled",
     "call": "meshpipe.layers.fields",
     "named": "meshpipe.layers.fields",

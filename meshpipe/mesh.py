@@ -1,17 +1,21 @@
-"""The named device mesh, and the submesh of each pipeline rank."""
+"""The named device mesh, and the submesh of each pipeline rank.
+
+JAX is imported by what needs it: the help of commands needs the sizes of a mesh alone.
+"""
 
 import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from typing import TYPE_CHECKING
 
 from meshpipe.accelerators import quiet_libtpu
 from meshpipe.errors import check_whole
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
 
 PIPELINE = "pipeline"
 DATA = "data"
@@ -42,14 +46,14 @@ class MeshConfig:
     def num_devices(self) -> int:
         return self.pipeline * self.data * self.tensor
 
-    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def build(self, devices: "Sequence[jax.Device] | None" = None) -> "Mesh":
         """The mesh of these sizes, as `make_mesh` makes it."""
         return make_mesh(self.pipeline, self.data, self.tensor, devices=devices)
 
 
 def make_mesh(
-    pipeline: int = 1, data: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+    pipeline: int = 1, data: int = 1, tensor: int = 1, *, devices: "Sequence[jax.Device] | None" = None
+) -> "Mesh":
     """A mesh with the axes `pipeline`, `data` and `tensor`, of type `AxisType.Auto`.
 
     Tensor is innermost and pipeline outermost, so the axis that communicates most has adjacent devices. With `Auto`
@@ -65,6 +69,10 @@ def make_mesh(
 
     Raises `ValueError` when a size is below 1, or there are fewer devices than the product.
     """
+    import jax
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
     sizes = MeshConfig(pipeline=pipeline, data=data, tensor=tensor)
     if devices is None:
         devices = jax.devices()
@@ -84,11 +92,13 @@ def _way_out(platform: str, needed: int) -> str:
     return " Choose smaller axes, or add devices."
 
 
-def submeshes(mesh: Mesh) -> tuple[Mesh, ...]:
+def submeshes(mesh: "Mesh") -> "tuple[Mesh, ...]":
     """One mesh of the remaining axes per pipeline rank, in rank order.
 
     Raises `ValueError` when the first axis of the mesh is not `pipeline`, or an axis is not `AxisType.Auto`.
     """
+    from jax.sharding import AxisType, Mesh
+
     if not mesh.axis_names or mesh.axis_names[0] != PIPELINE:
         raise ValueError(
             f"The first mesh axis must be {PIPELINE!r}. Got axes {mesh.axis_names}. Use meshpipe.make_mesh."
@@ -105,17 +115,17 @@ def submeshes(mesh: Mesh) -> tuple[Mesh, ...]:
     return tuple(Mesh(row, names, axis_types=(AxisType.Auto,) * len(names)) for row in mesh.devices)
 
 
-def on_cpu(mesh: Mesh) -> bool:
+def on_cpu(mesh: "Mesh") -> bool:
     """Whether the devices are virtual CPU devices, which share cores and memory and call for other programs."""
     return bool(mesh.devices.flat[0].platform == "cpu")
 
 
-def is_described(mesh: Mesh) -> bool:
+def is_described(mesh: "Mesh") -> bool:
     """Whether the devices are only described: programs can be compiled for them, and nothing can run there."""
     return is_described_device(mesh.devices.flat[0])
 
 
-def is_described_device(device: jax.Device) -> bool:
+def is_described_device(device: "jax.Device") -> bool:
     """The same of one device."""
     return getattr(device.client, "runtime_type", None) == "compile_only_runtime"
 
@@ -128,6 +138,8 @@ def use_cpu_devices(count: int) -> None:
 
     Raises `ValueError` when JAX has already started with fewer CPU devices, or `count` is out of range.
     """
+    import jax
+
     check_whole("count", count)
     if count > MAX_CPU_DEVICES:
         raise ValueError(
@@ -158,7 +170,7 @@ def _restart() -> str:
     return "Restart the kernel. " if hasattr(shell, "kernel") else "Restart IPython. "
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: "Mesh") -> str:
     """The sizes of the axes in words, e.g. `pipeline 2 x data 2 x tensor 1 = 4 cpu devices`."""
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     count = math.prod(mesh.shape.values())

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from meshpipe.cli.arguments import configure
-from meshpipe.processes.join import DistributedConfig
+from meshpipe.processes.config import DistributedConfig
 from meshpipe.processes.secret import VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent

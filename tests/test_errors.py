@@ -14,7 +14,7 @@ from meshpipe.checkpoint import CheckpointConfig
 from meshpipe.choose.chooser import check_costs
 from meshpipe.errors import ArgumentError, check_clip_norm, check_number, check_seed, check_whole, errors_name_flags
 from meshpipe.models import LanguageModelConfig, TextClassifierConfig
-from meshpipe.processes.join import DistributedConfig
+from meshpipe.processes.config import DistributedConfig
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "clip norm 0": (lambda: OptimizerConfig(clip_norm=0.0), "`clip_norm` must be above 0, or None to clip nothing."),

@@ -35,3 +35,16 @@ def test_a_command_listens_to_signals_before_it_imports_jax() -> None:
     program = "import sys; import meshpipe.cli; print(sorted({'jax', 'flax', 'numpy', 'optax'} & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_help_does_not_import_jax() -> None:
+    program = (
+        "import sys\n"
+        "from meshpipe.cli import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    status = main([*command.split(), '--help'])\n"
+        "    assert status == 0 and not {'jax', 'flax', 'optax'} & sys.modules.keys(), (command, status)\n"
+    )
+    commands = ["generate", "eval", "data prepare", "weights import", "weights export", "train", "plan", "advise"]
+    run = subprocess.run([sys.executable, "-c", program, *commands], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

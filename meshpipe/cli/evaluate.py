@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from meshpipe.cli.arguments import parse
+from meshpipe.cli.folder_flags import FolderFlags
 from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined
 from meshpipe.errors import check_whole
 from meshpipe.files import expand_fields, expanded
@@ -53,21 +54,22 @@ class EvaluationFlags:
         expand_fields(self, "data", "compile_cache")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalFlags(FolderFlags):
+    """All flags of the command."""
+
+    evaluation: Annotated[EvaluationFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=EvaluationFlags)
+
+
 def evaluate(arguments: list[str], *, stop: StopRequest) -> int:
     begin_joined(arguments)
+    flags = parse(EvalFlags, arguments, "meshpipe eval", DESCRIPTION)
+    asked = flags.evaluation
     with phase("Importing JAX"):
-        from meshpipe.cli.folder_flags import FolderFlags
         from meshpipe.generation.held_out import beyond_positions, evaluate_saved, held_out_source, tokens_of_others
         from meshpipe.generation.saved import open_saved
         from meshpipe.processes.coordination import process_index
         from meshpipe.report.tables import make_console, print_text
-
-    @dataclass(frozen=True, kw_only=True)
-    class Flags(FolderFlags):
-        evaluation: Annotated[EvaluationFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=EvaluationFlags)
-
-    flags = parse(Flags, arguments, "meshpipe eval", DESCRIPTION)
-    asked = flags.evaluation
 
     def run(guard: "Guard") -> int:
         stop.end_early = guard.end_early

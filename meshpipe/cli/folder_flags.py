@@ -1,4 +1,4 @@
-"""What commands that use a model in a folder share: where it is, its devices and processes. It imports JAX."""
+"""What commands that use a model in a folder share: where it is, its devices and processes."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +9,7 @@ from rich.console import Console
 
 from meshpipe.cli.joined import ModelFlags, take_devices_of_run
 from meshpipe.mesh import MeshConfig
-from meshpipe.processes.coordination import process_index
-from meshpipe.processes.join import DistributedConfig
+from meshpipe.processes.config import DistributedConfig
 from meshpipe.report.tables import make_console
 
 
@@ -26,6 +25,8 @@ class FolderFlags:
 
     def take_devices(self) -> Console:
         """Takes the devices of the mesh; returns where process 0 says what it does."""
+        from meshpipe.processes.coordination import process_index
+
         console = make_console(stderr=True, quiet=process_index() > 0)
         take_devices_of_run(self.mesh, console)
         return console

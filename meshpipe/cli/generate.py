@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from meshpipe.cli.arguments import parse
+from meshpipe.cli.folder_flags import FolderFlags
 from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined
 from meshpipe.cli.prompts import PromptFlags, checked_tokenizer, encoded
 from meshpipe.cli.written_texts import WrittenTexts
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields, expanded
+from meshpipe.generation.config import SamplingConfig
 from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
 from meshpipe.processes.stop import StopRequest
@@ -49,24 +51,24 @@ class GroupFlags:
         expand_fields(self, "compile_cache")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(FolderFlags):
+    """All flags of the command."""
+
+    prompts: Annotated[PromptFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=PromptFlags)
+    sampling: Annotated[SamplingConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplingConfig)
+    groups: Annotated[GroupFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=GroupFlags)
+
+
 def generate(arguments: list[str], *, stop: StopRequest) -> int:
     """Generates; `stop` is entered, and ends the process until the first tokens are known."""
     begin_joined(arguments)
-    with phase("Importing JAX"):
-        from meshpipe.cli.folder_flags import FolderFlags
-        from meshpipe.generation.sampling import SamplingConfig
-        from meshpipe.generation.saved import open_saved
-        from meshpipe.processes.coordination import process_index
-
-    @dataclass(frozen=True, kw_only=True)
-    class Flags(FolderFlags):
-        prompts: Annotated[PromptFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=PromptFlags)
-        sampling: Annotated[SamplingConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplingConfig)
-        groups: Annotated[GroupFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=GroupFlags)
-
-    flags = parse(Flags, arguments, "meshpipe generate", DESCRIPTION)
+    flags = parse(GenerateFlags, arguments, "meshpipe generate", DESCRIPTION)
     _check_drawn(flags.sampling)
     texts = flags.prompts.texts()
+    with phase("Importing JAX"):
+        from meshpipe.generation.saved import open_saved
+        from meshpipe.processes.coordination import process_index
 
     def run(guard: "Guard") -> int:
         stop.end_early = guard.end_early
@@ -101,7 +103,7 @@ def generate(arguments: list[str], *, stop: StopRequest) -> int:
 def _generate(
     generator: "Generator",
     prompts: Sequence[Sequence[int]],
-    sampling: Any,
+    sampling: SamplingConfig,
     written: WrittenTexts,
     console: "Console",
     stop: StopRequest,
@@ -139,7 +141,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _check_drawn(sampling: Any) -> None:
+def _check_drawn(sampling: SamplingConfig) -> None:
     """Raises `ArgumentError` for flags about drawing where nothing is drawn."""
     if sampling.temperature == 0 and (sampling.top_k or sampling.top_p < 1):
         name = "top_k" if sampling.top_k else "top_p"

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from meshpipe.mesh import MeshConfig
+    from meshpipe.processes.config import DistributedConfig
     from meshpipe.processes.guard import Guard
-    from meshpipe.processes.join import DistributedConfig
 
 
 @dataclass(frozen=True, kw_only=True)

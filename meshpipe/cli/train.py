@@ -15,7 +15,7 @@ def train(arguments: list[str], *, stop: StopRequest) -> int:
     """Trains; `stop` is entered, and ends the process until the run takes it over."""
     begin_joined(arguments)
     with phase("Importing JAX"):
-        from meshpipe.processes.join import DistributedConfig
+        from meshpipe.processes.config import DistributedConfig
 
     recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
     with phase("Importing JAX"):

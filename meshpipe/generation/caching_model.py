@@ -19,7 +19,7 @@ from meshpipe.layers.task import Task
 from meshpipe.pipeline.config import PipelineConfig
 from meshpipe.plan.schedules import gpipe
 from meshpipe.processes.group import Group
-from meshpipe.sharding import Arrays, ShardingRules
+from meshpipe.sharding import Arrays, Shapes, ShardingRules
 
 POSITIONS = "positions"
 
@@ -112,11 +112,19 @@ class CachingModel:
         """By local stage: empty caches, and whatever else forward reads besides parameters."""
         found: dict[int, Arrays] = {}
         for s in self.model.local:
-            shapes = self.model.parameters[s].state
-            caches = {path: shape for path, shape in shapes.items() if is_cache(path)}
-            values = {**self.weights[s], **dict(zip(caches, zeros(tuple(caches.values())), strict=True))}
-            found[s] = tuple(values[path] for path in shapes)
+            paths = list(self.model.parameters[s].state)
+            caches = dict(zip(self.places_of_caches(s), zeros(self.caches(s)), strict=True))
+            found[s] = tuple(caches[at] if at in caches else self.weights[s][path] for at, path in enumerate(paths))
         return found
+
+    def places_of_caches(self, stage: int) -> list[int]:
+        """Where the caches of a local stage are in its state."""
+        return [at for at, path in enumerate(self.model.parameters[stage].state) if is_cache(path)]
+
+    def caches(self, stage: int) -> Shapes:
+        """The caches of a local stage."""
+        shapes = list(self.model.parameters[stage].state.values())
+        return tuple(shapes[at] for at in self.places_of_caches(stage))
 
 
 def is_cache(path: str) -> bool:
@@ -124,7 +132,7 @@ def is_cache(path: str) -> bool:
     return path.endswith(("/cache/keys", "/cache/values"))
 
 
-def zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Arrays:
+def zeros(shapes: Shapes) -> Arrays:
     """New arrays of zeros, with the shardings of the shapes."""
     if not shapes:
         return ()

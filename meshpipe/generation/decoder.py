@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from jax.sharding import Mesh, Sharding
-from jaxtyping import Array, Int, Shaped
+from jax.sharding import Mesh
 
-from meshpipe.generation.caching_model import POSITIONS, CachingModel, is_cache, zeros
+from meshpipe.generation.caching_model import POSITIONS, CachingModel, zeros
 from meshpipe.generation.decoding_layers import SAMPLING_FIELDS
+from meshpipe.generation.row_copies import RowCopies
 from meshpipe.layers.forwards import Forwards
 from meshpipe.mesh import DATA, submeshes
 from meshpipe.pipeline.everywhere import Everywhere
@@ -52,6 +50,8 @@ class Decoder:
     if a group has no more rows."""
     _few_state: dict[int, Arrays] | None = None
     """Its caches, which every beginning overwrites."""
+    _copies: tuple[RowCopies, RowCopies] | None = None
+    """Of caches, and of tokens."""
     _feed: Callable[[Arrays | None], jax.Array | None] | None = None
     _everywhere: Everywhere | None = None
 
@@ -90,14 +90,16 @@ class Decoder:
         local, meshes = self.few.model.local, [stage.submesh for stage in self.few.model.stages]
         shardings = [activation_sharding(meshes[s], slots.shape, self.parts) for s in local]
         placed = dict(zip(local, place([slots] * len(local), shardings), strict=True))
+        if self._copies is None:
+            self._copies = self._compiled_copies()
+        caches, newest = self._copies
         for s in local:
-            caches = [at for at, path in enumerate(self.whole.model.parameters[s].state) if is_cache(path)]
-            kept, new = (tuple([own[s][at] for at in caches]) for own in (texts.state, self._few_state))
-            put = _putting(tuple([rows.sharding for rows in kept]), donate=True)
-            texts.state[s] = replaced(texts.state[s], caches, put(kept, new, placed[s]))
+            places = self.whole.places_of_caches(s)
+            kept, new = (tuple([own[s][at] for at in places]) for own in (texts.state, self._few_state))
+            texts.state[s] = replaced(texts.state[s], places, caches(s, kept, new, placed[s]))
         if texts.tokens is not None and tokens is not None:
-            put = _putting((texts.tokens[0].sharding,), donate=False)  # those before may not have been read
-            texts.tokens = put(texts.tokens, tokens, placed[len(meshes) - 1])
+            last = len(meshes) - 1
+            texts.tokens = newest(last, texts.tokens, tokens, placed[last])
         rows_of_part = self.batch // self.parts
         rows, written = np.arange(self.parts) * rows_of_part + slots, slots < rows_of_part
         texts.positions = texts.positions.copy()
@@ -159,24 +161,32 @@ class Decoder:
 
         return feed
 
+    def _compiled_copies(self) -> tuple[RowCopies, RowCopies]:
+        """What copies caches, in place, and tokens, of which those before may not have been read."""
+        model, cache, parts = self.whole.model, self.whole.model.cache, self.parts
+        meshes = {s: model.stages[s].submesh for s in model.local}
+        caches = RowCopies(
+            {s: (mesh, self.whole.caches(s)) for s, mesh in meshes.items()},
+            {s: self.few.caches(s) for s in meshes},
+            parts=parts,
+            donate=True,
+            what="caches",
+            cache=cache,
+        )
+        lasts = {s: mesh for s, mesh in meshes.items() if s == len(model.stages) - 1}
+        tokens = RowCopies(
+            {s: (mesh, (self._tokens_on(mesh),)) for s, mesh in lasts.items()},
+            {s: (_tokens(parts, mesh),) for s, mesh in lasts.items()},
+            parts=parts,
+            donate=False,
+            what="tokens",
+            cache=cache,
+        )
+        return caches, tokens
+
     def _tokens_on(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
-        return abstract((self.batch,), jnp.int32, activation_sharding(mesh, (self.batch,), self.batch))
+        return _tokens(self.batch, mesh)
 
 
-@cache
-def _putting(shardings: tuple[Sharding, ...], *, donate: bool) -> Callable[[Arrays, Arrays, jax.Array], Arrays]:
-    """`put_rows` of several arrays, on the devices where those that are kept are."""
-
-    def put(kept: Arrays, new: Arrays, slots: jax.Array) -> Arrays:
-        return tuple(put_rows(rows, own, slots) for rows, own in zip(kept, new, strict=True))
-
-    return jax.jit(put, donate_argnums=(0,) if donate else (), out_shardings=shardings)
-
-
-def put_rows(
-    kept: Shaped[Array, "batch ..."], new: Shaped[Array, "parts ..."], slots: Int[Array, " parts"]
-) -> Shaped[Array, "batch ..."]:
-    """The rows with `new[part]` as row `slots[part]` of each part; none where that is past the last row of a part."""
-    parts = rearrange(kept, "(parts rows) ... -> parts rows ...", parts=new.shape[0])
-    written = jax.vmap(lambda rows, row, slot: rows.at[slot].set(row, mode="drop"))(parts, new, slots)
-    return rearrange(written, "parts rows ... -> (parts rows) ...")
+def _tokens(batch: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return abstract((batch,), jnp.int32, activation_sharding(mesh, (batch,), batch))

@@ -17,11 +17,11 @@ from meshpipe.compiler.cache import open_cache
 from meshpipe.errors import ArgumentError, check_whole, kind_of
 from meshpipe.generation.cache_memory import check_caches_fit
 from meshpipe.generation.caching_model import POSITIONS, CachingModel
+from meshpipe.generation.config import SamplingConfig
 from meshpipe.generation.decoder import Decoder
 from meshpipe.generation.lengths import LEAST_BEGINNING, check_tokens, power_of_two
 from meshpipe.generation.requests import Drawn, Request, StopWhen
 from meshpipe.generation.running_group import RunningGroup
-from meshpipe.generation.sampling import SamplingConfig
 from meshpipe.generation.scorer import Scorer
 from meshpipe.generation.scoring import Score
 from meshpipe.generation.staged_weights import ReadWeights, StagedWeights, given

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from meshpipe.generation.caching_model import POSITIONS
+from meshpipe.generation.config import SamplingConfig
 from meshpipe.generation.decoding_layers import SAMPLING_FIELDS
-from meshpipe.generation.sampling import SamplingConfig
 
 StopWhen = Callable[[Sequence[int]], bool]
 """Says of the tokens that were added to a text whether it ends with them."""

@@ -1,45 +1,8 @@
 """Draws the next token of every text from the logits of the model."""
 
-import math
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
-
-from meshpipe.errors import ArgumentError, check_seed, check_whole
-
-LENGTH_LIMIT = 2**24
-"""The number of tokens must be below this."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How to choose each next token; by default the most likely one."""
-
-    max_tokens: int = 64
-    """Tokens to add to a prompt, at most."""
-    temperature: float = 0.0
-    """Logits are divided by it before a token is drawn. 0 takes the most likely token."""
-    top_k: int = 0
-    """Draw from this many of the most likely tokens; 0 draws from all."""
-    top_p: float = 1.0
-    """Draw from the most likely tokens whose probabilities add up to at least this; 1 draws from all."""
-    seed: int = 0
-    """Seed of the draws. They depend on it, on the number of the prompt and on the position, not on the layout."""
-    stop_tokens: tuple[int, ...] = ()
-    """Token ids that end a text; they are not part of it."""
-
-    def __post_init__(self) -> None:
-        check_whole("max_tokens", self.max_tokens, below=LENGTH_LIMIT)
-        check_whole("top_k", self.top_k, 0, LENGTH_LIMIT)
-        check_seed(self.seed)
-        if not 0 <= self.temperature < math.inf:
-            raise ArgumentError(f"`temperature` must be 0 or a number above it. Got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ArgumentError(f"`top_p` must be above 0 and at most 1. Got {self.top_p}. 1 leaves no token out.")
-        for token in self.stop_tokens:
-            check_whole("stop_tokens", token, 0)
 
 
 def sample(

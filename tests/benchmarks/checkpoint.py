@@ -226,9 +226,10 @@ def run(options: argparse.Namespace, number: int, port: int) -> None:
 
     meshpipe.use_cpu_devices(DEVICES // options.processes)
     if options.processes > 1:
+        from meshpipe.processes.config import DistributedConfig
         from meshpipe.processes.coordination import barrier
         from meshpipe.processes.guard import leave
-        from meshpipe.processes.join import DistributedConfig, join
+        from meshpipe.processes.join import join
 
         place = {"coordinator": f"127.0.0.1:{port}", "process_id": number, "process_count": options.processes}
         join(DistributedConfig(**place))

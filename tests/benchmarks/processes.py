@@ -140,7 +140,8 @@ def answer(model: str, schedule: str, microbatches: int, number: int, port: int)
 
     import meshpipe
     from meshpipe.pipeline.ways import open_carrier
-    from meshpipe.processes.join import DistributedConfig, join
+    from meshpipe.processes.config import DistributedConfig
+    from meshpipe.processes.join import join
 
     jax.config.update("jax_num_cpu_devices", 1 if port else 2)
     if port:

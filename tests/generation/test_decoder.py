@@ -8,11 +8,11 @@ import pytest
 
 from meshpipe import make_mesh
 from meshpipe.generation.caching_model import is_cache
+from meshpipe.generation.config import SamplingConfig
 from meshpipe.generation.decoder import Decoder
 from meshpipe.generation.generator import Generator
 from meshpipe.generation.requests import Request
 from meshpipe.generation.running_group import RunningGroup
-from meshpipe.generation.sampling import SamplingConfig
 
 PROMPT = [5, 17, 3, 80, 9]
 

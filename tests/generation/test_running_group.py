@@ -10,10 +10,11 @@ import pytest
 
 from meshpipe import make_mesh
 from meshpipe.generation.caching_model import is_cache
-from meshpipe.generation.decoder import Decoder, put_rows
+from meshpipe.generation.config import SamplingConfig
+from meshpipe.generation.decoder import Decoder
 from meshpipe.generation.generator import Generator
 from meshpipe.generation.requests import Request, beginning_fields, sampling_fields
-from meshpipe.generation.sampling import SamplingConfig
+from meshpipe.generation.row_copies import put_rows
 
 LENGTHS = (3, 11, 1, 20, 5, 2, 9, 4, 13)
 ENDS = (2, 9, 1, 4, 12, 3, 1, 7, 5)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meshpipe.generation.sampling import SamplingConfig, sample
+from meshpipe.generation.config import SamplingConfig
+from meshpipe.generation.sampling import sample
 
 LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
 DRAWS = 4000

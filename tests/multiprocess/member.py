@@ -3,7 +3,8 @@
 import argparse
 
 import meshpipe
-from meshpipe.processes.join import DistributedConfig, join
+from meshpipe.processes.config import DistributedConfig
+from meshpipe.processes.join import join
 
 
 def place_parser() -> argparse.ArgumentParser:

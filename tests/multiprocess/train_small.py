@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import meshpipe
+from meshpipe.processes.config import DistributedConfig
 from meshpipe.processes.guard import leave
-from meshpipe.processes.join import DistributedConfig, join
+from meshpipe.processes.join import join
 
 WIDTH, ROWS, LAYERS = 8, 16, 4
 

@@ -9,7 +9,8 @@ import pytest
 
 from meshpipe.processes import join as join_module
 from meshpipe.processes import stop_together as stop_module
-from meshpipe.processes.join import DistributedConfig, join
+from meshpipe.processes.config import DistributedConfig
+from meshpipe.processes.join import join
 from meshpipe.processes.launch import free_port
 from meshpipe.processes.stop import StopRequest
 from meshpipe.processes.stop_together import StopTogether
@@ -94,9 +95,10 @@ def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPa
 def test_a_process_reports_that_the_others_did_not_join() -> None:
     script = f"""
 from meshpipe.processes import join
+from meshpipe.processes.config import DistributedConfig
 join.JOIN_SECONDS, join.REMINDER_SECONDS = 1.5, 0.6
 place = dict(coordinator="127.0.0.1:{free_port()}", process_id=0, process_count=2)
-join.join(join.DistributedConfig(**place))
+join.join(DistributedConfig(**place))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1, ended
