@@ -91,6 +91,11 @@ class Entry:
         parts = dict(zip(self._tensor_dims, seen_region, strict=True))
         return tuple(parts[dim] for dim in self._leaf_dims)
 
+    @cached_property
+    def keeps_order(self) -> bool:
+        """Whether the dims of the leaf follow each other as they do in the tensor."""
+        return self._leaf_dims == [dim for dim in self._tensor_dims if not dim.isdigit()]
+
     def to_leaf(self, seen: np.ndarray) -> np.ndarray:
         """A part of the tensor, its dims apart, in the order of the leaf; a view."""
         if not self.dims:
