@@ -127,7 +127,7 @@ class MemoryCheck:
         needs = (
             self._of_host(model, ranks, copies)
             if on_cpu(model.mesh)
-            else _of_devices(model.mesh.devices, ranks, copies, self._free(model.mesh))
+            else needs_of_devices(model.mesh.devices, ranks, copies, self._free(model.mesh))
         )
         worst = max(needs, key=lambda need: need.missing, default=None)
         if worst is not None and worst.missing:
@@ -181,7 +181,7 @@ def _parts(memory: RankMemory) -> Parts:
     return {name: getattr(memory, name) for name in names}
 
 
-def _of_devices(devices: np.ndarray, ranks: Sequence[Parts], copies: Parts, free_of: Free) -> Iterable[Need]:
+def needs_of_devices(devices: np.ndarray, ranks: Sequence[Parts], copies: Parts, free_of: Free) -> Iterable[Need]:
     """Every device of this process that says how much memory it has."""
     for rank, of_device in enumerate(ranks):
         for device in devices[rank].flat:

@@ -123,7 +123,9 @@ def _generate(
 
     began = time.perf_counter()
     first: float | None = None
-    for drawn in generator.stream(prompts, sampling, on_end=written.end, should_stop=should_stop):
+    texts = generator.stream(prompts, sampling, on_end=written.end, should_stop=should_stop)
+    console.print(str(generator.caches(prompts, sampling)), markup=False)
+    for drawn in texts:
         if first is None:
             first = time.perf_counter() - began
         written.add(drawn.request, drawn.token)

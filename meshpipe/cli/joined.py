@@ -103,7 +103,10 @@ def advising_on_memory() -> Iterator[None]:
         yield
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):  # JAX has no class of its own for it
-            advise(error, "Shorten the texts, lower --batch-size, or make a mesh axis (--mesh.tensor) larger.")
+            advise(
+                error,
+                "Shorten the texts, lower --batch-size, or make the mesh larger (--mesh.pipeline, --mesh.tensor).",
+            )
         raise
 
 

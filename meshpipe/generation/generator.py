@@ -16,6 +16,7 @@ from meshpipe.adapters.lora import with_lora
 from meshpipe.compiler.cache import open_cache
 from meshpipe.errors import ArgumentError, check_whole, kind_of
 from meshpipe.generation.cache_memory import check_caches_fit
+from meshpipe.generation.caches import Caches
 from meshpipe.generation.caching_model import POSITIONS, CachingModel
 from meshpipe.generation.config import SamplingConfig
 from meshpipe.generation.decoder import Decoder
@@ -211,6 +212,11 @@ class Generator:
             for context, text in pairs
         ]
         return self.scorer.tokens(tokens)
+
+    def caches(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Caches:
+        """The caches that `stream` allocates for prompts, at least one. Raises `ArgumentError` when they do not fit."""
+        requests = [Request(number=n, prompt=prompt, sampling=sampling) for n, prompt in enumerate(prompts)]
+        return Caches(self._decoder_of(requests, sampling), min(self._in_flight, len(prompts)))
 
     def _run(self, decoder: Decoder, requests: Sequence[Request], should_stop: ShouldStop | None) -> Iterator[Drawn]:
         first = decoder.batch * self._in_flight

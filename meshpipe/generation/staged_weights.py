@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from meshpipe.errors import ArgumentError
 from meshpipe.generation.decoding_layers import with_constructors
+from meshpipe.generation.memory import check_weights
 from meshpipe.layers.choice import Choice
 from meshpipe.layers.constructors import Make
 from meshpipe.layers.examine import abstract_layers
@@ -52,7 +53,7 @@ class StagedWeights:
         cls, task: Task, mesh: Mesh, read: ReadWeights, num_microbatches: int = 1, dtype: str | None = None
     ) -> "StagedWeights":
         """Cuts the layers of a task into stages, and reads their values. With a `dtype`, kernels and embeddings are
-        read into it, in place of that of the layers.
+        read into it, in place of that of the layers. Raises `ValueError` when they do not fit into memory.
         """
         if dtype is not None:
             keeping = with_constructors(
@@ -60,6 +61,7 @@ class StagedWeights:
             )
             task = replace(task, layers=keeping)
         model = forward_model(task, mesh, num_microbatches)
+        check_weights(model)
         return cls(model, task.layers, _read(model, read))
 
 

@@ -144,11 +144,15 @@ class Device:
 def test_every_accelerator_has_its_own_memory() -> None:
     devices = np.array([[Device(1000, 100)], [Device(1000, 0)]], dtype=object)
     free = {device: capacity._free_on(device) for device in devices.flat}
-    first, second = capacity._of_devices(devices, [{"parameters": 800}, {"parameters": 1200}], {"copies": 300}, free)
+    first, second = capacity.needs_of_devices(
+        devices, [{"parameters": 800}, {"parameters": 1200}], {"copies": 300}, free
+    )
     assert (first.total, first.free, first.missing) == (1100, 900, 200)
     assert (second.total, second.free, second.missing) == (1200, 1000, 200)
     assert second.where == "the memory of tpu:3"
     (unknown,) = devices = np.array(jax.devices()[:1])
     assert not list(
-        capacity._of_devices(devices.reshape(1, 1), [{"parameters": 800}], {}, {unknown: capacity._free_on(unknown)})
+        capacity.needs_of_devices(
+            devices.reshape(1, 1), [{"parameters": 800}], {}, {unknown: capacity._free_on(unknown)}
+        )
     )
