@@ -11,7 +11,7 @@ import tyro
 from meshpipe.cli.arguments import parse
 from meshpipe.cli.folder_flags import FolderFlags
 from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined
-from meshpipe.cli.prompts import PromptFlags, checked_tokenizer, encoded
+from meshpipe.cli.prompts import PromptFlags, checked_tokenizer
 from meshpipe.cli.written_texts import WrittenTexts
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields, expanded
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from meshpipe.generation.generator import Generator
+    from meshpipe.generation.stop_texts import StopTexts
     from meshpipe.processes.guard import Guard
 
 DESCRIPTION = "Continues texts with a trained model, from a run, its checkpoints, or a folder of published weights."
@@ -65,9 +66,10 @@ def generate(arguments: list[str], *, stop: StopRequest) -> int:
     begin_joined(arguments)
     flags = parse(GenerateFlags, arguments, "meshpipe generate", DESCRIPTION)
     _check_drawn(flags.sampling)
-    texts = flags.prompts.texts()
+    given = flags.prompts.read()
     with phase("Importing JAX"):
         from meshpipe.generation.saved import open_saved
+        from meshpipe.generation.stop_texts import StopTexts
         from meshpipe.processes.coordination import process_index
 
     def run(guard: "Guard") -> int:
@@ -76,9 +78,10 @@ def generate(arguments: list[str], *, stop: StopRequest) -> int:
         folder = expanded("FOLDER", flags.folder)
         saved = open_saved(folder, groups.step, flags.prompts.tokenizer, **vars(flags.computed))
         tokenizer = checked_tokenizer(saved.tokenizer)
+        stops = StopTexts(tokenizer, flags.prompts.stop)
         console = flags.take_devices()
         _check_known(flags.sampling.stop_tokens, saved.model)
-        prompts = [encoded(tokenizer, text, chat=flags.prompts.chat) for text in texts]
+        prompts = [prompt.encoded(tokenizer) for prompt in given]
         sampling = flags.sampling
         if not flags.prompts.ignore_end:
             ends = () if tokenizer.end is None else (tokenizer.end,)
@@ -94,8 +97,8 @@ def generate(arguments: list[str], *, stop: StopRequest) -> int:
         if said := saved.beyond(max(map(len, prompts), default=0) + sampling.max_tokens):
             console.print(said, markup=False)
         write = _write if process_index() == 0 else None
-        written = WrittenTexts(texts, tokenizer, as_json=flags.prompts.json, write=write)
-        return _generate(generator, prompts, sampling, written, console, stop)
+        written = WrittenTexts(given, tokenizer, stops, as_json=flags.prompts.json, write=write)
+        return _generate(generator, prompts, sampling, stops, written, console, stop)
 
     return run_joined(flags.distributed, advising_on_memory()(run))
 
@@ -104,6 +107,7 @@ def _generate(
     generator: "Generator",
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
+    stops: "StopTexts",
     written: WrittenTexts,
     console: "Console",
     stop: StopRequest,
@@ -123,7 +127,7 @@ def _generate(
 
     began = time.perf_counter()
     first: float | None = None
-    texts = generator.stream(prompts, sampling, on_end=written.end, should_stop=should_stop)
+    texts = generator.stream(prompts, sampling, stop_when=stops.is_in, on_end=written.end, should_stop=should_stop)
     console.print(str(generator.caches(prompts, sampling)), markup=False)
     for drawn in texts:
         if first is None:

@@ -3,10 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from meshpipe.data.chat import ChatError, messages_of
 from meshpipe.errors import ArgumentError
 from meshpipe.files import expand_fields
 
@@ -21,11 +22,14 @@ class PromptFlags:
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; may be repeated."""
     prompts: Path | None = None
-    """File with one prompt per line. In a .jsonl file, each line is a JSON string or an object with a `prompt`."""
+    """File with one prompt per line. In a .jsonl file, each line is a JSON string, an object with a `prompt`, or, with
+    `--chat`, an object with the `messages` of a conversation."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Text that ends a text, and is no part of it; may be repeated."""
     chat: bool = False
     """Treat each prompt as a user's message, written by the tokenizer's chat template."""
     json: bool = False
-    """Print one JSON object per line, with `prompt`, `text` and `tokens`, instead of text."""
+    """Print one JSON object per line, with `prompt` (or `messages`), `text` and `tokens`, instead of text."""
     tokenizer: Path | None = None
     """A tokenizer.json, or a folder with one. None takes that of the model."""
     ignore_end: bool = False
@@ -34,12 +38,46 @@ class PromptFlags:
     def __post_init__(self) -> None:
         expand_fields(self, "prompts", "tokenizer")
 
-    def texts(self) -> list[str]:
+    def read(self) -> "list[Prompt]":
         """All prompts, in their order. Raises `ArgumentError` for none, and for a file that cannot be read."""
         found = [*self.prompt, *([] if self.prompts is None else read_prompts(self.prompts))]
         if not found:
             raise ArgumentError("generate needs at least one `prompt`, or a file of `prompts`. Got none.")
-        return found
+        if not self.chat and any(not isinstance(value, str) for value in found):
+            raise ArgumentError("Prompts of several `messages` need `chat`, which writes them. Got them without it.")
+        return [Prompt(value, self.chat) for value in found]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is continued."""
+
+    value: str | list[dict[str, Any]]
+    """A text, or the messages of a conversation."""
+    chat: bool = False
+    """Whether a text is the message of a user, and the chat template writes what the model reads."""
+
+    @property
+    def shown(self) -> str:
+        """What is printed in front of the text that follows."""
+        text = self.value if isinstance(self.value, str) else str(self.value[-1].get("content", ""))
+        return f"{text}\n" if self.chat else text
+
+    def as_json(self) -> dict[str, Any]:
+        """What an object about the prompt has of it."""
+        return {"prompt" if isinstance(self.value, str) else "messages": self.value}
+
+    def encoded(self, tokenizer: "TextTokenizer") -> list[int]:
+        """Its tokens. Raises `ValueError` for a tokenizer without a chat template, and messages that it refuses."""
+        if not self.chat:
+            assert isinstance(self.value, str)
+            return tokenizer.encode(self.value)
+        make = getattr(tokenizer, "template", None)
+        template = None if make is None else make()
+        if template is None:
+            raise ArgumentError("`chat` needs a tokenizer with a chat template. Got one without. Leave `chat` out.")
+        messages = [{"role": "user", "content": self.value}] if isinstance(self.value, str) else self.value
+        return tokenizer.encode(template.render(messages, prompt=True), special=False)
 
 
 def checked_tokenizer(tokenizer: "TextTokenizer | None") -> "TextTokenizer":
@@ -51,24 +89,15 @@ def checked_tokenizer(tokenizer: "TextTokenizer | None") -> "TextTokenizer":
     return tokenizer
 
 
-def encoded(tokenizer: "TextTokenizer", text: str, *, chat: bool) -> list[int]:
-    """The tokens of a prompt; with `chat`, of the message of a user in the tokenizer's chat template."""
-    if not chat:
-        return tokenizer.encode(text)
-    make = getattr(tokenizer, "template", None)
-    template = None if make is None else make()
-    if template is None:
-        raise ArgumentError("`chat` needs a tokenizer with a chat template. Got one without. Leave `chat` out.")
-    return tokenizer.encode(template.render([{"role": "user", "content": text}], prompt=True), special=False)
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The prompts of a file, a line each. Raises `ArgumentError` for a file or line that cannot be read."""
+def read_prompts(file: Path) -> list[str | list[dict[str, Any]]]:
+    """The prompts of a file, a line each: texts, or lists of messages. Raises `ArgumentError` for a file or line that
+    cannot be read.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # in text, there are further ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"`prompts` must name a text file in UTF-8. Got {str(file)!r}: {error}.") from None
-    found: list[str] = []
+    found: list[str | list[dict[str, Any]]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -79,10 +108,16 @@ def read_prompts(file: Path) -> list[str]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ArgumentError(f"Every line of `prompts` must be JSON. Got {file}, line {number}: {error}.") from None
+        if isinstance(value, dict) and "messages" in value:
+            try:
+                found.append(messages_of(value["messages"]))
+            except ChatError as error:
+                raise ArgumentError(f"`messages` must be a conversation. In {file}, line {number}, {error}.") from None
+            continue
         text = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise ArgumentError(
-                "Every line of `prompts` must be a JSON text, or an object with a text named prompt. "
+                "Every line of `prompts` must be a JSON text, or an object with a text named prompt or with messages. "
                 f"Got {line!r:.60} in {file}, line {number}."
             )
         found.append(text)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from meshpipe.cli.prompts import Prompt
+    from meshpipe.generation.stop_texts import StopTexts
     from meshpipe.generation.tokenizer import TextTokenizer
 
 
@@ -14,19 +16,22 @@ class WrittenTexts:
     Arguments:
         prompts: What comes before each text.
         tokenizer: Makes text of tokens.
+        stops: Of what is generated, they and what follows them are not written.
         as_json: Whether to write an object a line, in place of text.
         write: Writes at once; None in processes that write nothing.
     """
 
     def __init__(
         self,
-        prompts: Sequence[str],
+        prompts: "Sequence[Prompt]",
         tokenizer: "TextTokenizer",
+        stops: "StopTexts",
         *,
         as_json: bool,
         write: Callable[[str], object] | None,
     ) -> None:
-        self._prompts, self._tokenizer, self._as_json, self._out = prompts, tokenizer, as_json, write
+        self._prompts, self._tokenizer, self._stops = prompts, tokenizer, stops
+        self._as_json, self._out = as_json, write
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._ended: set[int] = set()
         self._next = 0
@@ -49,7 +54,7 @@ class WrittenTexts:
         """A text has got a token."""
         self._tokens[number].append(token)
         if self._streams:
-            self._show(self._tokenizer.decode(self._tokens[0]))
+            self._show(self._stops.sure(self._tokenizer.decode(self._tokens[0])))
         self._write_in_order()
 
     def end(self, number: int) -> None:
@@ -59,7 +64,7 @@ class WrittenTexts:
     def finish(self) -> None:
         """Writes all texts that have ended and are not written; of the only text, what there is."""
         if self._streams:
-            self._show(self._tokenizer.decode(self._tokens[0]), is_whole=True)
+            self._show(self._stops.cut(self._tokenizer.decode(self._tokens[0])), is_whole=True)
             self._write("\n")
             return
         self._write_in_order()
@@ -75,7 +80,7 @@ class WrittenTexts:
     def _show(self, text: str, *, is_whole: bool = False) -> None:
         """Writes what is new of the only text, unless its last character is not complete yet."""
         if self._shown is None:  # not before, since what compiles says so
-            self._write(self._prompts[0])
+            self._write(self._prompts[0].shown)
             self._shown = ""
         if is_whole or (not text.endswith("\ufffd") and text.startswith(self._shown)):
             self._write(text[len(self._shown) :])
@@ -83,10 +88,10 @@ class WrittenTexts:
 
     def _text(self, number: int) -> str:
         prompt, tokens = self._prompts[number], self._tokens[number]
-        text = self._tokenizer.decode(tokens)
+        text = self._stops.cut(self._tokenizer.decode(tokens))
         if self._as_json:
-            return json.dumps({"prompt": prompt, "text": text, "tokens": tokens}, ensure_ascii=False) + "\n"
-        return f"{'' if number == 0 else chr(10)}--- {number + 1} of {len(self._prompts)}\n{prompt}{text}\n"
+            return json.dumps({**prompt.as_json(), "text": text, "tokens": tokens}, ensure_ascii=False) + "\n"
+        return f"{'' if number == 0 else chr(10)}--- {number + 1} of {len(self._prompts)}\n{prompt.shown}{text}\n"
 
     def _write(self, text: str) -> None:
         if self._out is not None:

@@ -25,6 +25,7 @@ except ImportError as error:
 from meshpipe.data.chat import ChatTemplate
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.generation.saved import Saved, open_saved
+from meshpipe.generation.stop_texts import StopTexts
 from meshpipe.generation.tokenizer import TextTokenizer, encode_pair, encode_text, first_token
 from meshpipe.mesh import MeshConfig, use_cpu_devices
 
@@ -202,26 +203,20 @@ class MeshpipeLM(LM):
             raise ArgumentError(
                 f"`max_gen_toks` must leave room for a context below `max_length` {self.max_length}. Got {most}."
             )
-        until = [text for text in asked["until"] if text]
+        stops = StopTexts(self.tokenizer, tuple(text for text in asked["until"] if text))
         end = () if self.tokenizer.end is None else (self.tokenizer.end,)
         found = self.generator.tokens(
             [self._context(text)[-(self.max_length - most) :] for text in contexts],
-            stop_when=lambda tokens: _cut(self.tokenizer.decode(tokens), until)[1],
+            stop_when=stops.is_in,
             max_tokens=most,
             stop_tokens=(*self.saved.ends, *end),
             seed=self.seed,
             **{name: asked[name] for name in SAMPLING & asked.keys()},
         )
-        return [_cut(self.tokenizer.decode(tokens), until)[0] for tokens in found]
+        return [stops.cut(self.tokenizer.decode(tokens)) for tokens in found]
 
     def _context(self, text: str) -> list[int]:
         return encode_text(self.tokenizer, text) or [self.prefix_token_id]
-
-
-def _cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first of `until`, and whether there was one."""
-    places = [place for place in map(text.find, until) if place >= 0]
-    return (text[: min(places)], True) if places else (text, False)
 
 
 def _max_length(saved: Saved) -> int:
