@@ -14,6 +14,9 @@ from meshpipe.files import expand_fields
 if TYPE_CHECKING:
     from meshpipe.generation.tokenizer import TextTokenizer
 
+Value = str | list[dict[str, Any]]
+"""A text, or the messages of a conversation."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFlags:
@@ -40,7 +43,7 @@ class PromptFlags:
 
     def read(self) -> "list[Prompt]":
         """All prompts, in their order. Raises `ArgumentError` for none, and for a file that cannot be read."""
-        found = [*self.prompt, *([] if self.prompts is None else read_prompts(self.prompts))]
+        found: list[Value] = [*self.prompt, *([] if self.prompts is None else read_prompts(self.prompts))]
         if not found:
             raise ArgumentError("generate needs at least one `prompt`, or a file of `prompts`. Got none.")
         if not self.chat and any(not isinstance(value, str) for value in found):
@@ -52,8 +55,7 @@ class PromptFlags:
 class Prompt:
     """What is continued."""
 
-    value: str | list[dict[str, Any]]
-    """A text, or the messages of a conversation."""
+    value: Value
     chat: bool = False
     """Whether a text is the message of a user, and the chat template writes what the model reads."""
 
@@ -89,7 +91,7 @@ def checked_tokenizer(tokenizer: "TextTokenizer | None") -> "TextTokenizer":
     return tokenizer
 
 
-def read_prompts(file: Path) -> list[str | list[dict[str, Any]]]:
+def read_prompts(file: Path) -> list[Value]:
     """The prompts of a file, a line each: texts, or lists of messages. Raises `ArgumentError` for a file or line that
     cannot be read.
     """
@@ -97,7 +99,7 @@ def read_prompts(file: Path) -> list[str | list[dict[str, Any]]]:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # in text, there are further ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"`prompts` must name a text file in UTF-8. Got {str(file)!r}: {error}.") from None
-    found: list[str | list[dict[str, Any]]] = []
+    found: list[Value] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -1,5 +1,6 @@
 """Copies of what few texts have, their caches and newest tokens, to rows of a group of texts."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,8 @@ from meshpipe.compiler.cache import CompileCache
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.phases import each
 from meshpipe.sharding import Arrays, Shapes, abstract, activation_sharding
+
+_Put = Callable[[Arrays, Arrays, jax.Array], Arrays]
 
 
 class RowCopies:
@@ -51,7 +54,7 @@ class RowCopies:
         with ThreadPoolExecutor() as pool:
             building = {stage: pool.submit(compiled, stage) for stage, (_, rows) in kept.items() if rows}
             found = each(f"Compiling copies of {what},", "stage", list(building.items()))
-            self._puts = {stage: future.result() for stage, future in found}
+            self._puts: dict[int, _Put] = {stage: future.result() for stage, future in found}
 
     def __call__(self, stage: int, kept: Arrays, new: Arrays, slots: jax.Array) -> Arrays:
         """The rows of a stage with `new[part]` as row `slots[part]` of each part, int32 `[parts]`; see `put_rows`."""
