@@ -113,6 +113,9 @@ WRONG = {
     "an empty prompt": ("generate QWEN --prompts EMPTY/empty.jsonl", "must have at least one token"),
     "a line that is no JSON": ("generate QWEN --prompts EMPTY/wrong.jsonl", "wrong.jsonl, line 2"),
     "a line without a prompt": ("generate QWEN --prompts EMPTY/other.jsonl", "an object with a text named prompt"),
+    "a conversation without a template": ("generate QWEN --prompts EMPTY/chat.jsonl", "need --chat, which writes them"),
+    "a conversation that is none": ("generate QWEN --prompts EMPTY/role.jsonl --chat", "line 1, message 1 has no role"),
+    "nothing to stop at": ("generate QWEN --prompt a --stop=", "A --stop must have at least one character"),
     "no file of prompts": ("generate QWEN --prompts EMPTY/missing.txt", "--prompts must name a text file"),
     "cold": ("generate QWEN --prompt a --temperature -1", "--temperature must be 0 or a number above it. Got -1.0."),
     "a share of nothing drawn": ("generate QWEN --prompt a --top-p 0.5", "--top-p has no effect at temperature 0"),
@@ -145,6 +148,8 @@ def test_wrong_calls(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (empty / "empty.jsonl").write_text('""\n')
     (empty / "wrong.jsonl").write_text('"a"\n{"prompt": \n')
     (empty / "digits.jsonl").write_text("9" * 5000)
+    (empty / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    (empty / "role.jsonl").write_text('{"messages": [{"content": "Hi"}]}\n')
     (empty / "other.jsonl").write_text('{"text": "a"}\n')
     shutil.copytree(QWEN, small)
     config = json.loads((small / "config.json").read_text())

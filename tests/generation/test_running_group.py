@@ -15,6 +15,7 @@ from meshpipe.generation.decoder import Decoder
 from meshpipe.generation.generator import Generator
 from meshpipe.generation.requests import Request, beginning_fields, sampling_fields
 from meshpipe.generation.row_copies import put_rows
+from meshpipe.phases import listening
 
 LENGTHS = (3, 11, 1, 20, 5, 2, 9, 4, 13)
 ENDS = (2, 9, 1, 4, 12, 3, 1, 7, 5)
@@ -46,8 +47,11 @@ def test_texts_that_follow_others_are_those_of_transformers(generator: Generator
     ended: list[int] = []
     found: list[list[int]] = [[] for _ in range(6)]
     stream = generator.stream(prompts * 2, max_tokens=12, stop_when=ends_at(whole, (2, 5, 12)), on_end=ended.append)
-    for drawn in stream:
-        found[drawn.request].append(drawn.token)
+    phases: set[str] = set()
+    with listening(lambda phase: phases.add(phase.what)):
+        for drawn in stream:
+            found[drawn.request].append(drawn.token)
+    assert {"Compiling copies of caches,", "Compiling copies of tokens,"} <= phases  # nothing is compiled in silence
     assert found == [whole[0][:2], whole[1][:5], whole[2]] * 2
     assert sorted(ended) == list(range(6))
 
