@@ -1,12 +1,14 @@
 """Values are read in slices to their places, whatever dtype, order of dims and sharding they have."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshpipe.weights import reading
@@ -14,7 +16,16 @@ from meshpipe.weights.entry import Entry
 from meshpipe.weights.reading import Source, read_leaves, read_region
 from meshpipe.weights.tensor_file import read_header
 
-HEADS, HEAD_DIM, EMBED = 6, 40, 512
+SHAPE = (6, 40, 512)
+"""Of the leaf: 491 kB in float32."""
+TENSORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "": lambda leaf: leaf,
+    "(heads head_dim) embed -> embed heads head_dim": lambda leaf: rearrange(leaf, "e h d -> (h d) e"),
+    "embed (2 heads head_dim) -> heads head_dim embed": lambda leaf: rearrange(
+        np.stack([np.zeros_like(leaf), leaf]), "part h d e -> e (part h d)"
+    ),
+}
+"""By the dims of an entry, what is the tensor of a leaf."""
 NAMES = {np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -40,24 +51,15 @@ def written(folder: Path, values: np.ndarray) -> Path:
         (np.float32, BFLOAT16),
     ],
 )
-@pytest.mark.parametrize(
-    "dims", ["", "(heads head_dim) embed -> embed heads head_dim", "embed (2 heads head_dim) -> heads head_dim embed"]
-)
+@pytest.mark.parametrize("dims", TENSORS)
 def test_slices(
     split: PartitionSpec, stored: type, kept: type, dims: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "PIECE", 150_000)
     monkeypatch.setattr(reading, "MOST_SLICE", 70_000)
-    shape = {"": (EMBED, HEADS * HEAD_DIM), "(": (HEADS * HEAD_DIM, EMBED), "e": (EMBED, 2 * HEADS * HEAD_DIM)}[
-        dims[:1]
-    ]
-    values = np.random.default_rng(0).standard_normal(shape, np.float32).astype(stored)
-    expected = {
-        "": values,
-        "(": values.reshape(HEADS, HEAD_DIM, EMBED).transpose(2, 0, 1),
-        "e": values.reshape(EMBED, 2, HEADS, HEAD_DIM)[:, 1].transpose(1, 2, 0),
-    }[dims[:1]].astype(kept)
-    source = Source(Entry("t", "leaf", dims, part=1), read_header(written(tmp_path, values))["t"])
+    values = np.random.default_rng(0).standard_normal(SHAPE, np.float32).astype(stored)
+    file, expected = written(tmp_path, TENSORS[dims](values)), values.astype(kept)
+    source = Source(Entry("t", "leaf", dims, part=1), read_header(file)["t"])
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
     wanted = jax.ShapeDtypeStruct(expected.shape, kept, sharding=NamedSharding(mesh, split))
     found = read_leaves({"leaf": source}, {"leaf": wanted})["leaf"]
