@@ -9,7 +9,6 @@ import pytest
 from meshpipe import make_mesh
 from meshpipe.generation.caching_model import is_cache
 from meshpipe.generation.config import SamplingConfig
-from meshpipe.generation.decoder import Decoder
 from meshpipe.generation.generator import Generator
 from meshpipe.generation.requests import Request
 from meshpipe.generation.running_group import RunningGroup
@@ -21,11 +20,6 @@ PROMPT = [5, 17, 3, 80, 9]
 def generator() -> Generator:
     """A model with windows of 6 in two of three blocks, on two ranks."""
     return Generator(golden.CONFIGS["gemma3"], golden.leaves("gemma3"), mesh=make_mesh(2))
-
-
-def the_decoder(generator: Generator) -> Decoder:
-    (decoder,) = generator._decoders.values()
-    return decoder
 
 
 @pytest.mark.slow
@@ -71,8 +65,7 @@ def test_caches_are_updated_in_place_where_their_stages_are(generator: Generator
 
 def test_caches_are_split_over_data_and_tensor() -> None:
     generator = Generator(golden.CONFIGS["qwen3"], golden.leaves("qwen3"), mesh=make_mesh(1, 2, 2))
-    generator._decoder(3, 20)
-    decoder = the_decoder(generator)
+    decoder = generator.caches([PROMPT] * 3, SamplingConfig(max_tokens=16)).decoder
     for path, shape in decoder.whole.model.parameters[0].state.items():
         assert shape.shape == (4, 32, 2, 8), path  # three texts are filled up to four
         assert shape.sharding.shard_shape(shape.shape) == (2, 32, 1, 8)
