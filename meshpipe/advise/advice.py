@@ -44,6 +44,8 @@ class Advice:
     """Layouts that were among the best by arithmetic, and cannot be."""
     command: str = ""
     """What runs the winner; empty if nothing fits."""
+    layers: str = "estimated"
+    """Where the times of layers are from: `measured`, or `estimated` by the rates of the machine, perhaps with why."""
 
     @property
     def winner(self) -> Estimate | None:
@@ -63,6 +65,7 @@ class Advice:
             "considered": self.considered,
             "simulated": self.simulated,
             "seconds": self.seconds,
+            "layers": self.layers,
             "command": self.command,
             "best": [{**_numbers(found.estimate, self.tokens), "how": found.how} for found in self.best],
             "refused": [{**_numbers(found.estimate, self.tokens), "reason": found.reason} for found in self.refused],

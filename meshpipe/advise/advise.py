@@ -12,8 +12,9 @@ from meshpipe.advise.advice import Advice, Confirmed
 from meshpipe.advise.candidates import REMATS, Space
 from meshpipe.advise.confirm import compile_best, with_smaller, worth_compiling
 from meshpipe.advise.estimate import Estimate, Estimator
-from meshpipe.advise.here import measure_best
+from meshpipe.advise.here import measure_best, measured_machine, with_measured_layers
 from meshpipe.advise.layout import Layout
+from meshpipe.advise.measured import Measured
 from meshpipe.advise.search import Family, Found, choice_of, search
 from meshpipe.advise.survey import survey
 from meshpipe.advise.times import Roofline
@@ -57,11 +58,12 @@ def advise_on(
         raise ArgumentError(_nothing(config, target, fixed or {}))
     with phase("Tracing the layers"):
         work = survey(config, devices, programs_for)
-    estimator = Estimator(work, Roofline(work, target.hardware), target.hardware, config.batch_size)
-    if memory is not None:
-        estimator.limit = float(memory)
-    can_shard = any(parameter.over_data is not None for parameter in work.parameters)
-    found = search(replace(space, can_shard=can_shard), estimator)
+    space = replace(space, can_shard=any(parameter.over_data is not None for parameter in work.parameters))
+    hardware = measured_machine(target.hardware, devices) if target.text == HERE else target.hardware
+    estimator = Estimator(work, Roofline(work, hardware), hardware, config.batch_size, memory)
+    if target.text == HERE and count:
+        estimator = with_measured_layers(estimator, config, devices, space)
+    found = search(space, estimator)
     confirmed = _confirmed(found, config, target, devices, estimator.limit, count)
     best = [layout for layout in confirmed if not layout.reason]
     return Advice(
@@ -77,7 +79,14 @@ def advise_on(
         refused=[layout for layout in confirmed if layout.reason],
         families=list(found.families.values()),
         command=command(best[0].estimate.layout) if best else "",
+        layers=_layers(estimator, is_measured=target.text == HERE and count > 0),
     )
+
+
+def _layers(estimator: Estimator, *, is_measured: bool) -> str:
+    if isinstance(estimator.times, Measured):
+        return "measured"
+    return "estimated, since measuring them needs too much memory or time" if is_measured else "estimated"
 
 
 def _confirmed(

@@ -54,12 +54,14 @@ class _Staged:
 
 
 class Estimator:
-    """Estimates layouts of one model on one machine."""
+    """Estimates layouts of one model on one machine. A step may need `memory` bytes of a device, or else most of it."""
 
-    def __init__(self, work: ModelWork, times: LayerTimes, hardware: Hardware, batch_size: int) -> None:
+    def __init__(
+        self, work: ModelWork, times: LayerTimes, hardware: Hardware, batch_size: int, memory: float | None = None
+    ) -> None:
         self.work, self.times, self.hardware = work, times, hardware
         self.batch_size = batch_size
-        self.limit = USABLE * hardware.memory_bytes
+        self.limit = USABLE * hardware.memory_bytes if memory is None else float(memory)
         """The bytes of a device that a step may need."""
         self._layers: dict[object, tuple[Seconds, ...]] = {}
         self._reasons: dict[tuple[int, int, bool], str | None] = {}
@@ -193,8 +195,13 @@ class Estimator:
     def _stage(self, layout: Layout, ranks: tuple[int, ...]) -> _Staged:
         cuts, examples = self._cuts(ranks), self.examples(layout)
         layers = {op: self._layer_seconds(layout, op) for op in Op}
-        times = tuple({op: sum((layers[op][place] for place in cut), Seconds()) for op in Op} for cut in cuts)
+        times = tuple({op: self._together(layers[op][cut.start : cut.stop]) for op in Op} for cut in cuts)
         return _Staged(cuts, ranks, times, tuple(needs_of(self.work, cut, layout, examples) for cut in cuts))
+
+    def _together(self, layers: Sequence[Seconds]) -> Seconds:
+        """The time of a program of these layers."""
+        total = sum(layers, Seconds())
+        return total + Seconds(self.times.per_call) if total.total else total
 
     def _cuts(self, ranks: tuple[int, ...]) -> tuple[range, ...]:
         """The cut whose slowest stage takes the least time; an even one where ranks are no slower with it."""
@@ -229,6 +236,7 @@ class Estimator:
     def _once(self, layout: Layout, staged: _Staged, rank: int) -> "_Once":
         """What a rank does once per step besides its actions."""
         parameters = gradients = optimizer = whole = 0.0
+        count = 0
         parts = layout.data if layout.is_sharded else 1
         for stage, cut in enumerate(staged.cuts):
             if staged.ranks[stage] != rank:
@@ -241,13 +249,16 @@ class Estimator:
                     parameters, whole = parameters + kept, whole + on_device
                     gradients += layer.gradient_bytes * on_device
                     optimizer += layer.optimizer_bytes * kept
+                    count += 1
+        # XLA combines the collectives of parameters on accelerators alone.
+        count = count if self.hardware.platform == "cpu" else 1
         group = Group(layout.data, layout.tensor)
         kind = "reduce-scatter" if layout.is_sharded else "all-reduce"
-        moved = (2 * parameters + gradients / parts + 2 * optimizer) / self.hardware.memory_bandwidth
+        zeros = gradients / (self.hardware.memory_bandwidth * self.hardware.efficiency["memory"])
         return _Once(
-            reduce=collective_seconds(kind, gradients, group, self.hardware),
-            gather=collective_seconds("all-gather", whole, group, self.hardware) if layout.is_sharded else 0.0,
-            update=moved / self.hardware.efficiency["memory"],
+            reduce=collective_seconds(kind, gradients, group, self.hardware, count),
+            gather=collective_seconds("all-gather", whole, group, self.hardware, count) if layout.is_sharded else 0.0,
+            update=zeros + self.times.update(parameters, gradients / parts, optimizer),
             sent=(layout.data - 1) / layout.data * (ROUNDS[kind] * gradients + (whole if layout.is_sharded else 0.0)),
         )
 

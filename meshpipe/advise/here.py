@@ -1,7 +1,6 @@
 """The devices of this machine as a target, on which layouts are measured, not predicted."""
 
 import re
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,8 +8,11 @@ from dataclasses import replace
 import jax
 
 from meshpipe.advise.advice import Confirmed
+from meshpipe.advise.candidates import Space
+from meshpipe.advise.cases import cases_of
 from meshpipe.advise.confirm import confirm_best
-from meshpipe.advise.estimate import Estimate
+from meshpipe.advise.estimate import Estimate, Estimator
+from meshpipe.advise.measure_layers import measure_layers
 from meshpipe.choose.counted import CORE
 from meshpipe.config import Config
 from meshpipe.errors import ArgumentError
@@ -18,6 +20,7 @@ from meshpipe.hardware.catalogue import hardware_of
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.hardware.target_name import HERE, TargetName
 from meshpipe.machine import free_memory, usable_cores
+from meshpipe.observe.machine_rates import measure_machine
 from meshpipe.runs.build import make_trainer
 
 STEPS = 5
@@ -84,8 +87,28 @@ def _cores(count: int) -> Hardware:
     )
 
 
+def measured_machine(known: Hardware, devices: Sequence[jax.Device]) -> Hardware:
+    """The machine with the rates of these devices: virtual devices are measured, accelerators are known."""
+    if known.platform != "cpu":
+        return known
+    return replace(Hardware.of(measure_machine(HERE, devices)), memory_bytes=known.memory_bytes)
+
+
+def with_measured_layers(
+    estimator: Estimator, config: Config, devices: Sequence[jax.Device], space: Space
+) -> Estimator:
+    """The same with times of layers that are measured on these devices now; itself where they do not fit, or would take
+    too long.
+    """
+    cases = cases_of(space.layouts(), estimator)
+    if not cases.cases:
+        return estimator
+    times = measure_layers(config, devices, cases)
+    return Estimator(estimator.work, times, estimator.hardware, estimator.batch_size, estimator.limit)
+
+
 def measure_best(choices: Sequence[Sequence[Estimate]], config: Config) -> list[Confirmed]:
-    """The median time of a few steps of each layout that can win, which is compiled and run on JAX's devices."""
+    """The fastest of a few steps of each layout that can win, which is compiled and run on JAX's devices."""
     return confirm_best("Measuring the best,", choices, lambda estimate: _measured(estimate, config))
 
 
@@ -101,4 +124,5 @@ def _measured(estimate: Estimate, config: Config) -> Confirmed:
             taken.append(time.perf_counter() - began)
     except ValueError as error:
         return Confirmed(estimate=estimate, how="measured", reason=str(error))
-    return Confirmed(estimate=replace(estimate, seconds=statistics.median(taken[1:])), how="measured")
+    # What else runs on the machine only adds to it.
+    return Confirmed(estimate=replace(estimate, seconds=min(taken[1:])), how="measured")

@@ -15,7 +15,8 @@ def print_advice(console: Console, recipe: str, advice: Advice, top: int) -> Non
     print_text(
         console,
         f"{recipe} on {advice.devices}: a batch of {count_of(advice.batch_size, 'example')}. "
-        f"{advice.considered:,} layouts, {advice.simulated:,} simulated, in {advice.seconds:.0f} s.\n",
+        f"{advice.considered:,} layouts, {advice.simulated:,} simulated, in {advice.seconds:.0f} s. The times of "
+        f"layers are {advice.layers}.\n",
     )
     if advice.best:
         ways = list(dict.fromkeys(found.how for found in advice.best[:top]))

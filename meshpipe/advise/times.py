@@ -40,13 +40,24 @@ class Seconds:
 class LayerTimes(Protocol):
     """The times of the layers of a model."""
 
+    @property
+    def per_call(self) -> float:
+        """Seconds that a program takes beside those of its layers, with all devices busy."""
+        ...
+
     def seconds(self, place: int, op: Op, examples: float, layout: Layout) -> Seconds:
         """The time of a layer, by its place, for so many examples of a microbatch on each part of the data axis."""
+        ...
+
+    def update(self, parameters: float, gradients: float, optimizer: float) -> float:
+        """The time of the norm and of the update, for so many bytes on a device."""
         ...
 
 
 class Roofline:
     """A program takes as long as its products or its memory traffic, whichever takes longer, and its collectives."""
+
+    per_call = 0.0
 
     def __init__(self, work: ModelWork, hardware: Hardware) -> None:
         self._work, self._hardware = work, hardware
@@ -68,6 +79,11 @@ class Roofline:
         again = self._of(programs[Op.FORWARD], examples, tensor) + self._reduces(layer, Op.FORWARD, examples, tensor)
         return own + Seconds(recompute=again)
 
+    def update(self, parameters: float, gradients: float, optimizer: float) -> float:
+        # The norm reads the gradients before the update does.
+        moved = 2 * (parameters + gradients + optimizer)
+        return moved / (self._hardware.memory_bandwidth * self._hardware.efficiency["memory"])
+
     def _of(self, program: ProgramWork, examples: float, tensor: int) -> float:
         hardware = self._hardware
         products = sum(amount.of(examples) / hardware.rate(dtype) for dtype, amount in program.operations.items())
@@ -85,5 +101,4 @@ class Roofline:
         if tensor == 1 or op is Op.BACKWARD_WEIGHT:
             return 0.0
         nbytes = (layer.reduces_forward if op is Op.FORWARD else layer.reduces_backward) * examples
-        count = max(1, layer.num_reduces)
-        return count * collective_seconds("all-reduce", nbytes / count, Group(tensor), self._hardware)
+        return collective_seconds("all-reduce", nbytes, Group(tensor), self._hardware, max(1, layer.num_reduces))

@@ -129,13 +129,13 @@ class Chooser:
         arguments: dict[str, Any] = {"mesh": self.mesh, "config": self.config, "choice": choice, "target": self.target}
         return StagedModel(self.task, **(arguments | changes))
 
-    def layer_by_layer(self, mesh: Mesh) -> StagedModel:
-        """A model whose stages are single layers, all on the first rank of the mesh."""
+    def layer_by_layer(self, mesh: Mesh, cuts: Sequence[range] | None = None) -> StagedModel:
+        """A model whose stages are single layers, or those of the cuts, all on the first rank of the mesh."""
         num_layers = len(self.task.layers)
-        plan = gpipe(1, self.config.num_microbatches, num_layers)
+        stages = partition(num_layers, num_layers) if cuts is None else tuple(cuts)
+        plan = gpipe(1, self.config.num_microbatches, len(stages))
         first = Mesh(mesh.devices[:1], mesh.axis_names, axis_types=mesh.axis_types)
-        choice = Choice(plan, partition(num_layers, num_layers), None)
-        return self._model(choice, mesh=first, config=self._with_one_remat("none"))
+        return self._model(Choice(plan, stages, None), mesh=first, config=self._with_one_remat("none"))
 
     def _with_one_remat(self, of_several: str) -> PipelineConfig:
         """The config with one rematerialisation for all stages: `full` for `auto`, which stores the least."""

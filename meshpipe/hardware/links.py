@@ -50,21 +50,22 @@ def latency(group: Group, hardware: Hardware) -> float:
     return hops[0] * hardware.host_latency + hops[1] * hardware.network_latency
 
 
-def collective_seconds(kind: str, nbytes: float, group: Group, hardware: Hardware) -> float:
-    """The seconds of a collective, by a ring.
+def collective_seconds(kind: str, nbytes: float, group: Group, hardware: Hardware, count: int = 1) -> float:
+    """The seconds of a collective, by a ring; or of several, one after the other.
 
     Arguments:
         kind: As HLO names it: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
         nbytes: The bytes of the whole array on one device: what goes into a reduction, or comes out of a gather.
         group: The devices that take part.
         hardware: The machine.
+        count: Of how many collectives `nbytes` is the sum.
     """
     if group.size == 1 or nbytes == 0:
         return 0.0
     if kind == "collective-permute":
         return move_seconds(nbytes, group.stride, hardware)
     sent = (group.size - 1) / group.size * nbytes
-    return ROUNDS[kind] * (sent / bandwidth(group, hardware) + latency(group, hardware))
+    return ROUNDS[kind] * (sent / bandwidth(group, hardware) + count * latency(group, hardware))
 
 
 def move_seconds(nbytes: float, distance: int, hardware: Hardware) -> float:

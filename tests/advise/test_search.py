@@ -3,7 +3,6 @@
 from dataclasses import replace
 from math import prod
 
-import jax
 import pytest
 
 from meshpipe.advise.candidates import Space
@@ -11,27 +10,15 @@ from meshpipe.advise.estimate import Estimate, Estimator
 from meshpipe.advise.layout import Layout
 from meshpipe.advise.search import Family, search
 from meshpipe.advise.stage_needs import StageNeeds, held_by_rank
-from meshpipe.advise.survey import survey
 from meshpipe.advise.times import Roofline
 from meshpipe.advise.why import why_lost
 from meshpipe.advise.work import ModelWork
-from meshpipe.config import Config
-from meshpipe.data import TextFilesConfig
 from meshpipe.hardware.catalogue import find_hardware
-from meshpipe.models import LanguageModelConfig
 from meshpipe.plan.plan import Op
 from meshpipe.plan.schedules import make_plan
-from meshpipe.stage.target import ACCELERATOR
 
 BATCH = 8
 H100 = find_hardware("h100")
-
-
-@pytest.fixture(scope="module")
-def work() -> ModelWork:
-    model = LanguageModelConfig(d_model=32, num_blocks=4, num_heads=4, num_kv_heads=2, d_hidden=64, dtype="bfloat16")
-    config = Config(model=model, data=TextFilesConfig(sequence_length=32), batch_size=BATCH)
-    return survey(config, jax.devices(), ACCELERATOR)
 
 
 def estimator(work: ModelWork, **changes: object) -> Estimator:

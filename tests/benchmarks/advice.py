@@ -8,6 +8,7 @@ regret is how much longer than the fastest layout the one with the shortest esti
 """
 
 import argparse
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,9 +21,10 @@ from sleeping_layer import WIDTH, SleepingLayer, register
 
 import meshpipe
 from meshpipe.advise.candidates import Space
+from meshpipe.advise.cases import Case, Cases
 from meshpipe.advise.estimate import Estimator
 from meshpipe.advise.layout import Layout
-from meshpipe.advise.measured import measure_layers
+from meshpipe.advise.measure_layers import measure_layers
 from meshpipe.advise.survey import survey
 from meshpipe.config import Config
 from meshpipe.data import DataConfig
@@ -34,6 +36,8 @@ from meshpipe.runs.build import make_trainer
 ROWS = 16
 """Examples of a batch."""
 MICROBATCHES = (4, 8, 16)
+LAYERS = Cases([Case(1, examples, together=1) for examples in (1, 4)], splits=True)
+"""How layers are measured."""
 LINK = 1e10
 MACHINE = Hardware(
     name="cores",
@@ -98,14 +102,15 @@ def main() -> None:
             "measured, s": measured,
             "measured/estimated": measured / estimated,
         }
-        for layout, estimated, measured in sorted(compared, key=lambda row: row[1])
+        for layout, estimated, measured, _ in sorted(compared, key=lambda row: row[1])
     ]
     print_results("advice: layouts by their estimates", rows, flags.json)
-    estimated, measured = [row[1] for row in compared], [row[2] for row in compared]
-    print(
-        f"{len(compared)} layouts, Kendall's tau {kendall(estimated, measured):.3f}, "
-        f"regret {regret(estimated, measured):.2%}"
-    )
+    estimated, fastest, median = (list(column) for column in list(zip(*compared, strict=True))[1:])
+    for what, measured in (("fastest", fastest), ("median", median)):
+        print(
+            f"{len(compared)} layouts by their {what} step: Kendall's tau {kendall(estimated, measured):.3f}, "
+            f"regret {regret(estimated, measured):.2%}"
+        )
 
 
 def layouts() -> Iterator[Layout]:
@@ -117,15 +122,15 @@ def layouts() -> Iterator[Layout]:
                 yield layout
 
 
-def compare(seconds: float, repeats: int, chosen: Sequence[Layout]) -> list[tuple[Layout, float, float]]:
-    """The estimated and the measured seconds of each layout's step."""
+def compare(seconds: float, repeats: int, chosen: Sequence[Layout]) -> list[tuple[Layout, float, float, float]]:
+    """The estimated seconds of each layout's step, and those of the fastest step and of the median one."""
     config = Config(
         model=SleepingConfig(seconds=seconds),
         data=OnesConfig(),
         optimizer=OptimizerConfig(learning_rate=0.0, optimizer="sgd"),
         batch_size=ROWS,
     )
-    times = measure_layers(config, (1, 4))
+    times = measure_layers(config, jax.devices()[:4], LAYERS)
     estimator = Estimator(survey(config, jax.devices()), times, MACHINE, ROWS)
     batch = {"inputs": np.ones((ROWS, WIDTH), np.float32)}
     found = []
@@ -137,7 +142,8 @@ def compare(seconds: float, repeats: int, chosen: Sequence[Layout]) -> list[tupl
             jax.block_until_ready(trainer.step(batch).loss)  # noqa: B023
 
         # Sleep is exact, and the noise of a busy machine only ever adds to it.
-        found.append((layout, estimate.seconds, min(times_of(run, repeats))))
+        taken = times_of(run, repeats)
+        found.append((layout, estimate.seconds, min(taken), statistics.median(taken)))
     return found
 
 
