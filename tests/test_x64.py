@@ -3,7 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+TESTS = Path(__file__).parent
 SCRIPT = """
 import numpy as np, optax, jax, jax.numpy as jnp
 import meshpipe
@@ -57,10 +61,34 @@ assert report.ok, report.first
 """
 
 
+GENERATE = """
+import golden, numpy as np
+import meshpipe
+from meshpipe.generation.generator import Generator
+
+meshpipe.use_cpu_devices(2)
+expected = golden.expected("llama3")
+prompts = [row[:n].tolist() for row, n in zip(expected["ids"], expected["prompt_lengths"], strict=True)]
+generator = Generator(golden.CONFIGS["llama3"], golden.leaves("llama3"), mesh=meshpipe.make_mesh(2), batch_size=2)
+found = generator.tokens(prompts, max_tokens=expected["continuation"].shape[1])
+np.testing.assert_array_equal(found, expected["continuation"])
+assert len(generator.tokens(prompts * 3, max_tokens=3, temperature=1.0, top_k=5, top_p=0.9)) == 3 * len(prompts)
+"""
+
+
 def test_losses_weights_and_norms_of_64_bits_keep_them() -> None:
+    run_with_x64(SCRIPT)
+
+
+@pytest.mark.slow
+def test_generated_tokens_are_the_same() -> None:
+    run_with_x64(GENERATE)
+
+
+def run_with_x64(script: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "JAX_ENABLE_X64": "1"},
+        [sys.executable, "-c", script],
+        env={**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))},
         capture_output=True,
         text=True,
         timeout=300,

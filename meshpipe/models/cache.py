@@ -56,4 +56,5 @@ class KeyValueCache(nnx.Module):
 def _put(
     rows: Float[Array, "slots kv_heads head_dim"], new: Float[Array, "1 kv_heads head_dim"], slot: Int[Array, ""]
 ) -> Float[Array, "slots kv_heads head_dim"]:
-    return jax.lax.dynamic_update_slice(rows, new, (slot, 0, 0))
+    zero = jnp.zeros_like(slot)  # of one dtype, also with jax_enable_x64
+    return jax.lax.dynamic_update_slice(rows, new, (slot, zero, zero))
