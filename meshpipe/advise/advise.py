@@ -60,7 +60,8 @@ def advise_on(
         work = survey(config, devices, programs_for)
     space = replace(space, can_shard=any(parameter.over_data is not None for parameter in work.parameters))
     hardware = measured_machine(target.hardware, devices) if target.text == HERE else target.hardware
-    estimator = Estimator(work, Roofline(work, hardware), hardware, config.batch_size, memory)
+    limit = None if memory is None else float(memory)
+    estimator = Estimator(work, Roofline(work, hardware), hardware, config.batch_size, limit)
     if target.text == HERE and count:
         estimator = with_measured_layers(estimator, config, devices, space)
     found = search(space, estimator)

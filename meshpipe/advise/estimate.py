@@ -61,7 +61,7 @@ class Estimator:
     ) -> None:
         self.work, self.times, self.hardware = work, times, hardware
         self.batch_size = batch_size
-        self.limit = USABLE * hardware.memory_bytes if memory is None else float(memory)
+        self.limit = USABLE * hardware.memory_bytes if memory is None else memory
         """The bytes of a device that a step may need."""
         self._layers: dict[object, tuple[Seconds, ...]] = {}
         self._reasons: dict[tuple[int, int, bool], str | None] = {}
