@@ -5,6 +5,7 @@ its A, and a part of its B. Where B is made of blocks, which is how an export wr
 gets its own block of both back.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -70,10 +71,12 @@ def parts_of(modules: Mapping[str, PeftModule], a: Tensor, b: Tensor, rank: int)
         return every
     rows = dict(zip(every, np.split(_read(b, whole(b.shape)), parts), strict=True))
     used = [path for path in every if rows[path].any()]
-    if not used or rank % len(used):
+    # Each block begins where the rows of its part do.
+    starts = [int(np.flatnonzero(rows[path].any(axis=0))[0]) for path in used[1:]]
+    bounds = list(itertools.pairwise([0, *starts, rank]))
+    if not used or any(start >= stop for start, stop in bounds):
         return every
-    size = rank // len(used)
-    found = {p: replace(every[p], own=slice(i * size, (i + 1) * size)) for i, p in enumerate(used)}
+    found = {path: replace(every[path], own=slice(*own)) for path, own in zip(used, bounds, strict=True)}
     are_blocks = not any(np.delete(rows[path], part.own, axis=1).any() for path, part in found.items())
     return found if are_blocks else every
 

@@ -206,11 +206,14 @@ def test_ranks_and_scales_of_single_modules(tmp_path: Path) -> None:
     assert config["alpha_pattern"] == {name: alpha for name, (_, alpha) in sizes.items() if alpha != 3}
 
 
-@pytest.mark.parametrize("targets", [None, ("query", "value"), ("value",)])
-def test_what_was_trained_comes_back(targets: tuple[str, ...] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("targets", "groups"),
+    [(None, ()), (("query", "value"), ()), (("value",), ()), (("query", "value"), ("value:rank=3,alpha=4.5",))],
+)
+def test_what_was_trained_comes_back(targets: tuple[str, ...] | None, groups: tuple[str, ...], tmp_path: Path) -> None:
     """Adapters of the parts of one module, whose A differ, are blocks in PEFT, and themselves again here."""
     config, rng = golden.CONFIGS["gpt2"], np.random.default_rng(0)
-    lora = LoraConfig(rank=RANK, alpha=3.0, targets=targets, rank_stabilised=targets is None)
+    lora = LoraConfig(rank=RANK, alpha=3.0, targets=targets, rank_stabilised=targets is None, groups=groups)
     found = abstract_layers(with_lora(config.layers(), lora), None)
     shapes = {path: leaf.shape for layer in found for path, leaf in layer.params.items() if path.endswith(FACTORS)}
     leaves = {path: rng.normal(size=shape).astype("f4") for path, shape in shapes.items()}
@@ -221,7 +224,8 @@ def test_what_was_trained_comes_back(targets: tuple[str, ...] | None, tmp_path: 
     export_adapters(tmp_path / "trained", tmp_path / "peft", base=golden.FOLDER / "gpt2")
     import_weights(tmp_path / "peft", tmp_path / "again")
     again = open_saved(tmp_path / "again").lora
-    assert (again.rank, again.alpha, again.groups) == (RANK, 3.0, ())
+    assert (again.rank, again.alpha) == (RANK, 3.0)
+    assert [str(group) for group in again.groups] == [f"attention/{group}" for group in groups]
     after = {path: leaf for path, leaf in load(tmp_path / "again").items() if path.endswith(FACTORS)}
     assert after.keys() == leaves.keys()
     for path, leaf in leaves.items():
