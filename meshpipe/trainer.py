@@ -97,7 +97,7 @@ class Trainer:
         **Raises** `ValueError` when layers, batch, mesh, schedule and optimizer do not fit together, processes disagree
         about what to run (each names the difference), the folder cannot be made, or the memory does not suffice.
         """
-        rules = rules or ShardingRules()
+        rules = ShardingRules() if rules is None else rules
         task = Task(
             layers, loss, batch=batch, input=input, metrics=metrics, tied=tied, trainable=trainable, rules=rules
         )

@@ -89,7 +89,7 @@ def verify(
     processes, and if leaves of layers are not found in the reference.
     """
     rows = _copied(batches)
-    config = pipeline or PipelineConfig()
+    config = PipelineConfig() if pipeline is None else pipeline
     rules = ShardingRules() if rules is None else rules
     trainer = Trainer.of(
         Task(layers, loss, batch=rows[0], input=input, tied=tied, trainable=trainable, rules=rules),

@@ -14,4 +14,4 @@ def test_the_error_of_a_device_that_has_too_little_memory_gets_the_way_out() -> 
         jnp.zeros(1 << 46, jnp.uint8).block_until_ready()
     assert is_for_the_user(found.value)  # so the command ends without a traceback
     assert "RESOURCE_EXHAUSTED" in explanation(found.value)
-    assert explanation(found.value).endswith("lower --batch-size, or make a mesh axis (--mesh.tensor) larger.")
+    assert explanation(found.value).endswith("or make the mesh larger (--mesh.pipeline, --mesh.tensor).")

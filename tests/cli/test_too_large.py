@@ -59,7 +59,7 @@ def test_evaluation_and_generation_beyond_memory_end_with_the_way_out(tmp_path: 
     evaluated, _ = run(tmp_path, "eval", "run", "--data", "long.txt", *windows)
     assert evaluated.returncode == 2, evaluated
     assert "RESOURCE_EXHAUSTED: " in evaluated.stderr, evaluated
-    assert "lower --batch-size, or make a mesh axis (--mesh.tensor) larger." in evaluated.stderr, evaluated
+    assert "or make the mesh larger (--mesh.pipeline, --mesh.tensor)." in evaluated.stderr, evaluated
     (tmp_path / "prompts.txt").write_text("to be\n" * 64)
     many = ("--prompts", "prompts.txt", "--batch-size", "64", "--max-tokens", "16000000")
     generated, seconds = run(tmp_path, "generate", "run", *many)
