@@ -117,6 +117,6 @@ def given(weights: Mapping[str, Any]) -> ReadWeights:
                 # A copy, since the caller may go on to train (donating the array) or to overwrite it.
                 leaves[path] = jnp.copy(jax.device_put(jnp.asarray(weights[path], shape.dtype), shape.sharding))
             trees.append({"params": leaves})
-        return trees
+        return jax.block_until_ready(trees)  # from now on the caller's memory is not read
 
     return read
