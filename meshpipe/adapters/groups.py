@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import tyro
-
 from meshpipe.adapters.patterns import matches
 from meshpipe.errors import ArgumentError, is_number
+from meshpipe.optimizer.group_text import group_argument, split_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +41,10 @@ class LoraGroup:
     @classmethod
     def parse(cls, text: str) -> "LoraGroup":
         """A group from its text: `layers/0/*:rank=4,alpha=8`. Raises `ArgumentError` for a text that is none."""
-        pattern, colon, rest = text.rpartition(":")
-        found: dict[str, Any] = {}
-        for part in rest.split(",") if colon else ():
-            name, equals, value = (word.strip() for word in part.partition("="))
-            if not equals or name not in ("rank", "alpha") or name in found:
-                raise _not_a_group(text)
-            try:
-                found[name] = int(value) if name == "rank" else float(value)
-            except ValueError:
-                raise _not_a_group(text) from None
-        if not colon:
-            raise _not_a_group(text)
+        try:
+            pattern, found = split_group(text, {"rank": int, "alpha": float})
+        except ValueError:
+            raise _not_a_group(text) from None
         return cls(pattern=pattern, **found)
 
     def __str__(self) -> str:
@@ -66,19 +57,7 @@ class LoraGroup:
         return matches(path, self.pattern)
 
 
-Groups = tuple[
-    Annotated[
-        LoraGroup | str,
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="PATTERN:NAME=VALUE,...",
-            instance_from_str=lambda texts: texts[0],  # its errors would not be shown
-            is_instance=lambda value: isinstance(value, LoraGroup | str),
-            str_from_instance=lambda group: [str(group)],
-        ),
-    ],
-    ...,
-]
+Groups = tuple[Annotated[LoraGroup | str, group_argument(LoraGroup)], ...]
 
 
 def as_groups(given: Any) -> tuple[LoraGroup, ...]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 import optax
-import tyro
 
 from meshpipe.errors import ArgumentError, is_number
+from meshpipe.optimizer.group_text import group_argument, split_group
 from meshpipe.optimizer.patterns import matches
 
 Kind = Literal["adamw", "sgd"]
@@ -61,35 +61,17 @@ class ParameterGroup:
 
         Raises `ArgumentError` for a text that is none.
         """
-        pattern, colon, rest = text.rpartition(":")
-        found: dict[str, Any] = {}
-        for part in rest.split(",") if colon else ():
-            name, equals, value = part.partition("=")
-            name = name.strip().replace("-", "_")
-            if not equals or name not in ("learning_rate", "weight_decay", "optimizer") or name in found:
-                raise _not_a_group(text)
-            found[name] = value.strip() if name == "optimizer" else _number(text, value)
-        if not colon:
-            raise _not_a_group(text)
+        try:
+            pattern, found = split_group(text, {"learning_rate": float, "weight_decay": float, "optimizer": str})
+        except ValueError:
+            raise _not_a_group(text) from None
         return cls(pattern=pattern, **found)
 
     def __str__(self) -> str:
         return f"{self.pattern}:{','.join(f'{name}={value}' for name, value in self.changes.items())}"
 
 
-Groups = tuple[
-    Annotated[
-        ParameterGroup | str,
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="PATTERN:NAME=VALUE,...",
-            instance_from_str=lambda texts: texts[0],  # its errors would not be shown
-            is_instance=lambda value: isinstance(value, ParameterGroup | str),
-            str_from_instance=lambda group: [str(group)],
-        ),
-    ],
-    ...,
-]
+Groups = tuple[Annotated[ParameterGroup | str, group_argument(ParameterGroup)], ...]
 
 
 def as_groups(given: Any) -> tuple[ParameterGroup, ...]:
@@ -131,13 +113,6 @@ def check_groups(groups: Sequence[ParameterGroup], paths: Iterable[str]) -> None
                 f"A group of `groups` must get a parameter that is trained. Got {group.pattern!r}: {found}. "
                 f"Trained are {some}{f' and {len(known) - 3} more' if len(known) > 3 else ''}."
             )
-
-
-def _number(text: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise _not_a_group(text) from None
 
 
 def _not_a_group(text: str) -> ArgumentError:
