@@ -140,19 +140,25 @@ def _json_lines(part: Slice, read: Progress) -> Iterator[Record]:
     number = 0
     for line, begins, ends in _between(_blocks(part, read), NEW_LINE, LINE_LIMIT):
         if begins and ends:
-            yield _json_record(line, number)
+            try:
+                text = line.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                yield Record(None, number, problem=f"it is not UTF-8, at byte {error.start + 1} of the line")
+            else:
+                del line  # may be long, as what is made of it
+                record = _json_record(text, number)
+                del text
+                yield record
         elif begins:
             yield Record(None, number, problem=f"it has more than {LINE_LIMIT >> 20} MiB")
         number += ends
 
 
-def _json_record(line: bytes, number: int) -> Record:
+def _json_record(line: str, number: int) -> Record:
     if not line.strip():
         return Record(None, number, problem="it is empty")
     try:
         value = json.loads(line)
-    except UnicodeDecodeError as error:
-        return Record(None, number, problem=f"it is not UTF-8, at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
         return Record(None, number, problem=f"it is not JSON: {error.msg} at character {error.pos + 1}")
     except RecursionError:
@@ -160,7 +166,7 @@ def _json_record(line: bytes, number: int) -> Record:
     except ValueError:  # an integer of thousands of digits
         return Record(None, number, problem="it is not JSON that can be read: a number has too many digits")
     if not isinstance(value, dict):
-        return Record(None, number, problem=f"it must be a JSON object. Got {line[:40].decode(errors='replace')}")
+        return Record(None, number, problem=f"it must be a JSON object. Got {line[:40]}")
     return Record(value, number)
 
 
