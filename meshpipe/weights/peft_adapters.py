@@ -56,6 +56,8 @@ class PeftAdapters:
         for name, modules in _modules(folder, self._tensors, model).items():
             a, b = (self._tensors[tensor_name(name, factor)] for factor in FACTORS)
             self._parts |= parts_of(modules, a, b, sizes.of(name)[0])
+        for part in self._parts.values():
+            part.check_rank()
         self.modules = tuple(self._parts)
         """The paths of the modules with an adapter."""
         self.leaves = frozenset(f"{path}/{leaf}" for path in self.modules for leaf in FACTORS.values())

@@ -54,6 +54,21 @@ class PeftPart:
     def check_b(self, shape: tuple[int, ...]) -> None:
         self._check("lora_B", self.b, (int(np.prod(shape)) // self.rank * self.module.parts, self.ranks))
 
+    def check_rank(self) -> None:
+        """Raises `WeightsError` for a rank above the inputs or outputs of the module, which no adapter has here."""
+        inputs, outputs = self.a.shape[-1] if self.a.shape else 0, self.b.shape[0] if self.b.shape else 0
+        self._check("lora_A", self.a, (self.ranks, inputs))
+        self._check("lora_B", self.b, (outputs, self.ranks))
+        outputs //= self.module.parts
+        if self.rank > min(inputs, outputs):
+            raise WeightsError(
+                "The rank of an adapter must be at most the number of inputs and of outputs of its module: no matrix "
+                f"has a higher rank. Got rank {self.rank} in {self.a.file}, where "
+                f"{tensor_name(self.module.name, 'lora_A')} is {list(self.a.shape)} and "
+                f"{tensor_name(self.module.name, 'lora_B')} is {list(self.b.shape)}. Merge the adapters with PEFT "
+                "(merge_and_unload), and import the weights."
+            )
+
     def _check(self, factor: str, tensor: Tensor, expected: tuple[int, int]) -> None:
         if tensor.shape != expected or str(tensor.dtype) not in _DTYPES:
             raise WeightsError(

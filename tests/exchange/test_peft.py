@@ -123,6 +123,7 @@ def test_adapters_keep_every_bit(name: str, tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "`peft_type`"),
         ({"base_model_name_or_path": "nowhere/model"}, "Pass that folder as `base`"),
         ({"r": 3}, "must have the shape"),
+        ({"r": 300}, "must have the shape"),
     ],
 )
 def test_adapters_that_are_not_computed(changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -130,6 +131,14 @@ def test_adapters_that_are_not_computed(changes: dict[str, object], message: str
     with pytest.raises(ValueError, match=message):
         import_weights(tmp_path / "peft", tmp_path / "imported")
     assert not (tmp_path / "imported").exists()
+
+
+def test_a_rank_above_the_size_of_its_module_is_that_of_the_file(tmp_path: Path) -> None:
+    module = "model.layers.1.self_attn.o_proj"
+    adapters("llama3", tmp_path / "peft", {module: 17}, rank_pattern={"layers.1.self_attn.o_proj": 17})
+    said = rf"Got rank 17 in .*/adapter_model.safetensors, where .*{module}.lora_A.weight is \[17, 32\] and .*\[16, 17\]"
+    with pytest.raises(ValueError, match=said):
+        WeightsFolder(tmp_path / "peft")
 
 
 def test_tensors_without_a_place(tmp_path: Path) -> None:
