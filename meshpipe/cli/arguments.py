@@ -2,19 +2,15 @@
 
 import difflib
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import field, make_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
 from meshpipe.cli.flags import Flag, flags_of, suggestion
 from meshpipe.cli.help import HELP, HELP_ALL, common_page, page_of, whole_page
-from meshpipe.errors import advice_on
 from meshpipe.phases import phase
 from meshpipe.processes.exit_codes import COMPLETED
 
@@ -172,27 +168,3 @@ def _refuse(unknown: Sequence[str], known: Sequence[str], command: str) -> NoRet
         f"There is no flag {name} for {command} with this recipe.{suggestion(name, known)} "
         f"meshpipe {command} RECIPE {HELP_ALL} lists all flags."
     )
-
-
-def call_of_exit(end: SystemExit) -> str:
-    """The arguments of a `sys.exit`, and where it was called."""
-    frames = traceback.extract_tb(end.__traceback__)
-    return f"({'' if end.code is None else repr(end.code)}) in {frames[-1].filename}, line {frames[-1].lineno}"
-
-
-def explanation(error: Exception) -> str:
-    """The message of an error, its origin, and its notes."""
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return "\n".join((f"{kind}{error}{_origin(error)}", *advice_on(error)))
-
-
-def _origin(error: Exception) -> str:
-    """The user's line that made a library raise the error; the library's message does not name it."""
-    paths = sysconfig.get_paths()
-    libraries = ("<", paths["stdlib"], paths["purelib"], paths["platlib"])
-    own = Path(__file__).parent
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = [f for f in frames if own in Path(f.filename).parents or not f.filename.startswith(libraries)]
-    if inside[-1] is frames[-1]:
-        return ""
-    return f" ({inside[-1].filename}, line {inside[-1].lineno})"

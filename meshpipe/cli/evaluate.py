@@ -10,7 +10,7 @@ import tyro
 
 from meshpipe.cli.arguments import parse
 from meshpipe.cli.folder_flags import FolderFlags
-from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined
+from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined, telling_others
 from meshpipe.errors import check_whole
 from meshpipe.files import expand_fields, expanded
 from meshpipe.phases import phase
@@ -63,13 +63,14 @@ class EvalFlags(FolderFlags):
 
 def evaluate(arguments: list[str], *, stop: StopRequest) -> int:
     begin_joined(arguments)
-    flags = parse(EvalFlags, arguments, "meshpipe eval", DESCRIPTION)
-    asked = flags.evaluation
-    with phase("Importing JAX"):
-        from meshpipe.generation.held_out import beyond_positions, evaluate_saved, held_out_source, tokens_of_others
-        from meshpipe.generation.saved import open_saved
-        from meshpipe.processes.coordination import process_index
-        from meshpipe.report.tables import make_console, print_text
+    with telling_others("eval", arguments):
+        flags = parse(EvalFlags, arguments, "meshpipe eval", DESCRIPTION)
+        asked = flags.evaluation
+        with phase("Importing JAX"):
+            from meshpipe.generation.held_out import beyond_positions, evaluate_saved, held_out_source, tokens_of_others
+            from meshpipe.generation.saved import open_saved
+            from meshpipe.processes.coordination import process_index
+            from meshpipe.report.tables import make_console, print_text
 
     def run(guard: "Guard") -> int:
         stop.end_early = guard.end_early

@@ -10,7 +10,7 @@ import tyro
 
 from meshpipe.cli.arguments import parse
 from meshpipe.cli.folder_flags import FolderFlags
-from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined
+from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined, telling_others
 from meshpipe.cli.prompts import PromptFlags, checked_tokenizer
 from meshpipe.cli.written_texts import WrittenTexts
 from meshpipe.errors import ArgumentError, check_whole
@@ -64,13 +64,14 @@ class GenerateFlags(FolderFlags):
 def generate(arguments: list[str], *, stop: StopRequest) -> int:
     """Generates; `stop` is entered, and ends the process until the first tokens are known."""
     begin_joined(arguments)
-    flags = parse(GenerateFlags, arguments, "meshpipe generate", DESCRIPTION)
-    _check_drawn(flags.sampling)
-    given = flags.prompts.read()
-    with phase("Importing JAX"):
-        from meshpipe.generation.saved import open_saved
-        from meshpipe.generation.stop_texts import StopTexts
-        from meshpipe.processes.coordination import process_index
+    with telling_others("generate", arguments):
+        flags = parse(GenerateFlags, arguments, "meshpipe generate", DESCRIPTION)
+        _check_drawn(flags.sampling)
+        given = flags.prompts.read()
+        with phase("Importing JAX"):
+            from meshpipe.generation.saved import open_saved
+            from meshpipe.generation.stop_texts import StopTexts
+            from meshpipe.processes.coordination import process_index
 
     def run(guard: "Guard") -> int:
         stop.end_early = guard.end_early

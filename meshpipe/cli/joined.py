@@ -1,19 +1,22 @@
 """Runs a command in one process, or in all processes of a run together."""
 
 import contextlib
-import itertools
+import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from meshpipe.cli.arguments import explanation
+from meshpipe.cli.arguments import ParserExit
 from meshpipe.cli.devices import take_devices
+from meshpipe.cli.endings import explained, explanation
+from meshpipe.cli.place import place_of
 from meshpipe.errors import advise, is_for_the_user
 from meshpipe.files import expand_fields
 from meshpipe.phases import phase, silence
-from meshpipe.processes.exit_codes import FAILED, INVALID
+from meshpipe.processes.exit_codes import COMPLETED, FAILED, INVALID
 from meshpipe.processes.launcher_pipe import end_with_launcher
 
 if TYPE_CHECKING:
@@ -46,8 +49,54 @@ def begin_joined(arguments: list[str]) -> None:
     says what it does.
     """
     end_with_launcher()
-    if process_number(arguments) not in (None, "0"):
+    if place_of(arguments).process_id not in (None, 0):
         silence()
+
+
+@contextlib.contextmanager
+def telling_others(command: str, arguments: list[str]) -> Iterator[None]:
+    """While entered, an error of this process, which has not joined yet, ends the others too.
+
+    They wait for it to join, so it prints its error, joins, and tells them. Does nothing in a run of one process.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        place = place_of(arguments)
+        if isinstance(error, ParserExit) and error.code == COMPLETED:
+            raise
+        from meshpipe.processes.join import has_others
+
+        if not has_others(place):
+            raise
+        status = explained(command, error)
+        if status is None:
+            traceback.print_exception(error)
+            status = FAILED
+        _end_others(place, status, error)
+        raise ParserExit(status) from None
+
+
+def _end_others(place: "DistributedConfig", status: int, error: BaseException) -> None:
+    """Joins the others and ends all; returns if it could not join."""
+    from meshpipe.processes.coordination import process_count
+    from meshpipe.processes.guard import Guard, leave
+    from meshpipe.processes.join import join_to_report
+
+    if isinstance(error, ParserExit):
+        why = "a flag is wrong, which its own messages name."
+    elif isinstance(error, ValueError):
+        why = str(error)
+    else:
+        why = f"{type(error).__name__}: {error}"
+    says = f"on {socket.gethostname()} {'refused it' if status == INVALID else 'failed'}: {why}"
+    print("meshpipe: telling the other processes of the run.", file=sys.stderr, flush=True)
+    with contextlib.suppress(ConnectionError, RuntimeError):  # e.g. they have ended
+        join_to_report(place, status)
+        with Guard() as guard:
+            guard.end_all(says, status)
+    if process_count() > 1:
+        leave(status)
 
 
 def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", folder: str | None = None) -> int:
@@ -57,10 +106,16 @@ def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", 
     with phase("Importing JAX"):
         from meshpipe.processes.coordination import process_count, process_index
         from meshpipe.processes.guard import Guard, leave
-        from meshpipe.processes.join import join
+        from meshpipe.processes.join import has_others, join
 
     try:
         join(distributed)
+    except ValueError as error:  # the file of its secret
+        if not has_others(distributed):
+            raise
+        status = explained("", error) or INVALID
+        _end_others(distributed, status, error)
+        return status
     except ConnectionError as error:
         print(f"meshpipe: {error}", file=sys.stderr)
         if process_count() > 1:
@@ -108,11 +163,3 @@ def advising_on_memory() -> Iterator[None]:
                 "Shorten the texts, lower --batch-size, or make the mesh larger (--mesh.pipeline, --mesh.tensor).",
             )
         raise
-
-
-def process_number(arguments: list[str]) -> str | None:
-    """The number of this process, as far as the flags have it."""
-    flag = "--process-id"
-    given = [value for name, value in itertools.pairwise(arguments) if name == flag]
-    given += [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]
-    return given[-1] if given else None

@@ -9,10 +9,11 @@ from functools import partial
 
 from meshpipe.accelerators import quiet_libtpu
 from meshpipe.cli.advise import advise
-from meshpipe.cli.arguments import Command, ParserExit, call_of_exit, choose, explanation
+from meshpipe.cli.arguments import Command, choose
 from meshpipe.cli.checkpoint import checkpoint
 from meshpipe.cli.data import data
 from meshpipe.cli.doctor import doctor
+from meshpipe.cli.endings import explained
 from meshpipe.cli.evaluate import evaluate
 from meshpipe.cli.generate import generate
 from meshpipe.cli.init import init
@@ -24,8 +25,8 @@ from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
 from meshpipe.cli.verify import verify
 from meshpipe.cli.weights import weights
-from meshpipe.errors import errors_name_flags, is_for_the_user
-from meshpipe.processes.exit_codes import COMPLETED, FAILED, INTERRUPTED, INVALID
+from meshpipe.errors import errors_name_flags
+from meshpipe.processes.exit_codes import COMPLETED, INTERRUPTED
 from meshpipe.processes.stop import StopRequest, leave_now
 from meshpipe.report.phases import showing_phases
 from meshpipe.version import __version__
@@ -127,18 +128,13 @@ def _run(command: str, rest: list[str], commands: dict[str, Command]) -> int:
     try:
         with errors_name_flags():
             return choose(command, commands, "meshpipe")(rest)
-    except ParserExit as end:
-        return end.code
-    except SystemExit as end:  # from the user's code
-        print(f"meshpipe: {command} was ended by sys.exit{call_of_exit(end)}.", file=sys.stderr)
-        return end.code if isinstance(end.code, int) and end.code else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:
-        if not is_for_the_user(error):
+    except (Exception, SystemExit) as error:
+        status = explained(command, error)
+        if status is None:
             raise
-        print(f"meshpipe: {explanation(error)}", file=sys.stderr)
-        return INVALID
+        return status
 
 
 def _quiet_libraries() -> None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from meshpipe.cli.arguments import configure
-from meshpipe.cli.joined import begin_joined, run_joined, take_devices_of_run
+from meshpipe.cli.joined import begin_joined, run_joined, take_devices_of_run, telling_others
 from meshpipe.phases import phase
 from meshpipe.processes.stop import StopRequest
 
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
 def train(arguments: list[str], *, stop: StopRequest) -> int:
     """Trains; `stop` is entered, and ends the process until the run takes it over."""
     begin_joined(arguments)
-    with phase("Importing JAX"):
-        from meshpipe.processes.config import DistributedConfig
+    with telling_others("train", arguments):
+        with phase("Importing JAX"):
+            from meshpipe.processes.config import DistributedConfig
 
-    recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
-    with phase("Importing JAX"):
-        from meshpipe.processes.coordination import process_index
-        from meshpipe.report.tables import make_console
-        from meshpipe.runs.run import run
-        from meshpipe.runs.run_folder import in_run_dir
+        recipe, config, distributed = configure("train", arguments, "Trains a recipe.", DistributedConfig())
+        with phase("Importing JAX"):
+            from meshpipe.processes.coordination import process_index
+            from meshpipe.report.tables import make_console
+            from meshpipe.runs.run import run
+            from meshpipe.runs.run_folder import in_run_dir
 
-    config = in_run_dir(config)
+        config = in_run_dir(config)
 
     def run_recipe(guard: "Guard") -> int:
         stop.end_early = guard.end_early

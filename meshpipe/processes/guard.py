@@ -42,6 +42,8 @@ POLL_SECONDS = 0.5
 SILENCE_SECONDS = 8.0
 """After this long without a heartbeat, a process counts as dead."""
 COORDINATOR_SILENCE_SECONDS = 15.0
+START_SECONDS = 10.0
+"""How long process 0, which holds the messages, waits for the others to begin to read them."""
 BLAME_SECONDS = 60.0
 """A problem with the others this soon after a pause of this process is attributed to the pause."""
 CONNECTION_MARKS = ("SocketServer", "recv()", "send()", "Connection", "Gloo", "Socket closed")
@@ -91,8 +93,7 @@ class Guard:
         if process_count() > 1 and isinstance(error, Exception | SystemExit):
             lost = is_lost_connection(error)
             if is_for_the_user(error) and not lost:  # a process that finds the same error prints it itself
-                with contextlib.suppress(Exception):
-                    set_key(ERROR, f"{INVALID} process {process_index()} on {socket.gethostname()} refused it: {error}")
+                self._tell(f"on {socket.gethostname()} refused it: {error}", INVALID)
             else:
                 if not lost and not isinstance(error, IntrusionError):  # one sentence explains those
                     traceback.print_exception(error)
@@ -131,14 +132,23 @@ class Guard:
 
     def end_early(self, received: signal.Signals) -> NoReturn:
         """Ends all processes because this one received a signal before there was anything to save."""
-        status = 128 + received
+        self.end_all(f"was asked to stop by {received.name}.", 128 + received)
+
+    def end_all(self, why: str, status: int) -> NoReturn:
+        """Ends all processes with `status`. `why` follows the number of this process, which has printed it itself."""
         if process_count() > 1:
-            with contextlib.suppress(Exception):
-                set_key(ERROR, f"{status} process {process_index()} was asked to stop by {received.name}.")
+            self._tell(why, status)
         self._done.set()
         if self._exit_reporter is not None:
             self._exit_reporter.cancel()
-        leave(status, self.undo)
+        leave(status, () if status in (FAILED, INVALID) else self.undo)
+
+    def _tell(self, why: str, status: int) -> None:
+        with contextlib.suppress(Exception):  # another process was first, or the coordinator is gone
+            set_key(ERROR, f"{status} process {process_index()} {why}")
+        with contextlib.suppress(Exception):
+            send_heartbeat("")  # process 0 waits for one of each
+        _await_readers()
 
     def steps_of_all(self) -> dict[int, Steps]:
         """The progress of each process that runs steps, from its last heartbeat."""
@@ -198,7 +208,18 @@ class Guard:
         print(text, file=sys.stderr, flush=True)
         if self._exit_reporter is not None:
             self._exit_reporter.cancel()
+        _await_readers()
         leave(status, () if status in (FAILED, INVALID) else self.undo)
+
+
+def _await_readers() -> None:
+    """In process 0, waits until all others have sent a heartbeat, after which they read messages."""
+    deadline = time.monotonic() + START_SECONDS
+    with contextlib.suppress(Exception):
+        while process_index() == 0 and time.monotonic() < deadline:
+            if heartbeats().keys() >= set(range(1, process_count())):
+                return
+            time.sleep(POLL_SECONDS / 5)
 
 
 def _silent(seen: dict[int, tuple[int, float]], since: float) -> int | None:

@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 
+from meshpipe.errors import ArgumentError
 from meshpipe.processes.addresses import is_loopback
 from meshpipe.processes.config import DistributedConfig, Transfers
 from meshpipe.processes.coordination import coordinator_address, share_secret
@@ -18,6 +20,8 @@ from meshpipe.processes.secret import VARIABLE, Secret, environment_secret, read
 
 JOIN_SECONDS = 300.0
 """How long processes wait for each other to join; hosts may start at different times."""
+REPORT_SECONDS = 60.0
+"""The same for a process that has failed and joins to say so."""
 REMINDER_SECONDS = 30.0
 """Interval of the messages of a process that waits for the others."""
 SHUTDOWN_SECONDS = 30
@@ -36,10 +40,28 @@ def join(config: DistributedConfig) -> None:
     _asked.append(config.transfers)
     from_environment = environment_secret()  # removed from the environment in any case
     secret = from_environment if config.secret_file is None else read_secret_file(config.secret_file)
-    if config.coordinator is None and not _in_cluster(os.environ):
-        return
-    if config.process_count == 1:
-        return
+    if has_others(config):
+        _join(config, secret, _Patience(config, JOIN_SECONDS, FAILED))
+
+
+def join_to_report(config: DistributedConfig, status: int) -> None:
+    """Joins although this process has failed, so that it can tell the others, which would wait for it.
+
+    If they do not join soon, exits with `status`. Raises `ConnectionError` when joining fails.
+    """
+    try:
+        secret = environment_secret() if config.secret_file is None else read_secret_file(config.secret_file)
+    except ArgumentError:  # perhaps what failed; the others will refuse this process, and end
+        secret = Secret(b"")
+    _join(config, secret, _Patience(config, REPORT_SECONDS, status))
+
+
+def has_others(config: DistributedConfig) -> bool:
+    """Whether the run has several processes."""
+    return config.process_count != 1 and (config.coordinator is not None or _in_cluster(os.environ))
+
+
+def _join(config: DistributedConfig, secret: Secret, patience: "_Patience") -> None:
     if config.coordinator is not None and config.process_id == 0:
         _check_can_listen(config.coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -48,7 +70,7 @@ def join(config: DistributedConfig) -> None:
     # JAX would handle SIGTERM itself, and the signal would be lost until `StopRequest` is entered.
     jax.config.update("jax_enable_preemption_service", False)
     joined = threading.Event()
-    threading.Thread(target=_watch_joining, args=(config, joined), name="join", daemon=True).start()
+    threading.Thread(target=patience.watch, args=(joined,), name="join", daemon=True).start()
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -104,31 +126,40 @@ def _check_can_listen(address: str) -> None:
         ) from error
 
 
-def _watch_joining(config: DistributedConfig, joined: threading.Event) -> None:
-    """Prints regularly that this process is waiting for the others, and ends it after `JOIN_SECONDS`."""
-    own = "this process" if config.process_id is None else f"process {config.process_id}"
-    where = "" if config.coordinator is None else f" at {config.coordinator}"
-    started = time.monotonic()
-    while not joined.wait(min(REMINDER_SECONDS, max(0.0, started + JOIN_SECONDS - time.monotonic()))):
-        seconds = time.monotonic() - started
-        if seconds >= JOIN_SECONDS:
-            break
+@dataclass(frozen=True)
+class _Patience:
+    """How long a process waits for the others to join, and its exit code if they do not."""
+
+    config: DistributedConfig
+    seconds: float
+    status: int
+
+    def watch(self, joined: threading.Event) -> None:
+        """Prints regularly that this process is waiting for the others, and ends it after `seconds`."""
+        config = self.config
+        own = "this process" if config.process_id is None else f"process {config.process_id}"
+        where = "" if config.coordinator is None else f" at {config.coordinator}"
+        started = time.monotonic()
+        while not joined.wait(min(REMINDER_SECONDS, max(0.0, started + self.seconds - time.monotonic()))):
+            seconds = time.monotonic() - started
+            if seconds >= self.seconds:
+                break
+            print(
+                f"meshpipe: {own} is waiting for {_others(config)} to join{where}; {seconds:.0f} s so far, "
+                f"{self.seconds:.0f} s at most.",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            return
+        count = "" if config.process_count is None else f" {config.process_count}"
         print(
-            f"meshpipe: {own} is waiting for {_others(config)} to join{where}; {seconds:.0f} s so far, "
-            f"{JOIN_SECONDS:.0f} s at most.",
+            f"meshpipe: {own} stops because not all{count} processes of the run joined{where} "
+            f"within {self.seconds:.0f} s. Check their messages, and start all with the same address and count.",
             file=sys.stderr,
             flush=True,
         )
-    else:
-        return
-    count = "" if config.process_count is None else f" {config.process_count}"
-    print(
-        f"meshpipe: {own} stops because not all{count} processes of the run joined{where} "
-        f"within {JOIN_SECONDS:.0f} s. Check their messages, and start all with the same address and count.",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(FAILED)
+        os._exit(self.status)
 
 
 def _others(config: DistributedConfig) -> str:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meshpipe.cli.arguments import explanation
+from meshpipe.cli.endings import explanation
 from meshpipe.cli.joined import advising_on_memory
 from meshpipe.errors import is_for_the_user
 

@@ -11,7 +11,6 @@ import time
 
 import pytest
 
-from meshpipe.cli.joined import process_number
 from meshpipe.cli.output import lasting_output
 from meshpipe.phases import phase
 from meshpipe.report import phases as shown
@@ -157,15 +156,3 @@ def test_files_and_dumb_terminals_have_no_live_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TERM", "dumb")
     with Terminal(), lasting_output(say=True) as line:
         assert not line.show("Compiling")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "number"),
-    [
-        (["mine:small", "--steps", "3"], None),
-        (["mine:small", "--process-id", "0", "--process-count", "2"], "0"),
-        (["mine:small", "--process-count", "2", "--process-id=1"], "1"),
-    ],
-)
-def test_only_process_0_says_what_it_does(arguments: list[str], number: str | None) -> None:
-    assert process_number(arguments) == number
