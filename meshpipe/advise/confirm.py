@@ -12,12 +12,11 @@ from meshpipe.advise.estimate import Estimate
 from meshpipe.advise.search import Found, choice_of
 from meshpipe.choose.step_prediction import StepPrediction, predict_step
 from meshpipe.compiled.compile_for import compile_for
-from meshpipe.compiler.cache import open_cache, open_cache_alone
+from meshpipe.compiler.cache import open_cache
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.config import Config
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.machine import format_bytes
-from meshpipe.mesh import is_described_device
 from meshpipe.phases import phase
 from meshpipe.runs.build import make_chooser
 
@@ -107,8 +106,7 @@ def compile_best(
 
     Equal programs are compiled once, and kept in the folder `compile_cache` of the config.
     """
-    opened = open_cache_alone if is_described_device(devices[0]) else open_cache
-    compiler = Compiler(opened(config.compile_cache), repr(hardware))
+    compiler = Compiler(open_cache(config.compile_cache), repr(hardware))
 
     def confirm(estimate: Estimate) -> Confirmed:
         return _confirmed(estimate, config, devices, hardware, limit, compiler)

@@ -29,7 +29,7 @@ def plan_for(
 
         from meshpipe.choose.step_prediction import predict_step
         from meshpipe.compiled.compile_for import compile_for
-        from meshpipe.compiler.cache import open_cache_alone
+        from meshpipe.compiler.cache import open_cache
         from meshpipe.compiler.compiler import Compiler
         from meshpipe.compiler.topology import check_wheels, devices_of
         from meshpipe.report.memory_picture import draw_memory
@@ -40,7 +40,7 @@ def plan_for(
 
     check_wheels(target)
     jax.config.update("jax_platforms", "cpu")  # what is described comes from its compiler alone
-    cache = open_cache_alone(config.compile_cache)
+    cache = open_cache(config.compile_cache)
     mesh = config.mesh.build(devices_of(target))
     chooser = replace(make_chooser(config, mesh=mesh), count_because=f"{target.text} is not this machine")
     model = chooser.choose()

@@ -11,10 +11,14 @@ import sys
 import tempfile
 import uuid
 import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from meshpipe.compiler.reload import Serialised
 from meshpipe.errors import ArgumentError
@@ -122,11 +126,41 @@ def open_cache(folder: str | None) -> CompileCache | None:
     return None
 
 
-def open_cache_alone(folder: str | None) -> CompileCache | None:
-    """The same, and turns off JAX's own: it cannot keep programs for devices that are only described, and says so."""
-    cache = open_cache(folder)
-    jax.config.update("jax_enable_compilation_cache", False)
-    return cache
+@contextlib.contextmanager
+def without_jax_cache() -> Iterator[None]:
+    """Turns JAX's own cache off while any thread is in this context.
+
+    It would write programs for devices that are only described, and could not read them. JAX has the setting for all
+    threads: what others compile meanwhile is not stored either.
+    """
+    with _off.lock:
+        if _off.threads == 0:
+            _off.setting = jax.config.values["jax_enable_compilation_cache"]
+            _set_jax_cache(False)
+        _off.threads += 1
+    try:
+        yield
+    finally:
+        with _off.lock:
+            _off.threads -= 1
+            if _off.threads == 0:
+                _set_jax_cache(_off.setting)
+
+
+@dataclass
+class _Off:
+    threads: int = 0
+    setting: bool = True
+    """What it was before the first of them."""
+    lock: Lock = field(default_factory=Lock)
+
+
+_off = _Off()
+
+
+def _set_jax_cache(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # JAX reads the setting only when it first compiles
 
 
 def _open_to_others(status: os.stat_result) -> str | None:
@@ -156,7 +190,7 @@ def _surroundings() -> str:
     return repr((versions, _processor(), os.cpu_count(), settings, options))
 
 
-_ELSEWHERE = ("jax_num_cpu_devices", "jax_compilation_cache_dir")
+_ELSEWHERE = ("jax_num_cpu_devices", "jax_compilation_cache_dir", "jax_enable_compilation_cache")
 """Settings that do not affect a program, or that are part of its key."""
 
 

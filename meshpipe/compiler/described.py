@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meshpipe.compiler.cache import without_jax_cache
 from meshpipe.compiler.refusal import CompilerError, argument_bytes, needed_bytes, spec_of
 
 _COSTS = ("flops", "bytes accessed", "optimal_seconds")
@@ -125,11 +126,12 @@ def _refused(lowered: jax.stages.Lowered, mesh: Mesh, needed: int) -> DescribedP
 def _compile(lowered: jax.stages.Lowered, mesh: Mesh, options: dict[str, Any]) -> tuple[jax.stages.Compiled, str]:
     """The compiled program, and its text after all optimisations."""
     if mesh.devices.flat[0].platform != "tpu":
-        compiled = lowered.compile(compiler_options=options or None)
+        with without_jax_cache():
+            compiled = lowered.compile(compiler_options=options or None)
         return compiled, compiled.as_text() or ""
     # libtpu has instructions that the XLA in jaxlib cannot read, and its error is a trace of C++. So libtpu itself
     # writes the text, to a file.
-    with tempfile.TemporaryDirectory(prefix="meshpipe-") as folder:
+    with tempfile.TemporaryDirectory(prefix="meshpipe-") as folder, without_jax_cache():
         compiled = lowered.compile(compiler_options={**options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         found = sorted(Path(folder).glob("*.after_optimizations.txt"))
         return compiled, found[-1].read_text() if found else compiled.as_text() or ""

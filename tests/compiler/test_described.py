@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshpipe.compiler.cache import CompileCache
+from meshpipe.compiler.cache import CompileCache, without_jax_cache
 from meshpipe.compiler.compiler import Compiler
 from meshpipe.compiler.described import DescribedProgram
 from meshpipe.compiler.refusal import CompilerError, compiling_stage
+from meshpipe.compiler.reload import compile_noting_origin
 from meshpipe.compiler.topology import devices_of, target_config
 from meshpipe.hardware.catalogue import find_hardware
 from meshpipe.hardware.target_name import parse_target
@@ -68,6 +69,29 @@ def test_what_is_known_of_a_program_is_kept_for_later_runs(ranks, tmp_path: Path
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(AssertionError, match="compiled again"):  # a damaged file
         Compiler(CompileCache(tmp_path / "cache"), "a").compile(lowered(ranks[0]), ranks[0])
+
+
+def test_programs_for_described_devices_do_not_go_through_the_cache_of_jax(ranks, cache_of_jax: Path, recwarn) -> None:
+    """JAX would write them, and warn that it cannot read them. What is compiled for real devices stays in its cache."""
+    on_cpu = lowered(make_mesh(2, 2), rows=12)
+    on_cpu.compile()
+    before = {path.name for path in cache_of_jax.iterdir()}
+    assert before
+    for _ in range(2):
+        found = Compiler().compile(lowered(ranks[0]), ranks[0])
+        assert isinstance(found, DescribedProgram)
+        assert {path.name for path in cache_of_jax.iterdir()} == before
+        assert jax.config.values["jax_enable_compilation_cache"]
+    assert not compile_noting_origin(on_cpu, None)[1]
+    assert not [warning for warning in recwarn if "cache" in str(warning.message)]
+
+
+def test_the_cache_of_jax_is_on_again_after_the_last_thread_that_does_without(cache_of_jax: Path) -> None:
+    with without_jax_cache():
+        with without_jax_cache():
+            assert not jax.config.values["jax_enable_compilation_cache"]
+        assert not jax.config.values["jax_enable_compilation_cache"]
+    assert jax.config.values["jax_enable_compilation_cache"]
 
 
 def test_of_a_program_that_is_refused_for_its_size_it_is_known_how_much_it_needs(ranks, tmp_path: Path) -> None:

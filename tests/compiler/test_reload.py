@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshpipe.compiler.cache import JAX_SUBFOLDER, open_cache
@@ -63,24 +62,6 @@ def test_a_program_that_calls_python_stays_where_it_is():
         return x + 1
 
     assert serialise(jax.jit(shout).lower(1.0).compile(), mesh) is None
-
-
-@pytest.fixture
-def cache_of_jax(tmp_path):
-    """Enables JAX's own compilation cache, as JAX_COMPILATION_CACHE_DIR does."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path / "jax"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield tmp_path / "jax"
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def test_cache_hits_of_jax_are_distinguished_from_compilations(cache_of_jax):
