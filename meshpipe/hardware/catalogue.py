@@ -15,6 +15,8 @@ FILE_SUFFIX = ".json"
 _MEASURE = "`meshpipe plan --measure-machine FILE.json` writes such a file."
 _LARGEST = 1 << 24
 """Bytes of a file that describes a machine."""
+_read: dict[str, Hardware] = {}
+"""The machines that this process has read from files, by the name that JAX gives their devices."""
 
 
 @functools.cache
@@ -64,14 +66,20 @@ def read_hardware(file: Path) -> Hardware:
             f"{file} must be a JSON object that describes one machine. Got {type(values).__name__}. {_MEASURE}"
         )
     try:
-        return Hardware.of(values)
+        hardware = Hardware.of(values)
+        _read[hardware.device_kind] = hardware
+        return hardware
     except (ArgumentError, TypeError, KeyError) as error:
         plain = str(error).replace("`", "")  # names of the file, not of flags
         raise ArgumentError(f"{file} is not a valid description of a machine. {plain} {_MEASURE}") from None
 
 
 def hardware_of(device_kind: str) -> Hardware | None:
-    """The known machine whose devices JAX calls so; of several that match, the longest name counts."""
+    """The machine whose devices JAX calls so: one that was read from a file, or the known one with the longest name
+    that this one begins with.
+    """
+    if device_kind in _read:
+        return _read[device_kind]
     matching = {
         kind: hardware
         for hardware in known_hardware().values()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from meshpipe.compiler.described_cudnn import answer_for_described
 from meshpipe.errors import ArgumentError
 from meshpipe.hardware.catalogue import hardware_of
 from meshpipe.models.splash import LANES, splash_attention
@@ -252,10 +253,8 @@ def _why_not_cudnn(dtype: Any, head_dim: int, softcap: bool, device: Device, cal
     if head_dim % HEAD_DIM_STEP or head_dim > largest:
         sizes = f"a multiple of {HEAD_DIM_STEP} features, at most {largest}"
         return f"cuDNN needs heads with {sizes}, and these have {head_dim}"
-    if head_dim > 128 and device.platform == "gpu" and _found(device) is None:
-        return (
-            f"JAX compiles cuDNN for heads of more than 128 features only where the GPU is, and these have {head_dim}"
-        )
+    if head_dim > 128 and _is_described(device) and not answer_for_described(_described_capability):
+        return f"this JAX writes cuDNN's heads of more than 128 features only on the GPU, and these have {head_dim}"
     if softcap:
         return "cuDNN does not cap scores"
     if call is not None and (call.segments or call.mask) and (call.queries % 2 or call.keys % 2):
@@ -272,17 +271,26 @@ def traced_device() -> Device:
     return device
 
 
+def _described_capability() -> float | None:
+    """The compute capability of the GPU that is traced for, where this process has none of its kind."""
+    device = traced_device()
+    return _compute_capability(device) if _is_described(device) else None
+
+
 def _compute_capability(device: Device) -> float:
-    """Of a GPU that is here, or that the catalogue of machines describes; of any other, that of a new one."""
-    text = getattr(_found(device), "compute_capability", None)
+    """Of a GPU that is here, or that the catalogue or a file of machines describes; of any other, that of a new one."""
+    found = device if hasattr(device, "compute_capability") else _here(device)
+    text = getattr(found, "compute_capability", None)
     if text is None:
         described = hardware_of(device.device_kind)
         text = described.compiler.get("compute_capability") if described is not None else None
     return float(text) if text else NEWEST
 
 
-def _found(device: Device) -> Any:
-    """The same kind of device where this process has one; the device itself if it says what it can do."""
-    if hasattr(device, "compute_capability"):
-        return device
+def _is_described(device: Device) -> bool:
+    return device.platform == "gpu" and _here(device) is None
+
+
+def _here(device: Device) -> Any:
+    """A device of this kind in this process; None if it has none."""
     return next((d for d in jax.devices() if d.device_kind == device.device_kind), None)

@@ -1,8 +1,11 @@
 """Attention is computed by what the devices have, and the choice is said."""
 
+import contextlib
 import importlib
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,10 +14,12 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 from staged import staged
 
+import meshpipe.hardware
 from meshpipe import PipelineConfig, make_mesh
+from meshpipe.hardware.catalogue import find_hardware
 from meshpipe.layers.task import Task
 from meshpipe.models import LanguageModelConfig
-from meshpipe.models.attention import Call, choose_attention, cpu_devices_stand_in
+from meshpipe.models.attention import Call, attend, choose_attention, cpu_devices_stand_in
 from meshpipe.report.plan import layout_lines
 from meshpipe.stage.backward import trace_backward, trace_split
 from meshpipe.stage.jaxpr import nbytes
@@ -101,8 +106,43 @@ def test_a_described_gpu_has_the_compute_capability_of_the_catalogue() -> None:
     assert choose_attention("auto", dtype="bfloat16", head_dim=128, device=device) == "cudnn"
     with pytest.raises(ValueError, match="at most 128, and these have 256"):
         choose_attention("cudnn", dtype="bfloat16", head_dim=256, device=device)
-    with pytest.raises(ValueError, match="more than 128 features only where the GPU is"):
-        choose_attention("cudnn", dtype="bfloat16", head_dim=256, device=Described("NVIDIA H200"))
+    for kind in ("NVIDIA H200", "NVIDIA B200"):
+        assert choose_attention("auto", dtype="bfloat16", head_dim=256, device=Described(kind)) == "cudnn"
+
+
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+@pytest.mark.parametrize(("kind", "largest"), [("NVIDIA H200", 256), ("NVIDIA A100-SXM4-80GB", 128)])
+def test_jax_writes_cudnn_for_a_described_gpu_as_it_would_on_that_gpu(
+    kind: str, largest: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when what `answer_for_described` changes has moved in JAX."""
+    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr("meshpipe.models.attention.traced_device", lambda: Described(kind))
+    query = jax.ShapeDtypeStruct((2, 16, 4, head_dim), "bfloat16")
+    key = jax.ShapeDtypeStruct((2, 16, 2, head_dim), "bfloat16")
+
+    def squares(query: jax.Array, key: jax.Array) -> jax.Array:
+        # Under a rematerialisation, the forward of the kernel's derivative is traced after `attend` has returned.
+        found = jax.checkpoint(lambda q, k: attend(q, k, k, causal=True, window=8))(query, key)
+        return (found.astype("float32") ** 2).sum()
+
+    with contextlib.ExitStack() as stack:
+        if head_dim > largest:  # that JAX refuses it as well, and not `choose_attention` alone
+            assert choose_attention("auto", dtype="bfloat16", head_dim=head_dim, device=Described(kind)) == "xla"
+            monkeypatch.setattr("meshpipe.models.attention.choose_attention", lambda *args, **options: "cudnn")
+            stack.enter_context(pytest.raises(NotImplementedError, match="head dim must be <= 128"))
+        assert backwards_inside(jax.make_jaxpr(jax.grad(squares))(query, key)) == 1
+
+
+def test_a_gpu_of_a_file_has_the_compute_capability_that_the_file_says(tmp_path: Path) -> None:
+    catalogue = json.loads(Path(meshpipe.hardware.__file__).with_name("catalogue.json").read_text())
+    entry = next(entry for entry in catalogue if entry["name"] == "h100")
+    entry |= {"device_kind": "Workshop GPU", "compiler": entry["compiler"] | {"compute_capability": "8.6"}}
+    (tmp_path / "own.json").write_text(json.dumps(entry))
+    assert choose_attention("auto", dtype="bfloat16", head_dim=256, device=Described("Workshop GPU")) == "cudnn"
+    find_hardware(str(tmp_path / "own.json"))
+    assert choose_attention("auto", dtype="bfloat16", head_dim=256, device=Described("Workshop GPU")) == "xla"
 
 
 def batch(seq: int = 16) -> dict[str, np.ndarray]:
@@ -142,6 +182,13 @@ def test_a_plan_on_cpu_devices_says_what_it_counts_and_refuses_only_what_no_devi
     )
     with pytest.raises(ValueError, match="these are cpu devices"):
         model("cudnn")
+
+
+def backwards_inside(program: Jaxpr | ClosedJaxpr) -> int:
+    """How often it computes the gradients of cuDNN's attention."""
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    inner = (backwards_inside(part) for equation in jaxpr.eqns for part in jaxprs_in_params(equation.params))
+    return sum("attention_bwd" in equation.primitive.name for equation in jaxpr.eqns) + sum(inner)
 
 
 def kernels(program: ClosedJaxpr, name: str) -> int:

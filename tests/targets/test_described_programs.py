@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from described import LAYOUTS, Layout, bytes_on_a_device, compiled, language_model, model_of, platforms
+from described import LAYOUTS, NEEDS, Layout, bytes_on_a_device, compiled, language_model, model_of, platforms
 from flax import nnx
 from jax.experimental import pallas as pl
 
 from meshpipe.layers.task import Task
+from meshpipe.models.language_model import WindowConfig
 from meshpipe.sharding import FULLY_SHARDED
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,20 @@ def test_the_fused_kernel_is_taken(platform: str) -> None:
     assert model.choices[0].startswith(f"Attention by {kernel}")
     calls = compiled(model, platform)[0, "forward"].custom_calls
     assert calls & ({"tpu_custom_call"} if platform == "tpu" else {"__cudnn$fmhaScaleBiasSoftmax"})
+
+
+@NEEDS["gpu"]
+@pytest.mark.parametrize("platform", ["gpu", "gpu of another generation"])
+@pytest.mark.parametrize("head_dim", [192, 256])
+def test_cudnn_takes_large_heads_on_described_gpus(platform: str, head_dim: int) -> None:
+    """As on these GPUs themselves, forward and backward; JAX alone refuses where it finds no GPU to ask."""
+    layout = Layout(config={"remat": "full"})
+    model = language_model(platform, layout, head_dim=head_dim, window=WindowConfig(size=32, global_every=2))
+    assert model.choices[0] == "Attention by cuDNN."
+    programs = compiled(model, platform)
+    forward, backward = (f"__cudnn$fmhaScaleBiasSoftmax{end}" for end in ("", "Backward"))
+    assert forward in programs[0, "forward"].custom_calls
+    assert {forward, backward} <= programs[0, "backward"].custom_calls | programs[1, "forward_backward"].custom_calls
 
 
 def scale_kernel(x_ref: Any, factor_ref: Any, out_ref: Any) -> None:
