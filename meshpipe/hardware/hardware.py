@@ -17,6 +17,10 @@ _RATES = ("memory_bandwidth", "host_link", "network_link")
 _COUNTS = ("memory_bytes", "devices_per_host", "joined_devices", "links")
 _LATENCIES = ("host_latency", "network_latency")
 _MOST_CHIPS = 1 << 24
+_LARGEST = 1 << 62
+"""XLA keeps sizes in 64 bits."""
+_WORDS = ("topology_name", "megacore", "compute_capability")
+"""What `Hardware.compiler` has besides numbers."""
 _NEEDED = (*_TEXTS, "flops", *_COUNTS[:2], *_RATES, *_LATENCIES, "efficiency")
 
 
@@ -145,11 +149,13 @@ def _check(values: Mapping[str, Any]) -> None:
     if values["platform"] not in get_args(Platform):
         raise ArgumentError(f"platform must be one of {', '.join(get_args(Platform))}. Got {values['platform']!r}.")
     for name in _RATES:
-        if not is_number(values[name]) or values[name] == 0:
-            raise ArgumentError(f"{name} must be a number above 0. Got {values[name]!r}.")
+        if not is_number(values[name], _LARGEST) or values[name] == 0:
+            raise ArgumentError(f"{name} must be a number above 0 and below 2^62. Got {values[name]!r}.")
     for name in _COUNTS:
         if name in values:
             check_whole(name, values[name])
+            if values[name] >= _LARGEST:
+                raise ArgumentError(f"{name} must be below 2^62. Got {values[name]}.")
     for name in _LATENCIES:
         if not is_number(values[name]):
             raise ArgumentError(f"{name} must be a number of seconds, at least 0. Got {values[name]!r}.")
@@ -176,12 +182,18 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 def _check_compiler(found: object) -> None:
-    """What XLA asks for is written into a text of its own form, so only words and numbers may be in it."""
+    """What XLA asks for is written into a text of its own form, so only words and numbers may be in it. XLA checks no
+    number: some end the process.
+    """
     if not isinstance(found, Mapping):
         raise ArgumentError(f"compiler must be an object. Got {found!r:.100}.")
     for name, value in found.items():
-        if not re.fullmatch(r"\w+", name) or not re.fullmatch(r"[\w.+-]+", str(value)):
+        if not re.fullmatch(r"\w+", name) or (name in _WORDS and not re.fullmatch(r"[\w.+-]+", str(value))):
             raise ArgumentError(f"compiler must have words and numbers. Got {value!r:.100} for {name!r:.60}.")
+        if name not in _WORDS and (not is_number(value, _LARGEST) or value == 0):
+            raise ArgumentError(f"{name} of compiler must be a number above 0. Got {value!r:.100}.")
+        if name not in (*_WORDS, "clock_rate_ghz") and value != int(value):
+            raise ArgumentError(f"{name} of compiler must be a whole number. Got {value!r}.")
     capability = found.get("compute_capability", "1.0")
     if not isinstance(capability, str) or not re.fullmatch(r"\d{1,3}\.\d{1,3}", capability):
         raise ArgumentError(f'compute_capability must be a text such as "9.0". Got {capability!r}.')
