@@ -249,7 +249,9 @@ def _why_not_cudnn(dtype: Any, head_dim: int, softcap: bool, device: Device, cal
         return f"cuDNN needs a GPU of compute capability 8.0 or above, and this is a {device.device_kind}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN computes in bfloat16 or float16, and the model in {jnp.dtype(dtype).name}"
-    largest = 256 if capability >= 9 else 128
+    # Of gradients, by the support matrix of cuDNN 9.18 (docs.nvidia.com/cudnn). JAX takes 256 on newer GPUs too, where
+    # cuDNN then refuses to run them.
+    largest = 256 if 9 <= capability < 10 else 128
     if head_dim % HEAD_DIM_STEP or head_dim > largest:
         sizes = f"a multiple of {HEAD_DIM_STEP} features, at most {largest}"
         return f"cuDNN needs heads with {sizes}, and these have {head_dim}"

@@ -42,6 +42,7 @@ class Described:
     platform: str = "gpu"
 
 
+BLACKWELL = Gpu("NVIDIA B200", compute_capability="10.0")
 OLD, AMPERE = Gpu("Tesla V100-SXM2-16GB", compute_capability="7.0"), Gpu("NVIDIA A100", compute_capability="8.0")
 
 
@@ -55,6 +56,8 @@ TPU = Gpu("TPU v5 lite", "tpu", "")
         ("cudnn", Gpu(), "float16", 256, None),
         ("cudnn", AMPERE, "bfloat16", 128, None),
         ("cudnn", AMPERE, "bfloat16", 256, "at most 128, and these have 256"),
+        ("cudnn", BLACKWELL, "bfloat16", 128, None),
+        ("cudnn", BLACKWELL, "bfloat16", 192, "at most 128, and these have 192"),
         ("cudnn", Gpu(), "float32", 64, "bfloat16 or float16, and the model in float32"),
         ("cudnn", Gpu(), "bfloat16", 20, "a multiple of 8 features"),
         ("cudnn", OLD, "bfloat16", 64, "8.0 or above, and this is a Tesla V100"),
@@ -106,8 +109,8 @@ def test_a_described_gpu_has_the_compute_capability_of_the_catalogue() -> None:
     assert choose_attention("auto", dtype="bfloat16", head_dim=128, device=device) == "cudnn"
     with pytest.raises(ValueError, match="at most 128, and these have 256"):
         choose_attention("cudnn", dtype="bfloat16", head_dim=256, device=device)
-    for kind in ("NVIDIA H200", "NVIDIA B200"):
-        assert choose_attention("auto", dtype="bfloat16", head_dim=256, device=Described(kind)) == "cudnn"
+    for kind, expected in (("NVIDIA H200", "cudnn"), ("NVIDIA B200", "xla")):
+        assert choose_attention("auto", dtype="bfloat16", head_dim=256, device=Described(kind)) == expected
 
 
 @pytest.mark.parametrize("head_dim", [128, 192, 256])

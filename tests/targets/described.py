@@ -27,7 +27,7 @@ from meshpipe.models import LanguageModelConfig
 from meshpipe.optimizer.updates import UpdatePrograms
 from meshpipe.sharding import FULLY_SHARDED, ShardingRules
 
-TARGETS = {"tpu": "tpu:v5e:2x4", "gpu": "gpu:h100:8", "gpu of another generation": "gpu:b200:8"}
+TARGETS = {"tpu": "tpu:v5e:2x4", "gpu": "gpu:h100:8"}
 WHEELS = {"tpu": ("libtpu",), "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
 COLLECTIVES = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 CUSTOM_CALL = re.compile(r'custom_call_target="([^"]*)"')
