@@ -14,6 +14,7 @@ from meshpipe.weights.entry import Entry, expanded
 from meshpipe.weights.errors import WeightsError
 from meshpipe.weights.fields import Fields
 from meshpipe.weights.gpt2 import PREFIX, gpt2_table, read_gpt2, write_gpt2
+from meshpipe.weights.quantised import check_not_quantised
 
 READERS: Mapping[str, Callable[[Fields], ModelConfig]] = {
     "llama": decoder.read_llama,
@@ -70,6 +71,7 @@ def read_config(fields: Fields) -> ModelConfig:
             f"`model_type` of {fields.place} must be one of {', '.join(READERS)}. Got {kind!r:.60}. "
             "A model of another architecture needs layers of its own."
         )
+    check_not_quantised(fields)
     try:
         with errors_name_flags(False):  # no flag sets what a file says
             return READERS[kind](fields)

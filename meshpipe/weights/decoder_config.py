@@ -59,8 +59,7 @@ def read_gemma3(fields: Fields) -> LanguageModelConfig:
 
 def _model(fields: Fields, head_dim: int | None = None, **more: Any) -> LanguageModelConfig:
     """What all have in common. `head_dim` is that of a file that gives none."""
-    for name in ("quantization_config", "partial_rotary_factor"):
-        fields.must_be(name, *([1.0] if name.startswith("partial") else []))
+    fields.must_be("partial_rotary_factor", 1.0)
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     given = fields.optional_size("head_dim") or head_dim
     theta, scaling = _rope(fields, more.pop("theta", 10_000.0))

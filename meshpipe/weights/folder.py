@@ -20,11 +20,12 @@ from meshpipe.weights.errors import WeightsError, listed
 from meshpipe.weights.fields import Fields
 from meshpipe.weights.multimodal import is_other, text_fields, text_name
 from meshpipe.weights.peft_adapters import PeftAdapters, base_of_adapters, is_adapters
+from meshpipe.weights.quantised import WAY_OUT, are_quantised
 from meshpipe.weights.reading import Source, check_dtype, read_leaves
 from meshpipe.weights.tensor_file import Tensor, middle_bytes
 from meshpipe.weights.tensor_folder import find_tensors
 
-CONFIG = "config.json"
+CONFIG, HEAD = "config.json", "lm_head.weight"
 COMPANIONS = (
     CONFIG,
     "generation_config.json",
@@ -177,12 +178,37 @@ class WeightsFolder:
             problems.append(f"the model has no use for {listed(extra)}")
         problems += self._shape_problems(needed, leaves)
         if problems:
+            way_out = "Give the model the sizes of its config.json, or name the folder of that model."
+            if are_quantised(self.tensors):
+                way_out = WAY_OUT
+            elif missing == [HEAD]:
+                way_out = "If its head is its embedding, set `tie_word_embeddings` to true in its config.json."
             raise WeightsError(
                 f"The tensors of a folder must be those of the model. Got {self.folder}: {'; '.join(problems)}. "
-                "Give the model the sizes of its config.json, or name the folder of that model."
+                f"{way_out}"
             )
+        self._check_tied(needed)
         for path, entry in needed.items():
             check_dtype(entry.name, self.tensors[entry.name], leaves[path].dtype)
+
+    def _check_tied(self, entries: Mapping[str, Entry]) -> None:
+        """Raises `WeightsError` for a head of its own, in the folder of a model that ties it to the embedding."""
+        head = self.tensors.get(HEAD)
+        for path in self.table.tied if head is not None else ():
+            entry = entries.get(path)
+            if entry is None or entry.name == HEAD:
+                continue
+            assert head is not None
+            embedding = self.tensors[entry.name]
+            is_same = head.shape == embedding.shape and (
+                head.dtype != embedding.dtype or middle_bytes(head, 4096) == middle_bytes(embedding, 4096)
+            )
+            if not is_same:
+                raise WeightsError(
+                    f"A head that is tied to the embedding must have its values. Got {self.folder}, where {HEAD} has "
+                    f"others than {entry.name}. Set `tie_word_embeddings` to false in its config.json to use the head, "
+                    f"or leave {HEAD} out of the files."
+                )
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """The leaves `wanted`, by leaf path, with their shardings and in their dtypes; those without a device in this
@@ -220,7 +246,7 @@ class WeightsFolder:
 
     def _is_known_extra(self, name: str) -> bool:
         # Some files have the head of a model that ties it to the embedding.
-        of_head = name == "lm_head.weight" and bool(self.table.tied)
+        of_head = name == HEAD and bool(self.table.tied)
         return of_head or name.endswith(self.table.unused) or is_other(name)
 
 

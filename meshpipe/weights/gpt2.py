@@ -57,7 +57,6 @@ def read_gpt2(fields: Fields) -> GPT2Config:
     fields.must_be("scale_attn_weights", True)
     fields.must_be("scale_attn_by_inverse_layer_idx", False)
     fields.must_be("add_cross_attention", False)
-    fields.must_be("quantization_config")
     width, hidden = fields.size("n_embd"), fields.optional_size("n_inner")
     return GPT2Config(
         d_model=width,

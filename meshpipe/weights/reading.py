@@ -21,6 +21,7 @@ from meshpipe.checkpoint.files import for_each
 from meshpipe.checkpoint.memory import aligned_bytes
 from meshpipe.weights.entry import Entry
 from meshpipe.weights.errors import WeightsError
+from meshpipe.weights.quantised import WAY_OUT
 from meshpipe.weights.tensor_file import Tensor, part_bytes, read_part
 
 READERS = 4
@@ -52,8 +53,7 @@ def check_dtype(name: str, tensor: Tensor, dtype: np.dtype) -> None:
     """
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise WeightsError(
-            f"Weights are floating numbers. {name} in {tensor.file} is {tensor}: quantised weights are not read. "
-            "Take the folder of the model before it was quantised."
+            f"Weights must be floating numbers. Got {name} in {tensor.file}, which is {tensor}. {WAY_OUT}"
         )
     ours, theirs = jnp.finfo(dtype), jnp.finfo(tensor.dtype)
     rounded = dtype == ml_dtypes.bfloat16 and tensor.dtype in (np.float32, np.float16)

@@ -5,7 +5,7 @@ from typing import Any
 
 from meshpipe.documents import DamagedFileError, load_json
 from meshpipe.weights.errors import WeightsError, listed
-from meshpipe.weights.tensor_file import Tensor, read_header
+from meshpipe.weights.tensor_file import Tensor, middle_bytes, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,12 +48,26 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
             f"Tensors must be in the files in which {INDEX} has them. Got {folder}, where {listed(lost)} are not. "
             "The files belong to different versions: download or copy all of them again."
         )
-    return {name: held[file][name] for name, file in files.items()}
+    found = {name: held[file][name] for name, file in files.items()}
+    for tensors in held.values():
+        for name, tensor in tensors.items():  # also those that the index leaves out
+            _check_same(name, found.setdefault(name, tensor), tensor)
+    return found
+
+
+def _check_same(name: str, first: Tensor, second: Tensor) -> None:
+    """Raises `WeightsError` where two files have a tensor of one name with other values."""
+    alike = (first.dtype, first.shape) == (second.dtype, second.shape)
+    if first.file != second.file and not (alike and middle_bytes(first, 4096) == middle_bytes(second, 4096)):
+        raise WeightsError(
+            f"A tensor must have one value. Got {name} in {first.file} and another one in {second.file.name}. "
+            "The files belong to different versions: download or copy all of them again."
+        )
 
 
 def _files_of_index(index: Path) -> dict[str, str]:
     try:
-        document: Any = load_json(index)
+        document: Any = load_json(index.resolve())  # a link in the cache of a hub
     except DamagedFileError as error:
         raise WeightsError(f"An index of weights must be JSON. Got {index}: it {error}.") from None
     found = document.get("weight_map") if isinstance(document, dict) else None

@@ -282,6 +282,24 @@ def test_a_folder_is_read_in_the_order_of_its_names(tokenizer: Path, tmp_path: P
     assert said == [f"Not read, being empty or of another kind: {tmp_path / 'in' / 'README.md'}."]
 
 
+def test_packed_json_is_json(tokenizer: Path, tmp_path: Path) -> None:
+    """Large sets of web pages are in files of JSON lines that are named `.json.gz`."""
+    lines = b"".join(f"{json.dumps({'text': text})}\n".encode() for text in sentences(60))
+    source = tmp_path / "a.json.gz"
+    source.write_bytes(gzip.compress(lines))
+    assert made([source], tokenizer, tmp_path / "to").manifest.counts["train"].texts > 30
+    for name, content, problem in [
+        ("b.json.gz", gzip.compress(b'[{"text": "a"}]'), "begins with a list"),
+        ("b.tar.gz", gzip.compress(b"name\0\0"), "has bytes of zero"),
+        ("b.jsonl.gz", b"no gzip", "Not a gzipped file"),
+        ("b.txt.xz", b"no xz", "not supported"),
+        ("b.txt.gz", gzip.compress(b""), "is empty"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            made([tmp_path / name], tokenizer, tmp_path / "other")
+
+
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"\n", "it is empty"),
     "not JSON": (b'{"text": "a\n', "it is not JSON: Unterminated string.* at character 10"),

@@ -82,6 +82,18 @@ def test_the_model_and_its_leaves_are_found(name: str, config: Any, tensors: Any
     weights.check({path: jax.ShapeDtypeStruct(leaf.shape, np.float32) for path, leaf in golden.leaves(name).items()})
 
 
+def test_a_snapshot_of_links_as_in_the_cache_of_a_hub(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/main"
+    shutil.copytree(golden.FOLDER / "mistral", blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    assert WeightsFolder(snapshot).tensors.keys() == golden.tensors("mistral").keys()
+    import_weights(snapshot, tmp_path / "imported")
+    export_weights(tmp_path / "imported", tmp_path / "exported")
+    assert WeightsFolder(tmp_path / "exported").tensors.keys() == golden.tensors("mistral").keys()
+
+
 def test_dropout_is_said_to_be_left_out(tmp_path: Path) -> None:
     gpt2 = folder_of("gpt2", tmp_path / "gpt2", {"embd_pdrop": 0.0})
     told = "Training is without the dropout of its config.json (attn_pdrop 0.1, resid_pdrop 0.1)."

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import golden
+import numpy as np
 import pytest
 
+from meshpipe.checkpoint.chunks import whole
 from meshpipe.cli import main
+from meshpipe.weights.tensor_file import read_header, read_part
+from meshpipe.weights.writing import Outline, write_file
+
+Tensors = dict[str, np.ndarray]
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
@@ -36,6 +42,42 @@ def renamed(old: str, new: str) -> Callable[[Path], None]:
     return bytes_of(lambda data: data.replace(old.encode(), new.encode(), 1))
 
 
+def with_tensors(change: Callable[[Tensors], Tensors], name: str = "model.safetensors") -> Callable[[Path], None]:
+    """Other tensors in a file of the folder."""
+
+    def write(folder: Path) -> None:
+        file = folder / name
+        held = {key: read_part(tensor, tensor.shape, whole(tensor.shape)) for key, tensor in read_header(file).items()}
+        made = change(held)
+        file.unlink()
+        write_file(file, [Outline(key, value.shape, value.dtype) for key, value in made.items()], lambda key: made[key])
+
+    return write
+
+
+def quantised(made: Tensors) -> Tensors:
+    """As GPTQ has them."""
+    key = "model.layers.0.mlp.down_proj"
+    rest = {name: value for name, value in made.items() if name != f"{key}.weight"}
+    return rest | {f"{key}.qweight": np.zeros((4, 16), np.int32), f"{key}.scales": np.ones((1, 16), np.float16)}
+
+
+def as_bytes(made: Tensors) -> Tensors:
+    return {key: value.astype(np.int8) if key.endswith("down_proj.weight") else value for key, value in made.items()}
+
+
+def twice(folder: Path) -> None:
+    """A tensor of the first file in the last one too, with other values."""
+    first, last = (folder / f"model-0000{number}-of-00004.safetensors" for number in (1, 4))
+    name, tensor = next(iter(read_header(first).items()))
+    with_tensors(lambda made: made | {name: np.full(tensor.shape, 7, tensor.dtype)}, last.name)(folder)
+
+
+def left_out(folder: Path) -> None:
+    name = "model-00004-of-00004.safetensors"
+    with_tensors(lambda made: made | {"model.extra.weight": np.ones(3, np.float32)}, name)(folder)
+
+
 CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no config.json": ("llama3", without("config.json"), "must have a config.json"),
     "config.json is no JSON": ("llama3", lambda f: (f / "config.json").write_text("{"), "config.json must be JSON"),
@@ -58,7 +100,22 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
         config(rope_scaling={"type": "dynamic", "factor": 2.0}),
         "must be stretched alike for all texts",
     ),
-    "quantised": ("llama3", config(quantization_config={"bits": 4}), "must be left out"),
+    "quantised by a config": (
+        "llama3",
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "Got `quantization_config` of the method 'gptq'",
+    ),
+    "quantised by its tensors": ("llama3", with_tensors(quantised), "Quantised weights are not read: take the folder"),
+    "bytes for weights": ("llama3", with_tensors(as_bytes), "down_proj.weight in"),
+    "a scaling of no kind": ("llama3", config(rope_scaling={"factor": 2.0}), "must name its kind, as `rope_type`"),
+    "a head that is not the tied embedding": (
+        "llama3",
+        with_tensors(lambda made: made | {"lm_head.weight": 2 * made["model.embed_tokens.weight"]}),
+        "Set `tie_word_embeddings` to false",
+    ),
+    "no head": ("llama3", config(tie_word_embeddings=False), "set `tie_word_embeddings` to true"),
+    "a tensor of two values": ("mistral", twice, "A tensor must have one value. Got "),
+    "a tensor that the index leaves out": ("mistral", left_out, "the model has no use for model.extra.weight"),
     "an uneven pattern of windows": (
         "gemma3",
         config(layer_types=["full_attention", "sliding_attention", "full_attention", "sliding_attention"]),

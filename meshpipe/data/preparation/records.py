@@ -1,22 +1,19 @@
 """Reads slices of files: texts, JSON objects and rows, one after the other, in bounded memory."""
 
-import bz2
 import codecs
-import gzip
 import json
 import lzma
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meshpipe.data.preparation.sources import Slice, SourceFile, open_parquet
+from meshpipe.data.preparation.sources import Slice, open_parquet, open_source
 from meshpipe.errors import ArgumentError
 
 NEW_LINE = b"\n"
 BLOCK_BYTES = 1 << 20
 LINE_LIMIT = 64 << 20
 """Bytes of the longest line that is read whole."""
-OPEN: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 ROWS, ROW_BYTES = 256, 16 << 20
 """Rows of Parquet that are read at a time: at most so many, and about so many bytes."""
 Progress = Callable[[float], object]
@@ -80,7 +77,7 @@ def _blocks(part: Slice, read: Progress) -> Iterator[bytes]:
     whole = part.stop - part.start
     left = None if part.file.compression else whole
     try:
-        with _open(part.file) as stream:
+        with open_source(part.file.path) as stream:
             if part.start:
                 stream.seek(part.start)
             while block := stream.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left)):
@@ -94,10 +91,6 @@ def _blocks(part: Slice, read: Progress) -> Iterator[bytes]:
         ) from error
     if left:
         raise ArgumentError(f"A source must not change while it is read. {part.file.path} has become shorter.")
-
-
-def _open(file: SourceFile) -> Any:
-    return OPEN[file.compression](file.path, "rb")
 
 
 def _between(blocks: Iterator[bytes], delimiter: bytes, limit: int) -> Iterator[tuple[bytes, bool, bool]]:

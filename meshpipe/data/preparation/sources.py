@@ -1,7 +1,10 @@
 """The files of the sources, and the parts that they are prepared in."""
 
+import bz2
+import gzip
+import lzma
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +17,8 @@ from meshpipe.files import expanded
 
 Kind = Literal["text", "jsonl", "parquet"]
 SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".bz2", ".xz")
+COMPRESSED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""By suffix, what opens such files."""
 UNKNOWN = (".zst", ".zip", ".tar", ".7z", ".lz4", ".arrow")
 """Suffixes of files that are not text, and cannot be read."""
 SEARCH_BYTES = 1 << 20
@@ -124,12 +128,11 @@ def _kind(path: Path) -> Kind:
 def _file(path: Path, kind: Format, argument: str) -> SourceFile:
     try:
         status = path.stat()
-        with path.open("rb") as file:
+        with open_source(path) as file:
             head = file.read(4096)
-    except OSError as error:
-        raise ArgumentError(
-            f"{argument} must be files that can be read. Got {str(path)!r}: {error.strerror}."
-        ) from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArgumentError(f"{argument} must be files that can be read. Got {str(path)!r}: {reason}.") from error
     if not head:
         raise ArgumentError(f"{argument} must have text. Got {str(path)!r}, which is empty.")
     if path.suffix in UNKNOWN:
@@ -138,13 +141,14 @@ def _file(path: Path, kind: Format, argument: str) -> SourceFile:
             + (f"Unpack it: zstd -d {path.name}" if path.suffix == ".zst" else "Unpack or convert it.")
         )
     found = _kind(path) if kind == "auto" else kind
-    if kind == "auto" and path.suffix == ".json" and head.lstrip().startswith((b"{", b"[")):
+    named = path.with_suffix("") if path.suffix in COMPRESSED else path
+    if kind == "auto" and named.suffix == ".json" and head.lstrip().startswith((b"{", b"[")):
         found = "jsonl"  # many files of JSON lines are named so
     if found == "parquet" and path.suffix in COMPRESSED:
         raise ArgumentError(f"{argument} must be Parquet as it is. Got {str(path)!r}. Unpack it.")
     if found == "parquet" and not head.startswith(b"PAR1"):
         raise ArgumentError(f"{argument} must be Parquet where named so. Got {str(path)!r}, which is not.")
-    if found == "text" and b"\0" in head and path.suffix not in COMPRESSED:
+    if found == "text" and b"\0" in head:
         raise ArgumentError(f"{argument} must be text. Got {str(path)!r}, which has bytes of zero.")
     if found == "jsonl" and head.lstrip().startswith(b"["):
         lines = path.with_suffix(".jsonl").name
@@ -154,6 +158,11 @@ def _file(path: Path, kind: Format, argument: str) -> SourceFile:
             f"jq -c '.[]' {path.name} > {lines}"
         )
     return SourceFile(path, found, status.st_size, status.st_mtime_ns)
+
+
+def open_source(path: Path) -> Any:
+    """The bytes of a file, unpacked where it is compressed."""
+    return COMPRESSED.get(path.suffix, open)(path, "rb")
 
 
 def make_parts(
