@@ -122,7 +122,8 @@ class ChatTemplate:
 def messages_of(conversation: Any) -> list[dict[str, Any]]:
     """The messages of a conversation from a file: a list of objects with `role` and `content`, or `from` and `value`.
 
-    Keys without a value are left out, as templates take them for text. Raises `ChatError` for anything else.
+    Keys without a value are left out, as templates take them for text, and contents in parts become one text. Raises
+    `ChatError` for anything else.
     """
     if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
         raise ChatError("a conversation must be a list of messages, and not empty")
@@ -140,9 +141,21 @@ def _message(number: int, message: Any) -> dict[str, Any]:
         raise ChatError(f"message {number} has no role")
     if "content" not in found and "tool_calls" not in found:
         raise ChatError(f"message {number} has no content")
+    if isinstance(found.get("content"), list):
+        found["content"] = "".join(_text_of(part, number) for part in found["content"])
     if not isinstance(found.get("weight", 1), int | float):
         raise ChatError(f"the weight of message {number} must be 0 or 1")
     return found
+
+
+def _text_of(part: Any, number: int) -> str:
+    """The text of a part of a content: templates of models of text take contents whole."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise ChatError(f"message {number} has a part that is no text: {kind!r:.40}")
 
 
 def _unmarked(marked: str) -> RenderedChat:

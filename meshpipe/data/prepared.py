@@ -15,6 +15,8 @@ from meshpipe.data.packing import read_record
 from meshpipe.errors import ArgumentError, check_positive
 from meshpipe.files import expand_fields, expanded
 
+MOST_WINDOWS = 1 << 40
+"""Of a pass over a mixture; a weight that asks for more is a mistake."""
 ORDER_SEED = 0
 """Of the order of held-out windows, so that the first of them are a fair sample."""
 
@@ -114,6 +116,12 @@ class MixedWindows:
         self._length = max(
             math.ceil(len(source) * sum(exact) / weight) for source, weight in zip(sources, exact, strict=True)
         )
+        if self._length > MOST_WINDOWS:
+            raise ArgumentError(
+                "`mixture` must have weights by which one pass over all folders has at most "
+                f"{MOST_WINDOWS:,} windows. Got {', '.join(f'{weight:g}' for weight in weights)}. Raise the smallest.",
+                "data",
+            )
         while any(count < len(source) for count, source in zip(self._counts(), sources, strict=True)):
             self._length += 1
 

@@ -67,6 +67,8 @@ def test_an_answer_of_weight_0_is_not_learned() -> None:
 def test_messages_of_other_shapes_are_read() -> None:
     found = messages_of([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": None}])
     assert found == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]
+    assert messages_of([{"role": "user", "content": parts}]) == [{"role": "user", "content": "a b"}]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,7 @@ def test_messages_of_other_shapes_are_read() -> None:
         ([3], "message 1 must be an object"),
         ([QUESTION, {"content": "a"}], "message 2 has no role"),
         ([{"role": "user"}], "message 1 has no content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "message 1 has a part that is no text: 'image_url'"),
         ([{**QUESTION, "weight": "all"}], "weight of message 1"),
     ],
 )

@@ -129,6 +129,13 @@ def test_a_run_continues_inside_a_mixture(folders: dict[str, Path]) -> None:
         other.set_state(first.get_state())
 
 
+def test_a_weight_that_no_pass_can_keep_is_refused(folders: dict[str, Path]) -> None:
+    for weight in (1e-300, 1e300):
+        mixture = PreparedConfig(mixture=((str(folders["large"]), 1.0), (str(folders["small"]), weight)))
+        with pytest.raises(ValueError, match=r"`mixture` must have weights .* Raise the smallest"):
+            mixture.train_source()
+
+
 def test_held_out_windows_are_others_and_in_a_random_order(folders: dict[str, Path]) -> None:
     config = PreparedConfig(path=str(folders["large"]))
     train, held_out = config.train_source(), config.eval_source()
