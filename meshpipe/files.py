@@ -48,10 +48,12 @@ def expand_fields(config: Any, *names: str, section: str = "") -> None:
 def check_file(name: str, path: str | Path) -> None:
     """Raises `ArgumentError`, naming the argument `name`, when the file cannot be written. Changes nothing on disk."""
     path = Path(path)
-    problem = None
+    problem: OSError | None = None
     try:
-        # Neither creates nor truncates; a named pipe may still get a reader.
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        if path.is_fifo():  # to open it and close it again would end its reader
+            problem = None if os.access(path, os.W_OK) else PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        else:
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))  # neither creates nor truncates
     except OSError as error:
         problem = error
     if problem is None or problem.errno == errno.ENXIO:

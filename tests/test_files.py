@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,16 @@ def test_no_command_fails_deep_inside_for_an_invalid_name(
         assert main(call) == 2, call
         assert capsys.readouterr().err, call
     assert not list(Path.cwd().iterdir())
+
+
+def test_a_check_does_not_end_the_reader_of_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    check_file("metrics", tmp_path / "pipe")
+    poller = select.poll()
+    poller.register(reader)
+    assert poller.poll(0) == []  # it would hear that its writer is gone
+    os.close(reader)
 
 
 def test_checks_change_nothing_on_disk(tmp_path: Path) -> None:

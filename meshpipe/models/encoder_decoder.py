@@ -56,8 +56,8 @@ class EncoderDecoderConfig(TransformerConfig):
         check_heads(self.d_model, self.num_heads, self.num_heads, rotary=False)
 
     def layers(self) -> list[LayerLike]:
-        encoder: list[LayerLike] = [partial(EncoderBlock, self) for _ in range(self.num_encoder_blocks)]
-        decoder = [partial(DecoderBlock, self) for _ in range(self.num_decoder_blocks)]
+        encoder: list[LayerLike] = [partial(EncoderBlock, self)] * self.num_encoder_blocks
+        decoder = [partial(DecoderBlock, self)] * self.num_decoder_blocks
         embedding = partial(PositionEmbedding, self)
         encoder[-1] = named("memory", encoder[-1])
         return [embedding, *encoder, reading("inputs", embedding), *decoder, partial(EncoderDecoderHead, self)]

@@ -53,7 +53,7 @@ class GPT2Config(NextTokenConfig):
         check_epsilon("norm_epsilon", self.norm_epsilon, "model")
 
     def layers(self) -> list[LayerConstructor]:
-        blocks = [partial(GPT2Block, self) for _ in range(self.num_blocks)]
+        blocks = [partial(GPT2Block, self)] * self.num_blocks
         return self.stored([partial(GPT2Embedding, self), *blocks, partial(GPT2Head, self)])
 
     def limits(self) -> dict[str, int]:

@@ -162,7 +162,8 @@ class LanguageModelConfig(NextTokenConfig):
         init = embedding_init(self.d_model**-0.5 if self.tie_embedding else 1.0, self.vocab_size)
         embed = ScaledEmbed if self.scale_embedding else nnx.Embed
         embedding = partial(embed, self.vocab_size, self.d_model, dtype=self.dtype, embedding_init=init)
-        blocks = [partial(DecoderBlock, self, self.has_window(block)) for block in range(self.num_blocks)]
+        with_window = {window: partial(DecoderBlock, self, window) for window in (False, True)}
+        blocks = [with_window[self.has_window(block)] for block in range(self.num_blocks)]
         return self.stored([embedding, *blocks, partial(LanguageModelHead, self)])
 
     def tied(self) -> tuple[tuple[str, ...], ...]:

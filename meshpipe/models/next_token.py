@@ -33,7 +33,8 @@ class NextTokenConfig(TransformerConfig):
         """The layers with their parameters in `param_dtype`."""
         if self.param_dtype == "float32":
             return list(layers)
-        return [Stored(layer, self.param_dtype) for layer in layers]
+        made = {id(layer): Stored(layer, self.param_dtype) for layer in layers}  # one for blocks that are alike
+        return [made[id(layer)] for layer in layers]
 
     def notes(self, mesh: Mesh) -> list[str]:
         notes = super().notes(mesh)

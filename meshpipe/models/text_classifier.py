@@ -58,7 +58,7 @@ class TextClassifierConfig(TransformerConfig):
         check_number("dropout_rate", self.dropout_rate, below=1, section="model")
 
     def layers(self) -> list[LayerConstructor]:
-        blocks = [partial(EncoderBlock, self) for _ in range(self.num_blocks)]
+        blocks = [partial(EncoderBlock, self)] * self.num_blocks
         return [partial(ConvolutionEmbedding, self), *blocks, partial(PoolingHead, self)]
 
     def limits(self) -> dict[str, int]:

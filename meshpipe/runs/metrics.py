@@ -1,8 +1,10 @@
 """The metrics of a run while it trains: a file of JSON lines."""
 
+import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -30,7 +32,7 @@ class MetricsFile:
         if path is not None:
             if append:
                 _cut_torn_line(Path(path))
-            self._file = open(path, "ab" if append else "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+            self._file = _open(Path(path), append)
 
     @staticmethod
     def check(path: str | Path | None, *, append: bool = False) -> None:
@@ -70,6 +72,20 @@ class MetricsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open(path: Path, append: bool) -> FileIO:
+    if not path.is_fifo():
+        return open(path, "ab" if append else "wb", buffering=0)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(descriptor, True)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        print(f"meshpipe: waiting for a program that reads the pipe {path}.", file=sys.stderr, flush=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    return FileIO(descriptor, "wb")
 
 
 def _write_whole(file: FileIO, line: bytes) -> None:

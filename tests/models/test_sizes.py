@@ -4,6 +4,7 @@ import inspect
 import math
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -108,3 +109,11 @@ def test_the_blocks_without_a_window() -> None:
 def test_the_docstring_says_how_many(name: str) -> None:
     said = float((getattr(sizes, name).__doc__ or "").split()[0])
     assert said == round(parameters(name) / 1e9, 2 if said < 1 else 1)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_blocks_that_are_alike_have_one_constructor(param_dtype: Any) -> None:
+    """So that each kind is examined once, however many there are."""
+    for model, kinds in ((sizes.llama3_8b(), 3), (sizes.gemma2_2b(), 4), (sizes.gpt2(), 3)):
+        made = replace(model, param_dtype=param_dtype).layers()
+        assert len({id(layer) for layer in made}) == kinds

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import resource
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,27 @@ def test_an_unwritable_line_is_left_out_entirely_with_one_warning(
     error = capsys.readouterr().err
     assert error.count("meshpipe:") == 1
     assert f"a line of the metrics file {path} could not be written: File too large" in error
+
+
+def test_a_pipe_gets_the_lines_once_somebody_reads_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pipe, said = tmp_path / "pipe", ""
+    os.mkfifo(pipe)
+
+    def write() -> None:
+        with MetricsFile(pipe) as file:
+            file.write("step", {"step": 1})
+
+    for waits in (True, False):
+        reader = -1 if waits else os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        writer = threading.Thread(target=write)
+        writer.start()
+        while waits and "waiting for a program that reads the pipe" not in said:
+            said += capfd.readouterr().err
+            time.sleep(0.01)
+        reader = os.open(pipe, os.O_RDONLY) if waits else reader
+        writer.join()
+        assert os.read(reader, 1000) == b'{"event": "step", "step": 1}\n'
+        os.close(reader)
 
 
 def test_without_a_file_nothing_is_written() -> None:
