@@ -181,7 +181,7 @@ class WeightsFolder:
             way_out = "Give the model the sizes of its config.json, or name the folder of that model."
             if are_quantised(self.tensors):
                 way_out = WAY_OUT
-            elif missing == [HEAD]:
+            elif missing == [HEAD] and len(problems) == 1:
                 way_out = "If its head is its embedding, set `tie_word_embeddings` to true in its config.json."
             raise WeightsError(
                 f"The tensors of a folder must be those of the model. Got {self.folder}: {'; '.join(problems)}. "

@@ -282,6 +282,15 @@ def test_a_folder_is_read_in_the_order_of_its_names(tokenizer: Path, tmp_path: P
     assert said == [f"Not read, being empty or of another kind: {tmp_path / 'in' / 'README.md'}."]
 
 
+def test_a_folder_may_be_prepared_inside_its_source(tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for number in range(3):
+        write_lines(source / f"{number}.txt", sentences(20, seed=number))
+    first, again = (made([source], tokenizer, source / "prepared", held_out=0.0).manifest for _ in range(2))
+    assert first == again
+    assert [Path(one["path"]).name for one in again.sources] == ["0.txt", "1.txt", "2.txt"]
+
+
 def test_packed_json_is_json(tokenizer: Path, tmp_path: Path) -> None:
     """Large sets of web pages are in files of JSON lines that are named `.json.gz`."""
     lines = b"".join(f"{json.dumps({'text': text})}\n".encode() for text in sentences(60))

@@ -17,6 +17,7 @@ from meshpipe.data.preparation.documents import Fields, fields_of
 from meshpipe.data.preparation.sources import Found, Part, SourceFile, find_files, make_parts
 from meshpipe.data.tokenizer import AUTO, NONE, Tokenizer
 from meshpipe.errors import ArgumentError
+from meshpipe.files import expanded
 
 REVISION = 2
 """Changes with what the same settings give, so that parts of an older version are made again."""
@@ -49,8 +50,9 @@ class Job:
     def of(cls, config: PrepareConfig) -> "Job":
         """Looks up everything, and writes nothing. Raises `ArgumentError` for what cannot be prepared."""
         tokenizer = Tokenizer(config.tokenizer)
-        found = find_files(config.sources, config.format, "Sources")
-        held_out = find_files(config.eval_sources, config.format, "`eval_sources`")
+        to = expanded("to", config.to).absolute()
+        found = find_files(config.sources, config.format, "Sources", to)
+        held_out = find_files(config.eval_sources, config.format, "`eval_sources`", to)
         both = Found(found.files + held_out.files, found.others + held_out.others)
         if len(set(both.files)) < len(both.files):
             twice = next(file for file in both.files if both.files.count(file) > 1)

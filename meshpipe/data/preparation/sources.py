@@ -4,7 +4,7 @@ import bz2
 import gzip
 import lzma
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -79,9 +79,9 @@ class Found:
     others: tuple[Path, ...]
 
 
-def find_files(sources: Sequence[str], kind: Format, argument: str) -> Found:
+def find_files(sources: Sequence[str], kind: Format, argument: str, to: Path) -> Found:
     """The files of the sources in a fixed order: those of a folder by their names. Of a folder with JSON lines or
-    Parquet, only those are read.
+    Parquet, only those are read. What lies in `to`, which may be in one of the sources, is none.
 
     Raises `ArgumentError` for a source that is neither file nor folder, is empty, or is of a kind that is not read.
     """
@@ -90,7 +90,7 @@ def find_files(sources: Sequence[str], kind: Format, argument: str) -> Found:
     for source in sources:
         path = expanded("sources", source)
         if path.is_dir():
-            inside, every = sorted(set(_inside(path))), sorted(_every(path))
+            inside, every = sorted(_outside(to, set(_inside(path)))), sorted(_outside(to, _every(path)))
             data = [one for one in inside if _kind(one) in (("jsonl", "parquet") if kind == "auto" else (kind,))]
             if not inside:
                 got = f"which has none; {every[0].name!r} cannot be read" if every else "which has none"
@@ -110,6 +110,10 @@ def _inside(folder: Path) -> Iterator[Path]:
     """Files of a folder that are text by their contents, or of a kind known by its suffix; none that is hidden."""
     yield from (file.path for file in folder_files(folder))
     yield from (path for path in _every(folder) if path.suffix in (*COMPRESSED, ".parquet"))
+
+
+def _outside(folder: Path, paths: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in paths if not path.absolute().is_relative_to(folder))
 
 
 def _every(folder: Path) -> Iterator[Path]:
