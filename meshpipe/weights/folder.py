@@ -49,7 +49,14 @@ def is_published(path: str | Path) -> bool:
     such have.
     """
     folder = expanded("folder", path)
-    return not reader_of(folder).steps() and ((folder / CONFIG).is_file() or any(folder.glob("*.safetensors")))
+    if reader_of(folder).steps():
+        return False
+    return (folder / CONFIG).is_file() or any(folder.glob("*.safetensors")) or bool(_versions(folder))
+
+
+def _versions(folder: Path) -> list[Path]:
+    """The folders of weights in a folder of the cache of a hub, which has one for each version of a model."""
+    return sorted(path.parent for path in folder.glob(f"snapshots/*/{CONFIG}"))
 
 
 class WeightsFolder:
@@ -64,6 +71,11 @@ class WeightsFolder:
         self.folder = expanded("folder", path).absolute()
         if not self.folder.is_dir():
             raise WeightsError(f"Weights are read from a folder of files. Got {self.folder}, which is none.")
+        if not (self.folder / CONFIG).exists() and (versions := _versions(self.folder)):
+            raise WeightsError(
+                f"Weights are read from the folder of one version. Got {self.folder}, which has "
+                f"{listed([str(path) for path in versions])}. Name one of them."
+            )
         adapters = self.folder if is_adapters(self.folder) else None
         if adapters is not None:
             self.folder = base_of_adapters(adapters, base, argument).absolute()

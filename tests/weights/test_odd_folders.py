@@ -16,7 +16,7 @@ from meshpipe.exchange.exporting import export_weights
 from meshpipe.exchange.importing import import_weights
 from meshpipe.models import sizes
 from meshpipe.models.language_model import WindowConfig
-from meshpipe.weights import WeightsFolder
+from meshpipe.weights import WeightsFolder, is_published
 from meshpipe.weights.architectures import differences
 from meshpipe.weights.writing import Outline, write_file
 
@@ -89,6 +89,9 @@ def test_a_snapshot_of_links_as_in_the_cache_of_a_hub(tmp_path: Path) -> None:
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
     assert WeightsFolder(snapshot).tensors.keys() == golden.tensors("mistral").keys()
+    assert is_published(tmp_path)
+    with pytest.raises(ValueError, match=r"has .*/snapshots/main\. Name one of them"):
+        WeightsFolder(tmp_path)
     import_weights(snapshot, tmp_path / "imported")
     export_weights(tmp_path / "imported", tmp_path / "exported")
     assert WeightsFolder(tmp_path / "exported").tensors.keys() == golden.tensors("mistral").keys()
