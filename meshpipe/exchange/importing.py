@@ -49,6 +49,8 @@ def import_weights(
     to = expanded("to", to)
     check_folder("to", to)
     weights = WeightsFolder(folder, base)
+    if to.resolve() in (weights.folder.resolve(), expanded("folder", folder).resolve()):
+        raise ArgumentError(f"`to` must be another folder than that of the weights. Got {str(to)!r}. Name another.")
     weights.model = _kept_in(weights.model, dtype)
     adapters = weights.adapters
     lora = LoraConfig() if adapters is None else adapters.lora

@@ -25,6 +25,7 @@ from meshpipe.weights.reading import Source, check_dtype, read_leaves
 from meshpipe.weights.tensor_file import Tensor, middle_bytes
 from meshpipe.weights.tensor_folder import find_tensors
 
+HERE = "Name a folder that is here; nothing is downloaded."
 CONFIG, HEAD = "config.json", "lm_head.weight"
 COMPANIONS = (
     CONFIG,
@@ -70,7 +71,7 @@ class WeightsFolder:
     def __init__(self, path: str | Path, base: str | Path | None = None, argument: str = "base") -> None:
         self.folder = expanded("folder", path).absolute()
         if not self.folder.is_dir():
-            raise WeightsError(f"Weights are read from a folder of files. Got {self.folder}, which is none.")
+            raise WeightsError(f"Weights are read from a folder of files. Got {self.folder}, which is none. {HERE}")
         if not (self.folder / CONFIG).exists() and (versions := _versions(self.folder)):
             raise WeightsError(
                 f"Weights are read from the folder of one version. Got {self.folder}, which has "
@@ -254,6 +255,7 @@ class WeightsFolder:
             if entry.name in self.tensors
             if (problem := _shape_problem(entry, self.tensors[entry.name], leaves[path].shape))
         ]
+        found = list(dict.fromkeys(found))  # a tied tensor is that of two leaves
         return [] if not found else ["; ".join(found[:3]) + (f"; {len(found) - 3} more" if len(found) > 3 else "")]
 
     def _is_known_extra(self, name: str) -> bool:

@@ -11,7 +11,7 @@ from meshpipe.models.gpt2 import GPT2Config
 from meshpipe.models.language_model import LanguageModelConfig
 from meshpipe.models.model import ModelConfig
 from meshpipe.weights.errors import WeightsError
-from meshpipe.weights.folder import WeightsFolder, is_published
+from meshpipe.weights.folder import HERE, WeightsFolder, is_published
 
 MODELS: Mapping[str, type[ModelConfig]] = {
     "LanguageModelConfig": LanguageModelConfig,
@@ -32,7 +32,7 @@ def model_of(folder: str | Path, step: int | None = None, *, init_base: str | No
     if not steps:
         raise WeightsError(
             f"A model is read from a folder of weights, with config.json and files of safetensors, or from one of "
-            f"checkpoints. Got {str(folder)!r}, which holds neither."
+            f"checkpoints. Got {str(folder)!r}, which holds neither. {HERE}"
         )
     return saved_model_of(reader.metadata(steps[-1] if step is None else step), reader.directory)
 

@@ -18,7 +18,7 @@ def read_scaling(scaling: Fields, config: Fields) -> RopeScaling:
             "depend on the length of a text beyond `max_position_embeddings`. For shorter texts it changes nothing: "
             "then remove it from the file."
         )
-    if kind not in scaling.values and scaling.values.get("factor") is not None:
+    if scaling.values.get(kind) is None and scaling.values.get("factor") is not None:
         raise WeightsError(f"{scaling.place} must name its kind, as `rope_type`. It has a factor alone.")
     scaling.must_be("partial_rotary_factor", 1.0)
     return scaling.choice(kind, _READERS, "default")(scaling, config)

@@ -107,7 +107,11 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "quantised by its tensors": ("llama3", with_tensors(quantised), "Quantised weights are not read: take the folder"),
     "bytes for weights": ("llama3", with_tensors(as_bytes), "down_proj.weight in"),
-    "a scaling of no kind": ("llama3", config(rope_scaling={"factor": 2.0}), "must name its kind, as `rope_type`"),
+    "a scaling of no kind": (
+        "llama3",
+        config(rope_scaling={"rope_type": None, "factor": 2.0}),
+        "must name its kind, as `rope_type`",
+    ),
     "a head that is not the tied embedding": (
         "llama3",
         with_tensors(lambda made: made | {"lm_head.weight": 2 * made["model.embed_tokens.weight"]}),
@@ -154,6 +158,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "no model.layers.1.mlp.up_",
     ),
     "too many blocks": ("llama3", config(num_hidden_layers=3), "it has no model.layers.2."),
+    "another vocabulary": ("llama3", config(vocab_size=300), "weight is [288, 16], and the model's [300, 16]. Give"),
     "another width": ("llama3", config(intermediate_size=48), "and the model's [48, 16]"),
 }
 
@@ -178,6 +183,9 @@ def test_folders_that_are_not_free(
     assert main(["weights", "import", str(golden.FOLDER / "gpt2"), "--to", "new"]) == 0
     assert main(["weights", "import", str(golden.FOLDER / "gpt2"), "--to", "new"]) == 2
     assert "must be a folder without checkpoints" in capsys.readouterr().err
+    shutil.copytree(golden.FOLDER / "gpt2", "weights")
+    assert main(["weights", "import", "weights", "--to", "weights"]) == 2
+    assert "must be another folder than that of the weights" in capsys.readouterr().err
     assert main(["weights", "export", "new", "--to", "new"]) == 2
     assert "must be a folder that is not there or empty" in capsys.readouterr().err
     assert main(["weights", "export", "nowhere", "--to", "out"]) == 2
