@@ -110,10 +110,12 @@ def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", 
 
     try:
         join(distributed)
-    except ValueError as error:  # the file of its secret
+    except ValueError as error:  # the file of its secret, or another number of processes, which all find
         if not has_others(distributed):
             raise
         status = explained("", error) or INVALID
+        if process_count() > 1:
+            leave(status)
         _end_others(distributed, status, error)
         return status
     except ConnectionError as error:

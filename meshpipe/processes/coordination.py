@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from meshpipe.errors import ArgumentError
 from meshpipe.processes.secret import IntrusionError, Secret, current, use
 
 POLL_SECONDS = 0.02
@@ -39,10 +40,21 @@ def coordinator_address() -> str | None:
 def share_secret(secret: Secret, nonce: str, timeout: float) -> None:
     """Derives a secret for this run alone from the user's secret, which many runs may share, and uses it.
 
-    Every process contributes a random `nonce`, so values signed in another run cannot be replayed to it.
+    Every process contributes a random `nonce`, so values signed in another run cannot be replayed to it. Raises
+    `ArgumentError` when processes have been given another number of processes.
     """
     use(secret)
-    use(secret.derive(*all_gather(_NONCE, nonce, timeout)))
+    count, nonces = process_count(), []
+    set_key(f"{_NONCE}/{process_index()}", f"{count} {nonce}")
+    for process in range(count):
+        said, _, text = wait_for_key(f"{_NONCE}/{process}", timeout).partition(" ")
+        if said != str(count):
+            raise ArgumentError(
+                f"All processes must be given the same `process_count`. Got {count} in process {process_index()}, and "
+                f"{said} in process {process}. Start all with the same number."
+            )
+        nonces.append(text)
+    use(secret.derive(*nonces))
     # Signed with the user's secret, so it is no longer one of the keys that are checked with that of the run.
     _own_keys.pop(f"{_NONCE}/{process_index()}", None)
 

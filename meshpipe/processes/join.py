@@ -35,7 +35,7 @@ def join(config: DistributedConfig) -> None:
 
     Must be called before JAX is first used. If some processes do not join in time, JAX would abort this process, so it
     exits with a message just before. Raises `ConnectionError` when joining fails earlier, and `ValueError` for an
-    unusable secret file.
+    unusable secret file, and when the others were given another number of processes.
     """
     _asked.append(config.transfers)
     from_environment = environment_secret()  # removed from the environment in any case

@@ -38,11 +38,16 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run_processes(
-    count: int, command: Sequence[str], folder: Path, own: Sequence[Sequence[str]] = (), **more: str
+    count: int,
+    command: Sequence[str],
+    folder: Path,
+    own: Sequence[Sequence[str]] = (),
+    last: Sequence[Sequence[str]] = (),
+    **more: str,
 ) -> Ended:
     """Runs `python COMMAND`, in `count` processes with their `--coordinator` and so on, until all have ended.
 
-    `own` has further arguments for each process.
+    `own` has further arguments for each process, and `last` those that come after all others.
     """
     place = ["--coordinator", f"127.0.0.1:{free_port()}", "--process-count", str(count), "--process-id"]
     logs = [folder / f"process-{number}-of-{count}.log" for number in range(count)]
@@ -51,6 +56,7 @@ def run_processes(
         with open(log, "w") as output:
             arguments = [sys.executable, *command, *(own[number] if own else ())]
             arguments += [*place, str(number)] if count > 1 else []
+            arguments += last[number] if last else ()
             processes.append(
                 subprocess.Popen(
                     arguments, cwd=folder, env=environment(**more), stdout=output, stderr=subprocess.STDOUT

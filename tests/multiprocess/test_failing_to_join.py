@@ -53,6 +53,15 @@ def test_the_same_of_other_commands(command: str, what: list[str], failing: int,
         assert "Traceback" not in log, ended
 
 
+@pytest.mark.slow
+def test_processes_that_are_given_other_counts_end_with_code_2(tmp_path: Path) -> None:
+    ended = run_processes(2, ["-m", "meshpipe", "train", TINY], tmp_path, last=[[], ["--process-count", "3"]])
+    assert ended.codes == [2, 2], ended
+    for log in ended.logs:
+        assert "must be given the same --process-count. Got " in log, ended
+        assert "Traceback" not in log, ended
+
+
 def test_all_processes_that_fail_alike_end_at_once(tmp_path: Path) -> None:
     ended = run_processes(2, ["-m", "meshpipe", "train", TINY, "--no-such-flag"], tmp_path)
     assert ended.codes == [2, 2], ended
