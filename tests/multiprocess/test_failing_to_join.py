@@ -62,6 +62,7 @@ def test_processes_that_are_given_other_counts_end_with_code_2(tmp_path: Path) -
         assert "Traceback" not in log, ended
 
 
+@pytest.mark.slow
 def test_all_processes_that_fail_alike_end_at_once(tmp_path: Path) -> None:
     ended = run_processes(2, ["-m", "meshpipe", "train", TINY, "--no-such-flag"], tmp_path)
     assert ended.codes == [2, 2], ended
