@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr
 from meshpipe.plan.plan import Op
 from meshpipe.sharding import Arrays, Shapes, abstract
 from meshpipe.stage.accumulate import AccumulatedOutputs, Accumulators, numbered
-from meshpipe.stage.jaxpr import inline
+from meshpipe.stage.jaxpr import extract, inline
 from meshpipe.stage.recomputed import has_checkpoint
 from meshpipe.stage.reuse import reuse
 from meshpipe.stage.split_backward import SplitBackward
@@ -75,14 +75,18 @@ def _pull_back(stage: TracedStage, arguments: tuple[Any, ...]) -> tuple[Arrays, 
 
 
 def _as_compiled(stage: TracedStage, hoisted: Shapes, pullback: ClosedJaxpr) -> ClosedJaxpr:
-    if has_checkpoint(pullback):
+    inputs = pullback.jaxpr.invars
+    is_again = has_checkpoint(pullback)
+    if is_again:
         # What a microbatch has of its own waits at the barriers of checkpoints. Parameters do not, and what depends on
         # them alone can then still be told from the rest.
-        inputs = pullback.jaxpr.invars
         pullback = inline(pullback, inputs[_num_step_inputs(stage, hoisted) :])
-        # The checkpoints of JAX do not know what was computed from parameters before the step.
+    if is_again or stage.spec.gathered:
+        # Neither the checkpoints of JAX nor derivatives of a user's own know what was computed from parameters before
+        # the step.
         known = len(stage.params) + len(stage.fixed_vars)
         pullback = reuse(pullback, stage.prepare(), inputs[:known], inputs[known : len(stage.params) + len(hoisted)])
+        pullback = extract(pullback, inputs, pullback.jaxpr.outvars, effects=True)
     rewrite = stage.spec.target.rewrite_products
     return pullback if rewrite is None else rewrite(pullback)
 

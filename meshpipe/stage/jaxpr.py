@@ -1,6 +1,6 @@
 """Cuts traced programs: keeps the equations that some outputs need, given values that are already there."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -96,19 +96,20 @@ def invariant_values(jaxpr: Jaxpr, sources: Iterable[Var]) -> set[Var]:
     return invariant
 
 
-def hoistable_values(jaxpr: Jaxpr, sources: Sequence[Var]) -> list[Var]:
+def hoistable_values(jaxpr: Jaxpr, sources: Sequence[Var], unwanted: Collection[Var] = ()) -> list[Var]:
     """Values worth computing once from `sources` instead of in every call.
 
     Such values are results of real work on the sources alone (a cast to bfloat16, a fused weight) that later equations
     use, perhaps rearranged. Rearrangements themselves stay in place. A value larger than the sources it comes from
-    stays as well: it would be held in memory for the whole step.
+    stays as well: it would be held in memory for the whole step. So does one of the `unwanted` that is an output and
+    that no later equation uses.
     """
     invariant = invariant_values(jaxpr, sources)
     origin: dict[Var, frozenset[Var]] = {v: frozenset((v,)) for v in sources}
     for equation in jaxpr.eqns:
         of_operands = frozenset[Var]().union(*(origin.get(v, frozenset()) for v in variables(equation.invars)))
         origin.update(dict.fromkeys(equation.outvars, of_operands))
-    used = set(variables(jaxpr.outvars))
+    used = set(variables(jaxpr.outvars)).difference(unwanted)
     hoisted: list[Var] = []
     # From the end, so that of a chain of invariant equations only the last value is hoisted: what leads to it is then
     # no longer used by anything that stays.

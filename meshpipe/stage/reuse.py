@@ -28,6 +28,7 @@ def reuse(program: ClosedJaxpr, other: ClosedJaxpr, inputs: Sequence[Var], resul
             numbers.update(zip(equation.outvars, found, strict=True))
     outputs = zip(other.jaxpr.outvars, results, strict=True)
     given = {numbers[v]: result for v, result in outputs if isinstance(v, Var) and v in numbers}
+    numbers.update((result, number) for number, result in given.items())
     instead: dict[Var, Var] = {}
     equations = []
     for equation in program.jaxpr.eqns:

@@ -25,11 +25,11 @@ from meshpipe.stage.jaxpr import (
     LAYOUT_PRIMITIVES,
     extract,
     function_of,
-    hoistable_values,
     inline,
     invariant_values,
     variables,
 )
+from meshpipe.stage.prepared import gather, is_gather, values_to_prepare
 from meshpipe.stage.residuals import least_to_keep
 from meshpipe.stage.spec import Boundary, Given, StageSpec, on_submesh, unflattened
 
@@ -86,7 +86,7 @@ class TracedStage:
         spec, differentiable = self.spec, self.differentiable_x
         seed, paths, step, *fields = inputs
         in_step = zip(spec.params, params, self.params_in_step, strict=True)
-        params = tuple(_gather(p, whole) if path in spec.gathered else p for path, p, whole in in_step)
+        params = tuple(gather(p, whole) if path in spec.gathered else p for path, p, whole in in_step)
         # The program gets the fields of the whole batch and cuts its microbatch out: a slice made by the host would
         # cost a dispatch and a copy per microbatch.
         batch = {
@@ -95,7 +95,7 @@ class TracedStage:
         }
         own_state = dict(zip(spec.state, state, strict=True))
         state_in_step = {
-            path: _gather(leaf, self._in_step(path, spec.state[path])) if path in spec.gathered else leaf
+            path: gather(leaf, self._in_step(path, spec.state[path])) if path in spec.gathered else leaf
             for path, leaf in own_state.items()
         }
 
@@ -148,7 +148,7 @@ class TracedStage:
         self.fixed = tuple(i for i, v in enumerate(state_vars) if v in read and i not in self.changing)
         """Which leaves of the state are read and not changed."""
         self.fixed_vars = [state_vars[i] for i in self.fixed]
-        self.prepared_vars = hoistable_values(jaxpr, [*self.param_vars, *self.fixed_vars])
+        self.prepared_vars = values_to_prepare(jaxpr, [*self.param_vars, *self.fixed_vars])
         self.hoisted_vars = [*self.fixed_vars, *self.prepared_vars]
         """What is the same for all microbatches of a step: fixed state, and what is computed from it and the
         parameters."""
@@ -351,26 +351,17 @@ def _apart(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
     `jax.checkpoint` hides its arguments in the same way. Without that, XLA's CPU backend finds what backward computes
     from the same values, merges both, and takes longer for them than for two loops. On a GPU it does not.
     """
-    used = {v for e in closed.jaxpr.eqns for v in variables(e.invars)}
+    used = {v for e in closed.jaxpr.eqns if not is_gather(e) for v in variables(e.invars)}
 
     def run(*arguments: jax.Array) -> list[Any]:
         given = dict(zip(closed.jaxpr.invars, arguments, strict=True))
-        # An argument that is only handed on is not computed with, so nothing can be merged.
+        # An argument that is only gathered or handed on is not computed with, so nothing can be merged.
         hidden = [jax.lax.optimization_barrier(a) if v in used else a for v, a in given.items()]
         results = function_of(closed)(*hidden)
         outputs = zip(closed.jaxpr.outvars, results, strict=True)
         return [given[v] if isinstance(v, Var) and v in given else result for v, result in outputs]
 
     return run
-
-
-def _gather(param: jax.Array, whole: jax.ShapeDtypeStruct) -> jax.Array:
-    """The parameter as a step reads it, gathered over the data axis.
-
-    It depends on parameters alone, so it is hoisted and made once per step. Left to itself, XLA's partitioner now and
-    then splits activations like the parameters instead, and communicates those in every microbatch.
-    """
-    return jax.lax.with_sharding_constraint(param, whole.sharding.spec)
 
 
 def split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:

@@ -11,9 +11,11 @@ from staged import staged
 
 from meshpipe import PipelineConfig, make_mesh
 from meshpipe.layers.task import Task
+from meshpipe.sharding import FULLY_SHARDED, ShardingRules
 from meshpipe.stage.backward import trace_backward
 from meshpipe.stage.jaxpr import function_of, variables
 from meshpipe.stage.reuse import reuse
+from meshpipe.stage.target import ACCELERATOR, CPU, Target
 
 
 def test_equal_operations_on_equal_inputs_are_found_and_others_are_not() -> None:
@@ -41,28 +43,50 @@ def test_equal_operations_on_equal_inputs_are_found_and_others_are_not() -> None
     np.testing.assert_array_equal(function_of(less)(w, b, zero, second, x)[1], zero)
 
 
+def test_operations_on_what_was_computed_before_are_found_as_well() -> None:
+    def before(w: jax.Array) -> Any:
+        return jnp.sin(w), jnp.sin(w).astype(jnp.bfloat16)
+
+    def program(w: jax.Array, sine: jax.Array, cast: jax.Array) -> Any:
+        return sine.astype(jnp.bfloat16) * 2
+
+    w = jnp.ones((3, 3))
+    closed = jax.make_jaxpr(program)(w, *before(w))
+    less = reuse(closed, jax.make_jaxpr(before)(w), closed.jaxpr.invars[:1], closed.jaxpr.invars[1:])
+    assert [e.primitive.name for e in less.jaxpr.eqns] == ["mul"]
+
+
 class Half(nnx.Module):
     """Parameters in float32, used in bfloat16."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(8, 8, dtype=jnp.bfloat16, rngs=rngs)
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", None))
+        self.linear = nnx.Linear(8, 8, dtype=jnp.bfloat16, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + jnp.tanh(self.linear(x)).astype(x.dtype)
 
 
+@pytest.mark.parametrize("target", [CPU, ACCELERATOR], ids=["cpu", "accelerator"])
+@pytest.mark.parametrize("rules", [ShardingRules(), FULLY_SHARDED], ids=["replicated", "fully sharded"])
 @pytest.mark.parametrize("remat", ["none", "layer", "nothing_saveable"])
-def test_backward_casts_no_parameter(remat: str) -> None:
+def test_backward_casts_no_parameter_and_none_is_kept_beside_its_cast(
+    remat: str, rules: ShardingRules, target: Target
+) -> None:
     task = Task(
-        [Half] * 4, lambda output, batch: ((output**2).sum(), output.size), batch={"inputs": np.ones((4, 8), "f4")}
+        [Half] * 4,
+        lambda output, batch: ((output**2).sum(), output.size),
+        batch={"inputs": np.ones((4, 8), "f4")},
+        rules=rules,
     )
-    for stage in staged(task, make_mesh(2), PipelineConfig(num_microbatches=2, remat=remat)).trace():
+    config = PipelineConfig(num_microbatches=2, remat=remat)
+    for stage in staged(task, make_mesh(2, 2), config, target=target).trace():
         shapes = [
             tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)
             for values in (stage.hoisted_vars, stage.residual_vars)
         ]
         with jax.set_mesh(stage.spec.mesh):
             backward = trace_backward(stage, *shapes)
-        assert len(stage.prepared_vars) == 4
+        assert [v.aval.dtype for v in stage.prepared_vars] == [jnp.bfloat16] * 4
         params = set(backward.jaxpr.invars[: len(stage.params)])
         assert params.isdisjoint(v for e in backward.jaxpr.eqns for v in variables(e.invars))
