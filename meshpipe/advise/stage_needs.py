@@ -10,12 +10,12 @@ from meshpipe.advise.work import LayerWork, ModelWork
 from meshpipe.plan.plan import Op, Plan
 
 BESIDE_RESIDUALS = 0.75
-"""The share of the residuals of a microbatch that XLA needs once more in temporaries, in a backward in one piece or
-after rematerialisation: of four compiled models 0.4 to 0.9 (tests/benchmarks/estimated_memory.py).
-"""
+"""The share of residuals that XLA needs once more in temporaries, in a backward in one piece or after
+rematerialisation: of the layer that it runs, or on CPU devices of all layers, whose residuals it reads well before it
+needs them (tests/benchmarks/estimated_memory.py)."""
 
 BESIDE_SPLIT = 0.2
-"""The same for each part of a split backward: 0.15 to 0.2 of three of these models, and 0.85 of convolutions."""
+"""The same for each part of a split backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,11 @@ def needs_of(work: ModelWork, cut: range, layout: Layout, examples: float) -> St
     parameters, gradients, optimizer = (sum(sizes, 0.0) for sizes in zip(*held, strict=True))
     reads_batch = cut.start == 0 or cut.stop == len(work.layers)
     before = work.layers[cut.start - 1].output if cut.start else 0.0
-    activation, crossing, made, recomputed = _kept(layers, before, layout, examples)
-    policy = "none" if layout.remat in RECOMPUTING else layout.remat
-    splits = layout.schedule in SPLIT
-    ops = (Op.FORWARD, Op.BACKWARD_INPUT if splits else Op.BACKWARD, Op.BACKWARD_WEIGHT)
-    forward, backward, weight = (_temporaries(layers, policy, op, examples, tensor) for op in ops)
-    beside = BESIDE_SPLIT * activation if splits and not recomputed else BESIDE_RESIDUALS * (recomputed or activation)
+    activation, crossing, made = _kept(layers, before, layout, examples)
+    kept = [layer.kept[_policy(layout)].of(examples, tensor) for layer in layers]
+    read = kept if work.runs_layers_apart or layout.remat == "layer" else [sum(kept)] * len(kept)
+    inside = [_inside(*pair, layout, examples) for pair in zip(layers, read, strict=True)]
+    whole = sum(kept) if layout.remat == "full" else 0.0
     return StageNeeds(
         parameters=parameters,
         gradients=gradients,
@@ -74,21 +73,47 @@ def needs_of(work: ModelWork, cut: range, layout: Layout, examples: float) -> St
         activation=activation,
         crossing=crossing,
         made=made,
-        inside=recomputed + max(forward if recomputed else 0.0, backward) + beside,
-        inside_forward=forward,
-        inside_weight=weight + BESIDE_SPLIT * activation if splits else 0.0,
+        inside=whole + max(of_layer.backward for of_layer in inside),
+        inside_forward=max(of_layer.forward for of_layer in inside),
+        inside_weight=max(of_layer.weight for of_layer in inside),
         boundary=layers[-1].output * examples if cut.stop < len(work.layers) else 0.0,
     )
 
 
-def _temporaries(layers: Sequence[LayerWork], policy: str, op: Op, examples: float, tensor: int) -> float:
-    """XLA's temporary memory: layers run one after the other, so it is that of the layer with the most."""
-    return max(
-        layer.programs[policy][op].temporaries.of(examples) / (tensor if layer.is_split else 1)
-        if op in layer.programs[policy]
-        else 0.0
-        for layer in layers
+@dataclass(frozen=True)
+class _Inside:
+    """What exists while the programs of a stage run one layer, beside what they are handed and return: the layers run
+    one after the other, so of all layers the most counts.
+    """
+
+    forward: float
+    backward: float
+    """Of a whole backward, or of its input part. With what a layer recomputes of itself."""
+    weight: float
+
+
+def _inside(layer: LayerWork, read: float, layout: Layout, examples: float) -> _Inside:
+    """Of a layer during whose backward the program reads so many bytes of residuals."""
+    policy = _policy(layout)
+    splits, recomputes = layout.schedule in SPLIT, layout.remat in RECOMPUTING
+
+    def temporaries(op: Op) -> float:
+        program = layer.programs[policy].get(op)
+        return program.temporaries.of(examples) / (layout.tensor if layer.is_split else 1) if program else 0.0
+
+    forward, backward = temporaries(Op.FORWARD), temporaries(Op.BACKWARD_INPUT if splits else Op.BACKWARD)
+    beside = (BESIDE_SPLIT if splits and not recomputes else BESIDE_RESIDUALS) * read
+    again = read if layout.remat == "layer" else 0.0
+    return _Inside(
+        forward,
+        again + max(forward if recomputes else 0.0, backward) + beside,
+        temporaries(Op.BACKWARD_WEIGHT) + BESIDE_SPLIT * read if splits else 0.0,
     )
+
+
+def _policy(layout: Layout) -> str:
+    """The rematerialisation whose residuals exist, if only while they are recomputed."""
+    return "none" if layout.remat in RECOMPUTING else layout.remat
 
 
 @lru_cache(maxsize=2**16)
@@ -105,13 +130,11 @@ def _held_by(layer: LayerWork, parts: int, tensor: int) -> tuple[float, float, f
     return parameters, gradients, optimizer
 
 
-def _kept(
-    layers: Sequence[LayerWork], before: float, layout: Layout, examples: float
-) -> tuple[float, float, float, float]:
-    """Bytes from forward to backward; from its input part to its weight part; those of these that the input part makes;
-    and those that are recomputed while backward runs.
+def _kept(layers: Sequence[LayerWork], before: float, layout: Layout, examples: float) -> tuple[float, float, float]:
+    """Bytes from forward to backward; from its input part to its weight part; those of these that the input part
+    makes.
     """
-    policy = "none" if layout.remat in RECOMPUTING else layout.remat
+    policy = _policy(layout)
     kept = [layer.kept[policy].of(examples, layout.tensor) for layer in layers]
     # The input and the weight part share out what is kept like the whole.
     shares = [layer.kept[policy].of(1.0, layout.tensor) / (layer.kept[policy].of(1.0, 1) or 1.0) for layer in layers]
@@ -119,10 +142,8 @@ def _kept(
     made = sum(s * examples * layer.kept[policy].made for s, layer in zip(shares, layers, strict=True))
     inputs = [examples * size for size in (before, *(layer.output for layer in layers[:-1]))]
     if layout.remat == "layer":
-        return sum(inputs), crossing, made, max(kept)
-    if layout.remat == "full":
-        return inputs[0], crossing, made, sum(kept)
-    return sum(kept), crossing, made, 0.0
+        return sum(inputs), crossing, made
+    return inputs[0] if layout.remat == "full" else sum(kept), crossing, made
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from meshpipe.sharding import FULLY_SHARDED, PRESETS, Rule
 from meshpipe.stage.backward import trace_split
 from meshpipe.stage.operations import count_bytes
 from meshpipe.stage.products_of_step import count_products
-from meshpipe.stage.target import Target
+from meshpipe.stage.target import CPU, Target
 from meshpipe.stage.temporaries import temporary_bytes
 from meshpipe.stage.traced import TracedStage
 
@@ -48,6 +48,7 @@ def survey(config: Config, devices: Sequence[jax.Device], target: Target | None 
         layers=tuple(_layer(place, one, two, parts) for place in range(len(one.model.layers))),
         batch_bytes=0.0 + sum(prod(shape.shape) * shape.dtype.itemsize for shape in shapes.values()),
         tokens=config.model.tokens(first),
+        runs_layers_apart=one.model.target.name != CPU.name,
     )
 
 
@@ -130,7 +131,7 @@ def _layer(place: int, one: _Traced, two: _Traced, parts: _Traced | None) -> Lay
         ),
         gradient_bytes=always.gradients / trained if trained else 0.0,
         optimizer_bytes=always.optimizer / trained if trained else 0.0,
-        prepared=(always.parameters - total) / total if total else 0.0,
+        prepared=always.hoisted / total if total else 0.0,
         reduces_forward=traffic.forward,
         reduces_backward=traffic.backward,
         num_reduces=traffic.count,

@@ -113,6 +113,8 @@ class ModelWork:
     """Bytes of an example of the batch."""
     tokens: int | None
     """Tokens of an example; None where there are none."""
+    runs_layers_apart: bool
+    """Whether XLA finishes with a layer before it begins with the next, as for accelerators."""
 
     def why_not_split(self, data: int, tensor: int, *, is_sharded: bool) -> str | None:
         """The first parameter that does not divide, in words; None if all do, and an axis has something to split."""

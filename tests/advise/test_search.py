@@ -9,7 +9,7 @@ from meshpipe.advise.candidates import Space
 from meshpipe.advise.estimate import Estimate, Estimator
 from meshpipe.advise.layout import Layout
 from meshpipe.advise.search import Family, search
-from meshpipe.advise.stage_needs import StageNeeds, held_by_rank
+from meshpipe.advise.stage_needs import StageNeeds, held_by_rank, needs_of
 from meshpipe.advise.times import Roofline
 from meshpipe.advise.why import why_lost
 from meshpipe.advise.work import ModelWork
@@ -45,6 +45,17 @@ def test_a_block_is_counted_as_its_formulas_say(work: ModelWork):
         2 * width * width + 2 * width * kv + 3 * width * hidden + 2 * width
     )
     assert block.optimizer_bytes == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_a_model_in_bfloat16_holds_its_parameters_and_a_copy_of_half_the_bytes(work: ModelWork, data: int) -> None:
+    """Fully sharded, the copy alone is whole on each device."""
+    layout = Layout(data=data, sharding="fully-sharded" if data > 1 else "replicated")
+    held = [(p.nbytes, p.on_device(data, 1)) for p in work.layers[1].parameters]
+    assert len({layer.prepared for layer in work.layers[1:-1]}) == 1
+    needs = needs_of(work, range(1, 2), layout, 1.0)
+    matrices = sum(p.nbytes for p in work.layers[1].parameters if len(p.shape) > 1)
+    assert needs.parameters == pytest.approx(sum(kept for _, kept in held) + matrices / 2, rel=0.01)
 
 
 def test_every_microbatch_reads_and_writes_the_accumulators(work: ModelWork):

@@ -123,7 +123,7 @@ def mixture(*, parameters: float, active: float, layers: int, width: int, tokens
         optimizer_bytes=4.0,
         prepared=0.0,
     )
-    return ModelWork(layers=(layer,) * layers, batch_bytes=4.0 * tokens, tokens=tokens)
+    return ModelWork(layers=(layer,) * layers, batch_bytes=4.0 * tokens, tokens=tokens, runs_layers_apart=True)
 
 
 def _speed(work: ModelWork, hardware_name: str, batch: int, layout: Layout) -> float:
