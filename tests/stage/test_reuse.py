@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from staged import staged
 
-from meshpipe import PipelineConfig, make_mesh
+from meshpipe import PipelineConfig, make_mesh, verify
 from meshpipe.layers.task import Task
 from meshpipe.sharding import FULLY_SHARDED, ShardingRules
 from meshpipe.stage.backward import trace_backward
@@ -90,3 +91,19 @@ def test_backward_casts_no_parameter_and_none_is_kept_beside_its_cast(
         assert [v.aval.dtype for v in stage.prepared_vars] == [jnp.bfloat16] * 4
         params = set(backward.jaxpr.invars[: len(stage.params)])
         assert params.isdisjoint(v for e in backward.jaxpr.eqns for v in variables(e.invars))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_fully_sharded_layers_that_are_recomputed_learn_what_plain_ones_do(schedule: str) -> None:
+    rows = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
+    report = verify(
+        [Half] * 4,
+        lambda output, batch: ((output**2).sum(), output.size),
+        optax.adam(1e-2),
+        batches=[{"inputs": each} for each in rows],
+        mesh=make_mesh(2, 2),
+        pipeline=PipelineConfig(num_microbatches=2, remat="layer", schedule=schedule),
+        rules=FULLY_SHARDED,
+    )
+    assert report.ok, report.first
