@@ -1,6 +1,7 @@
 """The stages of a model with caches for a number of texts, and their compiled forwards."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from meshpipe.compiler.cache import CompileCache
 from meshpipe.generation.decoding_layers import SAMPLING_FIELDS, decoding_layers
+from meshpipe.generation.memory import check_activations
 from meshpipe.layers.choice import Choice
 from meshpipe.layers.forwards import Forwards
 from meshpipe.layers.layer import LayerLike
@@ -37,6 +39,8 @@ class CachingModel:
     """The batch field that the first layer is called with."""
     weights: Mapping[int, Mapping[str, jax.Array]]
     """By local stage and leaf path, all values but those of caches."""
+    at_once: int = 1
+    """How many of its forwards run at a time, in groups of texts."""
     _forwards: dict[int, Forwards] = field(default_factory=dict)
     """By the number of tokens that a row has."""
     _hoisted: dict[int, Arrays] | None = None
@@ -61,6 +65,7 @@ class CachingModel:
         weights: Mapping[int, Mapping[str, jax.Array]],
         group: Group,
         cache: CompileCache | None = None,
+        at_once: int = 1,
     ) -> "CachingModel":
         """Examines the layers; nothing is compiled or allocated. `cuts` has the layers of each rank."""
         task = Task(
@@ -73,15 +78,27 @@ class CachingModel:
         choice = Choice(gpipe(mesh.devices.shape[0], 1), cuts, None)
         model = StagedModel(task, mesh=mesh, config=PipelineConfig(), choice=choice, overwrites_state=True)
         model.cache = cache
-        return cls(model=model, group=group, batch=batch, length=length, input=input, weights=weights)
+        return cls(model=model, group=group, batch=batch, length=length, input=input, weights=weights, at_once=at_once)
 
     def forwards(self, seq: int) -> Forwards:
-        """The forward of rows of `seq` tokens: of a next token if that is 1, else of a beginning."""
+        """The forward of rows of `seq` tokens: of a next token if that is 1, else of a beginning.
+
+        Raises `ArgumentError` when its activations do not fit into memory.
+        """
         if seq not in self._forwards:
             what = "the decode step" if seq == 1 else f"the prefill of {seq} tokens"
             name = f"{self.group.name}/{self.batch} x {self.length}, {what}"
             microbatches = Microbatches(_shapes(self.input, self.batch, seq), self.input, 1, self.model.mesh)
-            self._forwards[seq] = self.model.forwards(name, microbatches, outputs=True, what=f"generate, {what}")
+            forwards = self.model.forwards(name, microbatches, outputs=True, what=f"generate, {what}")
+            texts = f"{self.batch} texts" if self.batch > 1 else "a text"
+            check_activations(
+                forwards.programs,
+                self.model.mesh,
+                at_once=self.at_once,
+                what=f"{what}, of {texts},",
+                way_out="Lower `batch_size` or `in_flight`, or shorten the prompts.",
+            )
+            self._forwards[seq] = forwards
         return self._forwards[seq]
 
     def begin(
@@ -134,13 +151,16 @@ def is_cache(path: str) -> bool:
 
 def zeros(shapes: Shapes) -> Arrays:
     """New arrays of zeros, with the shardings of the shapes."""
-    if not shapes:
-        return ()
-    make = jax.jit(
+    return _making_zeros(shapes)() if shapes else ()
+
+
+@functools.lru_cache(maxsize=256)
+def _making_zeros(shapes: Shapes) -> Callable[[], Arrays]:
+    """Kept, since every group of texts begins with it: a new function would be compiled anew."""
+    return jax.jit(
         lambda: tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes),
         out_shardings=tuple(shape.sharding for shape in shapes),
     )
-    return make()
 
 
 def _shapes(input: str, batch: int, seq: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,9 +1,8 @@
 """How the next token of a text is chosen."""
 
-import math
 from dataclasses import dataclass
 
-from meshpipe.errors import ArgumentError, check_seed, check_whole
+from meshpipe.errors import ArgumentError, check_seed, check_whole, is_number, kind_of
 
 LENGTH_LIMIT = 2**24
 """The number of tokens must be below this."""
@@ -30,9 +29,11 @@ class SamplingConfig:
         check_whole("max_tokens", self.max_tokens, below=LENGTH_LIMIT)
         check_whole("top_k", self.top_k, 0, LENGTH_LIMIT)
         check_seed(self.seed)
-        if not 0 <= self.temperature < math.inf:
+        if not is_number(self.temperature):
             raise ArgumentError(f"`temperature` must be 0 or a number above it. Got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ArgumentError(f"`top_p` must be above 0 and at most 1. Got {self.top_p}. 1 leaves no token out.")
+        if not isinstance(self.stop_tokens, tuple | list):
+            raise ArgumentError(f"`stop_tokens` must be a tuple of tokens. Got {kind_of(self.stop_tokens)}.")
         for token in self.stop_tokens:
             check_whole("stop_tokens", token, 0)

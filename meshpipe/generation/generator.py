@@ -15,18 +15,17 @@ from meshpipe.adapters.config import LoraConfig
 from meshpipe.adapters.lora import with_lora
 from meshpipe.compiler.cache import open_cache
 from meshpipe.errors import ArgumentError, check_whole, kind_of
-from meshpipe.generation.cache_memory import check_caches_fit
 from meshpipe.generation.caches import Caches
 from meshpipe.generation.caching_model import POSITIONS, CachingModel
 from meshpipe.generation.config import SamplingConfig
 from meshpipe.generation.decoder import Decoder
-from meshpipe.generation.lengths import LEAST_BEGINNING, check_tokens, power_of_two
-from meshpipe.generation.requests import Drawn, Request, StopWhen
+from meshpipe.generation.lengths import LEAST_BEGINNING, check_stop_tokens, check_tokens, power_of_two
+from meshpipe.generation.requests import Drawn, Request, StopWhen, tokens_of
 from meshpipe.generation.running_group import RunningGroup
 from meshpipe.generation.scorer import Scorer
 from meshpipe.generation.scoring import Score
 from meshpipe.generation.staged_weights import ReadWeights, StagedWeights, given
-from meshpipe.generation.tokenizer import TextTokenizer, encode_pair, first_token
+from meshpipe.generation.tokenizer import TextTokenizer, decode_after, encode_pair, first_token
 from meshpipe.layers.task import Task
 from meshpipe.mesh import DATA, make_mesh
 from meshpipe.models.model import ModelConfig
@@ -57,6 +56,7 @@ class Generator:
         *,
         mesh: Mesh | None = None,
         tokenizer: TextTokenizer | None = None,
+        ends: Sequence[int] | None = None,
         lora: LoraConfig | None = None,
         batch_size: int = 8,
         in_flight: int | None = None,
@@ -73,6 +73,7 @@ class Generator:
                 that reads them onto the submeshes.
             mesh: The devices; by default one.
             tokenizer: Turns text into tokens; without it, only `tokens` and `stream` can be used.
+            ends: The tokens that end a text where no `SamplingConfig` says so; None is the end token of `tokenizer`.
             lora: The adapters of the model, if it has any.
             batch_size: The most texts of a group.
             in_flight: How many groups run at a time; by default as many as there are ranks.
@@ -86,6 +87,8 @@ class Generator:
         check_whole("batch_size", batch_size)
         self.mesh = make_mesh() if mesh is None else mesh
         self.model, self.tokenizer = model, tokenizer
+        end = None if tokenizer is None or ends is not None else tokenizer.end
+        self.ends = tuple(ends or ()) if end is None else (end,)
         self._in_flight = self.mesh.devices.shape[0] if in_flight is None else in_flight
         check_whole("in_flight", self._in_flight)
         self._batch_size = batch_size
@@ -125,8 +128,9 @@ class Generator:
         """
         tokenizer = self._tokenizer()
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        found = self.tokens([tokenizer.encode(text) for text in texts], self._sampling(sampling, fields))
-        written = [tokenizer.decode(ids) for ids in found]
+        encoded = [tokenizer.encode(text) for text in texts]
+        found = self.tokens(encoded, self._sampling(sampling, fields))
+        written = [decode_after(tokenizer, prompt, ids) for prompt, ids in zip(encoded, found, strict=True)]
         return written[0] if isinstance(prompts, str) else written
 
     def tokens(
@@ -167,11 +171,12 @@ class Generator:
             **fields: Fields of `SamplingConfig`.
 
         Raises `ValueError` for a prompt without tokens, tokens that the model does not have, a text that is longer than
-        the model allows, and texts whose caches do not fit into memory.
+        the model allows, and texts whose caches do not fit into memory; the iterator, for prompts whose activations do
+        not.
         """
         chosen = sampling = self._sampling(sampling, fields) if fields or sampling is None else sampling
         requests = [
-            Request(number=n, prompt=list(prompt), sampling=chosen, stop_when=stop_when, on_end=on_end)
+            Request(number=n, prompt=tokens_of(prompt, n), sampling=chosen, stop_when=stop_when, on_end=on_end)
             for n, prompt in enumerate(prompts)
         ]
         topic = f"prompts {next(self._calls)}"
@@ -216,13 +221,18 @@ class Generator:
     def caches(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Caches:
         """The caches that `stream` allocates for prompts, at least one. Raises `ArgumentError` when they do not fit."""
         requests = [Request(number=n, prompt=prompt, sampling=sampling) for n, prompt in enumerate(prompts)]
-        return Caches(self._decoder_of(requests, sampling), min(self._in_flight, len(prompts)))
+        decoder = self._decoder_of(requests, sampling)
+        return Caches(whole=decoder.whole, few=decoder.few, groups=self._groups(len(prompts)))
+
+    def _groups(self, texts: int) -> int:
+        """How many groups of so many texts run at a time."""
+        return min(self._in_flight, texts)
 
     def _run(self, decoder: Decoder, requests: Sequence[Request], should_stop: ShouldStop | None) -> Iterator[Drawn]:
         first = decoder.batch * self._in_flight
         # What begins together is about equally long; what follows comes in turn.
         waiting = deque([*sorted(requests[:first], key=lambda request: len(request.prompt)), *requests[first:]])
-        groups = [RunningGroup.of(decoder) for _ in range(min(self._in_flight, len(requests)))]
+        groups = [RunningGroup.of(decoder) for _ in range(self._groups(len(requests)))]
         for turn in itertools.count():
             for group in groups:
                 group.advance(waiting)
@@ -240,11 +250,11 @@ class Generator:
         length = power_of_two(longest + sampling.max_tokens - 1, LEAST_LENGTH)
         if (batch, length) not in self._decoders:
             whole = self._caching_model(batch, length)
-            groups = min(self._in_flight, len(requests))
+            few = whole if batch == parts else self._caching_model(parts, length)
+            groups = self._groups(len(requests))
             texts = f"{groups * batch} texts" if groups * batch > 1 else "a text"
             asked = f"{texts} of up to {longest} + {sampling.max_tokens} tokens (prompt and `max_tokens`)"
-            check_caches_fit(whole, groups, asked)
-            few = whole if batch == parts else self._caching_model(parts, length)
+            Caches(whole=whole, few=few, groups=groups).check(asked)
             self._decoders[batch, length] = Decoder(whole=whole, few=few)
         return self._decoders[batch, length]
 
@@ -260,9 +270,11 @@ class Generator:
             weights=self._weights.values,
             group=self._group,
             cache=self._cache,
+            at_once=self._in_flight,
         )
 
     def _check(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
+        check_stop_tokens(self.model, sampling.stop_tokens)
         most: int | None = getattr(self.model, "max_positions", None)
         for request in requests:
             if not request.prompt:
@@ -283,10 +295,9 @@ class Generator:
         return self.tokenizer
 
     def _sampling(self, sampling: SamplingConfig | None, fields: Mapping[str, Any]) -> SamplingConfig:
-        """The config with other fields; without a config, the tokenizer's end of a text ends it."""
+        """The config with other fields; without a config, `ends` end a text."""
         if sampling is None:
-            end = None if self.tokenizer is None else self.tokenizer.end
-            sampling = SamplingConfig(stop_tokens=() if end is None else (end,))
+            sampling = SamplingConfig(stop_tokens=self.ends)
         if not isinstance(sampling, SamplingConfig):
             raise ArgumentError(f"`sampling` must be a SamplingConfig. Got {kind_of(sampling)}.")
         return replace(sampling, **fields)

@@ -13,6 +13,7 @@ from meshpipe.adapters.lora import with_lora
 from meshpipe.compiler.cache import open_cache
 from meshpipe.data import Batch, Source, TextFilesConfig, batches, check_limits, check_source, example_batch
 from meshpipe.errors import ArgumentError
+from meshpipe.generation.memory import check_activations
 from meshpipe.generation.saved import Saved
 from meshpipe.generation.staged_weights import StagedWeights
 from meshpipe.generation.tokenizer import ByteTokenizer
@@ -119,6 +120,13 @@ def evaluate_saved(
         weights = StagedWeights.of(task, mesh, saved.read, num_microbatches)
     model = weights.model
     model.name, model.cache = group.name, open_cache(compile_cache)
+    check_activations(
+        model.evaluation.programs,
+        mesh,
+        at_once=num_microbatches,
+        what=f"a batch of {batch_size} examples",
+        way_out="Lower `batch_size`, or raise `num_microbatches`.",
+    )
     in_order = batches(source, batch_size, shuffle=False, epochs=1, drop_remainder=False)
     count = -(-len(source) // batch_size)
     wanted = min(count, num_batches) if num_batches else count

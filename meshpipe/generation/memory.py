@@ -1,25 +1,28 @@
-"""Compares the memory that weights need with what there is, before they are read."""
+"""Compares the memory that weights, caches and activations need with what is free, before it is taken."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from meshpipe.choose.capacity import Need, Parts, free_in, needs_of_devices
 from meshpipe.choose.memory import device_bytes
+from meshpipe.compiler.described import MemoryStats
 from meshpipe.errors import ArgumentError
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.machine import format_bytes
 from meshpipe.mesh import on_cpu
 from meshpipe.plan.partition import partition_by_cost
+from meshpipe.stage.programs import StagePrograms
 
 
 def check_weights(model: StagedModel) -> None:
     """Raises `ArgumentError` when the weights do not fit into the memory that is free; names a pipeline that does."""
     stages = model.parameters
     ranks = [{"weights": device_bytes([*stage.all_params.values(), *stage.state.values()])} for stage in stages]
-    if (need := _worst(model.mesh, ranks)) is None:
+    if (need := lacking(model.mesh, ranks)) is None:
         return
     raise ArgumentError(
         f"The weights must fit into {need.where}. They need {format_bytes(need.total)}, and {format_bytes(need.free)} "
@@ -27,8 +30,35 @@ def check_weights(model: StagedModel) -> None:
     )
 
 
-def _worst(mesh: Mesh, ranks: Sequence[Parts]) -> Need | None:
-    """The memory that lacks most for what each device of every rank needs; None where nothing lacks."""
+def check_activations(
+    programs: Mapping[int, StagePrograms], mesh: Mesh, *, at_once: int, what: str, way_out: str
+) -> None:
+    """Raises `ArgumentError`, with a `way_out`, when what the compiled forwards of the local stages hold while they run
+    does not fit into the memory that is free now. `what` calls them, and `at_once` is how many ranks work at a time.
+    """
+    ranks = [{"activations": _inside(programs.get(s))} for s in range(mesh.devices.shape[0])]
+    if on_cpu(mesh):  # where all ranks share a memory, those that wait hold nothing
+        busiest = sorted(range(len(ranks)), key=lambda s: ranks[s]["activations"], reverse=True)[:at_once]
+        ranks = [own if s in busiest else {"activations": 0} for s, own in enumerate(ranks)]
+    if (need := lacking(mesh, ranks)) is not None:
+        raise ArgumentError(
+            f"The activations of {what} must fit into {need.where}. They need {format_bytes(need.total)}, and "
+            f"{format_bytes(need.free)} are free. {way_out}"
+        )
+
+
+def _inside(programs: StagePrograms | None) -> int:
+    """Bytes that a forward takes on each device beside its arguments, as XLA says; 0 where it does not say."""
+    forward: Any = None if programs is None else programs.forward
+    try:
+        stats = MemoryStats.of(forward)
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return 0
+    return stats.outputs - stats.aliased + stats.temporaries
+
+
+def lacking(mesh: Mesh, ranks: Sequence[Parts]) -> Need | None:
+    """The memory of this process that lacks most for what each device of every rank needs; None where nothing lacks."""
     free = free_in(mesh)
     needs = _of_host(mesh, ranks, free[None]) if on_cpu(mesh) else needs_of_devices(mesh.devices, ranks, {}, free)
     return max((need for need in needs if need.missing), key=lambda need: need.missing, default=None)

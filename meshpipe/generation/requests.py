@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from meshpipe.errors import ArgumentError, kind_of
 from meshpipe.generation.caching_model import POSITIONS
 from meshpipe.generation.config import SamplingConfig
 from meshpipe.generation.decoding_layers import SAMPLING_FIELDS
@@ -38,6 +40,16 @@ class Drawn:
     request: int
     """The number of the prompt, from 0."""
     token: int
+
+
+def tokens_of(prompt: Any, number: int) -> list[int]:
+    """A prompt that the caller wrote, as a list. Raises `ArgumentError` for what is none."""
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable):
+        raise ArgumentError(
+            f"A prompt must be a list of tokens. Got {kind_of(prompt)} as prompt {number}. `Generator.generate` takes "
+            "texts, and `tokens` a list of prompts."
+        )
+    return list(prompt)
 
 
 def beginning_fields(input: str, rows: Sequence[Request | None], seq: int) -> dict[str, np.ndarray]:

@@ -52,8 +52,13 @@ class RunningGroup:
             self._ask(going)
 
     def read(self) -> Iterator[Drawn]:
-        """The tokens that were asked for some time ago; if no text goes on, all of them."""
-        while self.unread and (len(self.unread) > AHEAD or not any(self.rows)):
+        """The tokens that were asked for some time ago; if no text goes on, the oldest of those that are left.
+
+        To wait for all that are left would keep the other groups from asking for theirs.
+        """
+        is_idle = not any(self.rows)
+        while self.unread and (len(self.unread) > AHEAD or is_idle):
+            is_idle = False
             tokens, texts = self.unread.popleft()
             values = np.asarray(tokens) if self.decoder.whole.group.is_alone else local_value(tokens)
             for row, request in texts.items():

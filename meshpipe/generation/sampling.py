@@ -25,7 +25,9 @@ def sample(
         return logits.argmax(axis=-1).astype(jnp.int32)
 
     def drawn() -> jax.Array:
-        scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+        # From the largest on, which is 0: at a low temperature, others would be infinite with it.
+        below = logits - logits.max(axis=-1, keepdims=True)
+        scaled = below / jnp.where(temperature > 0, temperature, 1)[:, None]
         restricted = (top_k > 0).any() | (top_p < 1).any()
         kept = jax.lax.cond(restricted, lambda: _restrict(scaled, top_k, top_p), lambda: scaled)
         keys = jax.vmap(_key)(seed, request, positions)

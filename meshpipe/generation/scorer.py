@@ -13,6 +13,7 @@ from meshpipe.compiler.cache import CompileCache
 from meshpipe.errors import ArgumentError
 from meshpipe.generation.decoding_layers import with_last_call
 from meshpipe.generation.lengths import LEAST_BEGINNING, check_tokens, power_of_two
+from meshpipe.generation.memory import check_activations
 from meshpipe.generation.scoring import COUNT, PLACES, TARGETS, Score, score_continuations
 from meshpipe.generation.staged_weights import StagedWeights
 from meshpipe.layers.choice import Choice
@@ -158,7 +159,15 @@ class Scorer:
     def _compiled(self, batch: int, shape: _Shape) -> Forwards:
         name = f"{self.group.name}/scores of {batch} x {shape.seq}, {shape.width}"
         microbatches = Microbatches(self._shapes(batch, shape), self.model.input, 1, self._model.mesh)
-        return self._model.forwards(name, microbatches, outputs=True, what="score")
+        forwards = self._model.forwards(name, microbatches, outputs=True, what="score")
+        check_activations(
+            forwards.programs,
+            self._model.mesh,
+            at_once=self.in_flight,
+            what=f"scoring {batch} x {shape.seq} tokens",
+            way_out="Lower `batch_size`, or shorten the texts.",
+        )
+        return forwards
 
     def _shared(self, forwards: Forwards, batch: int, outputs: Arrays | None) -> Arrays:
         if self.group.is_alone:

@@ -63,10 +63,22 @@ def test_caches_are_updated_in_place_where_their_stages_are(generator: Generator
     assert sorted(shape.shape[1] for shape in shapes) == [6] * 6 + [32] * 2  # windows need no more than they see
 
 
+def test_the_last_tokens_are_waited_for_one_after_the_other(generator: Generator) -> None:
+    """Meanwhile other groups ask for theirs."""
+    generator.tokens([PROMPT], max_tokens=2)
+    decoder = next(d for d in generator._decoders.values() if d.batch == 1)
+    group = RunningGroup.of(decoder)
+    waiting = deque([Request(number=0, prompt=PROMPT, sampling=SamplingConfig(max_tokens=3))])
+    for _ in range(3):
+        group.advance(waiting)
+    assert [len(list(group.read())) for _ in range(3)] == [1, 1, 1]
+    assert group.has_ended
+
+
 def test_caches_are_split_over_data_and_tensor() -> None:
     generator = Generator(golden.CONFIGS["qwen3"], golden.leaves("qwen3"), mesh=make_mesh(1, 2, 2))
-    decoder = generator.caches([PROMPT] * 3, SamplingConfig(max_tokens=16)).decoder
-    for path, shape in decoder.whole.model.parameters[0].state.items():
+    whole = generator.caches([PROMPT] * 3, SamplingConfig(max_tokens=16)).whole
+    for path, shape in whole.model.parameters[0].state.items():
         assert shape.shape == (4, 32, 2, 8), path  # three texts are filled up to four
         assert shape.sharding.shard_shape(shape.shape) == (2, 32, 1, 8)
 

@@ -55,6 +55,8 @@ def test_texts_longer_than_a_model_is_for() -> None:
     generator = Generator(golden.CONFIGS["gpt2"], golden.leaves("gpt2"))
     with pytest.raises(ValueError, match=r"fit into the 64 positions of the model. Got a prompt of 60 tokens"):
         generator.tokens([[1] * 60], max_tokens=5)
+    with pytest.raises(ValueError, match=r"`stop_tokens` must be tokens of the model, 0 to 287\. Got 288"):
+        generator.tokens([[1]], stop_tokens=(3, 288))
     saved = open_saved(golden.FOLDER / "llama3")
     assert saved.beyond(64) == open_saved(golden.FOLDER / "gpt2").beyond(65) == ""
     assert saved.beyond(65).startswith("The model is for texts of at most 64 tokens (max_position_embeddings")

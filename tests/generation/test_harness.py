@@ -127,7 +127,7 @@ def test_a_task_runs(lm: MeshpipeLM, tmp_path: Path) -> None:
 def test_what_it_cannot_do_says_so() -> None:
     for message, arguments in {
         "without a search. Got 'auto'": {"batch_size": "auto"},
-        "which has neither": {"pretrained": "missing"},
+        "which has none of them": {"pretrained": "missing"},
     }.items():
         with pytest.raises(ValueError, match=message):
             MeshpipeLM(**{"pretrained": str(FOLDER)} | arguments)

@@ -111,7 +111,8 @@ def test_stopping_after_a_turn(generator: Generator) -> None:
 @pytest.mark.slow
 def test_caches_of_other_rows_stay_where_and_as_they_are() -> None:
     generator = Generator(golden.CONFIGS["qwen3"], golden.leaves("qwen3"), mesh=make_mesh(1, 2, 2), batch_size=4)
-    decoder = generator.caches([PROMPTS[0]] * 4, SamplingConfig(max_tokens=18)).decoder
+    caches = generator.caches([PROMPTS[0]] * 4, SamplingConfig(max_tokens=18))
+    decoder = Decoder(whole=caches.whole, few=caches.few)
 
     def request(number: int) -> Request:
         return Request(number=number, prompt=PROMPTS[number], sampling=SamplingConfig())

@@ -16,10 +16,10 @@ DRAWS = 4000
 
 def draw(**fields: Any) -> np.ndarray:
     """The share of each token among draws at different positions."""
-    given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3, "request": 0} | fields
+    given: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3, "request": 0} | fields
     dtypes = {"temperature": jnp.float32, "top_k": jnp.int32, "top_p": jnp.float32}
+    logits = jnp.tile(given.pop("logits", LOGITS), (DRAWS, 1))
     rows = {name: jnp.full(DRAWS, value, dtypes.get(name, jnp.uint32)) for name, value in given.items()}
-    logits = jnp.tile(LOGITS, (DRAWS, 1))
     tokens = jax.jit(sample)(logits, jnp.arange(DRAWS, dtype=jnp.int32), **rows)
     return np.bincount(tokens, minlength=LOGITS.size) / DRAWS
 
@@ -34,6 +34,8 @@ def draw(**fields: Any) -> np.ndarray:
         ({"top_k": 9}, [0.4, 0.3, 0.15, 0.1, 0.05]),
         ({"top_p": 0.75}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
         ({"top_p": 0.01}, [1, 0, 0, 0, 0]),
+        ({"top_p": 1e-9}, [1, 0, 0, 0, 0]),
+        ({"temperature": 1e-38, "logits": LOGITS + 5}, [1, 0, 0, 0, 0]),  # infinite when they are divided by it
         ({"top_k": 2, "top_p": 0.5}, [1, 0, 0, 0, 0]),  # of two, the first has 4 / 7
     ],
 )
@@ -75,6 +77,7 @@ def test_rows_have_settings_of_their_own_and_draws_follow_from_seed_request_and_
         ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1"),
         ({"seed": 2**32}, "`seed` must be at least 0 and below"),
         ({"stop_tokens": (-1,)}, "`stop_tokens` must be at least 0"),
+        ({"stop_tokens": (True,)}, "`stop_tokens` must be a whole number"),
     ],
 )
 def test_wrong_settings(fields: dict[str, Any], message: str) -> None:
