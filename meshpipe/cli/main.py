@@ -19,7 +19,7 @@ from meshpipe.cli.generate import generate
 from meshpipe.cli.init import init
 from meshpipe.cli.launch import launch
 from meshpipe.cli.metrics import metrics
-from meshpipe.cli.output import lasting_output
+from meshpipe.cli.output import lasting_output, loss_of_output, reader_is_gone
 from meshpipe.cli.plan import plan
 from meshpipe.cli.recipes import recipes
 from meshpipe.cli.train import train
@@ -114,7 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command in PARENTS:
             return _run(command, rest, _commands(stop))
         with stop, showing_phases(line, on_stderr=command not in RUNS):  # before JAX is imported
-            return _run(command, rest, _commands(stop))
+            return _unless_lost(_run(command, rest, _commands(stop)), command)
+
+
+def _unless_lost(code: int, command: str) -> int:
+    """The exit code; that of a failure where a command exists for its output, and that could not be written."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    lost = loss_of_output()
+    return FAILED if code == COMPLETED and command not in RUNS and lost and not reader_is_gone(lost) else code
 
 
 def _run(command: str, rest: list[str], commands: dict[str, Command]) -> int:

@@ -26,10 +26,11 @@ class _Lasting:
     def __init__(self, stream: Any, say: Callable[[Exception], None], line: LiveLine) -> None:
         self._stream, self._say = stream, say
         self._line = line if stream.isatty() else None
-        self._is_gone = False
+        self.lost_by: Exception | None = None
+        """Why output is dropped; None while it is written."""
 
     def write(self, text: str) -> int:
-        if not self._is_gone:
+        if self.lost_by is None:
             try:
                 if self._line is None:
                     self._write(text)
@@ -48,7 +49,7 @@ class _Lasting:
             self._stream.write(known)
 
     def flush(self) -> None:
-        if not self._is_gone:
+        if self.lost_by is None:
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
@@ -58,13 +59,24 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def _give_up(self, error: Exception) -> None:
-        self._is_gone = True
+        self.lost_by = error
         # Redirect its buffered output to /dev/null, so that Python does not fail to flush it at exit.
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
         self._say(error)
+
+
+def reader_is_gone(error: Exception | None) -> bool:
+    """Whether an error of writing says that nobody reads any more."""
+    return error is not None and (not isinstance(error, OSError) or error.errno == errno.EPIPE)
+
+
+def loss_of_output() -> Exception | None:
+    """Why standard output is dropped; None while it is written."""
+    found: Exception | None = getattr(sys.stdout, "lost_by", None)
+    return found
 
 
 def _between_words(text: str) -> str:
@@ -81,7 +93,7 @@ def lasting_output(*, say: bool) -> Iterator[LiveLine]:
     """While entered, writes to standard output and error never raise. The live line is on standard output with `say`,
     and else on standard error.
 
-    With `say`, one message on standard error reports the loss of standard output.
+    One message on standard error reports the loss of standard output; without `say`, not of one whose reader is gone.
     """
     _open_standard_files()
     before = sys.stdout, sys.stderr
@@ -89,9 +101,10 @@ def lasting_output(*, say: bool) -> Iterator[LiveLine]:
     error_stream = None if sys.stderr is None else _Lasting(sys.stderr, lambda error: None, line)
 
     def report(error: Exception) -> None:
-        if say and error_stream is not None:
-            why = error.strerror if isinstance(error, OSError) and error.errno != errno.EPIPE else "its reader is gone"
-            error_stream.write(f"meshpipe: standard output cannot be written ({why}). The run continues without it.\n")
+        if error_stream is not None and (say or not reader_is_gone(error)):
+            why = "its reader is gone" if reader_is_gone(error) else getattr(error, "strerror", error)
+            rest = "The run continues without it." if say else "The rest of it is lost."
+            error_stream.write(f"meshpipe: standard output cannot be written ({why}). {rest}\n")
             error_stream.flush()
 
     if sys.stdout is not None:

@@ -100,3 +100,15 @@ def test_other_commands_end_quietly_without_a_reader(
         monkeypatch.setattr(sys, "stdout", stream)
         assert main(["--help"]) == 0
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_other_commands_fail_without_room_for_their_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["--help"]) == 1
+    assert capfd.readouterr().err == (
+        "meshpipe: standard output cannot be written (No space left on device). The rest of it is lost.\n"
+    )
