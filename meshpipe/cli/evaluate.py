@@ -76,8 +76,8 @@ def evaluate(arguments: list[str], *, stop: StopRequest) -> int:
         stop.end_early = guard.end_early
         saved = open_saved(expanded("FOLDER", flags.folder), asked.step, **vars(flags.computed))
         console = flags.take_devices()
-        if saved.note:
-            console.print(saved.note, markup=False)
+        for said in filter(None, (saved.note, saved.generation.notes("It is not used here."))):
+            console.print(said, markup=False)
         with phase("Opening the data"):
             source = held_out_source(saved, asked.data, asked.sequence_length)
         for said in filter(None, (tokens_of_others(saved, asked.data), beyond_positions(saved, source))):

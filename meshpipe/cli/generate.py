@@ -1,23 +1,26 @@
 """`meshpipe generate`."""
 
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from meshpipe.cli.arguments import parse
 from meshpipe.cli.folder_flags import FolderFlags
 from meshpipe.cli.joined import advising_on_memory, begin_joined, run_joined, telling_others
-from meshpipe.cli.prompts import PromptFlags, checked_tokenizer
+from meshpipe.cli.output import loss_of_output, reader_is_gone
+from meshpipe.cli.prompts import PromptFlags, checked_tokenizer, encode_prompts
 from meshpipe.cli.written_texts import WrittenTexts
 from meshpipe.errors import ArgumentError, check_whole
 from meshpipe.files import expand_fields, expanded
 from meshpipe.generation.config import SamplingConfig
 from meshpipe.phases import phase
-from meshpipe.processes.exit_codes import COMPLETED
+from meshpipe.processes.exit_codes import COMPLETED, FAILED
 from meshpipe.processes.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from meshpipe.generation.generator import Generator
     from meshpipe.generation.stop_texts import StopTexts
+    from meshpipe.generation.tokenizer import TextTokenizer
     from meshpipe.processes.guard import Guard
 
 DESCRIPTION = "Continues texts with a trained model, from a run, its checkpoints, or a folder of published weights."
@@ -69,6 +73,7 @@ def generate(arguments: list[str], *, stop: StopRequest) -> int:
         _check_drawn(flags.sampling)
         given = flags.prompts.read()
         with phase("Importing JAX"):
+            from meshpipe.generation.lengths import check_stop_tokens
             from meshpipe.generation.saved import open_saved
             from meshpipe.generation.stop_texts import StopTexts
             from meshpipe.processes.coordination import process_index
@@ -81,24 +86,26 @@ def generate(arguments: list[str], *, stop: StopRequest) -> int:
         tokenizer = checked_tokenizer(saved.tokenizer)
         stops = StopTexts(tokenizer, flags.prompts.stop)
         console = flags.take_devices()
-        _check_known(flags.sampling.stop_tokens, saved.model)
-        prompts = [prompt.encoded(tokenizer) for prompt in given]
-        sampling = flags.sampling
-        if not flags.prompts.ignore_end:
-            ends = () if tokenizer.end is None else (tokenizer.end,)
-            sampling = replace(sampling, stop_tokens=(*sampling.stop_tokens, *saved.ends, *ends))
+        check_stop_tokens(saved.model, flags.sampling.stop_tokens)
+        prompts = encode_prompts(given, tokenizer)
+        ends = () if flags.prompts.ignore_end else saved.ends
+        sampling = replace(flags.sampling, stop_tokens=(*flags.sampling.stop_tokens, *ends))
         with phase(f"Reading {saved.name}"):
             generator = saved.generator(
                 flags.mesh.build(),
                 batch_size=groups.batch_size,
                 in_flight=groups.in_flight,
                 compile_cache=groups.compile_cache,
+                ends=ends,
             )
         console.print(f"Generating with {saved.name}. {saved.note}".rstrip(), markup=False)
-        if said := saved.beyond(max(map(len, prompts), default=0) + sampling.max_tokens):
+        longest = max(map(len, prompts), default=0) + sampling.max_tokens
+        unused = saved.generation.notes("It is not used here.", of_ends=flags.prompts.ignore_end)
+        for said in filter(None, (unused, _drawn_by(saved.generation.drawn, sampling), saved.beyond(longest))):
             console.print(said, markup=False)
         write = _write if process_index() == 0 else None
-        written = WrittenTexts(given, tokenizer, stops, as_json=flags.prompts.json, write=write)
+        decode = partial(_decode, tokenizer, prompts)
+        written = WrittenTexts(given, decode, stops, as_json=flags.prompts.json, write=write)
         return _generate(generator, prompts, sampling, stops, written, console, stop)
 
     return run_joined(flags.distributed, advising_on_memory()(run))
@@ -123,6 +130,8 @@ def _generate(
         nonlocal stopped
         if turn == 0:
             stop.begin_steps("the tokens in progress")
+        if stop.signal is None and loss_of_output() is not None:
+            stop.signal = signal.SIGPIPE
         stopped = together.after(turn)
         return stopped
 
@@ -139,8 +148,19 @@ def _generate(
     if not stopped:
         return COMPLETED
     assert stop.signal is not None
-    console.print(f"Stopped by {stop.signal.name}: {written.ended} of {len(prompts)} texts had ended, and are written.")
-    return stop.exit_status
+    lost = loss_of_output()
+    of_all = f"{written.ended} of {len(prompts)} texts had ended"
+    if lost is None:
+        console.print(f"Stopped by {stop.signal.name}: {of_all}, and are written.")
+    else:
+        console.print(f"Stopped, as standard output can no longer be written: {of_all}.")
+    return stop.exit_status if lost is None or reader_is_gone(lost) else FAILED
+
+
+def _decode(tokenizer: "TextTokenizer", prompts: Sequence[Sequence[int]], number: int, tokens: Sequence[int]) -> str:
+    from meshpipe.generation.tokenizer import decode_after
+
+    return decode_after(tokenizer, prompts[number], tokens)
 
 
 def _write(text: str) -> None:
@@ -157,11 +177,13 @@ def _check_drawn(sampling: SamplingConfig) -> None:
         )
 
 
-def _check_known(tokens: Sequence[int], model: Any) -> None:
-    """Raises `ArgumentError` for tokens that a model does not have."""
-    size = model.limits().get(model.input)
-    if size is not None and (unknown := [token for token in tokens if token >= size]):
-        raise ArgumentError(f"`stop_tokens` must be tokens of the model, 0 to {size - 1}. Got {unknown[0]}.")
+def _drawn_by(given: Mapping[str, float], sampling: SamplingConfig) -> str:
+    """A sentence about how a published model draws tokens, where this command does not; else empty."""
+    without = {"top_k": 0, "top_p": 1.0}
+    flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in given.items() if value != without.get(name)]
+    if sampling.temperature > 0 or not given.get("temperature"):
+        return ""
+    return f"Takes the most likely tokens. Its generation_config.json draws them, as {' '.join(flags)} does."
 
 
 def _tell_speed(console: "Console", count: int, first: float | None, seconds: float) -> None:

@@ -26,7 +26,7 @@ from meshpipe.cli.train import train
 from meshpipe.cli.verify import verify
 from meshpipe.cli.weights import weights
 from meshpipe.errors import errors_name_flags
-from meshpipe.processes.exit_codes import COMPLETED, INTERRUPTED
+from meshpipe.processes.exit_codes import COMPLETED, FAILED, INTERRUPTED
 from meshpipe.processes.stop import StopRequest, leave_now
 from meshpipe.report.phases import showing_phases
 from meshpipe.version import __version__

@@ -1,15 +1,17 @@
 """The prompts of `meshpipe generate`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from meshpipe.data.chat import ChatError, messages_of
+from meshpipe.data.chat import ChatError, ChatTemplate, messages_of
 from meshpipe.errors import ArgumentError
 from meshpipe.files import expand_fields
+from meshpipe.phases import each
 
 if TYPE_CHECKING:
     from meshpipe.generation.tokenizer import TextTokenizer
@@ -25,8 +27,8 @@ class PromptFlags:
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; may be repeated."""
     prompts: Path | None = None
-    """File with one prompt per line. In a .jsonl file, each line is a JSON string, an object with a `prompt`, or, with
-    `--chat`, an object with the `messages` of a conversation."""
+    """File with one prompt per line; empty lines are skipped. In a .jsonl file, each line is a JSON string, an object
+    with a `prompt`, or, with `--chat`, an object with the `messages` of a conversation."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text that ends a text, and is no part of it; may be repeated."""
     chat: bool = False
@@ -69,17 +71,31 @@ class Prompt:
         """What an object about the prompt has of it."""
         return {"prompt" if isinstance(self.value, str) else "messages": self.value}
 
-    def encoded(self, tokenizer: "TextTokenizer") -> list[int]:
-        """Its tokens. Raises `ValueError` for a tokenizer without a chat template, and messages that it refuses."""
-        if not self.chat:
-            assert isinstance(self.value, str)
-            return tokenizer.encode(self.value)
-        make = getattr(tokenizer, "template", None)
-        template = None if make is None else make()
-        if template is None:
-            raise ArgumentError("`chat` needs a tokenizer with a chat template. Got one without. Leave `chat` out.")
-        messages = [{"role": "user", "content": self.value}] if isinstance(self.value, str) else self.value
-        return tokenizer.encode(template.render(messages, prompt=True), special=False)
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation that it is, or begins."""
+        return [{"role": "user", "content": self.value}] if isinstance(self.value, str) else self.value
+
+
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: "TextTokenizer") -> list[list[int]]:
+    """The tokens of each. Raises `ValueError` for conversations and a tokenizer without a chat template, and for
+    messages that it refuses.
+    """
+    template = _template(tokenizer) if any(prompt.chat for prompt in prompts) else None
+    if template is None:
+        return [tokenizer.encode(str(prompt.value)) for prompt in each("Tokenizing", "prompt", prompts)]
+    # A template is a program, which may take its time.
+    rendered = each("Rendering the chat template for", "prompt", prompts)
+    return [tokenizer.encode(template.render(prompt.messages, prompt=True), special=False) for prompt in rendered]
+
+
+def _template(tokenizer: "TextTokenizer") -> ChatTemplate:
+    make = getattr(tokenizer, "template", None)
+    template = None if make is None else make()
+    if template is None:
+        raise ArgumentError("`chat` needs a tokenizer with a chat template. Got one without. Leave `chat` out.")
+    assert isinstance(template, ChatTemplate)
+    return template
 
 
 def checked_tokenizer(tokenizer: "TextTokenizer | None") -> "TextTokenizer":

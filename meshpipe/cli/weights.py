@@ -84,6 +84,8 @@ def weights_import(arguments: list[str]) -> int:
     print(f"{what} are step 0 of {flags.to}, as {flags.dtype}.{unused}")
     if rounded := weights.rounded_to(flags.dtype):
         print(rounded)
+    if wrong := weights.generation.notes("It is copied as it is."):
+        print(wrong)
     if weights.adapters is not None:
         command = f"meshpipe train finetune:lora --init-from {flags.to} {_lora_flags(weights.adapters.lora)}"
         print(f"To train them further: {command}")
@@ -107,6 +109,7 @@ def weights_export(arguments: list[str]) -> int:
         return _export_adapters(flags)
     with phase("Importing JAX"):
         from meshpipe.exchange.exporting import export_weights
+        from meshpipe.weights import WeightsFolder
     with phase("Exporting"):
         dtype = export_weights(
             flags.checkpoints,
@@ -118,6 +121,8 @@ def weights_export(arguments: list[str]) -> int:
             largest_file=flags.largest_file,
         )
     print(f"Weights in {dtype} are in {flags.to}.")
+    if wrong := WeightsFolder(flags.to).generation.notes("It is copied as it is."):
+        print(wrong)
     return COMPLETED
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from meshpipe.cli.prompts import Prompt
     from meshpipe.generation.stop_texts import StopTexts
-    from meshpipe.generation.tokenizer import TextTokenizer
 
 
 class WrittenTexts:
@@ -15,7 +14,7 @@ class WrittenTexts:
 
     Arguments:
         prompts: What comes before each text.
-        tokenizer: Makes text of tokens.
+        decode: Makes text of the tokens that follow a prompt, given its number.
         stops: Of what is generated, they and what follows them are not written.
         as_json: Whether to write an object a line, in place of text.
         write: Writes at once; None in processes that write nothing.
@@ -24,13 +23,13 @@ class WrittenTexts:
     def __init__(
         self,
         prompts: "Sequence[Prompt]",
-        tokenizer: "TextTokenizer",
+        decode: Callable[[int, Sequence[int]], str],
         stops: "StopTexts",
         *,
         as_json: bool,
         write: Callable[[str], object] | None,
     ) -> None:
-        self._prompts, self._tokenizer, self._stops = prompts, tokenizer, stops
+        self._prompts, self._decode, self._stops = prompts, decode, stops
         self._as_json, self._out = as_json, write
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._ended: set[int] = set()
@@ -54,7 +53,7 @@ class WrittenTexts:
         """A text has got a token."""
         self._tokens[number].append(token)
         if self._streams:
-            self._show(self._stops.sure(self._tokenizer.decode(self._tokens[0])))
+            self._show(self._stops.sure(self._decoded(0)))
         self._write_in_order()
 
     def end(self, number: int) -> None:
@@ -64,7 +63,7 @@ class WrittenTexts:
     def finish(self) -> None:
         """Writes all texts that have ended and are not written; of the only text, what there is."""
         if self._streams:
-            self._show(self._stops.cut(self._tokenizer.decode(self._tokens[0])), is_whole=True)
+            self._show(self._stops.cut(self._decoded(0)), is_whole=True)
             self._write("\n")
             return
         self._write_in_order()
@@ -88,10 +87,13 @@ class WrittenTexts:
 
     def _text(self, number: int) -> str:
         prompt, tokens = self._prompts[number], self._tokens[number]
-        text = self._stops.cut(self._tokenizer.decode(tokens))
+        text = self._stops.cut(self._decoded(number))
         if self._as_json:
             return json.dumps({**prompt.as_json(), "text": text, "tokens": tokens}, ensure_ascii=False) + "\n"
         return f"{'' if number == 0 else chr(10)}--- {number + 1} of {len(self._prompts)}\n{prompt.shown}{text}\n"
+
+    def _decoded(self, number: int) -> str:
+        return self._decode(number, self._tokens[number])
 
     def _write(self, text: str) -> None:
         if self._out is not None:

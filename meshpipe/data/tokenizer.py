@@ -69,14 +69,18 @@ class Tokenizer:
 
     @property
     def begin(self) -> int | None:
-        """The token in front of a text; None if no file says it."""
-        return self.token(self.special_names.get("bos_token"))
+        """The token in front of a text; None if no file says it. Raises `ArgumentError` as `end` does."""
+        return self._named("bos_token")
 
     @property
     def end(self) -> int | None:
-        """The token after a text: what the files say, or else a usual one; None if there is none."""
-        names = (self.special_names.get("eos_token"), *ENDS)
-        return next((token for token in map(self.token, names) if token is not None), None)
+        """The token after a text: what the files say, or else a usual one; None if there is none. Raises
+        `ArgumentError` where the files name one that the vocabulary does not have.
+        """
+        found = self._named("eos_token")
+        if found is not None:
+            return found
+        return next((token for token in map(self.token, ENDS) if token is not None), None)
 
     def token(self, name: str | None) -> int | None:
         """The number of a token of the vocabulary; None if there is no such token."""
@@ -88,9 +92,15 @@ class Tokenizer:
         return f"<{token}>" if name is None else name
 
     def template(self, today: date | None = None) -> ChatTemplate | None:
-        """The chat template of the folder, if it has one; `today` is the date that it may write."""
+        """The chat template of the folder, if it has one; `today` is the date that it may write. Raises `ArgumentError`
+        for one that is none, and as `begin` and `end` do, whose names it may write.
+        """
         source = self._template_source()
-        return None if source is None else ChatTemplate(source, self.special_names, today)
+        if source is None:
+            return None
+        for key in ("bos_token", "eos_token"):
+            self._named(key)
+        return ChatTemplate(source, self.special_names, today)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a text; with `special`, with those that the tokenizer adds, such as one at its begin.
@@ -134,6 +144,18 @@ class Tokenizer:
         for name, content in self.contents().items():
             (folder / name).write_bytes(content)
 
+    def _named(self, key: str) -> int | None:
+        """The token that the files name so; None if they name none."""
+        file = CONFIG if key in self._config else MAP
+        given = (self._config if key in self._config else self._map).get(key)
+        found = self.token(_name(given))
+        if given is not None and found is None:
+            raise ArgumentError(
+                f"{key} must be the name of a token of {self.file.name}. Got {given!r:.80} in "
+                f"{self.file.with_name(file)}. Correct it, or remove it."
+            )
+        return found
+
     def _template_source(self) -> str | None:
         file = self.file.with_name(TEMPLATE)
         if file.is_file():
@@ -142,7 +164,12 @@ class Tokenizer:
         if isinstance(found, list):  # several, each with a name
             named = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
             found = named.get("default")
-        return found if isinstance(found, str) else None
+        if found is not None and not isinstance(found, str):
+            raise ArgumentError(
+                f"chat_template must be a text. Got {found!r:.80} in {self.file.with_name(CONFIG)}. Correct it, or "
+                "remove it."
+            )
+        return found
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, digest={self.digest[:12]})"
@@ -195,7 +222,9 @@ def _settings(file: Path) -> dict[str, Any]:
         raise ArgumentError(
             f"{file} must hold JSON that can be read. Got nesting too deep, or a number with too many digits."
         ) from None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise ArgumentError(f"{file} must hold a JSON object. Got {found!r:.80}. Copy it again, or remove it.")
+    return found
 
 
 def _name(token: Any) -> str | None:

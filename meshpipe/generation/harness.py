@@ -204,12 +204,11 @@ class MeshpipeLM(LM):
                 f"`max_gen_toks` must leave room for a context below `max_length` {self.max_length}. Got {most}."
             )
         stops = StopTexts(self.tokenizer, tuple(text for text in asked["until"] if text))
-        end = () if self.tokenizer.end is None else (self.tokenizer.end,)
         found = self.generator.tokens(
             [self._context(text)[-(self.max_length - most) :] for text in contexts],
             stop_when=stops.is_in,
             max_tokens=most,
-            stop_tokens=(*self.saved.ends, *end),
+            stop_tokens=self.generator.ends,
             seed=self.seed,
             **{name: asked[name] for name in SAMPLING & asked.keys()},
         )

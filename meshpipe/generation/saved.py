@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -19,7 +19,7 @@ from meshpipe.data import TextFilesConfig
 from meshpipe.errors import ArgumentError
 from meshpipe.files import expanded
 from meshpipe.generation.generator import Generator
-from meshpipe.generation.tokenizer import TextTokenizer, end_tokens, find_tokenizer
+from meshpipe.generation.tokenizer import TextTokenizer, find_tokenizer
 from meshpipe.layers.initialise import initialise
 from meshpipe.layers.staged_model import StagedModel
 from meshpipe.models.model import ModelConfig
@@ -33,6 +33,7 @@ from meshpipe.training.base import digest_of_leaves
 from meshpipe.training.state import StateTree
 from meshpipe.weights import WeightsFolder, is_published
 from meshpipe.weights.companions import PRETRAINED, companions_of
+from meshpipe.weights.generation_settings import GenerationSettings
 from meshpipe.weights.model_of import MODELS, saved_model_of
 from meshpipe.weights.positions import longest_text
 
@@ -61,14 +62,22 @@ class Saved:
     read: ReadSaved
     tokenizer: TextTokenizer | None
     """What its tokens are; None where nothing tells."""
-    ends: tuple[int, ...]
-    """The tokens that end a text."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """What its folder says of generating."""
     longest_text: int | None = None
     """The most positions that published weights are for; None where nothing tells."""
     note: str = ""
     """What is lost of the weights, as a sentence."""
     metadata: Mapping[str, Any] | None = None
     """What the checkpoint says of its run; None for published weights."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text, by the folder and by the tokenizer. Raises `ValueError` where either names one
+        that is none.
+        """
+        end = None if self.tokenizer is None else self.tokenizer.end
+        return tuple(dict.fromkeys([*self.generation.ends, *([] if end is None else [end])]))
 
     def beyond(self, length: int) -> str:
         """A sentence about texts of up to so many tokens, where the model is for shorter ones; else empty."""
@@ -80,9 +89,12 @@ class Saved:
         )
 
     def generator(self, mesh: Mesh, *, weights_dtype: str = "float32", **arguments: Any) -> Generator:
-        """Reads the weights onto a mesh; `arguments` are further ones of `Generator`. Raises `ArgumentError` for
-        another `weights_dtype` than the run's below adapters whose base is compared with what the run had.
+        """Reads the weights onto a mesh; `arguments` are further ones of `Generator`, among which `ends` are by default
+        those of the folder. Raises `ValueError` as `ends` does, and for another `weights_dtype` than the run's below
+        adapters whose base is compared with what the run had.
         """
+        if "ends" not in arguments:
+            arguments["ends"] = self.ends
         converts = weights_dtype != "float32"
         if converts and self.metadata is not None and base_of(self.metadata) is not None:
             raise _kept_as_it_was("weights_dtype", weights_dtype, self.folder, self.metadata)
@@ -161,7 +173,7 @@ def _published(
         lora=LoraConfig() if weights.adapters is None else weights.adapters.lora,
         read=read,
         tokenizer=find_tokenizer(weights.model, tokenizer, list(dict.fromkeys([folder, weights.folder]))),
-        ends=end_tokens(weights.folder),
+        generation=weights.generation,
         longest_text=longest_text(weights.folder, weights.model),
         note=weights.rounded_to(kept),
     )
@@ -221,7 +233,7 @@ def _checkpoint(
         lora=lora,
         read=read,
         tokenizer=find_tokenizer(model, tokenizer, places),
-        ends=end_tokens(reader.directory / PRETRAINED),
+        generation=GenerationSettings.of(reader.directory / PRETRAINED, model),
         longest_text=longest_text(companions_of(reader.directory), model),
         note=" ".join(start.warnings),
         metadata=metadata,

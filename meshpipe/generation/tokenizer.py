@@ -3,14 +3,14 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from meshpipe.documents import is_count, load_json
 from meshpipe.errors import ArgumentError
 from meshpipe.models.model import ModelConfig
 
 TOKENIZER = "tokenizer.json"
-TOKEN_LIMIT = 2**31
+_CONTEXT = 4
+"""Tokens of a prompt that what follows is decoded with."""
 
 
 @runtime_checkable
@@ -41,10 +41,28 @@ class ByteTokenizer:
     end: int | None = None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        return list(text.encode())
+        return list(utf8(text))
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(tokens).decode(errors="replace")
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of a text. Raises `ArgumentError` for one that UTF-8 cannot hold, as the argument of a command may."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"A text must be one that UTF-8 can hold. Got {text!r:.100}.") from None
+
+
+def decode_after(tokenizer: TextTokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens that follow a prompt. Some tokenizers leave out the space in front of a text, which belongs
+    between the two.
+    """
+    context = list(prompt[-_CONTEXT:])
+    before = tokenizer.decode(context)
+    both = tokenizer.decode([*context, *tokens]) if before else ""
+    return both[len(before) :] if before and both.startswith(before) else tokenizer.decode(tokens)
 
 
 def first_token(tokenizer: TextTokenizer) -> int:
@@ -95,17 +113,3 @@ def find_tokenizer(model: ModelConfig, given: str | Path | None, folders: Sequen
             f"tokens for a model of {vocab:,}."
         )
     return tokenizer
-
-
-def end_tokens(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a text, as generation_config.json or config.json of a folder name them."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            values = load_json((folder / name).resolve())
-        except OSError:
-            continue
-        found = values.get("eos_token_id") if isinstance(values, dict) else None
-        tokens: list[Any] = found if isinstance(found, list) else [found]
-        if ends := [token for token in tokens if is_count(token, TOKEN_LIMIT)]:
-            return tuple(ends)
-    return ()

@@ -128,6 +128,7 @@ def _published_start(config: Config, folder: str) -> Start:
     said = (
         start.published.rounded_to(getattr(config.model, "param_dtype", "float32")),
         start.published.without_dropout,
+        start.published.generation.notes("It is kept beside the checkpoints as it is."),
         other_tokenizer(config.data, start.published.folder),
     )
     warnings = tuple(sentence for sentence in said if sentence)

@@ -18,6 +18,7 @@ from meshpipe.weights.architectures import Table, dropouts, read_config, table_o
 from meshpipe.weights.entry import Entry
 from meshpipe.weights.errors import WeightsError, listed
 from meshpipe.weights.fields import Fields
+from meshpipe.weights.generation_settings import GENERATION_CONFIG, GenerationSettings
 from meshpipe.weights.multimodal import is_other, text_fields, text_name
 from meshpipe.weights.peft_adapters import PeftAdapters, base_of_adapters, is_adapters
 from meshpipe.weights.quantised import WAY_OUT, are_quantised
@@ -29,7 +30,7 @@ HERE = "Name a folder that is here; nothing is downloaded."
 CONFIG, HEAD = "config.json", "lm_head.weight"
 COMPANIONS = (
     CONFIG,
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -128,6 +129,11 @@ class WeightsFolder:
         """What training leaves out of what config.json says, as a sentence; empty where there is nothing."""
         rates = ", ".join(f"{name} {rate:g}" for name, rate in dropouts(self.fields).items())
         return f"Training is without the dropout of its config.json ({rates})." if rates else ""
+
+    @cached_property
+    def generation(self) -> GenerationSettings:
+        """What the folder says of generating."""
+        return GenerationSettings.of(self.folder, self.model)
 
     @property
     def unused(self) -> Sequence[str]:

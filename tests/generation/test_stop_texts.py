@@ -14,7 +14,9 @@ def streamed(text: str, stops: tuple[str, ...]) -> tuple[list[str], int]:
     """What is written of a text that comes byte by byte until it has ended, and the bytes that came."""
     found: list[str] = []
     ends = StopTexts(TOKENIZER, stops)
-    written = WrittenTexts([Prompt("> ")], TOKENIZER, ends, as_json=False, write=found.append)
+    written = WrittenTexts(
+        [Prompt("> ")], lambda number, tokens: TOKENIZER.decode(tokens), ends, as_json=False, write=found.append
+    )
     tokens: list[int] = []
     for token in TOKENIZER.encode(text):
         tokens.append(token)
