@@ -6,6 +6,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,6 +22,7 @@ if PROGRAMS is not None:
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 # Not by an environment variable: commands that tests start have to take their own devices.
@@ -37,6 +39,11 @@ install_import_hook(
     "beartype.beartype",
 )
 
+from meshpipe.report import phases
+
+# Commands say which phases take long, as any may on a busy machine; tests of what they say set the limit themselves.
+phases.QUIET_SECONDS = float("inf")
+
 STARTED = time.monotonic()
 
 # Processes that tests start must hear signals, even where the tests were started by nohup or in the background of a
@@ -47,6 +54,25 @@ if threading.current_thread() is threading.main_thread():
             signal.signal(number, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_jax_stay() -> Iterator[None]:
+    """What a test changes for good would change those that come after it."""
+    before = dict(jax.config.values)
+    yield
+    assert jax.config.values == before
+
+
+@pytest.fixture
+def without_the_cache_of_jax(_settings_of_jax_stay: None) -> Iterator[None]:
+    """Every program is compiled. JAX may have one from another test, and those that it loads cannot be copied."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

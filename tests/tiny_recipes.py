@@ -1,8 +1,10 @@
 """Recipes of a model that compiles within seconds, to try the commands on; a user's own model, data and layouts."""
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -58,6 +60,10 @@ class LongNameConfig(DenseConfig):
         return [lambda rngs: LongName(self.width, rngs=rngs)] * self.depth
 
 
+READ = itertools.count(1)
+"""Points that were read in this process."""
+
+
 @dataclass(frozen=True)
 class Points:
     """Points whose class is their largest coordinate; one of them can be poisoned."""
@@ -66,6 +72,8 @@ class Points:
     width: int
     poisoned: int | None = None
     seconds: float = 0.0
+    gate: str | None = None
+    open_for: int = 0
 
     def __len__(self) -> int:
         return self.count
@@ -73,6 +81,9 @@ class Points:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         if index > 0:  # the first is read to see its shape
             time.sleep(self.seconds)
+        if self.gate and next(READ) > self.open_for:
+            while not Path(self.gate).exists():
+                time.sleep(0.01)
         point = np.random.default_rng(index).normal(size=self.width).astype(np.float32)
         label = np.argmax(point).astype(np.int32)
         return {"inputs": point * np.float32(np.nan) if index == self.poisoned else point, "labels": label}
@@ -88,9 +99,13 @@ class PointsConfig(DataConfig):
     """A point that is not a number."""
     seconds: float = 0.0
     """Time that it takes to read a point to learn from."""
+    gate: str | None = None
+    """A file that has to be there before more than `open_for` points to learn from are read."""
+    open_for: int = 100
+    """Points that can be read without that file."""
 
     def train_source(self) -> Points:
-        return Points(self.count, self.width, self.poisoned, self.seconds)
+        return Points(self.count, self.width, self.poisoned, self.seconds, self.gate, self.open_for)
 
     def eval_source(self) -> Points:
         return Points(64, self.width)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from saved_trees import assert_same, on, shapes, trees
+from waiting import LONG, wait_until
 
 from meshpipe.checkpoint import (
     CheckpointConfig,
@@ -31,13 +32,6 @@ from meshpipe.checkpoint import (
     verify_checkpoint,
 )
 from meshpipe.mesh import make_mesh, submeshes
-
-
-def wait(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +137,7 @@ def test_a_save_that_fails_is_told_and_leaves_the_others_alone(tmp_path, surface
     checkpointer.wait()
     with file_size_limit(1 << 16):
         checkpointer.save(2, large, {})
-        wait(lambda: checkpointer._writing[1].done())
+        wait_until(lambda: checkpointer._writing[1].done())
     with pytest.raises(CheckpointWriteError, match=r"Step 2 could not be written to .*The newest step there is 1\."):
         checkpointer.save(3, large, {}) if surfaces_in == "save" else getattr(checkpointer, surfaces_in)()
     assert sorted(os.listdir(tmp_path)) == ["1", "writer.lock"][: 1 if surfaces_in == "close" else 2]
@@ -306,7 +300,7 @@ train()
 
 def test_a_program_that_ends_without_close_is_told_so_and_nothing_else_is_printed(tmp_path):
     process = start(SAVE_AND_LEAVE, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=LONG)[0]
     steps = list_checkpoints(tmp_path)
     if steps == [1, 2]:  # it was quick enough
         assert output == ""
@@ -342,7 +336,7 @@ def test_a_kill_during_a_save_leaves_whole_steps_only(tmp_path, seconds):
         time.sleep(seconds)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
+        process.wait(LONG)
         process.stdout.close()
         log.close()
     checkpointer = Checkpointer(tmp_path / "run")

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from waiting import LONG
 
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.cli import main
@@ -40,11 +41,11 @@ def test_looking_at_checkpoints_imports_nothing_that_takes_seconds(command: str,
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:  # as in a `run_dir`
         checkpointer.save(7, [{"params": leaves}], {"layout": {"pipeline": 1}})
     arguments = [sys.executable, "-X", "importtime", "-m", "meshpipe", "checkpoint", command, str(tmp_path)]
-    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=LONG)
     assert ended.returncode == 0, ended.stderr
     assert "7" in ended.stdout
     with_both = [*arguments[:-1], str(tmp_path / "checkpoints" / "7")]
-    refused = subprocess.run(with_both, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(with_both, capture_output=True, text=True, timeout=LONG)
     assert (refused.returncode, "a step of it. Pass" in refused.stderr) == (2, True)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
     assert "meshpipe" in imported

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import LONG
 
 from meshpipe.cli import main
 
@@ -63,7 +64,7 @@ def test_what_is_prepared_is_shown_and_verified(
 def test_preparing_imports_nothing_that_takes_seconds(tokenizer: Path, chats: Path, tmp_path: Path) -> None:
     flags = ["--tokenizer", tokenizer, "--to", tmp_path / "to", "--sequence-length", 32, "--held-out", 0]
     command = [sys.executable, "-X", "importtime", "-m", "meshpipe", "data", "prepare", chats, *flags]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LONG)
     assert ended.returncode == 0, ended.stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
     assert {"meshpipe", "tokenizers"} <= imported
@@ -74,7 +75,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(tokenizer: Path, ch
     flags = ["--tokenizer", tokenizer, "--to", tmp_path / "to", "--sequence-length", 32, "--held-out", 0]
     command = shlex.join(map(str, [sys.executable, "-m", "meshpipe", "data", "prepare", chats, *flags]))
     limited = f"ulimit -f 16; exec {command}"  # largest file: 16 blocks of 1 KiB
-    ended = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=LONG)
     assert ended.returncode == 2, ended.stderr
     assert "--to must be a folder with room for the data" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
-TIMEOUT = 120
+TIMEOUT = LONG
 """Time-out of a process in seconds; CI machines can be slow."""
 
 
@@ -125,9 +126,8 @@ def stopped(workplace: Workplace) -> Result:
 
 def test_the_output_of_a_run(whole: Result) -> None:
     # On a slow machine, phases say that they take over two seconds.
-    lines = [
-        line for line in whole.out.splitlines() if not re.match(r"[A-Z][a-z]+ing .*( \.\.\.| took [\d.]+ s)", line)
-    ]
+    phase = re.compile(r"[A-Z][a-z]+ing.*( \.\.\.| took [\d.]+ s\.|, \d+ s)")
+    lines = [line for line in whole.out.splitlines() if not phase.fullmatch(line)]
     assert whole.error == "", whole  # libraries keep quiet
     assert lines[0] == "No accelerator: running on 2 virtual CPU devices."
     assert "pipeline 2 x data 1 x tensor 1 = 2 cpu devices" in lines[1]
@@ -232,17 +232,16 @@ def test_sigint_gives_130_without_a_folder_to_save_in(workplace: Workplace) -> N
 
 
 def test_a_second_sigint_ends_at_once(workplace: Workplace) -> None:
-    process = workplace.start("train", TINY, "--data.seconds", "0.3", "--metrics", "waiting.jsonl")
+    process = workplace.start("train", TINY, "--data.gate", "never", "--metrics", "waiting.jsonl", "--steps", "1000000")
     workplace.wait_until(process, workplace.has_steps("waiting.jsonl", 1))
-    time.sleep(0.5)  # until it asks for its next batch, which takes 2 s
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("SIGINT: stopping after the step in progress.")
     assert process.poll() is None  # it waits for its data, and would end after this step
     process.send_signal(signal.SIGINT)
-    started = time.monotonic()
     result = workplace.finish(process)
     assert result.code == 130, result
-    assert time.monotonic() - started < 5
+    assert workplace.events("waiting.jsonl")[-1]["event"] == "step"
 
 
 def test_a_non_finite_run_fails_and_names_the_place(workplace: Workplace) -> None:

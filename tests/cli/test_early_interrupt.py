@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from waiting import LONG
+
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTING = """
 import importlib.abc, os, signal, sys
@@ -23,7 +25,7 @@ def interrupted(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
     (folder / "sitecustomize.py").write_text(INTERRUPTING)
     path = os.pathsep.join(map(str, (folder, ROOT)))
     environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=LONG)
 
 
 def test_ctrl_c_while_commands_are_imported_ends_without_a_traceback(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import LONG
 
 from meshpipe.checkpoint import list_checkpoints
 from meshpipe.cli import main
@@ -14,12 +15,11 @@ from meshpipe.cli.output import lasting_output
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
-TIMEOUT = 120
 
 
 def train(folder: Path, stdout: int, lose: Callable[[], None]) -> tuple[int, str]:
     """The exit code and standard error of a run of 40 steps that loses its output after the first."""
-    flags = "--steps 40 --metrics m.jsonl --checkpoint-dir ck --eval-batches 0 --data.seconds 0.005"
+    flags = "--steps 40 --metrics m.jsonl --checkpoint-dir ck --eval-batches 0 --data.gate lost"
     process = subprocess.Popen(
         [sys.executable, "-m", "meshpipe", "train", TINY, *flags.split()],
         cwd=folder,
@@ -31,11 +31,12 @@ def train(folder: Path, stdout: int, lose: Callable[[], None]) -> tuple[int, str
     )
     os.close(stdout)
     lose()
+    (folder / "lost").touch()
     try:
-        _, error = process.communicate(timeout=TIMEOUT)
+        _, error = process.communicate(timeout=LONG)
     except subprocess.TimeoutExpired:
         process.kill()
-        pytest.fail(f"did not end within {TIMEOUT} s\n{process.communicate()[1]}")
+        pytest.fail(f"did not end within {LONG} s\n{process.communicate()[1]}")
     return process.returncode, error
 
 

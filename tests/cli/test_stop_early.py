@@ -1,5 +1,6 @@
-"""Signals at random moments of the start-up of a real run: it ends within two seconds, and leaves nothing behind."""
+"""Signals at random moments of the start-up of a real run: it ends at once, and leaves nothing behind."""
 
+import contextlib
 import os
 import pty
 import random
@@ -10,16 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import LONG, has_signal, processor_seconds, processor_seconds_of_ended, wait_until
+
+from meshpipe.report.live_line import ERASE
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
 SAVED = ("--run-dir", "runs/mine", "--checkpoint-every", "1", "--steps", "1000000")
-SLOW = ("train", f"{ROOT / 'recipes' / 'language_model.py'}:pipeline", *SAVED)
-"""It compiles for five seconds at least."""
+LONG_COMPILE = ("train", TINY, *SAVED, "--model.depth", "48", "--data.gate", "never", "--data.open-for", "8")
+"""It compiles for seconds; and its first batch never comes, so that no step begins."""
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 SECONDS = 2.0
-BUSY = 1.0
-"""What a machine may take longer that has other work to do."""
+"""Of each core, from the signal to the end. A timer sees to it that it takes no longer; on a busy machine, time that
+the process does not get would count as well."""
 
 
 def environment(**others: str) -> dict[str, str]:
@@ -36,26 +40,27 @@ def start(folder: Path, *arguments: str, output: int = subprocess.PIPE) -> "subp
 
 def wait_until_it_listens(process: "subprocess.Popen[bytes]") -> None:
     """From here on, but for the first tenth of a second of Python itself, `meshpipe` has the signals."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        (caught,) = (x for x in Path(f"/proc/{process.pid}/status").read_text().splitlines() if x.startswith("SigCgt"))
-        if int(caught.split()[1], 16) >> (signal.SIGHUP - 1) & 1:
-            return
-        time.sleep(0.01)
-    pytest.fail("it never listened to signals")
+    wait_until(lambda: process.poll() is not None or has_signal(process.pid, signal.SIGHUP, "SigCgt"))
+    assert process.poll() is None, "it never listened to signals"
 
 
-def end(process: "subprocess.Popen[bytes]", number: signal.Signals) -> tuple[float, str, str]:
-    """Sends the signal, and returns the seconds until the end, and what was printed."""
+def wait_until_it_imports_jax(process: "subprocess.Popen[bytes]") -> None:
+    wait_until(lambda: process.poll() is not None or "jaxlib" in Path(f"/proc/{process.pid}/maps").read_text())
+    assert process.poll() is None, "it ended before it imported JAX"
+
+
+def end(process: "subprocess.Popen[bytes]", number: signal.Signals) -> tuple[str, str]:
+    """Sends the signal, and returns what was printed; fails if the process still computes."""
+    before = processor_seconds_of_ended() + processor_seconds(process.pid)
     process.send_signal(number)
-    started = time.monotonic()
     try:
-        process.wait(30)
+        process.wait(LONG)
     finally:
         process.kill()
-    seconds = time.monotonic() - started
+    seconds = processor_seconds_of_ended() - before
     out, error = process.communicate()
-    return seconds, (out or b"").decode(), (error or b"").decode()
+    assert seconds < SECONDS * len(os.sched_getaffinity(0)), (seconds, out, error)
+    return (out or b"").decode(), (error or b"").decode()
 
 
 pytestmark = pytest.mark.skipif(
@@ -64,17 +69,16 @@ pytestmark = pytest.mark.skipif(
 
 
 def check_ended(tmp_path: Path, process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
-    seconds, out, error = end(process, number)
-    report = f"{seconds:.2f} s, exit code {process.returncode}\n--- standard output\n{out}\n--- standard error\n{error}"
+    out, error = end(process, number)
+    report = f"exit code {process.returncode}\n--- standard output\n{out}\n--- standard error\n{error}"
     assert process.returncode == STATUS[number], report
-    assert seconds < SECONDS + BUSY, report
     assert error.splitlines()[-1] == f"{number.name}: stopped before the first step; nothing was saved.", report
     assert "Traceback" not in error, report
     assert not list(tmp_path.iterdir()), report
 
 
 def test_a_signal_while_it_imports(tmp_path: Path) -> None:
-    process = start(tmp_path, *SLOW)
+    process = start(tmp_path, *LONG_COMPILE)
     wait_until_it_listens(process)
     check_ended(tmp_path, process, signal.SIGINT)
 
@@ -84,7 +88,7 @@ def test_a_signal_while_it_imports(tmp_path: Path) -> None:
 def test_a_signal_at_a_random_moment(seed: int, tmp_path: Path) -> None:
     """While it imports, examines its layers, traces, compiles or initialises."""
     moment = random.Random(seed)
-    process = start(tmp_path, *SLOW)
+    process = start(tmp_path, *LONG_COMPILE)
     wait_until_it_listens(process)
     time.sleep(moment.uniform(0, 6))
     check_ended(tmp_path, process, moment.choice(list(STATUS)))
@@ -92,7 +96,7 @@ def test_a_signal_at_a_random_moment(seed: int, tmp_path: Path) -> None:
 
 def test_a_signal_while_it_reads_its_data(tmp_path: Path) -> None:
     """Its first batch never comes; the steps have not begun, but a stop waits for one: a second one does not."""
-    process = start(tmp_path, "train", TINY, *SAVED, "--data.seconds", "1000")
+    process = start(tmp_path, "train", TINY, *SAVED, "--data.gate", "never", "--data.open-for", "8")
     assert process.stdout is not None
     while b"Compiled and initialised in" not in process.stdout.readline():
         assert process.poll() is None
@@ -102,28 +106,23 @@ def test_a_signal_while_it_reads_its_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["plan", "verify"])
 def test_other_commands_end_as_fast(command: str, tmp_path: Path) -> None:
     process = start(tmp_path, command, TINY, "--model.depth", "48")
-    wait_until_it_listens(process)
-    time.sleep(random.Random(command).uniform(0, 3))
-    seconds, out, error = end(process, signal.SIGINT)
+    wait_until_it_imports_jax(process)
+    out, error = end(process, signal.SIGINT)
     assert (process.returncode, error.splitlines()[-1:]) == (130, ["SIGINT: stopped."]), (out, error)
-    assert seconds < SECONDS + BUSY
 
 
 def test_ctrl_c_on_a_terminal_leaves_it_in_order(tmp_path: Path) -> None:
     main, terminal = pty.openpty()
-    process = start(tmp_path, *SLOW, output=terminal)
+    process = start(tmp_path, *LONG_COMPILE, output=terminal)
     os.close(terminal)
-    wait_until_it_listens(process)
-    time.sleep(3)
+    screen = b""
+    while ERASE.encode() not in screen:  # the live line is there
+        screen += os.read(main, 4096)
     process.send_signal(signal.SIGINT)
-    started, screen = time.monotonic(), b""
-    while time.monotonic() < started + 30:
-        try:
-            screen += os.read(main, 4096)
-        except OSError:  # its other end is closed
-            break
-    assert process.wait(10) == 130, screen
-    assert time.monotonic() - started < SECONDS + BUSY, screen
+    with contextlib.suppress(OSError):  # until its other end is closed
+        while part := os.read(main, 4096):
+            screen += part
+    assert process.wait(LONG) == 130, screen
     assert b"SIGINT: stopped before the first step; nothing was saved." in screen
     assert not list(tmp_path.iterdir())
     assert screen.rfind(b"\x1b[?25h") >= screen.rfind(b"\x1b[?25l"), "the cursor stays hidden"

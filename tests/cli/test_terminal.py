@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pyte
 import pytest
+from waiting import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = f"{ROOT / 'tests' / 'tiny_recipes.py'}:single"
-TIMEOUT = 120.0
 
 
 def screen_after(arguments: list[str], columns: int, folder: Path) -> list[str]:
@@ -30,7 +30,7 @@ def screen_after(arguments: list[str], columns: int, folder: Path) -> list[str]:
     os.close(theirs)
     screen = pyte.Screen(columns, 400)
     stream = pyte.ByteStream(screen)
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + LONG
     try:
         while time.monotonic() < deadline:
             if not select.select([ours], [], [], 0.2)[0]:
@@ -43,7 +43,7 @@ def screen_after(arguments: list[str], columns: int, folder: Path) -> list[str]:
                 break
             stream.feed(content)
         lines = [line.rstrip() for line in screen.display if line.strip()]
-        assert process.wait(timeout=10) == 0, "\n".join(lines)
+        assert process.wait(LONG) == 0, "\n".join(lines)
     finally:
         process.kill()
         os.close(ours)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 import meshpipe.compiler.compiler
@@ -17,14 +16,7 @@ from meshpipe.mesh import make_mesh, submeshes
 MESHES = submeshes(make_mesh(4, 2))
 
 
-@pytest.fixture(autouse=True)
-def without_the_cache_of_jax():
-    before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("without_the_cache_of_jax")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from waiting import LONG
 
 from meshpipe.data import (
     BatchIterator,
@@ -287,5 +288,5 @@ def test_threads_that_read_ahead_end_when_their_reader_is_closed() -> None:
     iterator.close()
     iterator.close()  # nothing is left to do
     for thread in started:
-        thread.join(timeout=10)
+        thread.join(LONG)
     assert not any(thread.is_alive() for thread in started)

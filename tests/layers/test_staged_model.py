@@ -84,6 +84,7 @@ def traces(stages: list[TracedStage]) -> list[int]:
     return [(stage.original or stage).spec.index for stage in stages]
 
 
+@pytest.mark.usefixtures("without_the_cache_of_jax")
 def test_equal_stages_train_to_the_same_bits_as_stages_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     traced, leaves = train(Drop, "zb-h1", data=2)
     assert traced == [0, 1, 1, 3]

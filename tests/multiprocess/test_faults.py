@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +19,9 @@ RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
 FOR_EVER = ("--steps", "1000000")
 
 
-def launch(
-    folder: Path, act: Callable[[int], object], to: int, *flags: str, restarts: int = 0
-) -> tuple[int, str, float]:
-    """Starts a run of two processes and does something to one of them, given its id; the exit code of the launcher, its
-    output, and the seconds to the end.
+def launch(folder: Path, act: Callable[[int], object], to: int, *flags: str, restarts: int = 0) -> tuple[int, str]:
+    """Starts a run of two processes and does something to one of them, given its id; the exit code of the launcher and
+    its output.
     """
     command = [sys.executable, "-m", "meshpipe", "launch", "--processes", "2", "--max-restarts", str(restarts), "--"]
     command += ["train", RECIPE, "--eval-batches", "0", *flags]
@@ -34,20 +31,19 @@ def launch(
     timer = threading.Timer(TIMEOUT, run.kill)
     timer.start()
     lines: list[str] = []
-    acted_at, process = 0.0, 0
+    process = 0
     assert run.stdout is not None
     for line in run.stdout:
         lines.append(line)
-        if "step 100/" in line and not acted_at:
+        if "step 100/" in line and not process:
             process = process_id(run.pid, to)
             act(process)
-            acted_at = time.monotonic()
         if "waiting for the others to end" in line and not restarts and is_stopped(process):
             os.kill(process, signal.SIGKILL)  # or else the launcher would do so, a while later
     code = run.wait()
     timer.cancel()
-    assert acted_at, "".join(lines)
-    return code, "".join(lines), time.monotonic() - acted_at
+    assert process, "".join(lines)
+    return code, "".join(lines)
 
 
 def send(number: signal.Signals) -> Callable[[int], object]:
@@ -85,7 +81,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="fi
 
 @needs_proc
 def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
-    code, output, _ = launch(tmp_path, send(signal.SIGTERM), 1, *FOR_EVER)
+    code, output = launch(tmp_path, send(signal.SIGTERM), 1, *FOR_EVER)
     assert code == 143, output
     assert "[0] Stopped after step " in output
 
@@ -140,18 +136,17 @@ GOOD = "The newest checkpoint is step "
 def test_all_end_when_one_is_gone(
     sent: signal.Signals, to: int, flags: tuple[str, ...], code: int, messages: list[str], tmp_path: Path
 ) -> None:
-    found, output, seconds = launch(tmp_path, send(sent), to, *FOR_EVER, *flags)
+    found, output = launch(tmp_path, send(sent), to, *FOR_EVER, *flags)
     assert found == code, output
     assert all(message in output for message in messages), output
-    assert "by SIGKILL" not in output
-    assert seconds < 30, output
+    assert "by SIGKILL" not in output, output  # as the launcher says after 20 s
 
 
 @needs_proc
 @pytest.mark.slow
 def test_a_restarted_run_reproduces_the_losses(tmp_path: Path) -> None:
     flags = ("--steps", "300", "--metrics", "metrics.jsonl")
-    code, output, _ = launch(tmp_path, send(signal.SIGKILL), 0, *flags, *SAVED, restarts=1)
+    code, output = launch(tmp_path, send(signal.SIGKILL), 0, *flags, *SAVED, restarts=1)
     assert code == 0, output
     assert "Restarting the run (1 of 1)." in output
     assert "[0] Completed after step 300 of 300" in output
@@ -174,7 +169,7 @@ def read_losses(metrics: Path) -> list[tuple[int, float]]:
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits the files of another process")
 def test_a_full_disk_of_one_process_ends_all_and_leaves_the_checkpoints_before(tmp_path: Path) -> None:
     wide = ("--model.width", "128", "--data.width", "128")
-    code, output, seconds = launch(tmp_path, fill_disk, 1, *FOR_EVER, *SAVED, *wide)
+    code, output = launch(tmp_path, fill_disk, 1, *FOR_EVER, *SAVED, *wide)
     assert code == 1, output
     steps = list_checkpoints(tmp_path / "run")
     assert len(steps) == 3
@@ -183,4 +178,4 @@ def test_a_full_disk_of_one_process_ends_all_and_leaves_the_checkpoints_before(t
         assert f"[{process}] The newest checkpoint is step {steps[-1]} of run." in output
     assert "could not be written" in output
     assert "process 1: [Errno 27] File too large" in output
-    assert seconds < 30
+    assert "by SIGKILL" not in output, output

@@ -5,17 +5,15 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from processes import ROOT, TIMEOUT, environment
+from waiting import wait_until
 
 from meshpipe.checkpoint import list_checkpoints, verify_checkpoint
 
 RECIPE = f"{ROOT / 'tests' / 'tiny_recipes.py'}:pipeline"
-SECONDS = 30
-"""Time for all to end after the launcher: at most a step, its save, and Python's shutdown."""
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -56,12 +54,9 @@ def test_a_run_saves_and_ends_with_its_launcher(number: signal.Signals, code: in
                 break
     assert len(processes_of(tmp_path)) == 2, "".join(lines)
     launcher.send_signal(number)
-    assert launcher.wait(SECONDS) == code
+    assert launcher.wait(TIMEOUT) == code
     timer.cancel()
-    deadline = time.monotonic() + SECONDS
-    while left := processes_of(tmp_path):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+    wait_until(lambda: not processes_of(tmp_path), lambda: processes_of(tmp_path))
     (step,) = list_checkpoints(tmp_path / "run")
     assert step >= 100
     assert not verify_checkpoint(tmp_path / "run", step)

@@ -47,7 +47,7 @@ def train_until_one_is_killed(folder: Path, command: list[str]) -> str:
             assert time.monotonic() < deadline, (folder / "killed-0.log").read_text()
             time.sleep(0.005)
         processes[1].send_signal(signal.SIGKILL)
-        assert processes[0].wait(60) != 0
+        assert processes[0].wait(TIMEOUT) != 0
     finally:
         for process in processes:
             process.kill()

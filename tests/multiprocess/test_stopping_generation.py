@@ -48,7 +48,7 @@ def test_texts_that_have_ended_are_written(
             assert time.monotonic() < deadline, (tmp_path / "err").read_text()
             time.sleep(0.05)
         process.send_signal(number)
-        code = process.wait(30)
+        code = process.wait(TIMEOUT)
     finally:
         process.kill()
     text, said = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from waiting import LONG
 
 import meshpipe
 from meshpipe.observe.clock import MAX_WAITING, StepClock
@@ -57,9 +58,9 @@ def test_silence_fails_the_run_and_steps_keep_it_alive() -> None:
 
     with Watchdog(make_plan("1f1b", 2, 2), 0.3, fail) as watchdog:
         assert not failed.wait(0.8), "the first step has no limit"
-        watchdog.end_step()
         observed(watchdog, 3)
-        assert failed.wait(10)
+        watchdog.end_step()
+        assert failed.wait(LONG)
     assert messages[0].startswith("no step has ended for 0.3 s: rank 0 waits in 0B0")
 
 

@@ -234,6 +234,7 @@ def test_stages_before_the_first_that_is_trained_have_no_backward(schedule: str)
         np.testing.assert_allclose(gradient, of_plain[path], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.usefixtures("without_the_cache_of_jax")
 def test_stages_of_one_kind_share_a_trace_whatever_they_read() -> None:
     """Decoder layers that read the same memory; only the first is called with a field, only the last has a loss."""
     layers = [named("memory", Encode), reading("targets", Decode), Decode, Decode, Decode]

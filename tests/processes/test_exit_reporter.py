@@ -4,19 +4,19 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from waiting import LONG
 
 from meshpipe.checkpoint import Checkpointer
 from meshpipe.processes import exit_reporter
 from meshpipe.processes.exit_reporter import saved_sentence
-from meshpipe.processes.launch import free_port
 
 PARENT = """
-import importlib.util, os, signal, sys, time
+import importlib.util, os, signal, sys
 spec = importlib.util.spec_from_file_location("exit_reporter", sys.argv[4])  # without JAX
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -25,7 +25,6 @@ with module.ExitReporter(int(sys.argv[1]), sys.argv[2], "run") as reporter:
         reporter.cancel()
     if sys.argv[3] == "stopped":
         reporter.heartbeat()
-        time.sleep(1.5)  # as if it did not run
     if sys.argv[3] != "well":
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -39,21 +38,30 @@ def save(folder: Path, *steps: int) -> None:
 
 def reported(folder: Path, process: int, coordinator: str, how: str) -> str:
     """The standard error of the process; its child keeps it open until it has ended too."""
-    # The child runs this file, so the shorter time must be written into a copy of it.
+    # The child runs this file, so its clock must be written into a copy of it: whenever it looks at it, so many seconds
+    # have passed.
+    seconds = 7.0 if how == "stopped" else 0.0
+    clock = f"import itertools\nimport time\n\nclock = itertools.count(0.0, {seconds})\n"
+    source = Path(exit_reporter.__file__).read_text()
     program = folder / "exit_reporter.py"
-    program.write_text(
-        Path(exit_reporter.__file__).read_text().replace("STOPPED_SECONDS = 5.0", "STOPPED_SECONDS = 1.0")
-    )
+    program.write_text(source.replace("import time\n", clock).replace("time.monotonic()", "next(clock)"))
     command = [sys.executable, "-c", PARENT, str(process), coordinator, how, str(program)]
-    return subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, timeout=60).stderr
+    return subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, timeout=LONG).stderr
 
 
-def test_a_killed_process_is_named_with_the_newest_checkpoint(tmp_path: Path) -> None:
+@pytest.fixture
+def gone() -> Iterator[str]:
+    """An address at which nobody listens, and nobody else can."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_a_killed_process_is_named_with_the_newest_checkpoint(gone: str, tmp_path: Path) -> None:
     for name in ("15.partial", "20.superseded", "25"):
         (tmp_path / "run" / name).mkdir(parents=True)
     save(tmp_path / "run", 5, 10)
     saved = "The newest checkpoint is step 10 of run.\n"
-    gone = f"127.0.0.1:{free_port()}"
     assert (
         reported(tmp_path, 0, gone, "killed") == f"meshpipe: process 0 is gone: it was killed, or it crashed.\n{saved}"
     )
@@ -64,15 +72,15 @@ def test_a_killed_process_is_named_with_the_newest_checkpoint(tmp_path: Path) ->
         assert reported(tmp_path, 1, there, "killed").startswith("meshpipe: process 1 is gone: it was killed")
 
 
-def test_a_process_that_was_stopped_does_not_blame_process_0(tmp_path: Path) -> None:
-    found = reported(tmp_path, 1, f"127.0.0.1:{free_port()}", "stopped")
+def test_a_process_that_was_stopped_does_not_blame_process_0(gone: str, tmp_path: Path) -> None:
+    found = reported(tmp_path, 1, gone, "stopped")
     assert "meshpipe: process 1 stops because it did not run for " in found
     assert "process 0" not in found
 
 
 @pytest.mark.parametrize("how", ["cancelled", "well"])
-def test_a_cancelled_reporter_prints_nothing(how: str, tmp_path: Path) -> None:
-    assert reported(tmp_path, 1, f"127.0.0.1:{free_port()}", how) == ""
+def test_a_cancelled_reporter_prints_nothing(how: str, gone: str, tmp_path: Path) -> None:
+    assert reported(tmp_path, 1, gone, how) == ""
 
 
 def test_the_newest_checkpoint_is_the_one_a_run_would_resume_from(tmp_path: Path) -> None:

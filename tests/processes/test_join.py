@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from waiting import LONG
 
 from meshpipe.processes import join as join_module
 from meshpipe.processes import stop_together as stop_module
 from meshpipe.processes.config import DistributedConfig
 from meshpipe.processes.join import join
-from meshpipe.processes.launch import free_port
 from meshpipe.processes.stop import StopRequest
 from meshpipe.processes.stop_together import StopTogether
 
@@ -93,14 +93,17 @@ def test_several_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_process_reports_that_the_others_did_not_join() -> None:
-    script = f"""
+    """By a clock on which a second has passed whenever it is looked at: twice before each message."""
+    script = """
+import itertools, types
 from meshpipe.processes import join
 from meshpipe.processes.config import DistributedConfig
-join.JOIN_SECONDS, join.REMINDER_SECONDS = 1.5, 0.6
-place = dict(coordinator="127.0.0.1:{free_port()}", process_id=0, process_count=2)
-join.join(DistributedConfig(**place))
+from meshpipe.processes.launch import free_port
+join.JOIN_SECONDS, join.REMINDER_SECONDS = 6.0, 0.01
+join.time = types.SimpleNamespace(monotonic=itertools.count(0.0).__next__)
+join.join(DistributedConfig(coordinator=f"127.0.0.1:{free_port()}", process_id=0, process_count=2))
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LONG)
     assert ended.returncode == 1, ended
     assert ended.stderr.count("process 0 is waiting for 1 of 2 processes to join at 127.0.0.1:") == 2, ended
     assert "process 0 stops because not all 2 processes of the run joined at 127.0.0.1:" in ended.stderr

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import LONG
 
 from meshpipe.processes import launch as launch_module
 from meshpipe.processes.launch import Launch, free_port, gpus_of
@@ -81,8 +82,8 @@ def test_an_address_of_another_machine_is_refused() -> None:
 
 def test_the_first_failure_ends_all_and_is_the_result() -> None:
     begin = time.monotonic()
-    assert launch(["time.sleep(60)", "sys.exit(3)", "time.sleep(60)"], seconds_to_end=0.3) == 3
-    assert time.monotonic() - begin < 20
+    assert launch(["time.sleep(1000)", "sys.exit(3)", "time.sleep(1000)"], seconds_to_end=0.3) == 3
+    assert time.monotonic() - begin < LONG
 
 
 def test_a_killed_process_has_the_exit_code_of_a_shell() -> None:
@@ -90,9 +91,11 @@ def test_a_killed_process_has_the_exit_code_of_a_shell() -> None:
 
 
 def test_others_may_end_by_themselves_after_a_failure(tmp_path: Path) -> None:
-    file = tmp_path / "done"
-    assert launch([f"time.sleep(1); open({str(file)!r}, 'w')", "sys.exit(1)"]) == 1
-    assert file.exists()
+    there, done = (str(tmp_path / name) for name in ("there", "done"))
+    fails = f"while not os.path.exists({there!r}): time.sleep(0.01)\nsys.exit(1)"
+    ends = f"open({there!r}, 'w'); time.sleep(1); open({done!r}, 'w')"
+    assert launch([ends, fails], seconds_to_end=LONG) == 1
+    assert os.path.exists(done)
 
 
 def test_a_failed_run_is_restarted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +137,7 @@ sys.exit(Launch(2, lambda n, restart: [sys.executable, {str(tmp_path / "child.py
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], env=environment)
-    timer = threading.Timer(60, parent.kill)
+    timer = threading.Timer(LONG, parent.kill)
     timer.start()
     while not all((tmp_path / str(n)).exists() for n in range(2)) and parent.poll() is None:
         time.sleep(0.01)

@@ -1,14 +1,15 @@
 """Processes end with their launcher, however it ends."""
 
+import contextlib
 import os
 import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import LONG, has_signal, wait_for, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = f"""
@@ -42,13 +43,6 @@ with lasting_output(say=True):
 """
 
 
-def wait_for(*files: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not all(file.exists() for file in files):
-        assert time.monotonic() < deadline, files
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "child.py").write_text(QUICK + CHILD)
@@ -72,7 +66,7 @@ def test_a_signal_to_the_launcher_makes_all_save_and_end(number: signal.Signals,
     os.close(writer)
     os.close(reader)  # nobody reads, as after a terminal was closed
     parent.send_signal(number)
-    assert parent.wait(20) == code
+    assert parent.wait(LONG) == code
     wait_for(*(folder / f"saved-{n}" for n in range(2)))
 
 
@@ -84,16 +78,16 @@ def test_a_closed_terminal_makes_all_save_and_end(folder: Path) -> None:
         [sys.executable, "-c", script], cwd=folder, stdin=own, stdout=own, stderr=own, pass_fds=(own,)
     )
     os.close(own)
-    deadline = time.monotonic() + 30
     os.set_blocking(terminal, False)
-    while not all((folder / f"started-{n}").exists() for n in range(2)):
-        assert time.monotonic() < deadline
-        try:
+
+    def have_started() -> bool:
+        with contextlib.suppress(BlockingIOError):  # what they print has to be read
             os.read(terminal, 10000)
-        except BlockingIOError:
-            time.sleep(0.02)
+        return all((folder / f"started-{n}").exists() for n in range(2))
+
+    wait_until(have_started)
     os.close(terminal)
-    assert parent.wait(20) == 129
+    assert parent.wait(LONG) == 129
     wait_for(*(folder / f"saved-{n}" for n in range(2)))
 
 
@@ -104,8 +98,8 @@ def test_an_ignored_hangup_stays_ignored(folder: Path) -> None:
         parent = start(folder, subprocess.DEVNULL)
     finally:
         signal.signal(signal.SIGHUP, before)
+    assert has_signal(parent.pid, signal.SIGHUP, "SigIgn")
     parent.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
     assert parent.poll() is None
     parent.terminate()
-    assert parent.wait(20) == 143
+    assert parent.wait(LONG) == 143

@@ -7,10 +7,13 @@ import os
 import pty
 import re
 import sys
+import threading
 import time
 
 import pytest
+from waiting import wait_until
 
+from meshpipe import phases
 from meshpipe.cli.output import lasting_output
 from meshpipe.phases import phase
 from meshpipe.report import phases as shown
@@ -19,53 +22,79 @@ from meshpipe.report.phases import showing_phases
 from meshpipe.report.tables import make_console
 
 
+class Clock:
+    """Stands still but for the seconds that a test lets pass while a phase lasts."""
+
+    def __init__(self) -> None:
+        self._now = 1.0
+        self._looks = 0
+        self.sleep = time.sleep
+
+    def monotonic(self) -> float:
+        if threading.current_thread().name == "phases":
+            self._looks += 1
+        return self._now
+
+    def passes(self, seconds: float) -> None:
+        """Returns once what is shown then has been written."""
+        self._now += seconds
+        before = self._looks
+        wait_until(lambda: self._looks > before + 1)
+
+
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shown, "QUIET_SECONDS", 0.2)
-    monkeypatch.setattr(shown, "SECONDS_BETWEEN_LINES", 0.4)
-    monkeypatch.setattr(shown, "TICK_SECONDS", 0.02)
-    monkeypatch.setattr(shown, "LIVE_SECONDS", 0.05)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    for module in (phases, shown):
+        monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(shown, "QUIET_SECONDS", 2.0)
+    monkeypatch.setattr(shown, "TICK_SECONDS", 0.002)
     monkeypatch.setenv("TERM", "xterm")
+    return made
 
 
 def lines_of(text: str) -> list[str]:
     return text.splitlines()
 
 
-def test_short_phases_leave_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_phases_leave_no_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with lasting_output(say=True) as line, showing_phases(line, on_stderr=False):
         for what in ("Tracing", "Compiling"):
             with phase(what):
-                time.sleep(0.1)
+                clock.passes(1.9)
     assert capsys.readouterr() == ("", "")
 
 
-def test_in_a_file_a_long_phase_has_a_line_again_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_file_a_long_phase_has_a_line_again_and_again(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with lasting_output(say=True) as line, showing_phases(line, on_stderr=False), phase("Compiling", "stage", 2) as now:
-        time.sleep(0.3)
+        clock.passes(2.0)
         now.next()
-        time.sleep(0.6)
-    first, *others, last = lines_of(capsys.readouterr().out)
-    assert first == "Compiling stage 1 of 2 ..."
-    assert others
-    assert all(re.fullmatch(r"Compiling stage 2 of 2, \d s", other) for other in others)
-    assert re.match(r"Compiling took \d\.\d s", last)
+        for seconds in (9.9, 0.2, 12.0):
+            clock.passes(seconds)
+    assert lines_of(capsys.readouterr().out) == [
+        "Compiling stage 1 of 2 ...",
+        "Compiling stage 2 of 2, 12 s",
+        "Compiling stage 2 of 2, 24 s",
+        "Compiling took 24.1 s.",
+    ]
 
 
-def test_commands_whose_output_is_a_result_say_it_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_whose_output_is_a_result_say_it_on_standard_error(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with lasting_output(say=False) as line, showing_phases(line, on_stderr=True), phase("Measuring"):
-        time.sleep(0.3)
+        clock.passes(2.0)
         print("the result")
     out, error = capsys.readouterr()
     assert out == "the result\n"
     assert lines_of(error)[0] == "Measuring ..."
 
 
-def test_the_inner_phase_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_inner_phase_is_shown(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with lasting_output(say=True) as line, showing_phases(line, on_stderr=False):
         outer = phase("Evaluating").__enter__()
         with phase("Compiling"):
-            time.sleep(0.3)
+            clock.passes(2.0)
         outer.end()
     assert lines_of(capsys.readouterr().out)[0] == "Compiling ..."
 
@@ -93,7 +122,7 @@ class Terminal:
         os.close(self._main)
 
 
-def test_on_a_terminal_the_line_is_live_and_gives_way_to_others() -> None:
+def test_on_a_terminal_the_line_is_live_and_gives_way_to_others(clock: Clock) -> None:
     terminal = Terminal()
     with (
         terminal,
@@ -101,10 +130,10 @@ def test_on_a_terminal_the_line_is_live_and_gives_way_to_others() -> None:
         showing_phases(line, on_stderr=False),
         phase("Compiling", "stage", 4) as now,
     ):
-        time.sleep(0.4)
+        clock.passes(0.4)
         print("a warning")
         now.next()
-        time.sleep(0.4)
+        clock.passes(0.4)
     screen = terminal.screen
     # The line may be written anew between the warning and the next stage.
     frames = [re.sub(r", \d s$", "", frame) for frame in screen.split("Compiling took")[0].split(ERASE)]

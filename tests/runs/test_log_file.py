@@ -3,12 +3,14 @@
 import io
 import re
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from waiting import LONG
 
+from meshpipe import phases
 from meshpipe.phases import phase
 from meshpipe.runs.log_file import LogFile
 from meshpipe.runs.progress_line import ProgressLine
@@ -17,7 +19,9 @@ from meshpipe.runs.progress_line import ProgressLine
 def test_the_log_has_what_is_printed_without_the_live_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("meshpipe.runs.log_file.LOGGED_SECONDS", 0.05)
+    seconds = 1.0
+    monkeypatch.setattr(phases, "time", SimpleNamespace(monotonic=lambda: seconds))
+    monkeypatch.setattr("meshpipe.runs.progress_line.SECONDS_BETWEEN_LINES", LONG)
     output, path = io.StringIO(), tmp_path / "log.txt"
     console = Console(file=output, width=60, force_terminal=True)
     with LogFile(console) as log:
@@ -29,9 +33,9 @@ def test_the_log_has_what_is_printed_without_the_live_line(
         line.say("a line that is much longer than the terminal is wide, and stays whole in the file")
         line.close()
         with phase("Waiting"):
-            time.sleep(0.05)
+            seconds += 2.0
         with phase("A moment"):
-            pass
+            seconds += 1.9
         print("meshpipe: a warning", file=sys.stderr)
     console.print("after")
     lines = path.read_text().splitlines()
@@ -41,7 +45,7 @@ def test_the_log_has_what_is_printed_without_the_live_line(
     assert [text.split()[1] for text in texts[1:4]] == ["1/40", "5/40", "10/40"]
     assert texts[4:] == [
         "a line that is much longer than the terminal is wide, and stays whole in the file",
-        "Waiting took 0.1 s.",
+        "Waiting took 2.0 s.",
         "meshpipe: a warning",
     ]
     assert "after" in output.getvalue()

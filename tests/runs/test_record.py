@@ -135,7 +135,7 @@ def test_numbers_that_json_does_not_have_are_written_out() -> None:
 
 
 def test_a_folder_in_use_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
-    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held'); time.sleep(60)"
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held'); time.sleep(1000)"
     process = subprocess.Popen([sys.executable, "-u", "-c", hold, tmp_path / "writer.lock"], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
