@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, taken before JAX starts, and the types and shapes of calls checked."""
 
+import gc
 import os
 import shutil
 import signal
@@ -43,6 +44,10 @@ from meshpipe.report import phases
 
 # Commands say which phases take long, as any may on a busy machine; tests of what they say set the limit themselves.
 phases.QUIET_SECONDS = float("inf")
+
+# Looking for garbage took a twentieth of the time of all tests.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 STARTED = time.monotonic()
 

@@ -14,6 +14,8 @@ from meshpipe import PipelineConfig, Trainer, make_mesh
 from meshpipe.plan.plan import Op
 
 WIDTH, HIDDEN, ROWS = 4, 12, 2
+SHAPES = {(WIDTH, HIDDEN), (HIDDEN, WIDTH), (ROWS, HIDDEN)}
+"""Of kernels, and of what is kept for backward."""
 CALLS: Counter[int] = Counter()
 
 
@@ -52,7 +54,7 @@ def trainer(num_microbatches, **pipeline):
 
 
 def live_after_every_instruction(made, batch):
-    """For each instruction of one step, the live arrays of each device by shape."""
+    """For each instruction of one step, the live arrays of each device by shape, of the shapes of interest."""
     made.step(batch)
     executor = made.model.executor
     seen = []
@@ -63,7 +65,8 @@ def live_after_every_instruction(made, batch):
             jax.block_until_ready([leaf for slot in slots for leaf in jax.tree.leaves(slot)])
             counts = Counter()
             for array in jax.live_arrays():
-                counts[next(iter(array.devices())).id, array.shape, array.dtype.name] += 1
+                if array.shape in SHAPES:
+                    counts[next(iter(array.devices())).id, array.shape, array.dtype.name] += 1
             seen.append(counts)
 
         return run
