@@ -23,6 +23,7 @@ if PROGRAMS is not None:
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
@@ -44,6 +45,10 @@ from meshpipe.report import phases
 
 # Commands say which phases take long, as any may on a busy machine; tests of what they say set the limit themselves.
 phases.QUIET_SECONDS = float("inf")
+
+# The same examples in every run, which may take as long as they do.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("tests")
 
 # Looking for garbage took a twentieth of the time of all tests.
 gc.freeze()

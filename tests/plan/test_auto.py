@@ -49,7 +49,7 @@ def best_named(num_ranks: int, num_microbatches: int, profiles: dict[int, Profil
     return best
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(
     num_ranks=st.integers(1, 4),
     num_microbatches=st.integers(1, 6),
@@ -112,7 +112,7 @@ def test_the_same_costs_give_the_same_plan() -> None:
     assert first == second
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     num_ranks=st.integers(1, 5),
     num_microbatches=st.integers(1, 9),
@@ -155,7 +155,7 @@ def test_small_changes_make_a_plan_shorter() -> None:
     assert improve(plan, Costs(), memory, [1.0, 1.0], 500).orders == plan.orders
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     num_ranks=st.integers(1, 4),
     num_microbatches=st.integers(1, 6),

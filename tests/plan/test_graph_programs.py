@@ -98,7 +98,7 @@ def carry_out(lowered: LoweredPlan) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     num_ranks=st.integers(1, 5),
     num_microbatches=st.integers(1, 6),

@@ -195,7 +195,7 @@ def carry_out(lowered: LoweredPlan) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(num_ranks=st.integers(1, 6), num_microbatches=st.integers(1, 10), stages_per_rank=st.integers(1, 3))
 def test_every_lowered_plan_can_be_carried_out(
     name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int

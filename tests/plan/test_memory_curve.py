@@ -86,7 +86,7 @@ def carried_out(lowered: LoweredPlan, memory: list[StageMemory]) -> list[float]:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     num_ranks=st.integers(1, 4),
     num_microbatches=st.integers(1, 5),

@@ -20,7 +20,7 @@ def orders_of(name: str, num_ranks: int, num_microbatches: int, stages_per_rank:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(num_ranks=st.integers(1, 8), num_microbatches=st.integers(1, 32), stages_per_rank=st.integers(1, 4))
 def test_no_rank_waits_for_ever(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> None:
     accepted = stages_per_rank if takes_stages(name, stages_per_rank) else None

@@ -19,7 +19,7 @@ TRAINING = [name for name in SCHEDULES if name != "inference"]
 V_SHAPED = ("zb-v", "dualpipe-v")
 LOOPED = ("gpipe", "interleaved-1f1b", "looped-bfs", "inference")
 
-sizes = settings(deadline=None, max_examples=25)
+sizes = settings(max_examples=25)
 """Random sizes, without a limit of time for each: a busy machine is no failure."""
 
 

@@ -133,7 +133,7 @@ def test_on_a_terminal_the_line_is_live_and_gives_way_to_others(clock: Clock) ->
         clock.passes(0.4)
         print("a warning")
         now.next()
-        clock.passes(0.4)
+        clock.passes(2.0)
     screen = terminal.screen
     # The line may be written anew between the warning and the next stage.
     frames = [re.sub(r", \d s$", "", frame) for frame in screen.split("Compiling took")[0].split(ERASE)]

@@ -147,7 +147,7 @@ def programs(draw: st.DrawFn) -> tuple[ClosedJaxpr, list[int]]:
     return closed, wanted
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(programs())
 def test_no_other_choice_costs_less(program: tuple[ClosedJaxpr, list[int]]) -> None:
     closed, wanted = program
