@@ -65,12 +65,15 @@ if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _devices() -> None:
+    """JAX starts before the first test: a command that runs in this process would take fewer devices."""
+    assert jax.devices()
+
+
 @pytest.fixture(autouse=True)
 def _settings_of_jax_stay() -> Iterator[None]:
-    """What a test changes for good would change those that come after it. JAX starts before the first, too: a command
-    that runs in this process would take fewer devices.
-    """
-    jax.devices()
+    """What a test changes for good would change those that come after it."""
     before = dict(jax.config.values)
     yield
     assert {name: jax.config.values[name] for name in before} == before  # an import may add others
