@@ -60,7 +60,7 @@ def test_before_the_first_step_a_signal_ends_at_once() -> None:
     ended = queue.Queue[signal.Signals]()
     with StopRequest(lambda message: None, end_early=ended.put) as stop:
         send(signal.SIGTERM, stop)
-        assert ended.get(timeout=60) == signal.SIGTERM  # from another thread
+        assert ended.get(timeout=LONG) == signal.SIGTERM  # from another thread
 
 
 def test_outside_of_the_main_thread_no_signal_is_taken() -> None:
