@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.extend.core import ClosedJaxpr
 from staged import staged
 
 from meshpipe import PipelineConfig, make_mesh, verify
@@ -15,8 +16,10 @@ from meshpipe.layers.task import Task
 from meshpipe.sharding import FULLY_SHARDED, ShardingRules
 from meshpipe.stage.backward import trace_backward
 from meshpipe.stage.jaxpr import function_of, variables
+from meshpipe.stage.prepared import is_gather
 from meshpipe.stage.reuse import reuse
 from meshpipe.stage.target import ACCELERATOR, CPU, Target
+from meshpipe.stage.traced import TracedStage
 
 
 def test_equal_operations_on_equal_inputs_are_found_and_others_are_not() -> None:
@@ -57,6 +60,15 @@ def test_operations_on_what_was_computed_before_are_found_as_well() -> None:
     assert [e.primitive.name for e in less.jaxpr.eqns] == ["mul"]
 
 
+def traced_backward(stage: TracedStage) -> ClosedJaxpr:
+    shapes = [
+        tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)
+        for values in (stage.hoisted_vars, stage.residual_vars)
+    ]
+    with jax.set_mesh(stage.spec.mesh):
+        return trace_backward(stage, *shapes)
+
+
 class Half(nnx.Module):
     """Parameters in float32, used in bfloat16."""
 
@@ -82,15 +94,36 @@ def test_backward_casts_no_parameter_and_none_is_kept_beside_its_cast(
     )
     config = PipelineConfig(num_microbatches=2, remat=remat)
     for stage in staged(task, make_mesh(2, 2), config, target=target).trace():
-        shapes = [
-            tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values)
-            for values in (stage.hoisted_vars, stage.residual_vars)
-        ]
-        with jax.set_mesh(stage.spec.mesh):
-            backward = trace_backward(stage, *shapes)
+        backward = traced_backward(stage)
         assert [v.aval.dtype for v in stage.prepared_vars] == [jnp.bfloat16] * 4
         params = set(backward.jaxpr.invars[: len(stage.params)])
         assert params.isdisjoint(v for e in backward.jaxpr.eqns for v in variables(e.invars))
+
+
+class Normalised(nnx.Module):
+    """Weights that are computed from a parameter, which their derivative reads as well."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", None))
+        self.weight = nnx.Param(init(rngs.params(), (8, 8)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.weight[...]
+        return x + jnp.tanh(x @ (weight / jnp.linalg.norm(weight, axis=0)))
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_parameters_that_backward_reads_are_gathered_once_per_step(remat: str) -> None:
+    task = Task(
+        [Normalised] * 2,
+        lambda output, batch: ((output**2).sum(), output.size),
+        batch={"inputs": np.ones((4, 8), "f4")},
+        rules=FULLY_SHARDED,
+    )
+    for stage in staged(task, make_mesh(2, 2), PipelineConfig(num_microbatches=2, remat=remat)).trace():
+        backward = traced_backward(stage)
+        for program in (stage.forward(outputs=True, residuals=True), backward):
+            assert not any(is_gather(e) for e in program.jaxpr.eqns)
 
 
 @pytest.mark.slow
