@@ -63,11 +63,8 @@ def telling_others(command: str, arguments: list[str]) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         place = place_of(arguments)
-        if isinstance(error, ParserExit) and error.code == COMPLETED:
-            raise
-        from meshpipe.processes.join import has_others
-
-        if not has_others(place):
+        is_help = isinstance(error, ParserExit) and error.code == COMPLETED
+        if is_help or not place.has_others:
             raise
         status = explained(command, error)
         if status is None:
@@ -84,14 +81,15 @@ def _end_others(place: "DistributedConfig", status: int, error: BaseException) -
     from meshpipe.processes.join import join_to_report
 
     if isinstance(error, ParserExit):
-        why = "a flag is wrong, which its own messages name."
+        why = "a flag is wrong; its own messages name it."
     elif isinstance(error, ValueError):
         why = str(error)
     else:
         why = f"{type(error).__name__}: {error}"
     says = f"on {socket.gethostname()} {'refused it' if status == INVALID else 'failed'}: {why}"
     print("meshpipe: telling the other processes of the run.", file=sys.stderr, flush=True)
-    with contextlib.suppress(ConnectionError, RuntimeError):  # e.g. they have ended
+    # They may have ended, or have been given another number of processes.
+    with contextlib.suppress(ConnectionError, RuntimeError, ValueError):
         join_to_report(place, status)
         with Guard() as guard:
             guard.end_all(says, status)
@@ -106,12 +104,12 @@ def run_joined(distributed: "DistributedConfig", run: "Callable[[Guard], int]", 
     with phase("Importing JAX"):
         from meshpipe.processes.coordination import process_count, process_index
         from meshpipe.processes.guard import Guard, leave
-        from meshpipe.processes.join import has_others, join
+        from meshpipe.processes.join import join
 
     try:
         join(distributed)
     except ValueError as error:  # the file of its secret, or another number of processes, which all find
-        if not has_others(distributed):
+        if not distributed.has_others:
             raise
         status = explained("", error) or INVALID
         if process_count() > 1:

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with lasting_output(say=command in RUNS) as line:
         stop = StopRequest(end_early=leave_now, early=STOPPED_TRAINING if command == "train" else "stopped.")
         if command in PARENTS:
-            return _run(command, rest, _commands(stop))
+            return _unless_lost(_run(command, rest, _commands(stop)), command)
         with stop, showing_phases(line, on_stderr=command not in RUNS):  # before JAX is imported
             return _unless_lost(_run(command, rest, _commands(stop)), command)
 

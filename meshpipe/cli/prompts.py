@@ -91,10 +91,9 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: "TextTokenizer") -> lis
 
 def _template(tokenizer: "TextTokenizer") -> ChatTemplate:
     make = getattr(tokenizer, "template", None)
-    template = None if make is None else make()
+    template: ChatTemplate | None = None if make is None else make()
     if template is None:
         raise ArgumentError("`chat` needs a tokenizer with a chat template. Got one without. Leave `chat` out.")
-    assert isinstance(template, ChatTemplate)
     return template
 
 

@@ -1,5 +1,7 @@
 """How a process joins the others of its run."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,3 +57,14 @@ class DistributedConfig:
                 "`process_id` must be at least 0 and below `process_count`. "
                 f"Got {self.process_id} of {self.process_count}."
             )
+
+    @property
+    def has_others(self) -> bool:
+        """Whether the run has several processes."""
+        return self.process_count != 1 and (self.coordinator is not None or in_cluster(os.environ))
+
+
+def in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several tasks of a job that JAX can detect."""
+    sizes = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return any(size not in ("", "1") for size in sizes) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")

@@ -98,6 +98,9 @@ class Guard:
                 if not lost and not isinstance(error, IntrusionError):  # one sentence explains those
                     traceback.print_exception(error)
                 self.fail(error)
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
         self._done.set()
         if self._exit_reporter is not None:
             self._exit_reporter.cancel()
@@ -138,9 +141,7 @@ class Guard:
         """Ends all processes with `status`. `why` follows the number of this process, which has printed it itself."""
         if process_count() > 1:
             self._tell(why, status)
-        self._done.set()
-        if self._exit_reporter is not None:
-            self._exit_reporter.cancel()
+        self._stop_watching()
         leave(status, () if status in (FAILED, INVALID) else self.undo)
 
     def _tell(self, why: str, status: int) -> None:
@@ -148,6 +149,7 @@ class Guard:
             set_key(ERROR, f"{status} process {process_index()} {why}")
         with contextlib.suppress(Exception):
             send_heartbeat("")  # process 0 waits for one of each
+        self._stop_watching()  # else this process would find its own message, and end with it
         _await_readers()
 
     def steps_of_all(self) -> dict[int, Steps]:

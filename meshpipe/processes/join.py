@@ -6,7 +6,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -40,7 +39,7 @@ def join(config: DistributedConfig) -> None:
     _asked.append(config.transfers)
     from_environment = environment_secret()  # removed from the environment in any case
     secret = from_environment if config.secret_file is None else read_secret_file(config.secret_file)
-    if has_others(config):
+    if config.has_others:
         _join(config, secret, _Patience(config, JOIN_SECONDS, FAILED))
 
 
@@ -54,11 +53,6 @@ def join_to_report(config: DistributedConfig, status: int) -> None:
     except ArgumentError:  # perhaps what failed; the others will refuse this process, and end
         secret = Secret(b"")
     _join(config, secret, _Patience(config, REPORT_SECONDS, status))
-
-
-def has_others(config: DistributedConfig) -> bool:
-    """Whether the run has several processes."""
-    return config.process_count != 1 and (config.coordinator is not None or _in_cluster(os.environ))
 
 
 def _join(config: DistributedConfig, secret: Secret, patience: "_Patience") -> None:
@@ -169,9 +163,3 @@ def _others(config: DistributedConfig) -> str:
     if config.process_count == 2:
         return "1 of 2 processes"
     return f"some of the other {config.process_count - 1} of {config.process_count} processes"
-
-
-def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several tasks of a job that JAX can detect."""
-    sizes = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    return any(size not in ("", "1") for size in sizes) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")

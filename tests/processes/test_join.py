@@ -8,9 +8,8 @@ import sys
 import pytest
 from waiting import LONG
 
-from meshpipe.processes import join as join_module
 from meshpipe.processes import stop_together as stop_module
-from meshpipe.processes.config import DistributedConfig
+from meshpipe.processes.config import DistributedConfig, in_cluster
 from meshpipe.processes.join import join
 from meshpipe.processes.stop import StopRequest
 from meshpipe.processes.stop_together import StopTogether
@@ -56,7 +55,7 @@ def test_process_0_reports_a_port_in_use() -> None:
     ],
 )
 def test_jobs_of_several_tasks_are_recognised(environment: dict[str, str], several: bool) -> None:
-    assert join_module._in_cluster(environment) == several
+    assert in_cluster(environment) == several
 
 
 def test_one_process_stops_on_a_signal() -> None:
@@ -97,7 +96,7 @@ def test_a_process_reports_that_the_others_did_not_join() -> None:
     script = """
 import itertools, types
 from meshpipe.processes import join
-from meshpipe.processes.config import DistributedConfig
+from meshpipe.processes.config import DistributedConfig, in_cluster
 from meshpipe.processes.launch import free_port
 join.JOIN_SECONDS, join.REMINDER_SECONDS = 6.0, 0.01
 join.time = types.SimpleNamespace(monotonic=itertools.count(0.0).__next__)
