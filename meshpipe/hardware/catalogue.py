@@ -75,11 +75,7 @@ def read_hardware(file: Path) -> Hardware:
 
 
 def hardware_of(device_kind: str) -> Hardware | None:
-    """The machine whose devices JAX calls so: one that was read from a file, or the known one with the longest name
-    that this one begins with.
-    """
-    if device_kind in _read:
-        return _read[device_kind]
+    """The known machine whose devices JAX calls so; of several that match, the longest name counts."""
     matching = {
         kind: hardware
         for hardware in known_hardware().values()
@@ -87,3 +83,8 @@ def hardware_of(device_kind: str) -> Hardware | None:
         if device_kind.startswith(kind)
     }
     return matching[max(matching, key=len)] if matching else None
+
+
+def described_hardware(device_kind: str) -> Hardware | None:
+    """The machine whose devices are not here: one that this process has read from a file comes before the known one."""
+    return _read.get(device_kind) or hardware_of(device_kind)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from meshpipe.compiler.described_cudnn import answer_for_described
 from meshpipe.errors import ArgumentError
-from meshpipe.hardware.catalogue import hardware_of
+from meshpipe.hardware.catalogue import described_hardware
 from meshpipe.models.splash import LANES, splash_attention
 
 AttentionName = Literal["auto", "xla", "cudnn", "pallas"]
@@ -284,7 +284,7 @@ def _compute_capability(device: Device) -> float:
     found = device if hasattr(device, "compute_capability") else _here(device)
     text = getattr(found, "compute_capability", None)
     if text is None:
-        described = hardware_of(device.device_kind)
+        described = described_hardware(device.device_kind)
         text = described.compiler.get("compute_capability") if described is not None else None
     return float(text) if text else NEWEST
 
