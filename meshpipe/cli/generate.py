@@ -183,7 +183,7 @@ def _drawn_by(given: Mapping[str, float], sampling: SamplingConfig) -> str:
     flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in given.items() if value != without.get(name)]
     if sampling.temperature > 0 or not given.get("temperature"):
         return ""
-    return f"Takes the most likely tokens. Its generation_config.json draws them, as {' '.join(flags)} does."
+    return f"Takes the most likely tokens. Its generation_config.json draws them: {' '.join(flags)} would do the same."
 
 
 def _tell_speed(console: "Console", count: int, first: float | None, seconds: float) -> None:

@@ -86,7 +86,7 @@ def _end_others(place: "DistributedConfig", status: int, error: BaseException) -
         why = str(error)
     else:
         why = f"{type(error).__name__}: {error}"
-    says = f"on {socket.gethostname()} {'refused it' if status == INVALID else 'failed'}: {why}"
+    says = f"on {socket.gethostname()} {'found the request invalid' if status == INVALID else 'failed'}: {why}"
     print("meshpipe: telling the other processes of the run.", file=sys.stderr, flush=True)
     # They may have ended, or have been given another number of processes.
     with contextlib.suppress(ConnectionError, RuntimeError, ValueError):

@@ -97,15 +97,6 @@ class Generator:
         self._cache = open_cache(compile_cache)
         self._decoders: dict[tuple[int, int], Decoder] = {}
         self._calls = itertools.count()
-        shape = jax.ShapeDtypeStruct((self.mesh.shape.get(DATA, 1), LEAST_BEGINNING), jnp.int32)
-        task = Task(
-            with_lora(model.layers(), LoraConfig() if lora is None else lora),
-            model.loss,
-            batch={model.input: shape, POSITIONS: shape},
-            input=model.input,
-            tied=model.tied(),
-            rules=self._rules,
-        )
         if weights_dtype not in DTYPES:
             raise ArgumentError(f"`weights_dtype` must be one of {', '.join(DTYPES)}. Got {weights_dtype!r}.")
         if not self._group.is_alone:
@@ -114,6 +105,7 @@ class Generator:
             agree(self._group, "generator", {name: str(value) for name, value in said.items()})
         read = given(weights) if isinstance(weights, Mapping) else weights
         kept = None if weights_dtype == "float32" else weights_dtype
+        task = _task(model, LoraConfig() if lora is None else lora, self._rules, self.mesh.shape.get(DATA, 1))
         self._weights = StagedWeights.of(task, self.mesh, read, dtype=kept)
 
     def generate(self, prompts: str | Sequence[str], sampling: SamplingConfig | None = None, **fields: Any) -> Any:
@@ -301,3 +293,15 @@ class Generator:
         if not isinstance(sampling, SamplingConfig):
             raise ArgumentError(f"`sampling` must be a SamplingConfig. Got {kind_of(sampling)}.")
         return replace(sampling, **fields)
+
+
+def _task(model: ModelConfig, lora: LoraConfig, rules: ShardingRules, rows: int) -> Task:
+    shape = jax.ShapeDtypeStruct((rows, LEAST_BEGINNING), jnp.int32)
+    return Task(
+        with_lora(model.layers(), lora),
+        model.loss,
+        batch={model.input: shape, POSITIONS: shape},
+        input=model.input,
+        tied=model.tied(),
+        rules=rules,
+    )

@@ -1,5 +1,6 @@
 """Evaluates a model in a folder on held-out data: loss, perplexity and the metrics of the model."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -127,21 +128,24 @@ def evaluate_saved(
         what=f"a batch of {batch_size} examples",
         way_out="Lower `batch_size`, or raise `num_microbatches`.",
     )
+    with _counted(source, batch_size, num_batches) as counted:
+        return _with_perplexity(evaluate(model, weights, counted, model.place_seed(0), group))
+
+
+@contextlib.contextmanager
+def _counted(source: Source, batch_size: int, num_batches: int) -> Iterator[Iterator[Batch]]:
+    """So many batches of a source in its order, all with 0; says which one is evaluated."""
     in_order = batches(source, batch_size, shuffle=False, epochs=1, drop_remainder=False)
     count = -(-len(source) // batch_size)
     wanted = min(count, num_batches) if num_batches else count
-    with phase("Evaluating", "batch", wanted) as evaluating:
+    with contextlib.closing(in_order), phase("Evaluating", "batch", wanted) as evaluating:
 
         def counted() -> Iterator[Batch]:
             for batch in itertools.islice(in_order, wanted):
                 evaluating.next()
                 yield batch
 
-        try:
-            found = evaluate(model, weights, counted(), model.place_seed(0), group)
-        finally:
-            in_order.close()
-    return _with_perplexity(found)
+        yield counted()
 
 
 def _task(saved: Saved, source: Source, batch_size: int) -> Task:

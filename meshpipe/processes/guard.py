@@ -93,7 +93,7 @@ class Guard:
         if process_count() > 1 and isinstance(error, Exception | SystemExit):
             lost = is_lost_connection(error)
             if is_for_the_user(error) and not lost:  # a process that finds the same error prints it itself
-                self._tell(f"on {socket.gethostname()} refused it: {error}", INVALID)
+                self._tell(f"on {socket.gethostname()} found the request invalid: {error}", INVALID)
             else:
                 if not lost and not isinstance(error, IntrusionError):  # one sentence explains those
                     traceback.print_exception(error)
