@@ -2,12 +2,11 @@
 
 import codecs
 import json
-import lzma
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meshpipe.data.preparation.sources import Slice, open_parquet, open_source
+from meshpipe.data.preparation.sources import UNREADABLE, Slice, open_parquet, open_source
 from meshpipe.errors import ArgumentError
 
 NEW_LINE = b"\n"
@@ -85,7 +84,7 @@ def _blocks(part: Slice, read: Progress) -> Iterator[bytes]:
                     left -= len(block)
                     read(1 - left / whole)
                 yield block
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise ArgumentError(
             f"A source must be a file that can be read. Got {str(part.file.path)!r}: {error}."
         ) from error

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,10 @@ Kind = Literal["text", "jsonl", "parquet"]
 SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 COMPRESSED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """By suffix, what opens such files."""
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
+"""What reading a file raises that is damaged, or may not be read."""
+UNPACK = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
+"""By suffix, the program that unpacks such files."""
 UNKNOWN = (".zst", ".zip", ".tar", ".7z", ".lz4", ".arrow")
 """Suffixes of files that are not text, and cannot be read."""
 SEARCH_BYTES = 1 << 20
@@ -134,7 +139,7 @@ def _file(path: Path, kind: Format, argument: str) -> SourceFile:
         status = path.stat()
         with open_source(path) as file:
             head = file.read(4096)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or error
         raise ArgumentError(f"{argument} must be files that can be read. Got {str(path)!r}: {reason}.") from error
     if not head:
@@ -155,11 +160,13 @@ def _file(path: Path, kind: Format, argument: str) -> SourceFile:
     if found == "text" and b"\0" in head:
         raise ArgumentError(f"{argument} must be text. Got {str(path)!r}, which has bytes of zero.")
     if found == "jsonl" and head.lstrip().startswith(b"["):
-        lines = path.with_suffix(".jsonl").name
+        lines = named.with_suffix(".jsonl").name
         lines = lines if lines != path.name else f"{path.stem}.lines.jsonl"  # the shell would empty what jq reads
+        packed = path.suffix in COMPRESSED
+        convert = f"{UNPACK[path.suffix]} -dc {path.name} | jq -c '.[]'" if packed else f"jq -c '.[]' {path.name}"
         raise ArgumentError(
             f"{argument} must have one JSON object per line. Got {str(path)!r}, which begins with a list. Convert it: "
-            f"jq -c '.[]' {path.name} > {lines}"
+            f"{convert} > {lines}"
         )
     return SourceFile(path, found, status.st_size, status.st_mtime_ns)
 
