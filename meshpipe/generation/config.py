@@ -30,7 +30,7 @@ class SamplingConfig:
         check_whole("top_k", self.top_k, 0, LENGTH_LIMIT)
         check_seed(self.seed)
         if not is_number(self.temperature):
-            raise ArgumentError(f"`temperature` must be 0 or a number above it. Got {self.temperature}.")
+            raise ArgumentError(f"`temperature` must be a finite number of at least 0. Got {self.temperature}.")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ArgumentError(f"`top_p` must be above 0 and at most 1. Got {self.top_p}. 1 leaves no token out.")
         if not isinstance(self.stop_tokens, tuple | list):

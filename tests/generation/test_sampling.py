@@ -70,8 +70,8 @@ def test_rows_have_settings_of_their_own_and_draws_follow_from_seed_request_and_
     ("fields", "message"),
     [
         ({"max_tokens": 0}, "`max_tokens` must be at least 1"),
-        ({"temperature": -1.0}, "`temperature` must be 0 or a number above it"),
-        ({"temperature": float("nan")}, "`temperature` must be 0 or a number above it"),
+        ({"temperature": -1.0}, "`temperature` must be a finite number of at least 0"),
+        ({"temperature": float("nan")}, "`temperature` must be a finite number of at least 0"),
         ({"top_k": -1}, "`top_k` must be at least 0"),
         ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1"),
         ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1"),
