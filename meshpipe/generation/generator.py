@@ -87,8 +87,7 @@ class Generator:
         check_whole("batch_size", batch_size)
         self.mesh = make_mesh() if mesh is None else mesh
         self.model, self.tokenizer = model, tokenizer
-        end = None if tokenizer is None or ends is not None else tokenizer.end
-        self.ends = tuple(ends or ()) if end is None else (end,)
+        self.ends = _ends(ends, tokenizer)
         self._in_flight = self.mesh.devices.shape[0] if in_flight is None else in_flight
         check_whole("in_flight", self._in_flight)
         self._batch_size = batch_size
@@ -293,6 +292,15 @@ class Generator:
         if not isinstance(sampling, SamplingConfig):
             raise ArgumentError(f"`sampling` must be a SamplingConfig. Got {kind_of(sampling)}.")
         return replace(sampling, **fields)
+
+
+def _ends(given: Any, tokenizer: TextTokenizer | None) -> tuple[int, ...]:
+    if given is None:
+        end = None if tokenizer is None else tokenizer.end
+        return () if end is None else (end,)
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ArgumentError(f"`ends` must be a tuple of tokens. Got {kind_of(given)}.")
+    return tuple(given)
 
 
 def _task(model: ModelConfig, lora: LoraConfig, rules: ShardingRules, rows: int) -> Task:

@@ -117,7 +117,7 @@ WRONG = {
     "a conversation that is none": ("generate QWEN --prompts EMPTY/role.jsonl --chat", "line 1, message 1 has no role"),
     "nothing to stop at": ("generate QWEN --prompt a --stop=", "A --stop must have at least one character"),
     "no file of prompts": ("generate QWEN --prompts EMPTY/missing.txt", "--prompts must name a text file"),
-    "cold": ("generate QWEN --prompt a --temperature -1", "--temperature must be a finite number of at least 0. Got -1.0."),
+    "cold": ("generate QWEN --prompt a --temperature -1", "--temperature must be a finite number of at least 0. Got "),
     "a share of nothing drawn": ("generate QWEN --prompt a --top-p 0.5", "--top-p has no effect at temperature 0"),
     "a number of nothing drawn": ("generate QWEN --prompt a --top-k 5", "--top-k has no effect at temperature 0"),
     "no such token": ("generate QWEN --prompt a --stop-tokens 9999", "--stop-tokens must be tokens of the model, 0 to"),

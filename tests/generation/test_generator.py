@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from meshpipe import make_mesh
-from meshpipe.generation.generator import Generator
+from meshpipe.generation.generator import Generator, _ends
 from meshpipe.generation.saved import open_saved
 
 LAYOUTS: dict[str, tuple[int, int, int]] = {
@@ -57,6 +57,8 @@ def test_texts_longer_than_a_model_is_for() -> None:
         generator.tokens([[1] * 60], max_tokens=5)
     with pytest.raises(ValueError, match=r"`stop_tokens` must be tokens of the model, 0 to 287\. Got 288"):
         generator.tokens([[1]], stop_tokens=(3, 288))
+    with pytest.raises(ValueError, match=r"`ends` must be a tuple of tokens\. Got an int"):
+        _ends(3, None)  # where nothing checks the types of arguments
     saved = open_saved(golden.FOLDER / "llama3")
     assert saved.beyond(64) == open_saved(golden.FOLDER / "gpt2").beyond(65) == ""
     assert saved.beyond(65).startswith("The model is for texts of at most 64 tokens (max_position_embeddings")
