@@ -29,6 +29,7 @@ def test_a_process_that_cannot_join_ends_the_others(
     ended = run_processes(2, ["-m", "meshpipe", "train"], tmp_path, own)
     assert ended.codes == [code, code], ended  # and none was killed: it takes less than they would wait for each other
     assert printed in ended.logs[failing], ended
+    assert f"process {failing} stops" not in ended.logs[failing], ended  # it has said why
     assert f"process {failing} on " in ended.logs[1 - failing], ended
     assert told in ended.logs[1 - failing], ended
     assert "Traceback" not in ended.logs[1 - failing], ended
