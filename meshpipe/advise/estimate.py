@@ -8,7 +8,7 @@ from meshpipe.advise.layout import Layout
 from meshpipe.advise.stage_needs import StageNeeds, held_by_rank, needs_of
 from meshpipe.advise.times import SPLIT, LayerTimes, Seconds
 from meshpipe.advise.work import ModelWork
-from meshpipe.choose.step_time import alone_factor, least_step, step_time
+from meshpipe.choose.step_time import least_step, step_time
 from meshpipe.hardware.hardware import Hardware
 from meshpipe.hardware.links import ROUNDS, Group, collective_seconds, move_seconds
 from meshpipe.plan.partition import partition, partition_by_cost
@@ -91,15 +91,15 @@ class Estimator:
         """
         staged = self._staged(layout)
         splits = layout.schedule in SPLIT
-        factor = alone_factor(self.hardware, layout.data * layout.tensor)
-        busy = [{op: seconds.total for op, seconds in of.items()} for of in staged.times]
-        alone = [{op: min(s.total, s.alone or s.total / factor) for op, s in of.items()} for of in staged.times]
-        forward = [times[Op.FORWARD] for times in alone]
-        backward = [times[Op.BACKWARD] for times in alone]
+        forward = [times[Op.FORWARD].total for times in staged.times]
+        backward = [times[Op.BACKWARD].total for times in staged.times]
+        whole = [f + b for f, b in zip(forward, self._backwards(staged, splits=splits), strict=True)]
         transfer = self._slowest_transfer(layout, staged)
-        owns, owns_alone = (self._of_ranks(layout, staged, times) for times in (busy, alone))
+        owns = [0.0] * layout.pipeline
+        for rank, seconds in zip(staged.ranks, whole, strict=True):
+            owns[rank] += layout.num_microbatches * seconds
         least = 0.0
-        for rank, own in enumerate(owns_alone):
+        for rank, own in enumerate(owns):
             first = staged.ranks.index(rank)
             waits = sum(forward[:first]) + transfer * first
             if not splits:
@@ -141,7 +141,6 @@ class Estimator:
         costs = Costs(
             {(s, op): seconds.total for s, times in enumerate(staged.times) for op, seconds in times.items()},
             self._slowest_transfer(layout, staged),
-            alone={(s, op): t.alone for s, times in enumerate(staged.times) for op, t in times.items() if t.alone},
         )
         onces = [self._once(layout, staged, rank) for rank in range(layout.pipeline)]
         each = layout.data * layout.tensor
@@ -177,15 +176,13 @@ class Estimator:
             moved=self._moved(layout, staged, plan, rank),
         )
 
-    def _of_ranks(self, layout: Layout, staged: _Staged, times: Sequence[Mapping[Op, float]]) -> list[float]:
-        """The seconds in which every rank computes, with these times of its stages."""
-        totals = [0.0] * layout.pipeline
-        for rank, of in zip(staged.ranks, times, strict=True):
-            whole = of[Op.BACKWARD]
-            if layout.schedule in SPLIT:
-                whole = min(whole, of[Op.BACKWARD_INPUT] + of[Op.BACKWARD_WEIGHT])
-            totals[rank] += layout.num_microbatches * (of[Op.FORWARD] + whole)
-        return totals
+    def _backwards(self, staged: _Staged, *, splits: bool) -> list[float]:
+        if not splits:
+            return [times[Op.BACKWARD].total for times in staged.times]
+        return [
+            min(times[Op.BACKWARD].total, times[Op.BACKWARD_INPUT].total + times[Op.BACKWARD_WEIGHT].total)
+            for times in staged.times
+        ]
 
     def _staged(self, layout: Layout) -> _Staged:
         """The stages; layouts share them that differ in the schedule alone, if both or neither split backwards."""
@@ -198,13 +195,13 @@ class Estimator:
     def _stage(self, layout: Layout, ranks: tuple[int, ...]) -> _Staged:
         cuts, examples = self._cuts(ranks), self.examples(layout)
         layers = {op: self._layer_seconds(layout, op) for op in Op}
-        times = tuple({op: self._together(layers[op][cut.start : cut.stop], layout) for op in Op} for cut in cuts)
+        times = tuple({op: self._together(layers[op][cut.start : cut.stop]) for op in Op} for cut in cuts)
         return _Staged(cuts, ranks, times, tuple(needs_of(self.work, cut, layout, examples) for cut in cuts))
 
-    def _together(self, layers: Sequence[Seconds], layout: Layout) -> Seconds:
+    def _together(self, layers: Sequence[Seconds]) -> Seconds:
         """The time of a program of these layers."""
         total = sum(layers, Seconds())
-        return total + self.times.per_call(layout) if total.total else total
+        return total + Seconds(self.times.per_call) if total.total else total
 
     def _cuts(self, ranks: tuple[int, ...]) -> tuple[range, ...]:
         """The cut whose slowest stage takes the least time; an even one where ranks are no slower with it."""

@@ -1,4 +1,4 @@
-"""Measures the layers of a run on the devices of this machine, for every number of them that a stage may have."""
+"""Measures the layers of a run on the devices of this machine, for every size of the tensor axis."""
 
 import math
 import statistics
@@ -35,9 +35,9 @@ PASSES = 3
 """How often everything is measured, one after the other: the speed of a machine changes from minute to minute. The
 fastest of all counts: what else runs only adds to it.
 """
-PASS_SECONDS = 0.04
+PASS_SECONDS = 0.12
 """How long each program is timed in a pass at least, in turns."""
-TURN_SECONDS = 0.01
+TURN_SECONDS = 0.03
 """How long the calls of a turn take at least."""
 MOST_CALLS = 16
 """Of a turn."""
@@ -67,20 +67,21 @@ _Times = Mapping[int, Mapping[Op, float]]
 
 
 def measure_layers(config: Config, devices: Sequence[jax.Device], cases: Cases) -> Measured:
-    """The times of every layer of a run on these devices. The layout of the run does not matter.
+    """The times of every layer of a run on these devices, all of them busy at once. The layout of the run does not
+    matter.
 
     Raises `ValueError` when the layers cannot be had, or do not divide.
     """
     layers = _Layers(config, devices)
     samples = [layers.sample(case) for case in each("Tracing layers,", "setting", cases.cases)]
-    programs = _compile(samples, Compiler(open_cache(config.compile_cache)))
+    programs = _compile(samples, Compiler(open_cache(config.compile_cache)), splits=cases.splits)
     found: dict[Case, _Times] = {}
     what = f"Measuring layers (about {max(1.0, cases.seconds):.0f} s),"
     for sample, of_kinds in each(what, "setting", PASSES * list(zip(samples, programs, strict=True))):
         times = {kind: _seconds_of_programs(sample.stacks[kind], made) for kind, made in of_kinds.items()}
         found[sample.case] = _fastest(found.get(sample.case), times)
     with phase("Measuring the update"):
-        per_byte = layers.update_seconds(max(cases.cases, key=lambda case: (case.devices, -case.tensor)))
+        per_byte = layers.update_seconds(cases.cases[0])
     return _measured(layers, samples, found, per_byte)
 
 
@@ -90,7 +91,7 @@ class _Layers:
     def __init__(self, config: Config, devices: Sequence[jax.Device]) -> None:
         self._devices, self._task = devices, config.task()
         self._transformation = config.optimizer.build(config.steps)
-        chooser, _ = self._chooser(Case(len(devices), 1, 1))
+        chooser, _ = self._chooser(Case(1, 1))
         layers = chooser.layer_by_layer(chooser.mesh).trace()
         keys = [layer_key(layer) for layer in layers]
         self.kinds = [keys.index(key) for key in keys]
@@ -120,9 +121,9 @@ class _Layers:
         return seconds / max(1, device_bytes(largest.params.values()))
 
     def _chooser(self, case: Case) -> tuple[Chooser, Mapping[str, Any]]:
-        data = case.devices // case.tensor
+        data = len(self._devices) // case.tensor
         batch = {name: _rows(value, case.examples * data) for name, value in self._task.batch.items()}
-        mesh = make_mesh(data=data, tensor=case.tensor, devices=self._devices[: case.devices])
+        mesh = make_mesh(data=data, tensor=case.tensor, devices=self._devices)
         task = replace(self._task, batch=batch, rules=PRESETS["replicated"], notes=None)
         return Chooser(task, self._transformation, mesh=mesh, config=PipelineConfig(remat=case.remat)), batch
 
@@ -142,16 +143,16 @@ def _stacks(kinds: Sequence[int], most: int) -> list[range]:
     return cuts
 
 
-def _compile(samples: Sequence[_Sample], compiler: Compiler) -> list[dict[int, StagePrograms]]:
+def _compile(samples: Sequence[_Sample], compiler: Compiler, *, splits: bool) -> list[dict[int, StagePrograms]]:
     """The programs of each kind of layer of each sample."""
     found: list[dict[int, StagePrograms]] = [{} for _ in samples]
     wanted = [(index, kind) for index, sample in enumerate(samples) for kind in sample.stacks]
     with phase("Compiling layers,", "stage", len(wanted)) as compiling, ThreadPoolExecutor() as pool:
 
         def build(index: int, kind: int) -> None:
-            stage, case = samples[index].stacks[kind].stage, samples[index].case
-            ops = set(Op) if case.splits else {Op.FORWARD, Op.BACKWARD}
-            found[index][kind] = compile_stage(stage, ops, remat=case.remat, compiler=compiler)
+            stage, remat = samples[index].stacks[kind].stage, samples[index].case.remat
+            ops = set(Op) if splits and remat == "none" else {Op.FORWARD, Op.BACKWARD}
+            found[index][kind] = compile_stage(stage, ops, remat=remat, compiler=compiler)
             compiling.next()
 
         for future in [pool.submit(build, *one) for one in wanted]:
@@ -187,22 +188,14 @@ def _fastest(before: _Times | None, now: _Times) -> _Times:
 
 def _measured(layers: _Layers, samples: Sequence[_Sample], times: Mapping[Case, _Times], per_byte: float) -> Measured:
     stacked = [sample for sample in samples if sample.case.together > 1] or samples
-    apart = {case: of for case, of in times.items() if case.together == 1}
-    calls = {sample.case.devices: 0.0 for sample in stacked}
-    for sample in stacked:
-        alike = apart.get(replace(sample.case, together=1, splits=False))
-        if alike is not None:
-            calls[sample.case.devices] = _per_call(sample, times[sample.case], alike)
-    lines: dict[tuple[int, int], dict[int, LayerLines]] = {}
-    # Rematerialisation is measured on most devices, and costs the same share of a backward on fewer.
-    for count, tensor in sorted({(sample.case.devices, sample.case.tensor) for sample in stacked}, reverse=True):
-        own = [sample for sample in stacked if (sample.case.devices, sample.case.tensor) == (count, tensor)]
-        largest = lines.get(max((key for key in lines if key[1] == tensor), default=(0, 0)), {})
-        lines[count, tensor] = {
-            kind: _lines(own, times, kind, calls[count], largest.get(kind)) for kind in set(layers.kinds)
-        }
-    found = {setting: [of_kinds[kind] for kind in layers.kinds] for setting, of_kinds in lines.items()}
-    return Measured(found, layers.is_split, calls, per_byte)
+    apart = next((times[sample.case] for sample in samples if sample.case.together == 1), {})
+    per_call = _per_call(stacked[0], times[stacked[0].case], apart)
+    found = {}
+    for tensor in sorted({sample.case.tensor for sample in stacked}):
+        own = [sample for sample in stacked if sample.case.tensor == tensor]
+        of_kinds = {kind: _lines(own, times, kind, per_call) for kind in set(layers.kinds)}
+        found[tensor] = [of_kinds[kind] for kind in layers.kinds]
+    return Measured(found, layers.is_split, per_call, per_byte)
 
 
 def _per_call(sample: _Sample, together: _Times, apart: _Times) -> float:
@@ -212,15 +205,13 @@ def _per_call(sample: _Sample, together: _Times, apart: _Times) -> float:
     found = []
     for kind, stack in sample.stacks.items():
         if stack.num_layers > 1 and kind in apart:
-            less = [seconds - together[kind][op] for op, seconds in apart[kind].items()]
+            less = [apart[kind][op] - seconds for op, seconds in together[kind].items()]
             found.append(statistics.mean(less) * stack.num_layers / (stack.num_layers - 1))
     return max(0.0, statistics.median(found)) if found else 0.0
 
 
-def _lines(
-    samples: Sequence[_Sample], times: Mapping[Case, _Times], kind: int, per_call: float, largest: LayerLines | None
-) -> LayerLines:
-    """The lines through what was measured of a layer, without what calls take; `largest` has those on most devices."""
+def _lines(samples: Sequence[_Sample], times: Mapping[Case, _Times], kind: int, per_call: float) -> LayerLines:
+    """The lines through what was measured of a layer, without what calls take."""
     points: dict[str, dict[Op, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for sample in sorted(samples, key=lambda sample: sample.case.examples):
         own = per_call / sample.stacks[kind].num_layers
@@ -232,12 +223,4 @@ def _lines(
         for remat, found in points.items()
         if Op.BACKWARD in found
     }
-    if largest is not None and Op.BACKWARD in programs:
-        again = {remat: _scaled(line, programs, largest.programs) for remat, line in largest.again.items()}
     return LayerLines(programs, {**again, "full": programs[Op.FORWARD]})
-
-
-def _scaled(again: Line, programs: Mapping[Op, Line], others: Mapping[Op, Line]) -> Line:
-    """What takes so much longer among others, as the same share of the backward."""
-    whole = Op.BACKWARD
-    return Line([(x, y * programs[whole].of(x) / max(1e-9, others[whole].of(x)) if x else y) for x, y in again.points])

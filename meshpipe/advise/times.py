@@ -17,38 +17,32 @@ SPLIT = ("zb-h1", "zb-h2", "zb-v", "dualpipe-v")
 
 @dataclass(frozen=True)
 class Seconds:
-    """The time of one program of one layer on one microbatch, with all devices busy."""
+    """The time of one program of one layer on one microbatch."""
 
     compute: float = 0.0
     recompute: float = 0.0
     """What rematerialisation adds, with its collectives."""
     tensor: float = 0.0
     """Collectives of the tensor axis."""
-    alone: float = 0.0
-    """Of all this while the other ranks idle that share the cores; 0 where that was not measured."""
 
     @property
     def total(self) -> float:
         return self.compute + self.recompute + self.tensor
 
     def __add__(self, other: "Seconds") -> "Seconds":
-        return Seconds(
-            self.compute + other.compute,
-            self.recompute + other.recompute,
-            self.tensor + other.tensor,
-            self.alone + other.alone,
-        )
+        return Seconds(self.compute + other.compute, self.recompute + other.recompute, self.tensor + other.tensor)
 
     def __mul__(self, count: float) -> "Seconds":
-        return Seconds(count * self.compute, count * self.recompute, count * self.tensor, count * self.alone)
+        return Seconds(count * self.compute, count * self.recompute, count * self.tensor)
 
 
 @runtime_checkable
 class LayerTimes(Protocol):
     """The times of the layers of a model."""
 
-    def per_call(self, layout: Layout) -> Seconds:
-        """What a program takes beside its layers."""
+    @property
+    def per_call(self) -> float:
+        """Seconds that a program takes beside those of its layers, with all devices busy."""
         ...
 
     def seconds(self, place: int, op: Op, examples: float, layout: Layout) -> Seconds:
@@ -63,11 +57,10 @@ class LayerTimes(Protocol):
 class Roofline:
     """A program takes as long as its products or its memory traffic, whichever takes longer, and its collectives."""
 
+    per_call = 0.0
+
     def __init__(self, work: ModelWork, hardware: Hardware) -> None:
         self._work, self._hardware = work, hardware
-
-    def per_call(self, layout: Layout) -> Seconds:
-        return Seconds()
 
     def seconds(self, place: int, op: Op, examples: float, layout: Layout) -> Seconds:
         layer = self._work.layers[place]

@@ -47,8 +47,7 @@ def step_time(
         late: As `Timeline.late`.
     """
     sharing = _sharing(hardware, devices_per_rank)
-    shares = sharing.alone > 1 or costs.alone
-    timeline = Timeline.of(plan, replace(costs, sharing=sharing if shares else None), late=late)
+    timeline = Timeline.of(plan, replace(costs, sharing=sharing if sharing.alone > 1 else None), late=late)
     starting = _starting(list(map(len, plan.orders)), sharing)
     late_by = max(0.0, starting - timeline.makespan)
     return StepTime(timeline=timeline, host=late_by, around=_together(around, sharing))
@@ -65,28 +64,20 @@ def least_step(
     """What `step_time` gives at least, whatever the plan.
 
     Arguments:
-        longest: The seconds of the longest chain of actions that is known, with all other ranks of a host idle.
-        busy: The seconds that each rank computes, with all devices of a host busy.
+        longest: The seconds of the longest chain of actions that is known, with all devices of a host busy.
+        busy: The seconds that each rank computes.
         actions: The number of actions of each rank, at least.
         around: As in `step_time`.
         hardware: The machine.
         devices_per_rank: The devices of a rank.
     """
     sharing = _sharing(hardware, devices_per_rank)
-    hosts = max(1, -(-len(busy) // sharing.ranks_per_host))
-    least = max(sum(busy) / hosts / sharing.ranks_per_host, longest, _starting(actions, sharing))
+    least = max(_together(busy, sharing), longest / sharing.speed(1), _starting(actions, sharing))
     return least + _together(around, sharing)
 
 
 def _sharing(hardware: Hardware, devices_per_rank: int) -> Sharing:
-    """Virtual CPU devices share cores, and those of a host run one program of several devices at a time."""
-    in_turn = hardware.platform == "cpu" and hardware.alone > 1 and devices_per_rank > 1
-    return Sharing(max(1, hardware.devices_per_host // devices_per_rank), hardware.alone, in_turn)
-
-
-def alone_factor(hardware: Hardware, devices_per_rank: int) -> float:
-    """How many times as fast a rank is while the other ranks of its host idle."""
-    return _sharing(hardware, devices_per_rank).speed(1)
+    return Sharing(max(1, hardware.devices_per_host // devices_per_rank), hardware.alone)
 
 
 def _together(seconds: Sequence[float], sharing: Sharing) -> float:

@@ -1,11 +1,9 @@
 """Simulates ranks that share the cores of their hosts: what idle ranks leave, busy ones use."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from meshpipe.plan.lower import order_actions
 from meshpipe.plan.plan import Action, Plan
 
 
@@ -17,34 +15,20 @@ class Sharing:
     """As many ranks can be busy at once without slowing each other down, or more than a step has."""
     alone: float
     """How many times as fast a rank is, at most, while others idle."""
-    in_turn: bool = False
-    """Whether a host runs one program at a time, in the order in which they are started. XLA does so with programs of
-    several virtual CPU devices, since they may wait for each other inside."""
 
     def __post_init__(self) -> None:
         if self.ranks_per_host < 1 or not self.alone >= 1:
             raise ValueError(f"Sharing needs at least 1 rank, and 1 as its speed. Got {self}.")
 
-    def speed(self, busy: int, alone: float | None = None) -> float:
-        """How many times as fast each of so many busy ranks of a host is, as when all are busy.
-
-        `alone` is that of the work of a rank, where it is known.
-        """
-        return min(self.alone if alone is None else alone, self.ranks_per_host / busy)
+    def speed(self, busy: int) -> float:
+        """How many times as fast each of so many busy ranks of a host is, as when all are busy."""
+        return min(self.alone, self.ranks_per_host / busy)
 
 
 def shared_times(
-    plan: Plan,
-    duration: Callable[[Action], float],
-    alone: Callable[[Action], float],
-    transfer: float,
-    sharing: Sharing,
+    plan: Plan, duration: Callable[[Action], float], transfer: float, sharing: Sharing
 ) -> tuple[dict[Action, float], dict[Action, float]]:
-    """When each action starts and ends, as `Plan.start_times` has it, with durations as with all ranks of a host busy,
-    and with all others of it idle.
-    """
-    if sharing.in_turn:
-        return _times_in_turn(plan, alone, transfer, sharing.ranks_per_host)
+    """When each action starts and ends, as `Plan.start_times` has it, with durations as with all ranks busy."""
     starts: dict[Action, float] = {}
     ends: dict[Action, float] = {}
     cursors = [0] * plan.num_ranks
@@ -63,10 +47,7 @@ def shared_times(
                 next_start = min(next_start, ready)
         if not left and next_start == math.inf:
             return starts, ends
-        speeds = {}
-        for rank, busy in _busy_beside(left, sharing.ranks_per_host).items():
-            action = plan.orders[rank][cursors[rank]]
-            speeds[rank] = sharing.speed(busy, duration(action) / alone(action) if alone(action) else None)
+        speeds = {rank: sharing.speed(count) for rank, count in _busy_beside(left, sharing.ranks_per_host).items()}
         next_end = min((now + work / speeds[rank] for rank, work in left.items()), default=math.inf)
         then = min(next_end, next_start)
         for rank in list(left):
@@ -76,20 +57,6 @@ def shared_times(
                 cursors[rank] += 1
                 del left[rank]
         now = then
-
-
-def _times_in_turn(
-    plan: Plan, alone: Callable[[Action], float], transfer: float, ranks_per_host: int
-) -> tuple[dict[Action, float], dict[Action, float]]:
-    starts: dict[Action, float] = {}
-    ends: dict[Action, float] = {}
-    free_at: dict[int, float] = defaultdict(float)  # of a host
-    for action in order_actions(plan):
-        rank = plan.stage_ranks[action.stage]
-        host = rank // ranks_per_host
-        starts[action] = max(free_at[host], _ready_at(plan, action, rank, ends, transfer))
-        ends[action] = free_at[host] = starts[action] + alone(action)
-    return starts, ends
 
 
 def _ready_at(plan: Plan, action: Action, rank: int, ends: dict[Action, float], transfer: float) -> float:

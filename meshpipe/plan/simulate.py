@@ -31,12 +31,9 @@ class Costs:
     """The time from the end of an action until another rank has its result. Transfers overlap with all other work."""
     sharing: Sharing | None = None
     """How ranks share cores; times are then those with all ranks busy. None is ranks of their own."""
-    alone: Mapping[tuple[int, Op], float] = field(default_factory=dict)
-    """The times of each (stage, op) while the other ranks idle that share its cores; by `sharing` where it is left out.
-    """
 
     def __post_init__(self) -> None:
-        for what, time in (*self.times.items(), *self.alone.items(), ("transfer", self.transfer)):
+        for what, time in (*self.times.items(), ("transfer", self.transfer)):
             if not 0 <= time < math.inf:
                 raise ValueError(f"A time must be 0 or more, and finite. Got {time} for {what}.")
 
@@ -46,12 +43,6 @@ class Costs:
     def time(self, stage: int, op: Op) -> float:
         at_stage = self.times.get((stage, op))
         return at_stage if at_stage is not None else self.times.get(op, DEFAULT_TIMES[op])
-
-    def time_alone(self, action: Action) -> float:
-        """Of an action while the other ranks idle that share its cores: no longer than with them."""
-        time = self.time_of(action)
-        alone = time if self.sharing is None else time / self.sharing.speed(1)
-        return min(time, self.alone.get((action.stage, action.op), alone))
 
     @classmethod
     def of_parts(cls, stages_per_rank: int, transfer: float = 0.0, graph: Graph | None = None) -> "Costs":
@@ -87,7 +78,7 @@ class Timeline:
         """The timeline of a plan that is known to be valid."""
         assert len(memory) in (0, plan.num_stages), "the memory of every stage, or of none"
         if costs.sharing is not None:
-            starts, ends = shared_times(plan, costs.time_of, costs.time_alone, costs.transfer, costs.sharing)
+            starts, ends = shared_times(plan, costs.time_of, costs.transfer, costs.sharing)
         else:
             starts = plan.start_times(costs.time_of, costs.transfer)
             ends = {action: start + costs.time_of(action) for action, start in starts.items()}

@@ -1,6 +1,5 @@
 """Layers that are measured on the devices at hand, and the settings in which they are."""
 
-from collections import defaultdict
 from dataclasses import replace
 
 import jax
@@ -45,60 +44,27 @@ def test_a_layer_takes_what_was_measured_of_it() -> None:
         programs = {Op.FORWARD: Line([(0.0, 0.0), (1.0, forward)]), Op.BACKWARD: Line([(0.0, 0.0), (1.0, backward)])}
         return LayerLines(programs, {"layer": Line([(0.0, 0.0), (1.0, 1.0)])})
 
-    times = Measured({(4, 1): [layer(4.0, 8.0)], (4, 2): [layer(3.0, 5.0)]}, [True])
-    assert times.seconds(0, Op.FORWARD, 2.0, Layout(data=4)) == Seconds(8.0)
+    times = Measured({1: [layer(4.0, 8.0)], 2: [layer(3.0, 5.0)]}, [True])
+    assert times.seconds(0, Op.FORWARD, 2.0, Layout()) == Seconds(8.0)
     # Half of 8, and what the tensor axis adds to that.
-    half = Layout(data=2, tensor=2, remat="layer")
-    assert times.seconds(0, Op.BACKWARD, 1.0, half) == Seconds(4.0, 1.0, 1.0)
-    assert times.seconds(0, Op.BACKWARD_WEIGHT, 1.0, Layout(data=4)) == Seconds()
+    assert times.seconds(0, Op.BACKWARD, 1.0, Layout(tensor=2, remat="layer")) == Seconds(4.0, 1.0, 1.0)
+    assert times.seconds(0, Op.BACKWARD_WEIGHT, 1.0, Layout()) == Seconds()
 
 
-def test_devices_of_a_rank_take_what_was_measured_while_the_others_idled() -> None:
-    def layer(forward: float) -> LayerLines:
-        return LayerLines({Op.FORWARD: Line([(0.0, 0.0), (1.0, forward)])}, {})
-
-    layers = {(4, 1): [layer(4.0)], (2, 1): [layer(2.5)], (1, 1): [layer(1.5)]}
-    times = Measured(layers, [False], calls={4: 0.5, 2: 0.25, 1: 0.125})
-    # Programs of two devices take turns; those of one run beside each other, all at once as fast as on all devices.
-    assert times.seconds(0, Op.FORWARD, 2.0, Layout(pipeline=2, data=2)) == Seconds(10.0, alone=5.0)
-    assert times.seconds(0, Op.FORWARD, 2.0, Layout(pipeline=4)) == Seconds(8.0, alone=3.0)
-    assert times.per_call(Layout(data=4)) == Seconds(0.5)
-    assert times.per_call(Layout(pipeline=2, data=2)) == Seconds(0.5, alone=0.25)
-    assert times.per_call(Layout(pipeline=4)) == Seconds(0.5, alone=0.125)
-
-
-def test_what_each_mesh_and_rank_can_have_is_measured(work: ModelWork) -> None:
-    found = cases_of(space().layouts(), estimator(work)).cases
-    plain = {(case.devices, case.tensor, case.examples) for case in found if case.remat == "none"}
-    # Devices of their own are the same in every rank, so all are measured at once.
-    assert plain == {(4, tensor, examples) for tensor in (1, 2) for examples in (1, 4, 16)}
-    assert {case.remat for case in found} == {
+def test_every_size_of_the_tensor_axis_is_measured(work: ModelWork) -> None:
+    found = cases_of(space().layouts(), estimator(work))
+    plain = {(case.tensor, case.examples) for case in found.cases if case.remat == "none"}
+    assert plain == {(tensor, examples) for tensor in (1, 2) for examples in (1, 4, 16)}
+    assert {case.remat for case in found.cases} == {
         "none",
         "dots_saveable",
         "dots_with_no_batch_dims_saveable",
         "layer",
     }
-    assert any(case.splits for case in found)
-    settled = cases_of(space(tensor=2, remat="none", schedule="1f1b").layouts(), estimator(work)).cases
-    assert {(case.tensor, case.remat, case.splits) for case in settled} == {(2, "none", False)}
-
-
-def test_devices_that_share_cores_are_also_measured_alone(work: ModelWork) -> None:
-    found = cases_of(space().layouts(), estimator(work, alone=4.0)).cases
-    sizes: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for case in found:
-        sizes[case.devices, case.tensor].add(case.examples)
-    # No rank of several parts of the data axis has all 16 examples on one of them.
-    assert sizes == {
-        (4, 1): {1, 2, 4},
-        (4, 2): {1, 3, 8},
-        (2, 1): {1, 3, 8},
-        (2, 2): {1, 4, 16},
-        (1, 1): {1, 4, 16},
-    }
-    pipelines = {(2, 1), (2, 2), (1, 1), (4, 1)}
-    assert {(case.devices, case.tensor) for case in found if case.splits} == pipelines
-    assert {case.devices for case in found if case.remat != "none"} == {4}
+    assert found.splits
+    settled = cases_of(space(tensor=2, remat="none", schedule="1f1b").layouts(), estimator(work))
+    assert {(case.tensor, case.remat) for case in settled.cases} == {(2, "none")}
+    assert not settled.splits
 
 
 @pytest.mark.parametrize("scarce", ["memory", "time"])
@@ -115,19 +81,14 @@ def test_fewer_examples_are_measured_where_many_do_not_fit_or_take_long(work: Mo
 
 @pytest.mark.slow
 def test_layers_are_measured_on_all_devices() -> None:
-    settings = [(4, 1), (4, 2), (1, 1)]
-    cases = Cases([*(Case(*setting, size) for setting in settings for size in (1, 8)), Case(4, 1, 8, "layer")])
+    cases = Cases([*(Case(tensor, size) for tensor in (1, 2) for size in (1, 8)), Case(1, 8, "layer")])
     times = measure_layers(CONFIG, jax.devices()[:4], cases)
-    assert set(times.layers) == set(settings)
+    assert set(times.layers) == {1, 2}
     assert list(times.is_split) == [True] * 6
     for tensor in (1, 2):
-        layout = Layout(data=4 // tensor, tensor=tensor)
-        one, eight = (times.seconds(2, Op.BACKWARD, examples, layout) for examples in (1.0, 8.0))
+        one, eight = (times.seconds(2, Op.BACKWARD, examples, Layout(tensor=tensor)) for examples in (1.0, 8.0))
         assert 0 < one.total < eight.total < 8 * one.total
-        assert times.layers[4, tensor][1] == times.layers[4, tensor][4]  # equal layers are measured once
-    shared = times.seconds(2, Op.BACKWARD, 8.0, Layout(pipeline=4, remat="layer"))
-    assert 0 < shared.alone
-    assert 0 < shared.recompute
+        assert times.layers[tensor][1] == times.layers[tensor][4]  # equal layers are measured once
     block, embedding = (times.seconds(place, Op.BACKWARD, 8.0, Layout(remat="layer")) for place in (2, 0))
     assert 0 < block.recompute < 2 * times.seconds(2, Op.FORWARD, 8.0, Layout()).total
     assert embedding.total < block.total

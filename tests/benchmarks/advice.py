@@ -36,7 +36,7 @@ from meshpipe.runs.build import make_trainer
 ROWS = 16
 """Examples of a batch."""
 MICROBATCHES = (4, 8, 16)
-LAYERS = Cases([Case(1, 1, examples, together=1, splits=True) for examples in (1, 4)])
+LAYERS = Cases([Case(1, examples, together=1) for examples in (1, 4)], splits=True)
 """How layers are measured."""
 LINK = 1e10
 MACHINE = Hardware(

@@ -38,25 +38,6 @@ def test_shared_cores_are_never_idle_if_one_rank_can_use_all(schedule: str) -> N
     )
 
 
-def test_an_action_may_be_known_to_gain_less_from_idle_cores() -> None:
-    plan = make_plan("gpipe", 2, 1)  # one rank at a time
-    alone = {(0, Op.FORWARD): 1.5, (0, Op.BACKWARD): 2.0, (1, Op.FORWARD): 1.25}
-    assert simulate(plan, Costs(TIMES, sharing=Sharing(2, 2.0), alone=alone)).makespan == pytest.approx(6.75)
-
-
-def test_programs_of_several_devices_take_turns() -> None:
-    plan = make_plan("gpipe", 2, 2)
-    alone = {(stage, op): time / 2 for stage in range(2) for op, time in TIMES.items()}
-    timeline = simulate(plan, Costs(TIMES, 0.5, sharing=Sharing(2, 2.0, in_turn=True), alone=alone))
-    order = sorted(timeline.starts, key=lambda action: timeline.starts[action])
-    assert list(map(str, order)) == ["0F0", "0F1", "1F0", "1F1", "1B0", "0B0", "1B1", "0B1"]
-    # All work, and two waits for what has to come from the other rank: 1F1 and 0B1 have to wait for nothing else.
-    assert [timeline.starts[action] for action in order] == [0, 1, 2, 3, 4, 6.5, 8.5, 11]
-    # Hosts of their own wait for each other's results alone.
-    apart = simulate(plan, Costs(TIMES, 0.5, sharing=Sharing(1, 1.0, in_turn=True)))
-    assert apart.makespan == simulate(plan, Costs(TIMES, 0.5)).makespan
-
-
 def test_sharing_needs_a_rank_and_its_speed() -> None:
     with pytest.raises(ValueError, match="at least 1 rank"):
         Sharing(0, 1.0)
