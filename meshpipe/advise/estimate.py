@@ -221,7 +221,7 @@ class Estimator:
 
     def _layer_seconds(self, layout: Layout, op: Op) -> tuple[Seconds, ...]:
         examples = self.examples(layout)
-        key = op, examples, layout.pipeline, layout.data, layout.tensor, layout.remat
+        key = op, examples, layout.data, layout.tensor, layout.remat
         if key not in self._layers:
             places = range(len(self.work.layers))
             self._layers[key] = tuple(self.times.seconds(place, op, examples, layout) for place in places)
