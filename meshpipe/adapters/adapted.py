@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meshpipe.layers.embed import Embed, look_up
+
 ADAPTER = "lora"
 """The attribute of a module that holds its adapter."""
 
@@ -101,7 +103,10 @@ class LoRAEmbed(nnx.Embed):
     def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
         y = super().__call__(inputs, out_sharding=out_sharding)
         a, b = self.lora.factors(self.dtype)
-        rows = jnp.broadcast_to(a, (*inputs.shape, a.shape[-1])) if len(a) == 1 else jnp.take(a, inputs, axis=0)
+        if len(a) == 1:
+            rows = jnp.broadcast_to(a, (*inputs.shape, a.shape[-1]))
+        else:
+            rows = look_up(self.lora.lora_a[...], inputs, self.dtype)
         return y + ((self.lora.dropped(rows) * self.lora.scale) @ b).astype(y.dtype)
 
     def attend(self, query: Any, out_sharding: Any = None) -> jax.Array:
@@ -112,13 +117,18 @@ class LoRAEmbed(nnx.Embed):
         return y + (hidden @ a.T).astype(y.dtype)
 
 
+class LoRAFloat32Embed(LoRAEmbed, Embed):
+    """The same of an `Embed` whose gradient is summed in float32."""
+
+
 KINDS: dict[type[nnx.Module], type[nnx.Module]] = {
     nnx.Linear: LoRALinear,
     nnx.LinearGeneral: LoRALinearGeneral,
     nnx.Einsum: LoRAEinsum,
+    Embed: LoRAFloat32Embed,  # before the class that it is derived from
     nnx.Embed: LoRAEmbed,
 }
-"""By module of Flax, the same with an adapter."""
+"""By module of Flax, or one of ours in its place, the same with an adapter."""
 _METHODS = ("__call__", "attend")
 """What an adapted module computes anew; a module with one of its own cannot be adapted."""
 

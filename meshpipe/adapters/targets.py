@@ -15,7 +15,7 @@ from meshpipe.layers.paths import join
 
 DEFAULT = "*"
 """Stands for no pattern."""
-BY_DEFAULT = tuple(kind for kind in KINDS if kind is not nnx.Embed)
+BY_DEFAULT = tuple(kind for kind in KINDS if not issubclass(kind, nnx.Embed))
 """The modules that get an adapter where there is no pattern."""
 _ADAPTED = "which has an adapter already"
 _FITS_NONE = "an adapter fits none of the model's modules"
@@ -165,4 +165,4 @@ def _few(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:
 
 
 def _kinds() -> str:
-    return ", ".join(f"nnx.{kind.__name__}" for kind in KINDS)
+    return ", ".join(dict.fromkeys(f"nnx.{kind.__name__}" for kind in KINDS))

@@ -1,5 +1,6 @@
 """Example models, whose layers are written to be read."""
 
+from meshpipe.layers.embed import Embed as Embed
 from meshpipe.models.encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
 from meshpipe.models.gpt2 import GPT2Config as GPT2Config
 from meshpipe.models.language_model import LanguageModelConfig as LanguageModelConfig

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from meshpipe.layers.embed import Embed
 from meshpipe.layers.fields import named, reading
 from meshpipe.layers.layer import LayerLike
 from meshpipe.models.classification import accuracy, cross_entropy
@@ -79,9 +80,9 @@ class PositionEmbedding(nnx.Module):
 
     def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs) -> None:
         width, init = config.d_model, embedding_init(1.0)
-        self.tokens = nnx.Embed(config.vocab_size, width, dtype=config.dtype, embedding_init=init, rngs=rngs)
+        self.tokens = Embed(config.vocab_size, width, dtype=config.dtype, embedding_init=init, rngs=rngs)
         positions = nnx.with_partitioning(nnx.initializers.normal(1.0), (None, EMBED))
-        self.positions = nnx.Embed(config.max_positions, width, dtype=config.dtype, embedding_init=positions, rngs=rngs)
+        self.positions = Embed(config.max_positions, width, dtype=config.dtype, embedding_init=positions, rngs=rngs)
 
     def __call__(self, inputs: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
         return self.tokens(inputs) + self.positions(jnp.arange(inputs.shape[1]))

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import ArgumentError, check_whole
+from meshpipe.layers.embed import Embed
 from meshpipe.models.initializers import EMBED, embedding_init
 from meshpipe.models.model import LayerConstructor
 from meshpipe.models.next_token import NextTokenConfig
@@ -70,8 +71,8 @@ class GPT2Embedding(nnx.Module):
         width, dtype = config.d_model, config.dtype
         tokens = embedding_init(0.02, config.vocab_size)
         positions = nnx.with_partitioning(nnx.initializers.normal(0.02), (None, EMBED))
-        self.tokens = nnx.Embed(config.vocab_size, width, dtype=dtype, embedding_init=tokens, rngs=rngs)
-        self.positions = nnx.Embed(config.max_positions, width, dtype=dtype, embedding_init=positions, rngs=rngs)
+        self.tokens = Embed(config.vocab_size, width, dtype=dtype, embedding_init=tokens, rngs=rngs)
+        self.positions = Embed(config.max_positions, width, dtype=dtype, embedding_init=positions, rngs=rngs)
 
     def __call__(
         self,

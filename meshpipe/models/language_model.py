@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import ArgumentError, check_positive, check_whole
+from meshpipe.layers.embed import Embed
 from meshpipe.models.initializers import EMBED, HIDDEN, embedding_init, kernel_init
 from meshpipe.models.model import LayerConstructor
 from meshpipe.models.next_token import NextTokenConfig
@@ -160,7 +161,7 @@ class LanguageModelConfig(NextTokenConfig):
 
     def layers(self) -> list[LayerConstructor]:
         init = embedding_init(self.d_model**-0.5 if self.tie_embedding else 1.0, self.vocab_size)
-        embed = ScaledEmbed if self.scale_embedding else nnx.Embed
+        embed = ScaledEmbed if self.scale_embedding else Embed
         embedding = partial(embed, self.vocab_size, self.d_model, dtype=self.dtype, embedding_init=init)
         with_window = {window: partial(DecoderBlock, self, window) for window in (False, True)}
         blocks = [with_window[self.has_window(block)] for block in range(self.num_blocks)]
@@ -172,7 +173,7 @@ class LanguageModelConfig(NextTokenConfig):
         return (("layers/0/embedding", f"layers/{self.num_blocks + 1}/tokens/embedding"),)
 
 
-class ScaledEmbed(nnx.Embed):
+class ScaledEmbed(Embed):
     """An embedding whose output is multiplied by the root of its number of features."""
 
     def __call__(self, inputs: Int[Array, "batch seq"], out_sharding: Any = None) -> Float[Array, "batch seq embed"]:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from meshpipe.errors import check_number
+from meshpipe.layers.embed import Embed
 from meshpipe.models.classification import accuracy, cross_entropy
 from meshpipe.models.initializers import EMBED, HIDDEN, embedding_init, kernel_init, zeros_init
 from meshpipe.models.model import LayerConstructor, SumAndWeight
@@ -76,7 +77,7 @@ class ConvolutionEmbedding(nnx.Module):
 
     def __init__(self, config: TextClassifierConfig, *, rngs: nnx.Rngs) -> None:
         width, dtype = config.d_model, config.dtype
-        self.tokens = nnx.Embed(config.vocab_size, width, dtype=dtype, embedding_init=embedding_init(1.0), rngs=rngs)
+        self.tokens = Embed(config.vocab_size, width, dtype=dtype, embedding_init=embedding_init(1.0), rngs=rngs)
         self.widen = nnx.Conv(
             width,
             width,
