@@ -102,7 +102,7 @@ def _advice(
 
     is_here = extra.target.partition(":")[0] == HERE
     target, devices, count = _here(config, extra) if is_here else _described(extra)
-    with nullcontext() if is_here else cpu_devices_stand_in():
+    with nullcontext() if is_here else cpu_devices_stand_in(target.hardware):
         return advise_on(
             config,
             target,

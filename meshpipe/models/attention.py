@@ -30,22 +30,6 @@ HEAD_DIM_STEP = 8
 NEWEST = 9.0
 """The compute capability of a GPU that nothing is known of."""
 
-_standing_in = 0
-"""How often `cpu_devices_stand_in` is entered."""
-
-
-@contextmanager
-def cpu_devices_stand_in() -> Iterator[None]:
-    """While entered, CPU devices stand in for those that will run a model: they compute attention by XLA, whatever is
-    asked for.
-    """
-    global _standing_in
-    _standing_in += 1
-    try:
-        yield
-    finally:
-        _standing_in -= 1
-
 
 @runtime_checkable
 class Device(Protocol):
@@ -55,6 +39,22 @@ class Device(Protocol):
     def platform(self) -> str: ...
     @property
     def device_kind(self) -> str: ...
+
+
+_standing_in: list[Device | None] = []
+"""What CPU devices stand in for, once for each time that `cpu_devices_stand_in` is entered."""
+
+
+@contextmanager
+def cpu_devices_stand_in(device: Device | None = None) -> Iterator[None]:
+    """While entered, CPU devices stand in for those that will run a model. In place of a known `device`, layers are
+    traced with its attention, and cannot run; else they compute attention by XLA, whatever is asked for.
+    """
+    _standing_in.append(device)
+    try:
+        yield
+    finally:
+        _standing_in.pop()
 
 
 def attend(
@@ -229,7 +229,7 @@ def kernel_of(device: Device) -> Implementation | None:
 
 def stands_in(device: Device) -> bool:
     """Whether this is a CPU device in place of an unknown one."""
-    return _standing_in > 0 and device.platform == "cpu"
+    return bool(_standing_in) and device.platform == "cpu"
 
 
 def _is_short(call: Call) -> bool:
@@ -255,8 +255,8 @@ def _why_not_cudnn(dtype: Any, head_dim: int, softcap: bool, device: Device, cal
     if head_dim % HEAD_DIM_STEP or head_dim > largest:
         sizes = f"a multiple of {HEAD_DIM_STEP} features, at most {largest}"
         return f"cuDNN needs heads with {sizes}, and these have {head_dim}"
-    if head_dim > 128 and _is_described(device) and not answer_for_described(_described_capability):
-        return f"this JAX writes cuDNN's heads of more than 128 features only on the GPU, and these have {head_dim}"
+    if _is_described(device) and not answer_for_described(_described_capability):
+        return "this JAX writes cuDNN's attention only on the GPU"
     if softcap:
         return "cuDNN does not cap scores"
     if call is not None and (call.segments or call.mask) and (call.queries % 2 or call.keys % 2):
@@ -270,7 +270,8 @@ def traced_device() -> Device:
     """A device that the program being traced is for."""
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     device: Device = jax.devices()[0] if described is None else described
-    return device
+    known = _standing_in[-1] if stands_in(device) else None
+    return device if known is None else known
 
 
 def _described_capability() -> float | None:

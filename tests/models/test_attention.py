@@ -119,8 +119,6 @@ def test_jax_writes_cudnn_for_a_described_gpu_as_it_would_on_that_gpu(
     kind: str, largest: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails when what `answer_for_described` changes has moved in JAX."""
-    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr("meshpipe.models.attention.traced_device", lambda: Described(kind))
     query = jax.ShapeDtypeStruct((2, 16, 4, head_dim), "bfloat16")
     key = jax.ShapeDtypeStruct((2, 16, 2, head_dim), "bfloat16")
@@ -136,6 +134,17 @@ def test_jax_writes_cudnn_for_a_described_gpu_as_it_would_on_that_gpu(
             monkeypatch.setattr("meshpipe.models.attention.choose_attention", lambda *args, **options: "cudnn")
             stack.enter_context(pytest.raises(NotImplementedError, match="head dim must be <= 128"))
         assert backwards_inside(jax.make_jaxpr(jax.grad(squares))(query, key)) == 1
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("h100", "cudnn"), ("v5e", "pallas")])
+def test_cpu_devices_in_place_of_known_ones_are_traced_with_the_attention_of_these(name: str, kernel: str) -> None:
+    """No package for these devices is needed for that."""
+    query, key = (jax.ShapeDtypeStruct((2, 256, heads, 64), "bfloat16") for heads in (4, 2))
+    with cpu_devices_stand_in(find_hardware(name)):
+        traced = jax.make_jaxpr(jax.grad(lambda q, k: attend(q, k, k, causal=True).astype("float32").sum()))(query, key)
+        with pytest.raises(ValueError, match=r"these are (gpu|tpu) devices"):
+            choose_attention("cudnn" if kernel == "pallas" else "pallas", dtype="bfloat16", head_dim=64)
+    assert ("attention_bwd" if kernel == "cudnn" else "pallas_call") in str(traced)
 
 
 def test_a_gpu_of_a_file_has_the_compute_capability_that_the_file_says(tmp_path: Path) -> None:
