@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def look_up(table: Float[Array, "rows features"], inputs: Int[Array, "*shape"], dtype: Any) -> Float[Array, "..."]:
-    """Rows of a table, cast to `dtype`: `[*shape, features]`.
+def look_up(table: jax.Array, inputs: Any, dtype: Any) -> jax.Array:
+    """Rows of a table, `[rows, features]`, cast to `dtype`: an array `[*inputs.shape, features]`.
 
     The gradient of a row is a sum with one term for each time that it is looked up, often thousands. It is summed in
     float32, or in the table's dtype if that is wider. The derivative of `jnp.take` on a table that was cast would

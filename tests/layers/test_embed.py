@@ -42,7 +42,7 @@ def test_an_adapter_fits_it_and_leaves_its_class(kind: type[nnx.Embed]) -> None:
     assert kind_for(module) is kind
     graft(
         module,
-        Adapter(nnx.LoRAParam(jnp.ones((5, 1))), nnx.LoRAParam(jnp.ones((1, 4))), scale=1.0, dropout=0, rngs=None),
+        Adapter(nnx.LoRAParam(jnp.ones((5, 1))), nnx.LoRAParam(jnp.ones((1, 4))), scale=1.0, dropout=0.0, rngs=None),
     )
     assert type(module) is KINDS[kind]
     often, (graph, state) = jnp.full((OFTEN,), 1), nnx.split(module)
