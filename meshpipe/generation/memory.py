@@ -48,11 +48,15 @@ def check_activations(
 
 
 def _inside(programs: StagePrograms | None) -> int:
-    """Bytes that a forward takes on each device beside its arguments, as XLA says; 0 where it does not say."""
-    forward: Any = None if programs is None else programs.forward
+    """Bytes that a forward takes on each device beside its arguments. 0 for a stage of another process, and where XLA
+    does not say.
+    """
+    if programs is None or programs.forward is None:
+        return 0
+    forward: Any = programs.forward
     try:
         stats = MemoryStats.of(forward)
-    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
         return 0
     return stats.outputs - stats.aliased + stats.temporaries
 
